@@ -1,0 +1,1 @@
+"""Vision Mamba with token fusion."""
