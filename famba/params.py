@@ -1,0 +1,320 @@
+"""params.yaml as frozen dataclasses: the default, the profiles laid over it, and what is allowed.
+
+One section of the file is one dataclass here. A profile names only what it changes. Nothing in this module
+imports torch, so the pipeline and the notebooks can read parameters in milliseconds.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from ruamel.yaml import YAML, YAMLError
+
+from famba.errors import InputError
+
+Strategy = Literal["none", "all", "interleaved", "lower", "upper"]
+STRATEGIES: tuple[str, ...] = get_args(Strategy)
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+_strict = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True, config=_strict)
+class DataParams:
+    """Which images, and how they are split and varied.
+
+    Attributes:
+        dataset: a name that `data.load` knows.
+        root: folder of the data set, relative to the repository root; only `folder` needs it.
+        img_size: height and width that the images are brought to, pixels.
+        val_fraction: share of the training images held out to choose by.
+        split_seed: seed of the held-out choice; the same for every run, so that runs compare.
+        shift: training images are moved by up to this many pixels each way, zeros move in.
+        flip: training images are mirrored left-right half of the time.
+        limit: use only this many training images (after the split); null is all.
+    """
+
+    dataset: str
+    root: str | None
+    img_size: PositiveInt
+    val_fraction: Annotated[float, Field(gt=0, lt=1)]
+    split_seed: Annotated[int, Field(ge=0)]
+    shift: Annotated[int, Field(ge=0)]
+    flip: bool
+    limit: PositiveInt | None
+
+
+@dataclass(frozen=True, config=_strict)
+class ModelParams:
+    """The Vision Mamba; null takes the value of the named model.
+
+    Attributes:
+        name: a name that `model.create_model` knows.
+        patch_size, stride: pixels; a stride below the patch size overlaps the patches.
+        depth: layers.
+        d_model: width of a token.
+        d_state: states per channel of the scan.
+        cls_position: where the class token stands in the sequence.
+        pool: what the head sees: the class token or the mean of all tokens.
+        average_directions: average the two scan directions, as released; false sums them.
+    """
+
+    name: str
+    patch_size: PositiveInt | None
+    stride: PositiveInt | None
+    depth: PositiveInt | None
+    d_model: PositiveInt | None
+    d_state: PositiveInt | None
+    cls_position: Literal["middle", "head", "none"]
+    pool: Literal["cls", "mean"]
+    average_directions: bool
+
+
+@dataclass(frozen=True, config=_strict)
+class FusionOptions:
+    """How two tokens become one; each option is independent of the others.
+
+    Attributes:
+        order: `scan` keeps the survivors in scan order; `append` puts the unmerged even tokens first, then the
+            odd ones (ToMe's order, and that of the public Famba-V code).
+        weighting: `size` weighs a token by the patches it stands for; `mean` counts each token once.
+        feature: what similarity compares: the normed tokens, the residual stream, or the scan's step, B or C.
+        position: fuse before the mixer, or after the scan and gate, before the output projection (Famba-V figure 1).
+    """
+
+    order: Literal["scan", "append"] = "scan"
+    weighting: Literal["size", "mean"] = "size"
+    feature: Literal["normed", "residual", "delta", "B", "C"] = "normed"
+    position: Literal["before_mixer", "after_scan"] = "before_mixer"
+
+
+@dataclass(frozen=True, config=_strict)
+class FusionRule:
+    """How many tokens one strategy removes: by each of its layers, or in all; layers count from 1.
+
+    Attributes:
+        r: tokens removed by each fusing layer.
+        total: tokens removed by all layers together; the r that comes nearest is taken. Exactly one of the two.
+        first_layer, last_layer: the layers among which the strategy fuses; null is the strategy's own choice.
+    """
+
+    r: Annotated[int, Field(ge=0)] | None = None
+    total: Annotated[int, Field(ge=0)] | None = None
+    first_layer: PositiveInt | None = None
+    last_layer: PositiveInt | None = None
+
+
+@dataclass(frozen=True, config=_strict)
+class TrainParams:
+    """The optimisation.
+
+    Attributes:
+        epochs: passes over the training images.
+        batch_size: images per step.
+        lr: peak learning rate, after warm-up.
+        min_lr: learning rate at the end of the cosine.
+        warmup_epochs: epochs of linear rise from 0.
+        weight_decay: AdamW's, on matrices only.
+        betas: AdamW's.
+        label_smoothing: share of the target spread over all classes.
+        clip_grad_norm: gradients are scaled down to this norm; null leaves them.
+        ema_decay: decay of the moving average of the weights per step; null keeps none.
+        precision: fp32, or bf16 for the matrix products (SSM parameters and states stay fp32).
+        device: auto takes CUDA where it is, else the CPU.
+        backend: of the selective scan; auto takes the fastest that runs.
+        threads: CPU threads; part of what makes a run repeatable bit for bit. Null takes torch's choice.
+    """
+
+    epochs: PositiveInt
+    batch_size: PositiveInt
+    lr: Annotated[float, Field(gt=0)]
+    min_lr: Annotated[float, Field(ge=0)]
+    warmup_epochs: Annotated[int, Field(ge=0)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)]
+    label_smoothing: Fraction
+    clip_grad_norm: Annotated[float, Field(gt=0)] | None
+    ema_decay: Fraction | None
+    precision: Literal["fp32", "bf16"]
+    device: str
+    backend: str
+    threads: PositiveInt | None
+
+
+@dataclass(frozen=True, config=_strict)
+class SweepParams:
+    """The runs of the pipeline: every strategy with every seed."""
+
+    strategies: Annotated[tuple[Strategy, ...], Field(min_length=1, strict=False)]
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False)]
+
+
+@dataclass(frozen=True)
+class Params:
+    """Everything that determines one run but its seed."""
+
+    profile: str
+    strategy: str
+    data: DataParams
+    model: ModelParams
+    fusion: FusionRule
+    options: FusionOptions
+    train: TrainParams
+
+    def as_dict(self) -> dict[str, Any]:
+        """The resolved configuration as plain data, the form in which a run records it."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def digest(self, seed: int) -> str:
+        """Hexadecimal name of this configuration with this seed: another value anywhere is another name."""
+        text = json.dumps(self.as_dict() | {"seed": seed}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+# The sections that a profile may change, and the type of each. `fusion` holds one rule for each strategy.
+_SECTIONS: dict[str, Any] = {
+    "data": DataParams,
+    "model": ModelParams,
+    "options": FusionOptions,
+    "train": TrainParams,
+}
+_TOP_LEVEL = {"profile", "profiles", "sweep", "fusion", *_SECTIONS}
+
+
+def root() -> Path:
+    """The repository root: the nearest folder above the working directory that holds params.yaml and dvc.yaml.
+
+    Papermill runs a notebook in the caller's folder, nbval and JupyterLab in the notebook's own, so no path may be
+    relative to the working directory. From anywhere else, the root is the checkout that this package lies in.
+
+    Raises:
+        InputError: there is neither.
+    """
+    here = Path.cwd()
+    for folder in (here, *here.parents, Path(__file__).resolve().parent.parent):
+        if (folder / "params.yaml").is_file() and (folder / "dvc.yaml").is_file():
+            return folder
+    raise InputError(f"{here}: no params.yaml and dvc.yaml here or above; run inside a checkout of famba")
+
+
+def load(profile: str | None = None, *, strategy: str, path: Path | None = None) -> Params:
+    """The parameters of one strategy under a profile.
+
+    Args:
+        profile: a key of `profiles`; None is the one that the file names itself.
+        strategy: one of `STRATEGIES`.
+        path: the file; None is params.yaml at the repository root.
+
+    Raises:
+        InputError: an unknown key, a wrong type or value, an unknown profile or strategy; names it and what is allowed.
+    """
+    if strategy not in STRATEGIES:
+        raise InputError(f"strategy: {strategy!r} is not one of {', '.join(STRATEGIES)}")
+    document, name = _read(path), "params.yaml" if path is None else path.name
+    chosen = document.get("profile") if profile is None else profile
+    profiles = _mapping(document.get("profiles"), f"{name}: profiles")
+    if chosen not in profiles:
+        raise InputError(f"{name}: profile: {chosen!r} is not one of {', '.join(profiles)}")
+    changes = _mapping(profiles[chosen], f"{name}: profiles.{chosen}")
+    _known(changes, {"fusion", *_SECTIONS}, f"{name}: profiles.{chosen}")
+
+    resolved: dict[str, Any] = {}
+    for section, kind in _SECTIONS.items():
+        base = _mapping(document.get(section), f"{name}: {section}")
+        change = _mapping(changes.get(section, {}), f"{name}: profiles.{chosen}.{section}")
+        _known(change, {f.name for f in dataclasses.fields(kind)}, f"{name}: profiles.{chosen}.{section}")
+        where = {key: f"profiles.{chosen}.{section}" for key in change}
+        resolved[section] = _validated(kind, {**base, **change}, name, section, where)
+    return Params(
+        profile=str(chosen), strategy=strategy, fusion=_rule(document, changes, name, str(chosen), strategy), **resolved
+    )
+
+
+def load_sweep(path: Path | None = None) -> SweepParams:
+    """The runs that params.yaml asks for; errors as in `load`."""
+    name = "params.yaml" if path is None else path.name
+    return _validated(SweepParams, _mapping(_read(path).get("sweep"), f"{name}: sweep"), name, "sweep", {})
+
+
+def _rule(document: dict, changes: dict, name: str, profile: str, strategy: str) -> FusionRule:
+    """One strategy's rule; a profile's rule replaces the default's whole, since r and total exclude each other."""
+    rules = _mapping(document.get("fusion"), f"{name}: fusion")
+    changed = _mapping(changes.get("fusion", {}), f"{name}: profiles.{profile}.fusion")
+    _known(rules, set(STRATEGIES), f"{name}: fusion")
+    _known(changed, set(STRATEGIES), f"{name}: profiles.{profile}.fusion")
+    if strategy in changed:
+        section, rule = f"profiles.{profile}.fusion.{strategy}", changed[strategy]
+    elif strategy in rules:
+        section, rule = f"fusion.{strategy}", rules[strategy]
+    else:
+        raise InputError(f"{name}: fusion.{strategy}: missing; give {{r: ...}} or {{total: ...}}")
+    rule = _validated(FusionRule, _mapping(rule, f"{name}: {section}"), name, section, {})
+    if (rule.r is None) == (rule.total is None):
+        raise InputError(f"{name}: {section}: r = {rule.r}, total = {rule.total}; exactly one of the two must be given")
+    return rule
+
+
+def _read(path: Path | None) -> dict[str, Any]:
+    path = root() / "params.yaml" if path is None else path
+    stat = _stat(path)
+    return _parse(path, stat.st_mtime_ns, stat.st_size)
+
+
+def _stat(path: Path):
+    try:
+        return path.stat()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+@functools.lru_cache(maxsize=4)
+def _parse(path: Path, mtime_ns: int, size: int) -> dict[str, Any]:
+    """Read with a YAML 1.2 reader, DVC's own: PyYAML takes 1e-3 for a string and `no` for False."""
+    del mtime_ns, size  # they key the cache
+    try:
+        document = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except (YAMLError, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{path.name}: not readable as YAML: {' '.join(str(error).split())}") from None
+    document = _mapping(document, path.name)
+    _known(document, _TOP_LEVEL, path.name)
+    return document
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise InputError(f"{where}: {value!r} is not a section of `key: value` lines")
+    return dict(value)
+
+
+def _known(section: Mapping[str, Any], allowed: set[str], where: str) -> None:
+    for key in section:
+        if key not in allowed:
+            raise InputError(f"{where}: unknown key {key!r}; allowed: {', '.join(sorted(allowed))}")
+
+
+@functools.cache
+def _adapter(kind: type) -> TypeAdapter:
+    return TypeAdapter(kind)
+
+
+def _validated(kind: type, values: dict[str, Any], name: str, section: str, where: Mapping[str, str]) -> Any:
+    """Build the dataclass, or say in one line which key holds which value and what is allowed."""
+    _known(values, {f.name for f in dataclasses.fields(kind)}, f"{name}: {section}")
+    try:
+        return _adapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        path = [str(part) for part in first["loc"]]
+        key = path[0] if path else ""
+        said = f"{name}: {where.get(key, section)}.{key}"
+        if first["type"].startswith("missing"):
+            raise InputError(f"{said}: missing") from None
+        raise InputError(f"{said}: {values.get(key)!r}: {first['msg']}") from None
