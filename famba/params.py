@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 from ruamel.yaml import YAML, YAMLError
 
@@ -231,7 +231,7 @@ def load(profile: str | None = None, *, strategy: str, path: Path | None = None)
         base = _mapping(document.get(section), f"{name}: {section}")
         change = _mapping(changes.get(section, {}), f"{name}: profiles.{chosen}.{section}")
         _known(change, {f.name for f in dataclasses.fields(kind)}, f"{name}: profiles.{chosen}.{section}")
-        where = {key: f"profiles.{chosen}.{section}" for key in change}
+        where = dict.fromkeys(change, f"profiles.{chosen}.{section}")
         resolved[section] = _validated(kind, {**base, **change}, name, section, where)
     return Params(
         profile=str(chosen), strategy=strategy, fusion=_rule(document, changes, name, str(chosen), strategy), **resolved
@@ -300,16 +300,11 @@ def _known(section: Mapping[str, Any], allowed: set[str], where: str) -> None:
             raise InputError(f"{where}: unknown key {key!r}; allowed: {', '.join(sorted(allowed))}")
 
 
-@functools.cache
-def _adapter(kind: type) -> TypeAdapter:
-    return TypeAdapter(kind)
-
-
 def _validated(kind: type, values: dict[str, Any], name: str, section: str, where: Mapping[str, str]) -> Any:
     """Build the dataclass, or say in one line which key holds which value and what is allowed."""
     _known(values, {f.name for f in dataclasses.fields(kind)}, f"{name}: {section}")
     try:
-        return _adapter(kind).validate_python(values)
+        return kind(**values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         path = [str(part) for part in first["loc"]]
