@@ -1,0 +1,324 @@
+"""The selective scan of Mamba: a reference loop, and one entry point over explicit backends.
+
+    h[t] = exp(delta[t] A) h[t-1] + delta[t] B[t] u[t],    y[t] = C[t] . h[t] + D u[t],    out[t] = y[t] silu(z[t])
+
+with one state h of n numbers per channel, h = 0 before the first token, and delta passed through softplus when asked.
+The step is Mamba's: zero-order hold for A, Euler for B.
+
+Axes: b batch, e channels (d_inner), t tokens in scan order, n states per channel (d_state).
+
+Sources: Gu and Dao 2023, arXiv:2312.00752, algorithm 2 and section 3.3 (states recomputed in backward); the argument
+order and layouts are those of mamba-ssm's `selective_scan_fn`.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from famba.errors import BackendError, InputError
+
+
+def selective_scan(
+    u: Float[Tensor, "b e t"],
+    delta: Float[Tensor, "b e t"],
+    A: Float[Tensor, "e n"],
+    B: Float[Tensor, "b n t"],
+    C: Float[Tensor, "b n t"],
+    D: Float[Tensor, "e"] | None = None,
+    z: Float[Tensor, "b e t"] | None = None,
+    delta_bias: Float[Tensor, "e"] | None = None,
+    delta_softplus: bool = False,
+    *,
+    reverse: bool = False,
+    backend: str = "auto",
+) -> Float[Tensor, "b e t"]:
+    """Scan every channel's tokens with an input-dependent linear recurrence.
+
+    Args:
+        u: what is scanned.
+        delta: step of each token and channel, before bias and softplus.
+        A: decay rates; negative for a state that forgets.
+        B: how a token enters the state.
+        C: how the state is read.
+        D: skip from u to the output; none when absent.
+        z: gate; the output is multiplied by silu(z).
+        delta_bias: added to delta.
+        delta_softplus: pass delta through softplus, after the bias.
+        reverse: scan from the last token to the first. Nothing is flipped or copied for it.
+        backend: a name from `backends()`, or "auto": the fastest that can run on these tensors.
+
+    Returns:
+        the gated output in u's dtype. The recurrence runs in float32, or in float64 where an input is float64.
+
+    Raises:
+        InputError: shapes or dtypes that do not fit together, or an unknown backend.
+        BackendError: the backend asked for cannot run here or on these tensors.
+    """
+    _check(u, delta, A, B, C, D, z, delta_bias)
+    run = _choose(backend, u, delta, A, B, C, D, z, delta_bias)
+    return run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+
+
+def selective_scan_ref(
+    u: Float[Tensor, "b e t"],
+    delta: Float[Tensor, "b e t"],
+    A: Float[Tensor, "e n"],
+    B: Float[Tensor, "b n t"],
+    C: Float[Tensor, "b n t"],
+    D: Float[Tensor, "e"] | None = None,
+    z: Float[Tensor, "b e t"] | None = None,
+    delta_bias: Float[Tensor, "e"] | None = None,
+    delta_softplus: bool = False,
+    reverse: bool = False,
+) -> Float[Tensor, "b e t"]:
+    """The definition, token by token: slow, and keeps every state; all backends are tested against it."""
+    dtype = _state_dtype(u, delta, A, B, C, D, z, delta_bias)
+    x, step, A, B, C = (tensor.to(dtype) for tensor in (u, delta, A, B, C))
+    if delta_bias is not None:
+        step = step + delta_bias.to(dtype)[:, None]
+    if delta_softplus:
+        step = F.softplus(step)
+    decay = torch.exp(torch.einsum("bet,en->bent", step, A))
+    entry = torch.einsum("bet,bnt,bet->bent", step, B, x)
+    state = x.new_zeros(*u.shape[:2], A.shape[1])
+    y = [state.new_empty(0)] * u.shape[2]
+    for i in _order(u.shape[2], reverse):
+        state = decay[..., i] * state + entry[..., i]
+        y[i] = torch.einsum("ben,bn->be", state, C[..., i])
+    out = torch.stack(y, dim=-1)
+    if D is not None:
+        out = out + D.to(dtype)[:, None] * x
+    if z is not None:
+        out = out * F.silu(z.to(dtype))
+    return out.to(u.dtype)
+
+
+def backends() -> dict[str, str]:
+    """Every backend by name, slowest first: "" if it can run here, else the reason and what to install."""
+    return {name: backend.unavailable() for name, backend in _BACKENDS.items()}
+
+
+# Tokens per chunk: one state is kept for each chunk and the others are recomputed in backward. Few tokens keep the
+# recomputed states small, many keep the kept ones few.
+_CHUNK = 16
+# Numbers in one (tokens, batch, n, e) array of a chunk. Four such arrays are alive at once, and should fit in cache.
+_BLOCK = 1 << 19
+
+
+class _ChunkedScan(torch.autograd.Function):
+    """The scan in blocks of a few tokens and a few sequences, each block a handful of vectorised operations.
+
+    Only the recurrence itself goes token by token, one in-place operation each. Nothing is ever divided by a decay and
+    no product of decays is formed, so steps of any size are safe.
+    """
+
+    @staticmethod
+    def forward(ctx, u, delta, A, B, C, D, z, delta_bias, delta_softplus: bool, reverse: bool):
+        dtype = _state_dtype(u, delta, A, B, C, D, z, delta_bias)
+        b, e, t = u.shape
+        n = A.shape[1]
+        At = A.to(dtype).t().contiguous()
+        # needed by backward only, where the gradient of the gate asks for the ungated output
+        keep = any(ctx.needs_input_grad)
+        starts = u.new_empty(-(-t // _CHUNK), b, n, e, dtype=dtype) if keep else None
+        y = u.new_empty(b, t, e, dtype=dtype).transpose(0, 1)  # channels last in memory, as the model's are
+        for rows in _blocks(b, _rows(e, n)):
+            state = y.new_zeros(rows.stop - rows.start, n, e)
+            for chunk in _chunks(t, reverse):
+                if starts is not None:
+                    starts[chunk.start // _CHUNK, rows] = state
+                x, step, Bc, Cc = _block(u, delta, B, C, delta_bias, delta_softplus, rows, chunk, dtype)
+                _, states = _states(x, step, At, Bc, state, reverse)
+                y[chunk, rows] = torch.matmul(Cc[:, :, None], states).squeeze(2)
+                state = states[0 if reverse else -1]
+        y = y.permute(1, 2, 0)
+        if D is not None:
+            y.addcmul_(u.to(dtype), D.to(dtype)[:, None])
+        ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, starts, y if z is not None else None)
+        ctx.delta_softplus, ctx.reverse = delta_softplus, reverse
+        return (y if z is None else y * F.silu(z.to(dtype))).to(u.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        (grad_out,) = grads
+        u, delta, A, B, C, D, z, delta_bias, starts, y = ctx.saved_tensors
+        reverse, dtype = ctx.reverse, starts.dtype
+        b, e, t = u.shape
+        n = A.shape[1]
+        At = A.to(dtype).t().contiguous()
+        grad_y = grad_out.to(dtype)
+        grad_z = None
+        if z is not None:
+            gate = torch.sigmoid(z.to(dtype))
+            silu = z.to(dtype) * gate
+            grad_z = (grad_y * y * (gate + silu * (1 - gate))).to(z.dtype)
+            grad_y = grad_y * silu
+
+        grad_u, grad_step = (grad_y.new_empty(b, t, e).transpose(0, 1) for _ in range(2))
+        grad_B, grad_C = (grad_y.new_empty(b, t, n).transpose(0, 1) for _ in range(2))
+        grad_A = torch.zeros_like(At)
+        for rows in _blocks(b, _rows(e, n)):
+            later = At.new_zeros(
+                rows.stop - rows.start, n, e
+            )  # gradient that reaches a chunk's last state from later ones
+            for chunk in _chunks(t, not reverse):
+                start = starts[chunk.start // _CHUNK, rows]
+                x, step, Bc, Cc = _block(u, delta, B, C, delta_bias, ctx.delta_softplus, rows, chunk, dtype)
+                entry = step * x
+                decay, states = _states(x, step, At, Bc, start, reverse)
+                g = grad_y[rows, :, chunk].permute(2, 0, 1).contiguous()
+                grad_C[chunk, rows] = torch.matmul(states, g[..., None]).squeeze(3)
+
+                grad_states = Cc[..., None] * g[:, :, None]
+                following = None
+                for i in _order(len(g), not reverse):
+                    if following is None:
+                        grad_states[i].add_(later)
+                    else:
+                        grad_states[i].addcmul_(decay[following], grad_states[following])
+                    following = i
+                later = decay[following] * grad_states[following]
+
+                grad_B[chunk, rows] = torch.matmul(grad_states, entry[..., None]).squeeze(3)
+                grad_entry = torch.matmul(Bc[:, :, None], grad_states).squeeze(2)
+                grad_u[chunk, rows] = grad_entry * step
+
+                # of delta A, in place of the gradient of the states: times the decay, times the state before
+                grad_states.mul_(decay)
+                if reverse:
+                    grad_states[:-1].mul_(states[1:])
+                    grad_states[-1].mul_(start)
+                else:
+                    grad_states[1:].mul_(states[:-1])
+                    grad_states[0].mul_(start)
+                torch.mul(grad_states, step[:, :, None], out=decay)
+                grad_A += decay.sum((0, 1))
+                grad_step[chunk, rows] = grad_entry.mul_(x).add_(grad_states.mul_(At).sum(2))
+
+        grad_u, grad_step = grad_u.permute(1, 2, 0), grad_step.permute(1, 2, 0)
+        grad_D = None
+        if D is not None:
+            grad_u.addcmul_(grad_y, D.to(dtype)[:, None])
+            grad_D = torch.einsum("bet,bet->e", grad_y, u.to(dtype)).to(D.dtype)
+        if ctx.delta_softplus:
+            grad_step.mul_(torch.sigmoid(_biased(delta.to(dtype), delta_bias)))
+        return (
+            grad_u.to(u.dtype),
+            grad_step.to(delta.dtype),
+            grad_A.t().to(A.dtype),
+            grad_B.permute(1, 2, 0).to(B.dtype),
+            grad_C.permute(1, 2, 0).to(C.dtype),
+            grad_D,
+            grad_z,
+            None if delta_bias is None else grad_step.sum((0, 2)).to(delta_bias.dtype),
+            None,
+            None,
+        )
+
+
+def _block(u, delta, B, C, delta_bias, delta_softplus: bool, rows: slice, chunk: slice, dtype: torch.dtype):
+    """u and the finished step as (t, b, e), B and C as (t, b, n), of one block and contiguous."""
+    x, step, Bc, Cc = (x[rows, :, chunk].permute(2, 0, 1).to(dtype).contiguous() for x in (u, delta, B, C))
+    if delta_bias is not None:
+        step = step + delta_bias.to(dtype)
+    return x, (F.softplus(step) if delta_softplus else step), Bc, Cc
+
+
+def _states(x, step, At, Bc, start, reverse: bool) -> tuple[Tensor, Tensor]:
+    """Decays and states of one block, both (t, b, n, e), from the state before its first token."""
+    decay = (step[:, :, None] * At).exp_()
+    states = (step * x)[:, :, None] * Bc[..., None]
+    for i in _order(len(x), reverse):
+        states[i].addcmul_(decay[i], start)
+        start = states[i]
+    return decay, states
+
+
+def _biased(delta: Tensor, delta_bias: Tensor | None) -> Tensor:
+    return delta if delta_bias is None else delta + delta_bias.to(delta.dtype)[:, None]
+
+
+def _order(length: int, reverse: bool) -> range:
+    return range(length - 1, -1, -1) if reverse else range(length)
+
+
+def _chunks(t: int, reverse: bool) -> Iterator[slice]:
+    for i in _order(-(-t // _CHUNK), reverse):
+        yield slice(i * _CHUNK, min((i + 1) * _CHUNK, t))
+
+
+def _blocks(b: int, rows: int) -> Iterator[slice]:
+    for i in range(0, b, rows):
+        yield slice(i, min(i + rows, b))
+
+
+def _rows(e: int, n: int) -> int:
+    return max(1, _BLOCK // (_CHUNK * e * n))
+
+
+def _state_dtype(*tensors: Tensor | None) -> torch.dtype:
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+@dataclass(frozen=True)
+class _Backend:
+    """How one implementation is run, and what may stand in its way.
+
+    `run` takes the arguments of `selective_scan_ref`. `unavailable` says why this machine cannot run it ("": it can),
+    `unsuited` the same of these tensors (u first, then the others; None for those that are absent).
+    """
+
+    run: Callable[..., Tensor]
+    unavailable: Callable[[], str] = lambda: ""
+    unsuited: Callable[..., str] = lambda *tensors: ""
+
+
+# Slowest first: "auto" takes the last that can run. A new backend is one more entry.
+_BACKENDS: dict[str, _Backend] = {
+    "reference": _Backend(selective_scan_ref),
+    "torch": _Backend(_ChunkedScan.apply),  # pyright: ignore[reportArgumentType]
+}
+
+
+def _choose(name: str, *tensors: Tensor | None) -> Callable[..., Tensor]:
+    if name == "auto":
+        return next(x.run for x in reversed(_BACKENDS.values()) if not (x.unavailable() or x.unsuited(*tensors)))
+    if name not in _BACKENDS:
+        raise InputError(f"backend: {name!r} is unknown; allowed: auto, {', '.join(_BACKENDS)}")
+    chosen = _BACKENDS[name]
+    if reason := chosen.unavailable() or chosen.unsuited(*tensors):
+        raise BackendError(f"backend {name!r} cannot run here: {reason}")
+    return chosen.run
+
+
+def _check(u, delta, A, B, C, D, z, delta_bias) -> None:
+    """Raise InputError naming the first argument that does not fit."""
+    if u.ndim != 3 or 0 in u.shape:
+        raise InputError(f"u: shape {tuple(u.shape)}; allowed: (b, e, t), none of them zero")
+    if A.ndim != 2 or A.shape[0] != u.shape[1] or A.shape[1] == 0:
+        raise InputError(f"A: shape {tuple(A.shape)}; allowed: ({u.shape[1]}, n), n at least 1")
+    (b, e, t), n = u.shape, A.shape[1]
+    expected = {
+        "delta": (delta, (b, e, t)),
+        "B": (B, (b, n, t)),
+        "C": (C, (b, n, t)),
+        "D": (D, (e,)),
+        "z": (z, (b, e, t)),
+        "delta_bias": (delta_bias, (e,)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise InputError(
+                f"{name}: shape {tuple(tensor.shape)}; allowed: {shape}, from u {(b, e, t)} and A {(e, n)}"
+            )
+    for name, tensor in {"u": u, "A": A, **{k: v[0] for k, v in expected.items()}}.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise InputError(f"{name}: dtype {tensor.dtype}; allowed: a real floating-point type")
+        if tensor is not None and tensor.device != u.device:
+            raise InputError(f"{name}: on {tensor.device}; allowed: {u.device}, where u is")
