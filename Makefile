@@ -1,0 +1,55 @@
+# The two commands are `make repro` and `make test`; each sets up .venv first when it has to. `make` lists the rest.
+
+VENV   := .venv
+TORCH  := torch==2.13.0
+UV     := uv==0.13.9
+PYTHON ?=
+# TORCH, not constraints.txt, pins torch, since which build of it is the machine's choice. UV installs it all.
+# PYTHON: what .venv is built from; empty takes the first on PATH that is 3.11 or newer.
+# TORCH_BACKEND: the build of torch, as uv's --torch-backend (cpu, cu130, auto, ..); remembered in .venv.
+ifndef TORCH_BACKEND
+TORCH_BACKEND := $(shell cat $(VENV)/torch-backend 2>/dev/null)
+endif
+export TORCH UV PYTHON TORCH_BACKEND
+
+# The stamp's name is its key: with another pin, another torch, or in another place, there is no stamp yet.
+KEY   := $(shell { cat pyproject.toml constraints.txt .ci/setup; echo '$(TORCH) $(TORCH_BACKEND) $(CURDIR)'; } | cksum | cut -d' ' -f1)
+READY := $(VENV)/ready-$(KEY)
+
+# Spinning OpenMP threads make a step several times slower when something else runs on the same cores.
+export OMP_WAIT_POLICY := passive
+
+IN_VENV := . $(VENV)/bin/activate &&
+
+.PHONY: help env repro test test-fast lint lab bench clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+env: $(READY)  ## set up .venv: a virtual environment with everything pinned (TORCH_BACKEND=auto for a GPU)
+
+$(READY): ; .ci/setup $(VENV) $(READY)
+
+repro: env  ## train every strategy and draw the answer: the same as `dvc repro` in the activated environment
+	$(IN_VENV) dvc repro
+
+test: lint  ## every test: style, types, units, notebooks, the pipeline
+	$(IN_VENV) pytest --nbval notebooks/method.ipynb
+	$(IN_VENV) pytest -n 2 --dist loadfile --nbval-lax tests notebooks
+
+test-fast: env  ## the tests that take seconds
+	$(IN_VENV) pytest -n 2 --dist loadfile -m "not slow" tests
+
+lint: env  ## style and types
+	$(IN_VENV) ruff check . && ruff format --check . && pyright
+
+lab: env  ## explore in JupyterLab
+	$(IN_VENV) jupyter lab --notebook-dir=.
+
+bench: env  ## measure the backends of the scan on this machine
+	$(IN_VENV) python -m famba bench
+
+clean:  ## remove build/ and the caches of tools; results, figures, the DVC cache and .venv stay
+	rm -rf build .pytest_cache .ruff_cache .hypothesis
+	find famba tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
