@@ -1,0 +1,166 @@
+"""The command line: `python -m famba <command>`; `--help` lists the commands, `<command> --help` its options.
+
+An error that a user can mend is one line on stderr and exit status 1. Anything else is a defect and keeps its
+traceback. Each command imports what it needs, so that reading parameters does not wait for torch.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from famba import params
+from famba.errors import FambaError, InputError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status."""
+    options = _parser().parse_args(arguments)
+    # Spinning OpenMP threads make a step several times slower when something else runs on the same cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        return options.run(options)
+    except FambaError as error:
+        print(f"famba: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("famba: interrupted", file=sys.stderr)
+        return 130
+
+
+def run_notebook(notebook: Path, output: Path, given: dict[str, str]) -> None:
+    """Execute a notebook with parameters, in the repository root, and keep the executed copy.
+
+    Args:
+        given: parameter name -> value, read as a YAML scalar: `0` is a number, `none` a string, `null` is None.
+
+    Raises:
+        InputError: no such notebook, or a parameter that its `parameters` cell does not have. Papermill itself would
+            only warn, and run the default instead.
+        FambaError: raised inside the notebook: the same message.
+        PapermillExecutionError: any other error inside the notebook.
+    """
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    if not notebook.is_file():
+        raise InputError(f"{notebook}: no such notebook")
+    allowed = papermill.inspect_notebook(str(notebook)) if given else {}
+    for name in given:
+        if name not in allowed:
+            raise InputError(f"{notebook}: parameter {name!r} is unknown; allowed: {', '.join(allowed) or 'none'}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        papermill.execute_notebook(
+            str(notebook),
+            str(output),
+            parameters={name: _scalar(name, value) for name, value in given.items()},
+            kernel_name="python3",
+            progress_bar=False,
+            cwd=str(params.root()),
+        )
+    except PapermillExecutionError as error:
+        if error.ename in _user_errors():
+            raise FambaError(f"{notebook}: {error.evalue}") from None
+        raise
+    except DeadKernelError:
+        raise FambaError(f"{notebook}: its kernel was killed; most often the machine ran out of memory") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m famba", description="Vision Mamba with token fusion.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, run: Any, summary: str, **more: Any) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary, **more)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("train", _train, "train one strategy with one seed, and write the run")
+    _choice(sub)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--out", type=Path, help="folder of the run; build/runs/<strategy>-<seed> if not given")
+
+    sub = command("params", _params, "print the parameters that a run gets, its profile applied, as JSON")
+    _choice(sub)
+    sub.add_argument("--out", type=Path, help="write them to this file instead")
+
+    sub = command("notebook", _notebook, "execute a notebook with parameters; an unknown one is an error")
+    sub.add_argument("notebook", type=Path)
+    sub.add_argument("output", type=Path, help="the executed copy")
+    sub.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="given")
+
+    sub = command("bench", _bench, "time the backends of the scan against each other on this machine", add_help=False)
+    sub.add_argument("rest", nargs=argparse.REMAINDER)
+    return parser
+
+
+def _choice(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--strategy", required=True, help=", ".join(params.STRATEGIES))
+    sub.add_argument("--profile", help="one of params.yaml's; the one that it names itself if not given")
+
+
+def _train(options: argparse.Namespace) -> int:
+    p = params.load(options.profile, strategy=options.strategy)
+    from famba import records, train
+
+    out = options.out or params.root() / "build" / "runs" / f"{options.strategy}-{options.seed}"
+    records.write(train.fit(p, seed=options.seed), out.absolute())
+    print(out)
+    return 0
+
+
+def _params(options: argparse.Namespace) -> int:
+    text = json.dumps(params.load(options.profile, strategy=options.strategy).as_dict(), indent=2)
+    if options.out is None:
+        print(text)
+    else:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+def _notebook(options: argparse.Namespace) -> int:
+    from papermill.exceptions import PapermillExecutionError
+
+    try:
+        run_notebook(options.notebook, options.output, dict(options.given))
+    except PapermillExecutionError as error:
+        print(f"famba: {options.notebook}: cell {error.exec_count} failed\n{error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from famba import bench
+
+    bench.main(options.rest)
+    return 0
+
+
+def _scalar(name: str, text: str) -> Any:
+    """Read with a YAML 1.2 reader, as params.yaml is: `no` and `1e-3` mean what they mean there."""
+    from ruamel.yaml import YAML, YAMLError
+
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        raise InputError(f"parameter {name} = {text!r}: not readable as YAML: {' '.join(str(error).split())}") from None
+
+
+def _user_errors() -> set[str]:
+    """Names of FambaError and all that derive from it: the notebook's kernel tells the class by its name only."""
+    names, found = set(), [FambaError]
+    while found:
+        kind = found.pop()
+        names.add(kind.__name__)
+        found += kind.__subclasses__()
+    return names
+
+
+if __name__ == "__main__":
+    sys.exit(main())
