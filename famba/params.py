@@ -102,12 +102,14 @@ class FusionRule:
 
     Attributes:
         r: tokens removed by each fusing layer.
-        total: tokens removed by all layers together; the r that comes nearest is taken. Exactly one of the two.
+        total: tokens removed by all layers together; the r that comes nearest is taken.
+        schedule: tokens removed by each layer, outright. Exactly one of r, total and schedule.
         first_layer, last_layer: the layers among which the strategy fuses; null is the strategy's own choice.
     """
 
     r: Annotated[int, Field(ge=0)] | None = None
     total: Annotated[int, Field(ge=0)] | None = None
+    schedule: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] | None = None
     first_layer: PositiveInt | None = None
     last_layer: PositiveInt | None = None
 
@@ -257,8 +259,10 @@ def _rule(document: dict, changes: dict, name: str, profile: str, strategy: str)
     else:
         raise InputError(f"{name}: fusion.{strategy}: missing; give {{r: ...}} or {{total: ...}}")
     rule = _validated(FusionRule, _mapping(rule, f"{name}: {section}"), name, section, {})
-    if (rule.r is None) == (rule.total is None):
-        raise InputError(f"{name}: {section}: r = {rule.r}, total = {rule.total}; exactly one of the two must be given")
+    ways = {key: getattr(rule, key) for key in ("r", "total", "schedule")}
+    given = {key: value for key, value in ways.items() if value is not None}
+    if len(given) != 1:
+        raise InputError(f"{name}: {section}: {given or 'nothing'} given; exactly one of {', '.join(ways)} is allowed")
     return rule
 
 

@@ -1,0 +1,139 @@
+"""The bidirectional Mamba mixer of Vision Mamba (Vim, arXiv:2401.09417, algorithm 1; Mamba: arXiv:2312.00752).
+
+`b` batch, `t` tokens in scan order, `d` d_model, `e` d_inner, `n` d_state. One input projection and one output
+projection serve both directions; each direction has its own convolution, its own selection (step, B, C) and its own
+A and D. Activations stay channel-last, (b, t, e), and are handed to the scan as transposed views, without copies.
+Parameter names and shapes are those of the released weights.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from famba.scan import selective_scan
+
+_STEP_RANGE = (1e-3, 1e-1)  # initial steps are drawn log-uniformly from this range
+_STEP_FLOOR = 1e-4
+
+
+class Selection(NamedTuple):
+    """What one direction scans, and how its input selects (Mamba section 3.2)."""
+
+    u: Float[Tensor, "b e t"]
+    delta: Float[Tensor, "b e t"]
+    B: Float[Tensor, "b n t"]
+    C: Float[Tensor, "b n t"]
+
+
+class BidirectionalMixer(nn.Module):
+    """Mixes the tokens of a sequence by a forward and a backward selective scan.
+
+    Args:
+        average_directions: average the directions' outputs, as the released weights do; False sums them.
+        backend: of the selective scan.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        *,
+        d_conv: int = 4,
+        expand: int = 2,
+        average_directions: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.d_state = d_state
+        self.d_inner = d_inner = expand * d_model
+        self.dt_rank = dt_rank = math.ceil(d_model / 16)
+        self.average_directions = average_directions
+        self.backend = backend
+
+        self.A_log = nn.Parameter(torch.empty(d_inner, d_state))
+        self.D = nn.Parameter(torch.empty(d_inner))
+        self.A_b_log = nn.Parameter(torch.empty(d_inner, d_state))
+        self.D_b = nn.Parameter(torch.empty(d_inner))
+        self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
+        self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner)
+        self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(dt_rank, d_inner)
+        self.conv1d_b = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner)
+        self.x_proj_b = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)
+        self.dt_proj_b = nn.Linear(dt_rank, d_inner)
+        self.out_proj = nn.Linear(d_inner, d_model, bias=False)
+        self.reset_scan_parameters()
+
+    @torch.no_grad()
+    def reset_scan_parameters(self) -> None:
+        """Mamba's initialisation, for both directions.
+
+        The released Vim code leaves the backward step's bias at nn.Linear's default, so that direction starts with
+        steps of about 0.69 instead of about 0.01.
+        """
+        for A_log, D, dt_proj in ((self.A_log, self.D, self.dt_proj), (self.A_b_log, self.D_b, self.dt_proj_b)):
+            A_log.copy_(torch.arange(1, self.d_state + 1).log().expand_as(A_log))
+            D.fill_(1)
+            nn.init.uniform_(dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+            low, high = map(math.log, _STEP_RANGE)
+            step = torch.empty_like(dt_proj.bias).uniform_(low, high).exp().clamp(min=_STEP_FLOOR)
+            dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+
+    def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+        """The mixed tokens."""
+        return self.out_proj(self.scan(*self.select(x)))
+
+    def select(self, x: Float[Tensor, "b t d"]) -> tuple[Selection, Selection, Float[Tensor, "b t e"]]:
+        """Both directions' input and selection, and the gate."""
+        u, gate = self.in_proj(x).chunk(2, dim=-1)
+        forward = self._select(u, self.conv1d, self.x_proj, self.dt_proj, reverse=False)
+        backward = self._select(u, self.conv1d_b, self.x_proj_b, self.dt_proj_b, reverse=True)
+        return forward, backward, gate
+
+    def scan(self, forward: Selection, backward: Selection, gate: Float[Tensor, "b t e"]) -> Float[Tensor, "b t e"]:
+        """Both scans, joined and gated: what the output projection sees."""
+        y = self._scan(forward, self.A_log, self.D, self.dt_proj, reverse=False)
+        y = y + self._scan(backward, self.A_b_log, self.D_b, self.dt_proj_b, reverse=True)
+        y = y.mT * functional.silu(gate)
+        return y * 0.5 if self.average_directions else y
+
+    def feature(self, forward: Selection, backward: Selection, kind: str) -> Float[Tensor, "b t c"]:
+        """What of the selection fusion may compare, both directions side by side: the step `delta`, `B` or `C`."""
+        if kind == "delta":
+            steps = (forward.delta.mT + self.dt_proj.bias, backward.delta.mT + self.dt_proj_b.bias)
+            return functional.softplus(torch.cat(steps, dim=-1))
+        return torch.cat([getattr(forward, kind).mT, getattr(backward, kind).mT], dim=-1)
+
+    def _select(
+        self, u: Float[Tensor, "b t e"], conv: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, *, reverse: bool
+    ) -> Selection:
+        u = functional.silu(causal_conv(u, conv.weight, conv.bias, reverse=reverse))
+        dt, B, C = x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        return Selection(u.mT, functional.linear(dt, dt_proj.weight).mT, B.mT, C.mT)
+
+    def _scan(self, s: Selection, A_log: Tensor, D: Tensor, dt_proj: nn.Linear, *, reverse: bool) -> Tensor:
+        return selective_scan(
+            s.u,
+            s.delta,
+            -torch.exp(A_log.float() if A_log.dtype != torch.float64 else A_log),
+            s.B,
+            s.C,
+            D,
+            delta_bias=dt_proj.bias,
+            delta_softplus=True,
+            reverse=reverse,
+            backend=self.backend,
+        )
+
+
+def causal_conv(
+    x: Float[Tensor, "b t e"], weight: Float[Tensor, "e 1 k"], bias: Float[Tensor, "e"] | None, *, reverse: bool
+) -> Float[Tensor, "b t e"]:
+    """Depthwise convolution in which a token sees itself and the k - 1 before it; reversed, those after it."""
+    k = weight.shape[-1]
+    padded = functional.pad(x.mT, (0, k - 1) if reverse else (k - 1, 0))
+    return functional.conv1d(padded, weight.flip(-1) if reverse else weight, bias, groups=weight.shape[0]).mT

@@ -1,0 +1,353 @@
+"""Vision Mamba (Vim, arXiv:2401.09417) with token fusion inside its blocks (Famba-V, arXiv:2409.09808).
+
+`b` batch, `t` tokens in scan order, `d` d_model, `e` d_inner. State-dict keys and shapes are those of the released
+weights. A block is Add -> RMSNorm -> mixer, with the residual stream kept in fp32; fusion happens between the norm and
+the mixer, on the normed tokens and on the residual with one matching, which serves both scan directions.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from famba import fusion, strategies
+from famba.errors import InputError
+from famba.fusion import Matching
+from famba.mixer import BidirectionalMixer
+from famba.params import FusionOptions
+
+_NORM_EPS = 1e-5
+
+# What a name stands for; every value can be overridden in `create_model`.
+PRESETS: dict[str, dict[str, int]] = {
+    "vim_tiny": {"img_size": 224, "patch_size": 16, "stride": 16, "depth": 24, "d_model": 192, "d_state": 16},
+    "vim_small": {"img_size": 224, "patch_size": 16, "stride": 16, "depth": 24, "d_model": 384, "d_state": 16},
+    "vim_base": {"img_size": 224, "patch_size": 16, "stride": 16, "depth": 24, "d_model": 768, "d_state": 16},
+    "vim_micro": {"img_size": 32, "patch_size": 4, "stride": 4, "depth": 12, "d_model": 128, "d_state": 16},
+    "vim_nano": {"img_size": 8, "patch_size": 3, "stride": 1, "depth": 8, "d_model": 32, "d_state": 16},
+}
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int = 1000,
+    img_size: int | None = None,
+    patch_size: int | None = None,
+    stride: int | None = None,
+    depth: int | None = None,
+    d_model: int | None = None,
+    d_state: int | None = None,
+    cls_position: str = "middle",
+    pool: str = "cls",
+    average_directions: bool = True,
+    schedule: Sequence[int] | None = None,
+    fusion: FusionOptions | None = None,
+    backend: str = "auto",
+) -> "VisionMamba":
+    """A Vision Mamba by name; what is given replaces the name's own value.
+
+    Args:
+        name: a key of `PRESETS`; vim_tiny, vim_small and vim_base are the released sizes.
+        schedule: tokens removed by each layer, layer 1 first; None fuses nothing.
+        fusion: how tokens are fused; None is the default `FusionOptions`.
+
+    Raises:
+        InputError: an unknown name or a value that does not fit the others; see `VisionMamba`.
+    """
+    if name not in PRESETS:
+        raise InputError(f"model: {name!r} is not one of {', '.join(PRESETS)}")
+    sizes = {
+        "img_size": img_size,
+        "patch_size": patch_size,
+        "stride": stride,
+        "depth": depth,
+        "d_model": d_model,
+        "d_state": d_state,
+    }
+    return VisionMamba(
+        **{key: PRESETS[name][key] if value is None else value for key, value in sizes.items()},
+        num_classes=num_classes,
+        cls_position=cls_position,
+        pool=pool,
+        average_directions=average_directions,
+        schedule=schedule,
+        fusion=fusion,
+        backend=backend,
+    )
+
+
+@dataclasses.dataclass
+class Trace:
+    """What happened in one forward pass, for figures and tests; detached.
+
+    Attributes:
+        token_counts: tokens at the input and after each layer's fusion, depth + 1 numbers.
+        matchings: each layer's matching, None where nothing was fused.
+        features: what each layer's matching compared, None where nothing was fused.
+        normed: each layer's normed tokens before its fusion, (b, t, d).
+        hidden_states: each layer's mixer output, (b, s, d).
+        residuals: the residual stream that each layer passes on, (b, s, d), before that output is added.
+        groups: after each layer, the token that each input token has ended in, (b, tokens at the input).
+        sizes: after each layer, the input tokens that each token stands for, (b, s).
+        cls_index: where the class token stands at the end, (b,); None without one.
+        pooled: what the head saw, (b, d).
+    """
+
+    token_counts: list[int]
+    matchings: list[Matching | None] = dataclasses.field(default_factory=list)
+    features: list[Tensor | None] = dataclasses.field(default_factory=list)
+    normed: list[Tensor] = dataclasses.field(default_factory=list)
+    hidden_states: list[Tensor] = dataclasses.field(default_factory=list)
+    residuals: list[Tensor] = dataclasses.field(default_factory=list)
+    groups: list[Tensor] = dataclasses.field(default_factory=list)
+    sizes: list[Tensor] = dataclasses.field(default_factory=list)
+    cls_index: Tensor | None = None
+    pooled: Tensor | None = None
+
+
+@dataclasses.dataclass
+class _Stream:
+    """The tokens on their way through the layers."""
+
+    hidden: Float[Tensor, "b t d"]
+    residual: Float[Tensor, "b t d"] | None
+    size: Float[Tensor, "b t"]
+    cls_index: Int[Tensor, "b"] | None
+
+
+class VisionMamba(nn.Module):
+    """Vim with a fusion schedule.
+
+    Args:
+        img_size, patch_size, stride: pixels; a stride below the patch size overlaps the patches.
+        cls_position: the class token is inserted before patch number patches // 2 (`middle`), at the `head`, or `none`.
+        pool: the head sees the class token (`cls`), or the `mean` of all tokens, each weighted by the input tokens it
+            stands for if fusion weighs by size.
+        average_directions: average the two scan directions, as released; False sums them.
+        schedule: tokens removed by each layer, layer 1 first; None fuses nothing.
+
+    Raises:
+        InputError: patches that do not tile the image, a pool without its class token, a schedule of another length
+            than the depth, or one that removes more tokens than there are (names layer, t and r).
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        img_size: int,
+        patch_size: int,
+        stride: int,
+        depth: int,
+        d_model: int,
+        d_state: int,
+        cls_position: str = "middle",
+        pool: str = "cls",
+        average_directions: bool = True,
+        schedule: Sequence[int] | None = None,
+        fusion: FusionOptions | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        options = FusionOptions() if fusion is None else fusion
+        schedule = [0] * depth if schedule is None else list(schedule)
+        self.config: dict[str, Any] = {
+            "num_classes": num_classes,
+            "img_size": img_size,
+            "patch_size": patch_size,
+            "stride": stride,
+            "depth": depth,
+            "d_model": d_model,
+            "d_state": d_state,
+            "cls_position": cls_position,
+            "pool": pool,
+            "average_directions": average_directions,
+        }
+        _check_sizes(self.config)
+        if cls_position not in ("middle", "head", "none"):
+            raise InputError(f"cls_position: {cls_position!r} is not one of middle, head, none")
+        if pool not in (("mean",) if cls_position == "none" else ("cls", "mean")):
+            raise InputError(
+                f"pool: {pool!r} with cls_position {cls_position!r}; allowed: mean, or cls with a class token"
+            )
+
+        self.grid = (img_size - patch_size) // stride + 1  # patches along one side
+        self.img_size, self.depth = img_size, depth
+        self.cls_position, self.pool = cls_position, pool
+        patches = self.grid**2
+        self.tokens = patches + (cls_position != "none")
+        self.cls_index = {"middle": patches // 2, "head": 0, "none": None}[cls_position]
+        self.set_fusion(schedule, options)
+
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, d_model)) if cls_position != "none" else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.tokens, d_model))
+        self.patch_embed = _PatchEmbed(patch_size, stride, d_model)
+        self.head = nn.Linear(d_model, num_classes)
+        self.layers = nn.ModuleList(
+            _Block(d_model, d_state, average_directions=average_directions, backend=backend) for _ in range(depth)
+        )
+        self.norm_f = _RMSNorm(d_model)
+        self._init_weights()
+
+    def set_fusion(self, schedule: Sequence[int], options: FusionOptions) -> None:
+        """Fuse by another schedule from now on; the weights are the same for all. Errors as at construction."""
+        schedule = list(schedule)
+        if len(schedule) != self.depth:
+            raise InputError(f"schedule: {len(schedule)} entries; must be one for each of {self.depth} layers")
+        counts = strategies.token_counts(schedule, self.tokens, protected=int(self.cls_index is not None))
+        for layer, (t, r) in enumerate(zip(counts, schedule, strict=False), start=1):
+            if t == 3 and r and self.cls_position == "middle":
+                raise InputError(
+                    f"layer {layer}: r = {r} of t = 3 tokens; the class token may stand between the others"
+                )
+        self.schedule, self.options, self.token_counts = schedule, options, counts
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b classes"]:
+        """Logits."""
+        return self.head(self._features(images, None))
+
+    def forward_with_trace(self, images: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "b classes"], Trace]:
+        """Logits, and what happened on the way."""
+        trace = Trace(token_counts=[])
+        pooled = self._features(images, trace)
+        trace.pooled = pooled.detach()
+        return self.head(pooled), trace
+
+    def embed(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b t d"]:
+        """Patch embedding, class token and position embedding: the tokens that enter layer 1."""
+        if images.shape[-2:] != (self.img_size, self.img_size):
+            raise InputError(
+                f"images: {tuple(images.shape[-2:])} pixels; this model takes {self.img_size, self.img_size}"
+            )
+        x = self.patch_embed(images)
+        if self.cls_token is not None:
+            assert self.cls_index is not None
+            token = self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype)
+            x = torch.cat([x[:, : self.cls_index], token, x[:, self.cls_index :]], dim=1)
+        return x + self.pos_embed
+
+    def _features(self, images: Tensor, trace: Trace | None) -> Float[Tensor, "b d"]:
+        hidden = self.embed(images)
+        b, t, _ = hidden.shape
+        cls_index = None if self.cls_index is None else torch.full((b,), self.cls_index, device=hidden.device)
+        at = _Stream(hidden, None, torch.ones(b, t, dtype=self.pos_embed.dtype, device=hidden.device), cls_index)
+        if trace is not None:
+            trace.token_counts.append(t)
+        for block, r in zip(self.layers, self.schedule, strict=True):
+            at = block(at, r, self.options, trace)
+        if trace is not None:
+            trace.cls_index = at.cls_index
+
+        assert at.residual is not None
+        x = self.norm_f(at.hidden + at.residual)
+        if self.pool == "cls":
+            assert at.cls_index is not None
+            return x[torch.arange(b, device=x.device), at.cls_index]
+        if self.options.weighting == "mean":
+            return x.mean(1)
+        return (x * (at.size / t)[..., None]).sum(1)
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        """Vim's initialisation; the mixers have set what belongs to their scans."""
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if self.cls_token is not None:
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+        proj = self.patch_embed.proj
+        nn.init.trunc_normal_(proj.weight, std=math.prod(proj.weight.shape[1:]) ** -0.5)
+        assert proj.bias is not None
+        proj.bias.zero_()
+        for block in self.layers:
+            assert isinstance(block, _Block)
+            # one residual branch per layer: the sum's variance does not grow with the depth
+            block.mixer.out_proj.weight.div_(math.sqrt(self.depth))
+
+
+class _PatchEmbed(nn.Module):
+    def __init__(self, patch_size: int, stride: int, d_model: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, d_model, patch_size, stride)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).mT
+
+
+class _RMSNorm(nn.Module):
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x, self.weight.shape, self.weight, _NORM_EPS)
+
+
+class _Block(nn.Module):
+    """Add -> RMSNorm -> fuse -> mixer."""
+
+    def __init__(self, d_model: int, d_state: int, *, average_directions: bool, backend: str) -> None:
+        super().__init__()
+        self.mixer = BidirectionalMixer(d_model, d_state, average_directions=average_directions, backend=backend)
+        self.norm = _RMSNorm(d_model)
+
+    def forward(self, at: _Stream, r: int, options: FusionOptions, trace: Trace | None) -> _Stream:
+        residual = at.hidden + at.residual if at.residual is not None else at.hidden
+        residual = residual if residual.dtype == torch.float64 else residual.float()
+        normed = self.norm(residual)
+        mixer, size, cls_index = self.mixer, at.size, at.cls_index
+        late = options.position == "after_scan"
+        feature = matching = plan = None
+        selected = mixer.select(normed) if late else None
+        if r:
+            feature = self._feature(options.feature, normed, residual, selected)
+            matching = fusion.match_tokens(feature, r, protected=() if cls_index is None else cls_index)
+            plan = fusion.plan(matching, size, order=options.order, weighting=options.weighting)
+            residual, size = fusion.apply(plan, residual), plan.size
+            cls_index = None if cls_index is None else plan.destination.gather(1, cls_index[:, None])[:, 0]
+        if selected is not None:
+            mixed = mixer.scan(*selected)
+            hidden = mixer.out_proj(mixed if plan is None else fusion.apply(plan, mixed))
+        else:
+            hidden = mixer(normed if plan is None else fusion.apply(plan, normed))
+
+        if trace is not None:
+            b, before = normed.shape[:2]
+            destination = torch.arange(before, device=normed.device).expand(b, -1) if plan is None else plan.destination
+            trace.token_counts.append(hidden.shape[1])
+            trace.matchings.append(matching)
+            trace.features.append(None if feature is None else feature.detach())
+            trace.normed.append(normed.detach())
+            trace.hidden_states.append(hidden.detach())
+            trace.residuals.append(residual.detach())
+            trace.groups.append(destination.gather(1, trace.groups[-1]) if trace.groups else destination)
+            trace.sizes.append(size)
+        return _Stream(hidden, residual, size, cls_index)
+
+    @torch.no_grad()
+    def _feature(self, kind: str, normed: Tensor, residual: Tensor, selected: tuple | None) -> Float[Tensor, "b t c"]:
+        """What similarity compares, (b, t, c). The selection is that of the tokens before they are fused."""
+        if kind == "normed":
+            return normed
+        if kind == "residual":
+            return residual
+        forward, backward, _ = self.mixer.select(normed) if selected is None else selected
+        return self.mixer.feature(forward, backward, kind)
+
+
+def _check_sizes(config: dict[str, Any]) -> None:
+    for key in ("num_classes", "img_size", "patch_size", "stride", "depth", "d_model", "d_state"):
+        if not isinstance(config[key], int) or config[key] < 1:
+            raise InputError(f"{key}: {config[key]!r}; must be a whole number of 1 or more")
+    img_size, patch_size, stride = config["img_size"], config["patch_size"], config["stride"]
+    if patch_size > img_size or (img_size - patch_size) % stride:
+        raise InputError(
+            f"img_size: {img_size} pixels; patches of {patch_size} at stride {stride} do not tile it; allowed: "
+            f"{patch_size} plus a multiple of {stride}"
+        )

@@ -1,0 +1,106 @@
+"""Strategy names become schedules: the paper's own, the same at other depths, and what is refused."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from famba.errors import InputError
+from famba.params import FusionRule
+from famba.strategies import STRATEGIES, from_rule, fused_layers, schedule, token_counts
+
+PAPER = {"none": None, "all": 7, "interleaved": 14, "lower": 9, "upper": 9}
+
+
+def test_the_papers_schedules_are_those_of_its_table_1():
+    assert schedule("none", depth=24) == [0] * 24
+    assert schedule("all", depth=24, r=7) == [7] * 24
+    assert schedule("interleaved", depth=24, r=14) == [0, 14] * 12
+    assert schedule("lower", depth=24, r=9, first_layer=1, last_layer=19) == [9] * 19 + [0] * 5
+    assert schedule("upper", depth=24, r=9, first_layer=6, last_layer=24) == [0] * 5 + [9] * 19
+
+
+def test_the_papers_layers_are_the_default_at_depth_24():
+    assert schedule("lower", depth=24, r=9) == [9] * 19 + [0] * 5
+    assert schedule("upper", depth=24, r=9) == [0] * 5 + [9] * 19
+
+
+@pytest.mark.parametrize(
+    ("strategy", "left"), [("none", 197), ("all", 29), ("interleaved", 29), ("lower", 26), ("upper", 26)]
+)
+def test_the_papers_schedules_leave_the_tokens_worked_out_by_hand(strategy, left):
+    # 197 - 24 * 7 = 197 - 12 * 14 = 29;  197 - 19 * 9 = 26
+    counts = token_counts(schedule(strategy, depth=24, r=PAPER[strategy]), 197)
+    assert len(counts) == 25
+    assert counts[0] == 197
+    assert counts[-1] == left
+
+
+def test_token_counts_fall_layer_by_layer():
+    assert token_counts([0, 3, 0, 2], 10) == [10, 10, 7, 7, 5]
+
+
+@pytest.mark.parametrize("strategy", ["all", "interleaved", "lower", "upper"])
+def test_a_budget_of_the_papers_tokens_gives_the_papers_r(strategy):
+    budget = sum(schedule(strategy, depth=24, r=PAPER[strategy]))
+    assert budget in (168, 171)
+    for total in (168, 171):
+        assert schedule(strategy, depth=24, total=total) == schedule(strategy, depth=24, r=PAPER[strategy])
+
+
+@given(st.sampled_from(["all", "interleaved", "lower", "upper"]), st.integers(2, 60), st.integers(0, 500))
+def test_no_other_r_comes_nearer_to_a_budget(strategy, depth, total):
+    removed = schedule(strategy, depth=depth, total=total)
+    assert len(removed) == depth
+    layers = fused_layers(strategy, depth=depth)
+    r = max(removed)
+    assert removed == schedule(strategy, depth=depth, r=r)
+    for other in (r - 1, r + 1):
+        assert abs(other * len(layers) - total) >= abs(sum(removed) - total)
+
+
+@given(st.integers(1, 60), st.sampled_from(STRATEGIES))
+def test_a_strategy_fuses_only_in_layers_that_exist_and_in_the_same_ones_whatever_r(depth, strategy):
+    layers = fused_layers(strategy, depth=depth)
+    assert all(1 <= layer <= depth for layer in layers)
+    assert layers == sorted(set(layers))
+
+
+def test_first_and_last_layer_narrow_every_strategy():
+    assert schedule("all", depth=6, r=1, first_layer=2, last_layer=4) == [0, 1, 1, 1, 0, 0]
+    assert schedule("interleaved", depth=6, r=1, first_layer=3) == [0, 0, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"strategy": "middle", "depth": 4, "r": 1}, "'middle' is not one of none, all, interleaved, lower, upper"),
+        ({"strategy": "all", "depth": 4}, "exactly one of the two"),
+        ({"strategy": "all", "depth": 4, "r": 1, "total": 4}, "exactly one of the two"),
+        ({"strategy": "all", "depth": 4, "r": -1}, "r = -1; must be 0 or more"),
+        ({"strategy": "none", "depth": 4, "r": 2}, "removes no tokens"),
+        ({"strategy": "upper", "depth": 4, "r": 2, "first_layer": 5}, "first_layer = 5; must be in 1..4"),
+        ({"strategy": "lower", "depth": 4, "r": 2, "last_layer": 0}, "last_layer = 0; must be in 1..4"),
+        ({"strategy": "all", "depth": 4, "r": 2, "first_layer": 3, "last_layer": 2}, "no layer to fuse in among 3..2"),
+        ({"strategy": "interleaved", "depth": 1, "r": 1}, "no layer to fuse in"),
+        ({"strategy": "all", "depth": 0, "r": 1}, "depth: 0"),
+    ],
+)
+def test_what_makes_no_schedule_is_refused_in_one_line(arguments, said):
+    with pytest.raises(InputError) as error:
+        schedule(**arguments)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_r_that_is_too_large_names_layer_t_and_r():
+    with pytest.raises(InputError, match=r"layer 2: r = 4 of t = 7 tokens; allowed: 0\.\.3"):
+        token_counts([3, 4], 10)
+    assert token_counts([3, 3], 10) == [10, 7, 4]
+
+
+def test_a_schedule_can_be_given_outright():
+    assert from_rule("upper", FusionRule(schedule=(0, 2, 5)), depth=3) == [0, 2, 5]
+    with pytest.raises(InputError, match="has 3 layers; the model 4"):
+        from_rule("upper", FusionRule(schedule=(0, 2, 5)), depth=4)
+    assert from_rule("upper", FusionRule(r=2, first_layer=2), depth=3) == [0, 2, 2]
+    assert from_rule("all", FusionRule(total=9), depth=3) == [3, 3, 3]
