@@ -1,0 +1,562 @@
+import hashlib
+import logging
+import os
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from famba import data, params
+from famba.errors import InputError
+from famba.params import DataParams
+
+DIGITS = {
+    "dataset": "digits",
+    "root": None,
+    "img_size": 8,
+    "val_fraction": 0.1,
+    "split_seed": 0,
+    "shift": 1,
+    "flip": False,
+    "limit": None,
+}
+
+
+def digits(**changes: object) -> data.Dataset:
+    return data.load(DataParams(**{**DIGITS, **changes}))
+
+
+def photograph(seed: int, size: tuple[int, int] = (8, 8)) -> Image.Image:
+    """Smooth colours, so that JPEG keeps them nearly as they are."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository root of its own, whose build/cache is empty."""
+    (tmp_path / "params.yaml").touch()
+    (tmp_path / "dvc.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def folder(checkout: Path) -> Path:
+    """Two classes in true file formats: 10 training and 2 test images of each."""
+    top = checkout / "images"
+    seed = 0
+    for part, count in {"train": 10, "test": 2}.items():
+        for name in ("cat", "dog"):
+            (top / part / name).mkdir(parents=True)
+            for i in range(count):
+                photograph(seed := seed + 1).save(top / part / name / f"{i}.{('png', 'jpg', 'bmp', 'gif')[i % 4]}")
+    return top
+
+
+def from_folder(**changes: object) -> data.Dataset:
+    return digits(**{"dataset": "folder", "root": "images", "val_fraction": 0.2} | changes)
+
+
+def caches(checkout: Path) -> list[Path]:
+    return sorted((checkout / "build" / "cache").iterdir())
+
+
+def one_line(error: pytest.ExceptionInfo[InputError], *parts: str) -> None:
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+# digits
+
+
+def test_digits_are_split_into_500_test_images_and_a_tenth_of_the_rest_held_out():
+    d = digits()
+    assert (len(d.train), len(d.val), len(d.test)) == (1167, 130, 500)
+    assert d.classes == tuple("0123456789")
+    for split in (d.train, d.val, d.test):
+        assert split.images.dtype == torch.uint8
+        assert split.labels.dtype == torch.int64
+        assert split.images.shape == (len(split), 3, 8, 8)
+        assert split.images.min() == 0
+        assert split.images.max() == 255
+        assert torch.equal(split.images[:, 0], split.images[:, 1])
+
+
+def test_digits_hold_the_scans_of_scikit_learn_each_exactly_once():
+    from sklearn.datasets import load_digits
+
+    d = digits()
+    ours = torch.cat([s.images[:, 0].flatten(1) for s in (d.train, d.val, d.test)]).double() * 16 / 255
+    labels = torch.cat([s.labels for s in (d.train, d.val, d.test)])
+    pixels, target = load_digits(return_X_y=True)
+    found = torch.cat([ours.round().int(), labels[:, None]], 1).tolist()
+    assert sorted(found) == sorted([*map(int, row), int(label)] for row, label in zip(pixels, target, strict=True))
+
+
+def test_every_split_holds_each_class_by_its_share():
+    d = digits()
+    everything = sum(torch.bincount(s.labels) for s in (d.train, d.val, d.test))
+    for split in (d.train, d.val, d.test):
+        share = everything * len(split) / 1797
+        assert (torch.bincount(split.labels) - share).abs().max() < 1.2  # twice rounded: the test split, then val
+
+
+def test_the_test_split_is_the_same_one_for_every_parameter_and_for_ever():
+    reference = digits().test
+    for changes in ({"split_seed": 7}, {"val_fraction": 0.3}, {"limit": 100}):
+        other = digits(**changes).test
+        assert torch.equal(other.images, reference.images)
+        assert torch.equal(other.labels, reference.labels)
+    # Accuracies of other days are of this very split: if this changes, no result can be compared with an older one.
+    assert hashlib.sha256(reference.images.numpy().tobytes()).hexdigest()[:16] == "0e7d6e34c27d9eff"
+
+
+def test_the_same_parameters_give_the_same_splits_and_another_seed_gives_others():
+    first, again, other = digits(limit=200), digits(limit=200), digits(limit=200, split_seed=1)
+    for name in ("train", "val"):
+        assert torch.equal(getattr(first, name).images, getattr(again, name).images)
+        assert not torch.equal(getattr(first, name).images, getattr(other, name).images)
+    assert (first.mean, first.std) == (again.mean, again.std)
+
+
+def test_limit_takes_a_stratified_part_of_the_training_images_and_leaves_the_validation_split():
+    whole, part = digits(), digits(limit=128)
+    assert len(part.train) == 128
+    assert set(torch.bincount(part.train.labels).tolist()) <= {12, 13, 14}
+    assert torch.equal(part.val.images, whole.val.images)
+    rows = {image.numpy().tobytes() for image in whole.train.images}
+    assert {image.numpy().tobytes() for image in part.train.images} <= rows
+
+
+def test_a_limit_of_all_training_images_changes_nothing():
+    assert torch.equal(digits(limit=1167).train.images, digits().train.images)
+
+
+def test_digits_of_another_size_are_those_that_pillow_resizes():
+    small, large = digits(), digits(img_size=16)
+    assert large.train.images.shape == (1167, 3, 16, 16)
+    scan = Image.fromarray(small.train.images[5, 0].numpy())
+    expected = np.asarray(scan.convert("RGB").resize((16, 16), Image.Resampling.BICUBIC))
+    assert np.array_equal(large.train.images[5].numpy(), expected.transpose(2, 0, 1))
+
+
+def test_mean_and_std_are_those_of_the_training_split_alone():
+    for d in (digits(), digits(limit=50)):
+        x = d.train.images.double() / 255
+        assert d.mean == pytest.approx(x.mean((0, 2, 3)).tolist(), rel=1e-12)
+        assert d.std == pytest.approx(x.std((0, 2, 3), correction=0).tolist(), rel=1e-12)
+        assert all(type(value) is float for value in (*d.mean, *d.std))
+    assert digits().mean != digits(limit=50).mean
+
+
+# folder
+
+
+def test_a_folder_gives_its_images_with_the_classes_and_files_sorted_by_name(folder: Path):
+    d = from_folder()
+    assert d.classes == ("cat", "dog")
+    assert (len(d.train), len(d.val), len(d.test)) == (16, 4, 4)
+    assert torch.bincount(d.train.labels).tolist() == [8, 8]
+    assert torch.bincount(d.val.labels).tolist() == [2, 2]
+    assert d.test.labels.tolist() == [0, 0, 1, 1]
+    files = [folder / "test" / name / file for name in ("cat", "dog") for file in ("0.png", "1.jpg")]
+    for image, file in zip(d.test.images, files, strict=True):
+        assert np.array_equal(image.numpy(), np.asarray(Image.open(file).convert("RGB")).transpose(2, 0, 1))
+
+
+def test_the_second_load_reads_the_cache_and_no_image(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    first = from_folder()
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("an image was opened")
+
+    monkeypatch.setattr(Image, "open", refuse)
+    second = from_folder()
+    assert torch.equal(first.train.images, second.train.images)
+    assert torch.equal(first.test.images, second.test.images)
+    assert len(caches(folder.parent)) == 1
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("change", ["content", "time", "name", "more", "img_size"])
+def test_a_changed_folder_is_decoded_anew(folder: Path, change: str):
+    from_folder()
+    target = folder / "test" / "cat" / "0.png"
+    size = 8
+    match change:
+        case "content":
+            photograph(99, (9, 9)).save(target)
+        case "time":
+            os.utime(target, ns=(1, 1))
+        case "name":
+            target.rename(target.with_name("5.png"))
+        case "more":
+            photograph(99).save(target.with_name("6.png"))
+        case "img_size":
+            size = 10
+    d = from_folder(img_size=size)
+    assert len(caches(folder.parent)) == 2
+    assert d.test.images.shape == (5 if change == "more" else 4, 3, size, size)
+
+
+def foreign(path: Path) -> None:
+    save_file({"images": torch.zeros(1, 3, 8, 8, dtype=torch.uint8)}, path)
+
+
+def one_bit(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[-5] ^= 1
+    path.write_bytes(raw)
+
+
+def other_name(path: Path) -> None:
+    images = load_file(path)["images"]
+    save_file({"pictures": images}, path, metadata={"crc32": str(zlib.crc32(images.numpy().data))})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda path: path.write_bytes(path.read_bytes()[:-100]), id="truncated"),
+        pytest.param(lambda path: path.write_bytes(b""), id="empty"),
+        pytest.param(lambda path: path.write_bytes(b"not a tensor" * 50), id="nonsense"),
+        pytest.param(one_bit, id="one bit"),
+        pytest.param(foreign, id="foreign"),
+        pytest.param(other_name, id="other name"),
+    ],
+)
+def test_a_damaged_cache_is_rebuilt_with_a_warning_of_one_line(
+    folder: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+):
+    first = from_folder()
+    (cache,) = caches(folder.parent)
+    whole = cache.read_bytes()
+    damage(cache)
+    assert cache.read_bytes() != whole
+    second = from_folder()
+    assert torch.equal(first.train.images, second.train.images)
+    assert caches(folder.parent) == [cache]
+    assert cache.read_bytes() == whole
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert cache.name in record.getMessage()
+    assert "\n" not in record.getMessage()
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_that_names_it_and_leaves_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError) as error:
+        from_folder()
+    one_line(error, "build/cache/images-8px-", "No space left on device")
+    assert caches(folder.parent) == []
+
+
+def test_the_root_is_found_from_a_folder_below_it_and_may_be_absolute(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    here = from_folder()
+    (folder.parent / "notebooks").mkdir()
+    monkeypatch.chdir(folder.parent / "notebooks")
+    assert torch.equal(from_folder().train.images, here.train.images)
+    assert torch.equal(from_folder(root=str(folder)).train.images, here.train.images)
+    assert len(caches(folder.parent)) == 1
+
+
+def red_with_grey(mode: str) -> tuple[Image.Image, tuple[int, int, int]]:
+    """An image of one colour in this mode, and that colour as RGB."""
+    match mode:
+        case "1":
+            return Image.new("1", (8, 8), 1), (255, 255, 255)
+        case "L":
+            return Image.new("L", (8, 8), 77), (77, 77, 77)
+        case "LA":
+            return Image.new("LA", (8, 8), (77, 30)), (77, 77, 77)
+        case "RGBA":
+            return Image.new("RGBA", (8, 8), (200, 30, 10, 128)), (200, 30, 10)
+        case "P":
+            image = Image.new("P", (8, 8), 1)
+            image.putpalette([0, 0, 0, 200, 30, 10])
+            return image, (200, 30, 10)
+        case "P, transparent":
+            image, colour = red_with_grey("P")
+            image.info["transparency"] = bytes([255, 128])
+            return image, colour
+    raise AssertionError(mode)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "RGBA", "P", "P, transparent"])
+def test_grey_palette_and_transparent_images_become_rgb(folder: Path, mode: str):
+    image, colour = red_with_grey(mode)
+    image.save(folder / "test" / "cat" / "0.png")
+    assert from_folder().test.images[0].flatten(1).unique(dim=1).flatten().tolist() == list(colour)
+
+
+@pytest.mark.parametrize(("size", "box"), [((40, 16), (12, 0, 28, 16)), ((16, 40), (0, 12, 16, 28)), ((16, 16), None)])
+def test_larger_images_are_resized_by_the_shorter_side_and_cropped_at_the_centre(
+    folder: Path, size: tuple[int, int], box: tuple[int, int, int, int] | None
+):
+    image = photograph(5, size)
+    image.save(folder / "test" / "cat" / "0.png")
+    got = from_folder().test.images[0].int()
+    # Cropping first differs from cropping last only where the filter looks over the edge.
+    square = image.crop(box) if box else image
+    expected = np.asarray(square.resize((8, 8), Image.Resampling.BICUBIC)).transpose(2, 0, 1).astype(int)
+    assert (got - torch.from_numpy(expected)).abs().max() <= 6
+    assert torch.equal(got[:, 2:-2, 2:-2], torch.from_numpy(expected)[:, 2:-2, 2:-2])
+
+
+def test_hidden_files_are_passed_over(folder: Path):
+    (folder / "train" / "cat" / ".DS_Store").write_bytes(b"x")
+    (folder / "train" / ".ipynb_checkpoints").mkdir()
+    assert from_folder().classes == ("cat", "dog")
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-30])
+
+
+def remove(path: Path) -> None:
+    for file in path.rglob("*"):
+        if file.is_file():
+            file.unlink()
+    for below in sorted(path.rglob("*"), reverse=True):
+        below.rmdir()
+    path.rmdir()
+
+
+def empty(path: Path) -> None:
+    remove(path)
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "parts"),
+    [
+        (lambda top: remove(top), ("data.root", "images", "no such folder")),
+        (lambda top: remove(top / "train"), ("images/train", "train/<class>/ and test/<class>/")),
+        (lambda top: remove(top / "test"), ("images/test", "train/<class>/ and test/<class>/")),
+        (lambda top: empty(top / "train"), ("images/train", "no class folders")),
+        (lambda top: empty(top / "train" / "dog"), ("images/train/dog", "no image files")),
+        (lambda top: empty(top / "test" / "cat"), ("images/test/cat", "no image files")),
+        (lambda top: remove(top / "test" / "cat"), ("'cat'", "train/ only")),
+        (lambda top: remove(top / "train" / "dog"), ("'dog'", "test/ only")),
+        (lambda top: (top / "train" / "list.txt").write_text("x"), ("train/list.txt", "only class folders")),
+        (lambda top: (top / "train" / "cat" / "more").mkdir(), ("train/cat/more", "only image files")),
+        (lambda top: (top / "train" / "cat" / "a.txt").write_text("x"), ("train/cat/a.txt", "no known format")),
+        (lambda top: (top / "train" / "cat" / "a.png").touch(), ("train/cat/a.png", "no known format")),
+        (lambda top: truncate(top / "train" / "cat" / "0.png"), ("train/cat/0.png", "not a whole image")),
+        (lambda top: truncate(top / "train" / "dog" / "1.jpg"), ("train/dog/1.jpg", "truncated")),
+        (lambda top: truncate(top / "train" / "dog" / "2.bmp"), ("train/dog/2.bmp", "not a whole image")),
+        (lambda top: (top / "test" / "cat" / "9").symlink_to("nowhere"), ("test/cat/9", "No such file")),
+        (
+            lambda top: Image.new("I;16", (8, 8), 999).save(top / "test" / "cat" / "9.png"),
+            ("test/cat/9.png", "8 bits"),
+        ),
+    ],
+)
+def test_a_folder_that_is_not_laid_out_right_is_an_error_of_one_line_and_caches_nothing(
+    folder: Path, spoil: Callable[[Path], object], parts: tuple[str, ...]
+):
+    spoil(folder)
+    with pytest.raises(InputError) as error:
+        from_folder()
+    one_line(error, *parts)
+    assert not (folder.parent / "build").exists()
+
+
+def test_of_several_broken_images_the_first_is_named(folder: Path):
+    for i in range(10):
+        for name in ("dog", "cat"):
+            (folder / "train" / name / f"{i}.{('png', 'jpg', 'bmp', 'gif')[i % 4]}").write_bytes(b"broken")
+    with pytest.raises(InputError, match=r"train/cat/0\.png"):
+        from_folder()
+
+
+# what the parameters may ask for
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"dataset": "cifar11"}, ("data.dataset", "'cifar11'", "digits, folder")),
+        ({"dataset": "folder"}, ("data.root", "null")),
+        ({"dataset": "folder", "root": "nowhere"}, ("data.root", "nowhere")),
+        ({"limit": 1168}, ("data.limit", "1168", "1167")),
+        ({"limit": 9}, ("data.limit 9", "training image")),
+        ({"val_fraction": 0.001}, ("data.val_fraction 0.001", "validation image")),
+        ({"val_fraction": 1e-9}, ("data.val_fraction 1e-09", "validation image")),
+        ({"val_fraction": 0.9999}, ("data.val_fraction 0.9999", "training image")),
+        ({"shift": 8}, ("data.shift", "8", "data.img_size")),
+    ],
+)
+def test_what_cannot_be_had_is_an_error_of_one_line(checkout: Path, changes: dict[str, object], parts: tuple[str, ...]):
+    with pytest.raises(InputError) as error:
+        digits(**changes)
+    one_line(error, *parts)
+
+
+def test_images_without_any_contrast_are_an_error(folder: Path):
+    for file in (folder / "train").rglob("*.*"):
+        Image.new("RGB", (8, 8), (5, 6, 7)).save(file.with_suffix(".png"))
+        if file.suffix != ".png":
+            file.unlink()
+    with pytest.raises(InputError, match="channel 0"):
+        from_folder()
+
+
+def test_every_profile_of_the_repository_names_a_known_dataset():
+    for profile in params.load(strategy="none").profile, "smoke":
+        assert params.load(profile, strategy="none").data.dataset in data.DATASETS
+
+
+# batches
+
+
+def numbered(n: int) -> data.Split:
+    labels = torch.arange(n)
+    return data.Split(labels.to(torch.uint8)[:, None, None, None].expand(n, 3, 2, 2).contiguous(), labels)
+
+
+@given(n=st.integers(1, 40), batch_size=st.integers(1, 50), drop_last=st.booleans(), seed=st.none() | st.integers(0, 9))
+@settings(deadline=None)
+def test_batches_hold_every_image_once_beside_its_own_label(n: int, batch_size: int, drop_last: bool, seed: int | None):
+    split = numbered(n)
+    if drop_last and batch_size > n:
+        with pytest.raises(InputError, match="batch_size"):
+            data.batches(split, batch_size, drop_last=True)
+        return
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    got = list(data.batches(split, batch_size, generator=generator, drop_last=drop_last))
+    assert all(torch.equal(images[:, 0, 0, 0].long(), labels) for images, labels in got)
+    sizes = [len(labels) for _, labels in got]
+    assert sizes[:-1] == [batch_size] * (len(sizes) - 1)
+    seen = torch.cat([labels for _, labels in got]).tolist()
+    if drop_last:
+        assert sizes[-1] == batch_size
+        assert len(seen) == n - n % batch_size
+        assert len(set(seen)) == len(seen)
+    else:
+        assert sorted(seen) == list(range(n))
+    if seed is None:
+        assert seen == list(range(len(seen)))
+
+
+def test_the_order_follows_from_the_generator_and_differs_from_pass_to_pass():
+    def order(generator: torch.Generator) -> list[int]:
+        return torch.cat([labels for _, labels in data.batches(numbered(50), 7, generator=generator)]).tolist()
+
+    generator, twin = (torch.Generator().manual_seed(3) for _ in range(2))
+    first, second = order(generator), order(generator)
+    assert first != second
+    assert first != list(range(50))
+    assert [first, second] == [order(twin), order(twin)]
+
+
+def test_a_batch_size_below_one_is_refused_when_it_is_asked_for():
+    with pytest.raises(InputError, match="batch_size: 0"):
+        data.batches(numbered(3), 0)
+
+
+# normalise and augment
+
+
+def test_normalised_training_images_have_mean_0_and_standard_deviation_1():
+    d = digits()
+    x = data.normalise(d.train.images, d.mean, d.std)
+    assert x.dtype == torch.float32
+    torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(x.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-5, rtol=0)
+
+
+def test_normalise_by_hand():
+    images = torch.tensor([0, 51, 255], dtype=torch.uint8)[None, :, None, None]
+    got = data.normalise(images, (0.5, 0.2, 0.0), (0.5, 0.1, 0.25))
+    torch.testing.assert_close(got.flatten(), torch.tensor([-1.0, 0.0, 4.0]), atol=1e-6, rtol=0)
+
+
+def shifted(image: torch.Tensor, dy: int, dx: int) -> torch.Tensor:
+    """One image moved down by dy and right by dx, pixel by pixel."""
+    out = torch.zeros_like(image)
+    _, h, w = image.shape
+    for y in range(h):
+        for x in range(w):
+            if 0 <= y - dy < h and 0 <= x - dx < w:
+                out[:, y, x] = image[:, y - dy, x - dx]
+    return out
+
+
+@given(b=st.integers(1, 6), h=st.integers(1, 6), w=st.integers(1, 6), shift=st.integers(0, 3), seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=40)
+def test_augment_moves_each_image_by_one_offset_of_its_own_as_a_loop_over_pixels_does(
+    b: int, h: int, w: int, shift: int, seed: int
+):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(1, 256, (b, 3, h, w), dtype=torch.uint8, generator=generator)
+    before = images.clone()
+    out = data.augment(images, shift=shift, flip=True, generator=generator)
+    assert torch.equal(images, before)  # the stored images are never written to
+    assert out.dtype == torch.uint8
+    offsets = range(-shift, shift + 1)
+    for image, got in zip(images, out, strict=True):
+        moved = [shifted(image, dy, dx) for dy in offsets for dx in offsets]
+        assert any(torch.equal(got, m) or torch.equal(got, m.flip(2)) for m in moved)
+
+
+def test_all_offsets_and_both_mirrorings_are_drawn_about_equally_often():
+    image = torch.zeros(3, 5, 5, dtype=torch.uint8)
+    image[:, 2, 2], image[:, 2, 3] = 255, 100  # the brighter dot tells the offset, the other one the mirroring
+    out = data.augment(image.expand(9000, 3, 5, 5), shift=1, flip=True, generator=torch.Generator().manual_seed(0))
+    bright = (out[:, 0] == 255).flatten(1).int().argmax(1)
+    y, x = bright // 5, bright % 5
+    mirrored = out[torch.arange(9000), 0, y, (x - 1).clamp(min=0)] == 100
+    counts = torch.bincount((y - 1) * 6 + (x - 1) * 2 + mirrored, minlength=18)
+    assert counts.sum() == 9000
+    assert len(counts) == 18
+    assert counts.min() > 400  # 500 each on average, standard deviation 22
+    assert counts.max() < 600
+
+
+def test_augmentation_follows_from_the_generator_alone():
+    images = digits(limit=64).train.images
+
+    def draw(seed: int, **options: object) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return data.augment(images, **{"shift": 2, "flip": True} | options, generator=generator)
+
+    torch.manual_seed(0)
+    first = draw(1)
+    torch.manual_seed(1)
+    assert torch.equal(draw(1), first)
+    assert not torch.equal(draw(2), first)
+    assert torch.equal(draw(1, shift=0, flip=False), images)
+
+
+def test_without_flip_no_image_is_mirrored():
+    ramp = torch.arange(8, dtype=torch.uint8).mul(30).expand(50, 3, 8, 8)
+    out = data.augment(ramp, shift=0, flip=False, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(out, ramp)
+    flipped = data.augment(ramp, shift=0, flip=True, generator=torch.Generator().manual_seed(0))
+    assert {tuple(row) for row in flipped[:, 0, 0].tolist()} == {
+        tuple(ramp[0, 0, 0].tolist()),
+        tuple(ramp[0, 0, 0].flip(0).tolist()),
+    }
+
+
+def test_a_negative_shift_is_refused():
+    with pytest.raises(InputError, match="shift: -1"):
+        data.augment(numbered(2).images, shift=-1, flip=False, generator=torch.Generator())
