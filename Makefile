@@ -34,7 +34,7 @@ $(READY): ; .ci/setup $(VENV) $(READY)
 repro: env  ## train every strategy and draw the answer: the same as `dvc repro` in the activated environment
 	$(IN_VENV) dvc repro
 
-test: lint  ## every test: style, types, units, notebooks, the pipeline
+test: env  ## every test: style, types, units, notebooks, the pipeline
 	$(IN_VENV) pytest --nbval notebooks/method.ipynb
 	$(IN_VENV) pytest -n 2 --dist loadfile --nbval-lax tests notebooks
 

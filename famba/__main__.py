@@ -5,7 +5,6 @@ traceback. Each command imports what it needs, so that reading parameters does n
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 from famba import params
 from famba.errors import FambaError, InputError
+from famba.files import json_bytes, write_atomic
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -108,19 +108,19 @@ def _train(options: argparse.Namespace) -> int:
     p = params.load(options.profile, strategy=options.strategy)
     from famba import records, train
 
-    out = options.out or params.root() / "build" / "runs" / f"{options.strategy}-{options.seed}"
-    records.write(train.fit(p, seed=options.seed), out.absolute())
-    print(out)
+    name = records.run_name(options.strategy, options.seed)
+    out = options.out or params.root() / "build" / "runs" / name
+    print(records.write(train.fit(p, seed=options.seed, progress=sys.stderr.isatty()), out.absolute()))
+    train.forget(p, seed=options.seed)
     return 0
 
 
 def _params(options: argparse.Namespace) -> int:
-    text = json.dumps(params.load(options.profile, strategy=options.strategy).as_dict(), indent=2)
+    content = json_bytes(params.load(options.profile, strategy=options.strategy).as_dict())
     if options.out is None:
-        print(text)
+        print(content.decode(), end="")
     else:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n", encoding="utf-8")
+        write_atomic(options.out, content)
     return 0
 
 

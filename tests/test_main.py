@@ -58,7 +58,7 @@ def test_bad_input_is_one_line_that_names_it_and_status_1(arguments, named, caps
 
 
 def test_the_command_line_starts_without_torch():
-    code = "import sys\nfrom famba.__main__ import main\nmain(['params', '--strategy', 'all'])\nprint('torch' in sys.modules)"
+    code = "import sys, famba.__main__ as m; m.main(['params', '--strategy', 'all']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("}\nFalse\n")
 
