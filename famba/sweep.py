@@ -1,0 +1,63 @@
+"""The runs of a sweep, on disk: each complete and made of the parameters of today, or trained now if that is allowed.
+
+The pipeline trains runs in stages of their own and only checks them here. A notebook that is opened by itself, in a
+checkout without runs, trains the small ones that it shows.
+"""
+
+from pathlib import Path
+
+from famba import params, records
+from famba.errors import InputError
+from famba.params import SweepParams
+
+
+def ensure_runs(sweep: SweepParams, *, profile: str, runs_dir: str | Path, train_missing: bool) -> list[Path]:
+    """The folders of all runs that a sweep names, in its order; arguments and errors as in `ensure_run`."""
+    return [
+        ensure_run(
+            Path(runs_dir) / records.run_name(strategy, seed),
+            strategy=strategy,
+            seed=seed,
+            profile=profile,
+            train_missing=train_missing,
+        )
+        for strategy in sweep.strategies
+        for seed in sweep.seeds
+    ]
+
+
+def ensure_run(run_dir: str | Path, *, strategy: str, seed: int, profile: str, train_missing: bool) -> Path:
+    """The folder of one run, checked.
+
+    Args:
+        run_dir: if relative, from the repository root.
+        train_missing: train and write the run if it is not there, not complete, or made of other parameters.
+
+    Raises:
+        InputError: the run is not what was asked for, and must not be trained; says why.
+    """
+    p = params.load(profile, strategy=strategy)
+    folder = params.root() / run_dir
+    wrong = _why_not(folder, p, seed)
+    if not wrong:
+        return folder
+    if not train_missing:
+        raise InputError(wrong)
+    from famba import train
+
+    records.write(train.fit(p, seed=seed), folder)
+    train.forget(p, seed=seed)
+    return folder
+
+
+def _why_not(folder: Path, p: params.Params, seed: int) -> str:
+    """Empty if the folder holds the run of these parameters and this seed, else the reason."""
+    try:
+        run = records.read(folder)
+    except InputError as error:
+        return str(error)
+    if run.seed != seed:
+        return f"{folder / 'metrics.json'}: seed: {run.seed}; asked for {seed}"
+    if run.params != p.as_dict():
+        return f"{folder / 'params.json'}: other parameters than params.yaml gives for {p.strategy} in {p.profile}"
+    return ""

@@ -1,0 +1,145 @@
+"""The pipeline itself, in a copy of the repository: a reduced sweep of the smoke profile through `dvc repro`."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    """The tracked files, committed anew, with `none` and `upper`, one seed, under `smoke`."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout: which files are tracked is not known")
+    folder = tmp_path_factory.mktemp("copy")
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    names = [name for name in names.split("\0") if name and not name.startswith("tests/golden/")]
+    assert "dvc.yaml" in names
+    for name in names:
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    (folder / "dvc.lock").unlink(missing_ok=True)
+    for old in [*folder.glob("figures/*"), *folder.glob("results/*")]:
+        old.unlink()
+    edit(folder, lambda document: document.update(profile="smoke"))
+    edit(folder, lambda document: document["sweep"].update(strategies=["none", "upper"], seeds=[0]))
+    run(folder, "git", "init", "-q")
+    commit(folder)
+    return folder
+
+
+def edit(folder: Path, change) -> None:
+    yaml = YAML()
+    document = yaml.load(folder / "params.yaml")
+    change(document)
+    yaml.dump(document, folder / "params.yaml")
+
+
+def run(folder: Path, *command: str) -> str:
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "DVC_SITE_CACHE_DIR": str(folder.parent / "dvc-site"),
+        **{f"GIT_{who}_NAME": "test" for who in ("AUTHOR", "COMMITTER")},
+        **{f"GIT_{who}_EMAIL": "test@localhost" for who in ("AUTHOR", "COMMITTER")},
+    }
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def commit(folder: Path) -> None:
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "commit", "-qm", "state")
+
+
+def ran(output: str) -> set[str]:
+    return set(re.findall(r"Running stage '([^']+)'", output))
+
+
+def outputs(folder: Path) -> dict[str, bytes]:
+    found = [*folder.glob("figures/*"), *folder.glob("results/summary.*"), *folder.glob("results/runs/*/*")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+@pytest.fixture(scope="module")
+def first(copy: Path) -> dict[str, bytes]:
+    """What the first `dvc repro` leaves."""
+    assert {"train@none-0", "train@upper-0", "compare", "tokens@none", "tokens@upper"} <= ran(run(copy, "dvc", "repro"))
+    commit(copy)
+    return outputs(copy)
+
+
+def test_the_pipeline_writes_summary_and_real_figures(copy, first):
+    assert {"results/summary.csv", "results/summary.md", "results/summary.json"} <= set(first)
+    assert "| none |" in first["results/summary.md"].decode()
+    figures = sorted(copy.glob("figures/*.png"))
+    assert len(figures) >= 8
+    for path in figures:
+        with Image.open(path) as image:
+            image.load()
+            assert min(image.size) > 200, path
+            assert len(image.convert("RGB").getcolors(2**24) or []) > 10, f"{path} is blank"
+
+
+def test_a_second_repro_does_nothing(copy, first):
+    assert ran(run(copy, "dvc", "repro")) == set()
+    assert outputs(copy) == first
+
+
+def test_touching_figures_never_retrains(copy, first):
+    module = copy / "famba" / "figures.py"
+    text = module.read_text()
+    module.write_text(text + "\n# touched\n")
+    planned = ran(run(copy, "dvc", "repro", "--dry"))
+    module.write_text(text)
+    assert "compare" in planned
+    assert not [stage for stage in planned if stage.startswith("train")]
+
+
+def test_saving_a_notebook_again_strips_it_and_does_no_more(copy, first):
+    path = copy / "notebooks" / "train.ipynb"
+    text = path.read_text()
+    path.write_text(text.replace('"execution_count": null', '"execution_count": 7'))
+    assert path.read_text() != text
+    done = ran(run(copy, "dvc", "repro"))
+    path.write_text(text)
+    assert done == {"strip@train"}
+    run(copy, "dvc", "repro")
+
+
+def test_a_new_seed_runs_the_new_runs_only(copy, first):
+    edit(copy, lambda document: document["sweep"].update(seeds=[0, 1]))
+    planned = ran(run(copy, "dvc", "repro", "--dry"))
+    edit(copy, lambda document: document["sweep"].update(seeds=[0]))
+    assert planned == {"train@none-1", "train@upper-1", "compare"}
+
+
+def test_another_r_of_one_strategy_reruns_that_strategy_and_the_gathering(copy, first):
+    done = ran(run(copy, "dvc", "exp", "run", "-S", "profiles.smoke.fusion.upper.r=6"))
+    assert {stage for stage in done if not stage.startswith("resolve")} == {"train@upper-0", "compare", "tokens@upper"}
+    after = outputs(copy)
+    assert {name for name in first if name.startswith("results/runs/none-0/") and after[name] != first[name]} == set()
+    assert after["results/runs/upper-0/schedule.json"] != first["results/runs/upper-0/schedule.json"]
+    difference = run(copy, "dvc", "metrics", "diff", "--md")
+    assert "summary.json" in difference
+    assert "top1_percent" in run(copy, "dvc", "metrics", "show", "--md")
+
+
+def test_the_profile_of_the_file_is_not_touched_by_another_profile(copy, first):
+    text = (copy / "params.yaml").read_text()
+    edit(copy, lambda document: document["fusion"]["upper"].update(r=1))
+    planned = ran(run(copy, "dvc", "repro"))
+    (copy / "params.yaml").write_text(text)
+    run(copy, "dvc", "repro")
+    assert {stage.split("@")[0] for stage in planned} <= {"resolve"}

@@ -1,0 +1,101 @@
+"""Runs that are there are taken; runs that are not are trained only where that is allowed."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import famba
+from famba import params, records, sweep
+from famba.errors import InputError
+from famba.params import SweepParams
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[tuple[str, int]]:
+    """Training that takes no time; what was trained, and forgotten afterwards."""
+    made: list[tuple[str, int]] = []
+
+    def fit(p, *, seed):
+        made.append((p.strategy, seed))
+        scores = {"top1_percent": 95.0, "top5_percent": 99.5, "loss": 0.25}
+        history = dict.fromkeys(records.HISTORY_COLUMNS, 1.0) | {"epoch": 1}
+        history |= {"ema_val_loss": None, "ema_val_top1_percent": None}
+        numbers = "train_time_s step_time_ms data_time_ms peak_memory_mib throughput_img_s"
+        counted = "flops_per_image flops_per_image_counted params_count threads"
+        return records.Run(
+            strategy=p.strategy,
+            seed=seed,
+            profile=p.profile,
+            schedule=[0, 4],
+            token_counts=[17, 17, 13],
+            metrics=scores
+            | {
+                "chosen": {"weights": "raw", "epoch": 1},
+                "validation": {"raw": {"last": scores | {"epoch": 1}, "best": scores | {"epoch": 1}}, "ema": None},
+            },
+            cost=dict.fromkeys(numbers.split(), 1.0)
+            | dict.fromkeys(counted.split(), 2)
+            | {"device": "none", "versions": {}, "command": "none", "nondeterministic": [], "epoch_time_s": [1.0]},
+            history=[history],
+            params=p.as_dict(),
+            model_bytes=b"weights",
+        )
+
+    def forget(p, *, seed):
+        assert made[-1] == (p.strategy, seed)
+        made[-1] = (f"{p.strategy}, forgotten", seed)
+
+    fake = SimpleNamespace(fit=fit, forget=forget)
+    monkeypatch.setitem(sys.modules, "famba.train", fake)
+    monkeypatch.setattr(famba, "train", fake, raising=False)
+    return made
+
+
+SWEEP = SweepParams(strategies=("none", "upper"), seeds=(0, 3))
+
+
+def test_runs_that_are_missing_are_trained_once_and_their_checkpoints_forgotten(tmp_path, trained):
+    folders = sweep.ensure_runs(SWEEP, profile="smoke", runs_dir=tmp_path, train_missing=True)
+    assert folders == [tmp_path / name for name in ("none-0", "none-3", "upper-0", "upper-3")]
+    names = [f"{name}, forgotten" for name in ("none", "none", "upper", "upper")]
+    assert trained == list(zip(names, [0, 3, 0, 3], strict=True))
+    assert sweep.ensure_runs(SWEEP, profile="smoke", runs_dir=tmp_path, train_missing=True) == folders
+    assert len(trained) == 4
+
+
+def test_a_run_of_other_parameters_is_trained_again(tmp_path, trained):
+    (folder,) = sweep.ensure_runs(
+        SweepParams(strategies=("none",), seeds=(0,)), profile="smoke", runs_dir=tmp_path, train_missing=True
+    )
+    made = json.loads((folder / "params.json").read_text())
+    made["train"]["lr"] *= 2
+    (folder / "params.json").write_text(json.dumps(made))
+    sweep.ensure_run(folder, strategy="none", seed=0, profile="smoke", train_missing=True)
+    assert len(trained) == 2
+    assert json.loads((folder / "params.json").read_text()) == params.load("smoke", strategy="none").as_dict()
+
+
+def test_where_training_is_not_allowed_a_missing_run_is_an_error(tmp_path, trained):
+    with pytest.raises(InputError, match="no such run"):
+        sweep.ensure_runs(SWEEP, profile="smoke", runs_dir=tmp_path / "runs", train_missing=False)
+    assert not trained
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"seed": 1}, "seed: 0; asked for 1"),
+        ({"strategy": "all"}, "other parameters"),
+        ({"profile": "default"}, "other"),
+    ],
+)
+def test_where_training_is_not_allowed_another_run_is_an_error(tmp_path, trained, asked, said):
+    run = {"strategy": "none", "seed": 0, "profile": "smoke"}
+    sweep.ensure_run(tmp_path / "run", **run, train_missing=True)
+    assert sweep.ensure_run(tmp_path / "run", **run, train_missing=False) == tmp_path / "run"
+    with pytest.raises(InputError, match=said) as error:
+        sweep.ensure_run(tmp_path / "run", **(run | asked), train_missing=False)
+    assert "\n" not in str(error.value)
