@@ -313,11 +313,11 @@ def test_larger_images_are_resized_by_the_shorter_side_and_cropped_at_the_centre
     image = photograph(5, size)
     image.save(folder / "test" / "cat" / "0.png")
     got = from_folder().test.images[0].int()
-    # Cropping first differs from cropping last only where the filter looks over the edge.
+    # Cropping first differs from cropping last where the filter looks over the edge, and by rounding.
     square = image.crop(box) if box else image
     expected = np.asarray(square.resize((8, 8), Image.Resampling.BICUBIC)).transpose(2, 0, 1).astype(int)
     assert (got - torch.from_numpy(expected)).abs().max() <= 6
-    assert torch.equal(got[:, 2:-2, 2:-2], torch.from_numpy(expected)[:, 2:-2, 2:-2])
+    assert (got - torch.from_numpy(expected))[:, 2:-2, 2:-2].abs().max() <= 1
 
 
 def test_hidden_files_are_passed_over(folder: Path):
