@@ -24,11 +24,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float32, Int64, UInt8
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from famba import params
 from famba.errors import InputError
+from famba.files import write_atomic
 from famba.params import DataParams
 
 _log = logging.getLogger(__name__)
@@ -251,7 +252,7 @@ def _decoded(files: list[os.DirEntry[str]], img_size: int, name: str) -> UInt8[T
         for _ in pool.map(decode, range(len(files))):
             pass
     result = torch.from_numpy(images)
-    _write_cache(path, result)
+    write_atomic(path, save({"images": result}, metadata={"crc32": str(zlib.crc32(images.data))}))
     return result
 
 
@@ -279,21 +280,6 @@ def _read_cache(path: Path, shape: tuple[int, ...]) -> UInt8[Tensor, "n 3 h w"]:
     if metadata.get("crc32") != str(zlib.crc32(images.numpy().data)):
         raise ValueError("the checksum does not match")
     return images
-
-
-def _write_cache(path: Path, images: UInt8[Tensor, "n 3 h w"]) -> None:
-    """Atomic: another run that reads at the same time sees the whole file or none."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"images": images}, partial, metadata={"crc32": str(zlib.crc32(images.numpy().data))})
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: the decoded images cannot be written there: {error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _stratified(labels: Int64[Tensor, "n"], count: int, draw: random.Random) -> Bool[Tensor, "n"]:

@@ -23,6 +23,7 @@ STRATEGIES: tuple[str, ...] = get_args(Strategy)
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy's generators take
 
 _strict = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -46,7 +47,7 @@ class DataParams:
     root: str | None
     img_size: PositiveInt
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
-    split_seed: Annotated[int, Field(ge=0)]
+    split_seed: Seed
     shift: Annotated[int, Field(ge=0)]
     flip: bool
     limit: PositiveInt | None
@@ -153,10 +154,10 @@ class TrainParams:
 
 @dataclass(frozen=True, config=_strict)
 class SweepParams:
-    """The runs of the pipeline: every strategy with every seed."""
+    """The runs of the pipeline: every strategy with every seed, each named once."""
 
     strategies: Annotated[tuple[Strategy, ...], Field(min_length=1, strict=False)]
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False)]
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1, strict=False)]
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,9 @@ def load(profile: str | None = None, *, strategy: str, path: Path | None = None)
     document, name = _read(path), "params.yaml" if path is None else path.name
     chosen = document.get("profile") if profile is None else profile
     profiles = _mapping(document.get("profiles"), f"{name}: profiles")
-    if chosen not in profiles:
+    if not all(isinstance(key, str) for key in profiles):
+        raise InputError(f"{name}: profiles: {list(profiles)}: every name of a profile must be a string; quote it")
+    if not isinstance(chosen, str) or chosen not in profiles:
         raise InputError(f"{name}: profile: {chosen!r} is not one of {', '.join(profiles)}")
     changes = _mapping(profiles[chosen], f"{name}: profiles.{chosen}")
     _known(changes, {"fusion", *_SECTIONS}, f"{name}: profiles.{chosen}")
@@ -235,15 +238,25 @@ def load(profile: str | None = None, *, strategy: str, path: Path | None = None)
         _known(change, {f.name for f in dataclasses.fields(kind)}, f"{name}: profiles.{chosen}.{section}")
         where = dict.fromkeys(change, f"profiles.{chosen}.{section}")
         resolved[section] = _validated(kind, {**base, **change}, name, section, where)
-    return Params(
-        profile=str(chosen), strategy=strategy, fusion=_rule(document, changes, name, str(chosen), strategy), **resolved
-    )
+    train: TrainParams = resolved["train"]
+    if train.warmup_epochs > train.epochs:
+        raise InputError(
+            f"{name}: train.warmup_epochs: {train.warmup_epochs}: must be at most train.epochs, {train.epochs}"
+        )
+    if train.min_lr > train.lr:
+        raise InputError(f"{name}: train.min_lr: {train.min_lr}: must be at most train.lr, {train.lr}")
+    rule = _rule(document, changes, name, chosen, strategy)
+    return Params(profile=chosen, strategy=strategy, fusion=rule, **resolved)
 
 
 def load_sweep(path: Path | None = None) -> SweepParams:
     """The runs that params.yaml asks for; errors as in `load`."""
     name = "params.yaml" if path is None else path.name
-    return _validated(SweepParams, _mapping(_read(path).get("sweep"), f"{name}: sweep"), name, "sweep", {})
+    sweep = _validated(SweepParams, _mapping(_read(path).get("sweep"), f"{name}: sweep"), name, "sweep", {})
+    for key, values in {"strategies": sweep.strategies, "seeds": sweep.seeds}.items():
+        if len(set(values)) < len(values):
+            raise InputError(f"{name}: sweep.{key}: {list(values)}: each may be named only once")
+    return sweep
 
 
 def _rule(document: dict, changes: dict, name: str, profile: str, strategy: str) -> FusionRule:
@@ -285,7 +298,7 @@ def _parse(path: Path, mtime_ns: int, size: int) -> dict[str, Any]:
     del mtime_ns, size  # they key the cache
     try:
         document = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except (YAMLError, UnicodeDecodeError, OSError) as error:
+    except (YAMLError, ValueError, OSError) as error:  # ValueError: not UTF-8, or a date such as 2026-13-01
         raise InputError(f"{path.name}: not readable as YAML: {' '.join(str(error).split())}") from None
     document = _mapping(document, path.name)
     _known(document, _TOP_LEVEL, path.name)
@@ -314,6 +327,7 @@ def _validated(kind: type, values: dict[str, Any], name: str, section: str, wher
         path = [str(part) for part in first["loc"]]
         key = path[0] if path else ""
         said = f"{name}: {where.get(key, section)}.{key}"
-        if first["type"].startswith("missing"):
+        if key not in values:
             raise InputError(f"{said}: missing") from None
-        raise InputError(f"{said}: {values.get(key)!r}: {first['msg']}") from None
+        reason = "too few values" if first["type"] == "missing" else first["msg"]
+        raise InputError(f"{said}: {values.get(key)!r}: {reason}") from None

@@ -1,0 +1,376 @@
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from famba import params
+from famba.errors import InputError
+from famba.params import (
+    STRATEGIES,
+    DataParams,
+    FusionOptions,
+    FusionRule,
+    ModelParams,
+    Params,
+    SweepParams,
+    TrainParams,
+)
+
+FILE = Path(__file__).parent.parent / "params.yaml"
+TEXT = FILE.read_text(encoding="utf-8")
+SECTIONS: dict[str, Any] = {"data": DataParams, "model": ModelParams, "options": FusionOptions, "train": TrainParams}
+
+
+def document() -> dict[str, Any]:
+    return YAML(typ="safe", pure=True).load(TEXT)
+
+
+PROFILES = tuple(document()["profiles"])
+
+
+@pytest.fixture
+def edited(tmp_path: Path) -> Callable[..., Path]:
+    """A copy of params.yaml with one value changed: edited("data", "shift", to=3); `delete` takes the key out."""
+
+    def edit(*keys: Any, to: Any = None, delete: bool = False) -> Path:
+        changed = document()
+        section = changed
+        for key in keys[:-1]:
+            section = section[key]
+        if delete:
+            del section[keys[-1]]
+        else:
+            section[keys[-1]] = to
+        path = tmp_path / "params.yaml"
+        with path.open("w", encoding="utf-8") as file:
+            YAML(typ="safe", pure=True).dump(changed, file)
+        return path
+
+    return edit
+
+
+def said(action: Callable[[], object]) -> str:
+    with pytest.raises(InputError) as error:
+        action()
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+# the file as it is
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_section_spells_out_every_field_of_its_dataclass_and_comes_back_as_it_was(section: str):
+    written = document()[section]
+    assert list(written) == [field.name for field in dataclasses.fields(SECTIONS[section])]
+    built = SECTIONS[section](**written)
+    assert json.loads(json.dumps(dataclasses.asdict(built))) == written
+
+
+def test_the_sweep_comes_back_as_it_was():
+    written = document()["sweep"]
+    assert json.loads(json.dumps(dataclasses.asdict(params.load_sweep(FILE)))) == written
+
+
+def test_the_fusion_section_has_one_rule_for_each_strategy_and_each_comes_back_as_it_was():
+    written = document()["fusion"]
+    assert tuple(written) == STRATEGIES
+    for strategy, rule in written.items():
+        loaded = dataclasses.asdict(params.load("default", strategy=strategy, path=FILE).fusion)
+        assert {key: value for key, value in loaded.items() if value is not None} == rule
+
+
+def test_no_section_is_left_untested():
+    assert {*SECTIONS, "sweep", "fusion", "profile", "profiles"} == set(document())
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_profile_loads_with_every_strategy_and_changes_what_it_names_only(profile: str, strategy: str):
+    p = params.load(profile, strategy=strategy, path=FILE)
+    assert (p.profile, p.strategy) == (profile, strategy)
+    base, changes = document(), document()["profiles"][profile]
+    for section in SECTIONS:
+        assert p.as_dict()[section] == {**base[section], **changes.get(section, {})}
+    rule = changes.get("fusion", {}).get(strategy, base["fusion"][strategy])
+    assert {key: value for key, value in p.as_dict()["fusion"].items() if value is not None} == rule
+
+
+def test_without_a_profile_the_one_that_the_file_names_is_taken(edited: Callable[..., Path]):
+    assert params.load(strategy="all", path=FILE).profile == document()["profile"]
+    assert params.load(strategy="all", path=edited("profile", to="smoke")).profile == "smoke"
+
+
+def test_a_resolved_configuration_can_be_rebuilt_from_the_record_of_it():
+    p = params.load("smoke", strategy="upper", path=FILE)
+    record = json.loads(json.dumps(p.as_dict()))
+    rebuilt = Params(
+        profile=record["profile"],
+        strategy=record["strategy"],
+        fusion=FusionRule(**record["fusion"]),
+        **{section: kind(**record[section]) for section, kind in SECTIONS.items()},
+    )
+    assert rebuilt == p
+    assert rebuilt.digest(3) == p.digest(3)
+
+
+def test_numbers_are_read_by_yaml_1_2(tmp_path: Path):
+    path = tmp_path / "params.yaml"
+    path.write_text(TEXT.replace("lr: 3.0e-3", "lr: 1e-3", 1))
+    assert params.load(strategy="none", path=path).train.lr == 0.001
+    path.write_text(TEXT.replace("flip: false", "flip: no", 1))
+    assert "data.flip: 'no'" in said(lambda: params.load(strategy="none", path=path))
+
+
+def test_a_file_that_changed_is_read_again(tmp_path: Path):
+    path = tmp_path / "params.yaml"
+    path.write_text(TEXT)
+    before = params.load(strategy="none", path=path)
+    path.write_text(TEXT.replace("batch_size: 64", "batch_size: 128", 1))
+    assert (before.train.batch_size, params.load(strategy="none", path=path).train.batch_size) == (64, 128)
+
+
+def test_reading_parameters_imports_no_torch():
+    code = "import sys; from famba import params; params.load(strategy='all'); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=FILE.parent, check=True)
+
+
+# the digest
+
+OTHER: dict[tuple[str, str], Any] = {
+    ("data", "dataset"): "folder",
+    ("data", "root"): "images",
+    ("data", "limit"): 7,
+    ("data", "flip"): True,
+    ("model", "name"): "vim_tiny",
+    ("model", "depth"): 3,
+    ("model", "d_model"): 8,
+    ("model", "d_state"): 8,
+    ("model", "cls_position"): "head",
+    ("model", "pool"): "mean",
+    ("model", "average_directions"): False,
+    ("options", "order"): "append",
+    ("options", "weighting"): "mean",
+    ("options", "feature"): "delta",
+    ("options", "position"): "after_scan",
+    ("train", "betas"): (0.8, 0.999),
+    ("train", "clip_grad_norm"): 2.0,
+    ("train", "ema_decay"): 0.99,
+    ("train", "precision"): "bf16",
+    ("train", "device"): "cuda",
+    ("train", "backend"): "reference",
+    ("train", "threads"): None,
+    ("fusion", "total"): 5,
+    ("fusion", "schedule"): (1, 2),
+    ("fusion", "first_layer"): 2,
+    ("fusion", "last_layer"): 3,
+}
+
+
+def test_the_digest_changes_with_every_single_value_and_with_the_seed():
+    p = params.load("default", strategy="all", path=FILE)
+    digests = [p.digest(0), p.digest(1)]
+    digests.append(dataclasses.replace(p, profile="smoke").digest(0))
+    digests.append(dataclasses.replace(p, strategy="lower").digest(0))
+    for section in (*SECTIONS, "fusion"):
+        part = getattr(p, section)
+        for field in dataclasses.fields(part):
+            old = getattr(part, field.name)
+            new = OTHER[section, field.name] if (section, field.name) in OTHER else old + type(old)(1) / 4
+            new = type(old)(new + 1) if isinstance(old, int) and isinstance(new, float) else new
+            assert new != old, f"{section}.{field.name}"
+            changed = dataclasses.replace(part, **{field.name: new})
+            digests.append(dataclasses.replace(p, **{section: changed}).digest(0))
+    assert len(digests) > 35
+    assert len(set(digests)) == len(digests)
+
+
+def test_the_digest_of_the_same_values_is_the_same_in_another_process():
+    p = params.load("smoke", strategy="all", path=FILE)
+    code = "from famba import params; print(params.load('smoke', strategy='all').digest(4))"
+    out = subprocess.run([sys.executable, "-c", code], cwd=FILE.parent, check=True, capture_output=True, text=True)
+    assert out.stdout.strip() == p.digest(4)
+    assert len(p.digest(4)) == 20
+
+
+# bad input: one line with the key, the value and what is allowed
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "parts"),
+    [
+        (("data", "img_size"), "8", ("data.img_size", "'8'", "integer")),
+        (("data", "img_size"), 8.0, ("data.img_size", "8.0", "integer")),
+        (("data", "img_size"), True, ("data.img_size", "True", "integer")),
+        (("data", "img_size"), None, ("data.img_size", "None", "integer")),
+        (("data", "img_size"), 0, ("data.img_size", "0", "greater than or equal to 1")),
+        (("data", "val_fraction"), 0, ("data.val_fraction", "0", "greater than 0")),
+        (("data", "val_fraction"), 1, ("data.val_fraction", "1", "less than 1")),
+        (("data", "split_seed"), -1, ("data.split_seed", "-1", "greater than or equal to 0")),
+        (("data", "flip"), 0, ("data.flip", "0", "boolean")),
+        (("data", "limit"), 0, ("data.limit", "0", "greater than or equal to 1")),
+        (("data", "root"), ["a", "b"], ("data.root", "['a', 'b']", "string")),
+        (("data", "sise"), 8, ("data", "'sise'", "allowed", "img_size")),
+        (("data", 8), 8, ("data", "unknown key 8", "allowed", "img_size")),
+        (("model", "cls_position"), "tail", ("model.cls_position", "'tail'", "'middle', 'head' or 'none'")),
+        (("model", "pool"), None, ("model.pool", "None", "'cls' or 'mean'")),
+        (("options", "order"), "sorted", ("options.order", "'sorted'", "'scan' or 'append'")),
+        (("options", "feature"), "b", ("options.feature", "'b'", "'normed', 'residual', 'delta', 'B' or 'C'")),
+        (("train", "lr"), "1e-3", ("train.lr", "'1e-3'", "number")),
+        (("train", "lr"), 0.0, ("train.lr", "0.0", "greater than 0")),
+        (("train", "lr"), float("nan"), ("train.lr", "nan", "finite")),
+        (("train", "lr"), float("inf"), ("train.lr", "inf", "finite")),
+        (("train", "min_lr"), 1.0, ("train.min_lr", "1.0", "at most train.lr")),
+        (("train", "warmup_epochs"), 999, ("train.warmup_epochs", "999", "at most train.epochs")),
+        (("train", "betas"), [0.9], ("train.betas", "[0.9]", "too few")),
+        (("train", "betas"), [0.9, 0.9, 0.9], ("train.betas", "[0.9, 0.9, 0.9]", "at most 2")),
+        (("train", "betas"), [0.9, 1.0], ("train.betas", "[0.9, 1.0]", "less than 1")),
+        (("train", "betas"), "ab", ("train.betas", "'ab'", "tuple")),
+        (("train", "ema_decay"), 1.0, ("train.ema_decay", "1.0", "less than 1")),
+        (("train", "precision"), "fp16", ("train.precision", "'fp16'", "'fp32' or 'bf16'")),
+        (("train", "threads"), 0, ("train.threads", "0", "greater than or equal to 1")),
+        (("train",), 3, ("train", "3", "section")),
+        (("train",), None, ("train", "None", "section")),
+        (("fusion", "all"), 4, ("fusion.all", "4", "section")),
+        (("fusion", "all"), {}, ("fusion.all", "nothing given", "r, total, schedule")),
+        (("fusion", "all"), {"r": 1, "total": 2}, ("fusion.all", "'r': 1, 'total': 2", "exactly one")),
+        (("fusion", "all"), {"r": -1}, ("fusion.all.r", "-1", "greater than or equal to 0")),
+        (("fusion", "all"), {"rr": 1}, ("fusion.all", "'rr'", "allowed", "total")),
+        (("fusion", "all"), {"schedule": [1, "x"]}, ("fusion.all.schedule", "[1, 'x']", "integer")),
+        (("fusion", "all"), {"r": 1, "first_layer": 0}, ("fusion.all.first_layer", "0", "equal to 1")),
+        (("fusion", "every"), {"r": 1}, ("fusion", "'every'", "interleaved")),
+        (("fusion",), [], ("fusion", "[]", "section")),
+        (("extra",), {}, ("'extra'", "allowed", "data, fusion, model")),
+        (("profile",), "huge", ("profile", "'huge'", *PROFILES)),
+        (("profile",), ["smoke"], ("profile", "['smoke']", *PROFILES)),
+        (("profile",), None, ("profile", "None", *PROFILES)),
+        (("profiles",), "smoke", ("profiles", "'smoke'", "section")),
+        (("profiles", 3), {}, ("profiles", "3", "string")),
+        (("profiles", "default"), None, ("profiles.default", "None", "section")),
+        (("profiles", "default"), {"dta": {}}, ("profiles.default", "'dta'", "data, fusion, model")),
+        (("profiles", "default"), {"sweep": {}}, ("profiles.default", "'sweep'", "data, fusion, model")),
+        (("profiles", "default"), {"data": None}, ("profiles.default.data", "None", "section")),
+        (("profiles", "default"), {"data": {"lmit": 1}}, ("profiles.default.data", "'lmit'", "limit")),
+        (("profiles", "default"), {"data": {"limit": "x"}}, ("profiles.default.data.limit", "'x'", "integer")),
+        (("profiles", "default"), {"fusion": {"all": {"r": "x"}}}, ("profiles.default.fusion.all.r", "'x'", "integer")),
+        (("profiles", "default"), {"fusion": {"most": {}}}, ("profiles.default.fusion", "'most'", "interleaved")),
+    ],
+)
+def test_a_bad_value_is_named_in_one_line_with_its_key_and_what_is_allowed(
+    edited: Callable[..., Path], keys: tuple[Any, ...], value: Any, parts: tuple[str, ...]
+):
+    path = edited(*keys, to=value)
+    message = said(lambda: params.load(strategy="all", path=path))
+    assert message.startswith("params.yaml: ")
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "parts"),
+    [
+        ("seeds", [], ("sweep.seeds", "[]", "at least 1")),
+        ("seeds", 3, ("sweep.seeds", "3", "tuple")),
+        ("seeds", [0, "x"], ("sweep.seeds", "[0, 'x']", "integer")),
+        ("seeds", [-1], ("sweep.seeds", "[-1]", "greater than or equal to 0")),
+        ("seeds", [2**32], ("sweep.seeds", "[4294967296]", "less than 4294967296")),
+        ("seeds", [0, 1, 0], ("sweep.seeds", "[0, 1, 0]", "only once")),
+        ("strategies", [], ("sweep.strategies", "[]", "at least 1")),
+        ("strategies", ["none", "most"], ("sweep.strategies", "'most'", "'interleaved'")),
+        ("strategies", ["all", "all"], ("sweep.strategies", "['all', 'all']", "only once")),
+        ("seed", [0], ("sweep", "'seed'", "seeds, strategies")),
+    ],
+)
+def test_a_bad_sweep_is_named_in_one_line(edited: Callable[..., Path], key: str, value: Any, parts: tuple[str, ...]):
+    path = edited("sweep", key, to=value)
+    message = said(lambda: params.load_sweep(path))
+    assert all(part in message for part in ("params.yaml", *parts))
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        (("data", "shift"), "params.yaml: data.shift: missing"),
+        (("train", "lr"), "params.yaml: train.lr: missing"),
+        (("model", "name"), "params.yaml: model.name: missing"),
+        (("fusion", "all"), "params.yaml: fusion.all: missing; give {r: ...} or {total: ...}"),
+        (("data",), "params.yaml: data: None is not a section of `key: value` lines"),
+        (("profiles",), "params.yaml: profiles: None is not a section of `key: value` lines"),
+    ],
+)
+def test_what_is_missing_is_named(edited: Callable[..., Path], keys: tuple[str, ...], expected: str):
+    path = edited(*keys, delete=True)
+    assert said(lambda: params.load(strategy="all", path=path)) == expected
+
+
+def test_a_missing_sweep_is_named(edited: Callable[..., Path]):
+    path = edited("sweep", delete=True)
+    assert said(lambda: params.load_sweep(path)).startswith("params.yaml: sweep: None")
+
+
+def test_an_unknown_strategy_or_profile_is_named_with_those_that_there_are():
+    assert said(lambda: params.load(strategy="most", path=FILE)) == (
+        "strategy: 'most' is not one of none, all, interleaved, lower, upper"
+    )
+    message = said(lambda: params.load("big", strategy="all", path=FILE))
+    assert message == f"params.yaml: profile: 'big' is not one of {', '.join(PROFILES)}"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"- 1\n",
+        b"just words\n",
+        b"data: [1\n",
+        b"data:\n\t- 1\n",
+        b"data: {a: 1, a: 2}\n",
+        b"data: *nothing\n",
+        b"data: !!python/object:os.system {}\n",
+        b"data: 2026-13-01\n",
+        b"\xff\xfe\x00",
+    ],
+)
+def test_a_file_that_is_no_yaml_mapping_is_named_in_one_line(tmp_path: Path, raw: bytes):
+    path = tmp_path / "params.yaml"
+    path.write_bytes(raw)
+    assert said(lambda: params.load(strategy="all", path=path)).startswith("params.yaml: ")
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path):
+    path = tmp_path / "none.yaml"
+    assert said(lambda: params.load(strategy="all", path=path)) == f"{path}: cannot be read (No such file or directory)"
+
+
+# dataclasses and the root
+
+
+@pytest.mark.parametrize("kind", [*SECTIONS.values(), FusionRule, SweepParams, Params])
+def test_parameters_cannot_be_changed_after_they_are_made(kind: type):
+    assert kind.__dataclass_params__.frozen
+
+
+def test_the_root_is_the_nearest_folder_above_that_holds_both_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    inner = tmp_path / "a" / "b"
+    inner.mkdir(parents=True)
+    (inner / "params.yaml").touch()  # alone it makes no root
+    for name in ("params.yaml", "dvc.yaml"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(inner)
+    assert params.root() == tmp_path
+
+
+def test_outside_any_checkout_the_root_is_the_one_that_the_package_lies_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert params.root() == FILE.parent
+    monkeypatch.setattr(params, "__file__", str(tmp_path / "site-packages" / "famba" / "params.py"))
+    assert said(params.root).startswith(f"{tmp_path}: no params.yaml and dvc.yaml")
