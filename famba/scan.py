@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from famba.errors import BackendError, InputError
+from famba.native import scan as native
 
 
 def selective_scan(
@@ -145,7 +146,7 @@ class _ChunkedScan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads):
+    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_out,) = grads
         u, delta, A, B, C, D, z, delta_bias, starts, y = ctx.saved_tensors
         reverse, dtype = ctx.reverse, starts.dtype
@@ -283,6 +284,7 @@ class _Backend:
 _BACKENDS: dict[str, _Backend] = {
     "reference": _Backend(selective_scan_ref),
     "torch": _Backend(_ChunkedScan.apply),  # pyright: ignore[reportArgumentType]
+    "native": _Backend(native.selective_scan, native.unavailable, native.unsuited),
 }
 
 

@@ -1,0 +1,209 @@
+// What is compiled once, for the plainest machine: the choice of instruction set, threads, and the C interface.
+
+#include "dispatch.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <thread>
+#include <vector>
+
+#include "scan.h"
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+namespace {
+
+constexpr const char* NAMES[] = {"avx512", "avx2", "baseline"};
+
+bool runs_here(int set) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (set == 0)
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+    if (set == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    return true;
+#else
+    return set == 2;
+#endif
+}
+
+int best_set() {
+    int set = 0;
+    while (!runs_here(set)) set++;
+    return set;
+}
+
+std::atomic<int> chosen{-1};
+
+// Decaying states end in numbers too small for the normal format, which are slow: both kinds are read and written as 0.
+struct FlushDenormals {
+#if defined(__x86_64__)
+    unsigned before = _mm_getcsr();
+    FlushDenormals() { _mm_setcsr(before | 0x8040); }
+    ~FlushDenormals() { _mm_setcsr(before); }
+#elif defined(__aarch64__)
+    uint64_t before;
+    FlushDenormals() {
+        __asm__ volatile("mrs %0, fpcr" : "=r"(before));
+        __asm__ volatile("msr fpcr, %0" : : "r"(before | (1ull << 24)));
+    }
+    ~FlushDenormals() { __asm__ volatile("msr fpcr, %0" : : "r"(before)); }
+#endif
+};
+
+// Kept from call to call, as large as was ever needed
+struct Scratch {
+    float* memory = nullptr;
+    int64_t floats = 0;
+    ~Scratch() { std::free(memory); }
+    float* at_least(int64_t wanted) {
+        if (wanted > floats) {
+            std::free(memory);
+            memory = static_cast<float*>(std::aligned_alloc(64, (wanted * 4 + 63) / 64 * 64));
+            floats = memory ? wanted : 0;
+        }
+        return memory;
+    }
+};
+thread_local Scratch scratch;
+
+struct Work {
+    Body body;
+    const void* job;
+    int64_t units, floats;
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> failed{false};
+};
+
+void work_on(void* data) {
+    Work& work = *static_cast<Work*>(data);
+    FlushDenormals flush;
+    float* memory = scratch.at_least(work.floats);
+    if (!memory) {
+        work.failed = true;
+        return;
+    }
+    for (int64_t unit; (unit = work.next.fetch_add(1)) < work.units;) work.body(work.job, unit, memory);
+}
+
+struct Aligned {
+    float* memory;
+    explicit Aligned(int64_t floats)
+        : memory(static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 63) / 64 * 64 + 64))) {}
+    ~Aligned() { std::free(memory); }
+};
+
+}  // namespace
+
+int instruction_set() {
+    int set = chosen;
+    if (set < 0) chosen = set = best_set();
+    return set;
+}
+
+bool share_out(Body body, const void* job, int64_t units, int64_t scratch_floats, int64_t threads, Parallel parallel) {
+    Work work{body, job, units, scratch_floats, {}, {}};
+    if (threads > units) threads = units;
+    if (threads <= 1) {
+        work_on(&work);
+    } else if (parallel) {
+        parallel(work_on, &work, static_cast<unsigned>(threads), 0);
+    } else {
+        std::vector<std::thread> others;
+        for (int64_t i = 1; i < threads; i++) others.emplace_back(work_on, &work);
+        work_on(&work);
+        for (auto& other : others) other.join();
+    }
+    return !work.failed;
+}
+
+#define DECLARE_SCAN(set)                                                      \
+    extern "C" const char* scan_compiled_for_##set();                          \
+    extern "C" int64_t scan_width_##set();                                     \
+    extern "C" int64_t scan_scratch_##set(const Scan*);                        \
+    extern "C" void scan_lanes_##set(const Scan*, float*);                     \
+    extern "C" void scan_forward_##set(const void*, int64_t, float*);          \
+    extern "C" void scan_backward_##set(const void*, int64_t, float*);         \
+    extern "C" void scan_sum_sequences_##set(const void*, int64_t, float*);    \
+    extern "C" void scan_sum_groups_##set(const void*, int64_t, float*);
+DECLARE_SCAN(avx512)
+DECLARE_SCAN(avx2)
+DECLARE_SCAN(baseline)
+
+#define POINTER(name, set) name##_##set
+#define TABLE(name) {FOR_EACH_VARIANT(POINTER, name)}
+
+namespace {
+const char* (*const compiled_for[])() = TABLE(scan_compiled_for);
+int64_t (*const scan_width[])() = TABLE(scan_width);
+int64_t (*const scan_scratch[])(const Scan*) = TABLE(scan_scratch);
+void (*const scan_lanes[])(const Scan*, float*) = TABLE(scan_lanes);
+const Body scan_forward[] = TABLE(scan_forward);
+const Body scan_backward[] = TABLE(scan_backward);
+const Body scan_sum_sequences[] = TABLE(scan_sum_sequences);
+const Body scan_sum_groups[] = TABLE(scan_sum_groups);
+
+int64_t padded(const Scan* p) { return (p->e + 15) / 16 * 16; }
+
+// As many units as keep many cores busy, but at least two vectors of channels in each. A matter of shapes alone: the
+// sums over groups must not depend on the number of threads.
+int64_t groups(const Scan* p, int64_t vectors) {
+    int64_t wanted = (32 + p->b - 1) / p->b, most = (vectors + 1) / 2;
+    return wanted < most ? wanted : most;
+}
+}  // namespace
+
+// What the kernels in use were compiled for, as their own compiler saw it
+extern "C" const char* famba_instruction_set() { return compiled_for[instruction_set()](); }
+
+// Floats per vector of the kernels in use
+extern "C" int64_t famba_width() { return scan_width[instruction_set()](); }
+
+// "auto" or one of NAMES; 0 when this machine lacks it
+extern "C" int famba_use_instruction_set(const char* name) {
+    if (!std::strcmp(name, "auto")) {
+        chosen = best_set();
+        return 1;
+    }
+    for (int set = 0; set < 3; set++)
+        if (!std::strcmp(name, NAMES[set]) && runs_here(set)) {
+            chosen = set;
+            return 1;
+        }
+    return 0;
+}
+
+// Both return 0 when there was no memory.
+extern "C" int famba_scan_forward(Scan* p, int64_t threads, Parallel parallel) {
+    int set = instruction_set();
+    Aligned lanes(padded(p) * p->n);
+    if (!lanes.memory) return 0;
+    scan_lanes[set](p, lanes.memory);
+    p->lanes_A = lanes.memory;
+    p->groups = groups(p, (p->e + scan_width[set]() - 1) / scan_width[set]());
+    return share_out(scan_forward[set], p, p->b * p->groups, scan_scratch[set](p), threads, parallel);
+}
+
+extern "C" int famba_scan_backward(Scan* p, int64_t threads, Parallel parallel) {
+    int set = instruction_set();
+    int64_t lanes_each = padded(p) * p->n, vectors = (p->e + scan_width[set]() - 1) / scan_width[set]();
+    p->groups = groups(p, vectors);
+    int64_t per_group = p->groups > 1 ? p->groups * p->b * p->t * p->n : 0;
+    Aligned lanes(lanes_each), part_A(p->b * lanes_each), part_e(2 * p->b * padded(p)), part_BC(2 * per_group);
+    if (!lanes.memory || !part_A.memory || !part_e.memory || !part_BC.memory) return 0;
+    scan_lanes[set](p, lanes.memory);
+    p->lanes_A = lanes.memory;
+    p->part_A = part_A.memory;
+    p->part_D = p->D ? part_e.memory : nullptr;
+    p->part_bias = p->bias ? part_e.memory + p->b * padded(p) : nullptr;
+    p->part_B = part_BC.memory;
+    p->part_C = part_BC.memory + per_group;
+    int64_t floats = scan_scratch[set](p);
+    return share_out(scan_backward[set], p, p->b * p->groups, floats, threads, parallel) &&
+           share_out(scan_sum_sequences[set], p, vectors, 16, threads, parallel) &&
+           (p->groups == 1 || share_out(scan_sum_groups[set], p, p->b, 16, threads, parallel));
+}

@@ -1,0 +1,91 @@
+"""What the kernels' bindings share: the library, its threads, and tensors as it sees them."""
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from famba.errors import BackendError, InputError
+from famba.native.build import library
+
+INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
+DTYPES = (torch.float32, torch.bfloat16)  # in the order of vector.h's Type
+
+
+class View(ctypes.Structure):
+    """scan.h's View: where a tensor lies, its strides in elements, its type."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("row", ctypes.c_int64),
+        ("token", ctypes.c_int64),
+        ("type", ctypes.c_int64),
+    )
+
+    @classmethod
+    def of(cls, tensor: Tensor | None) -> "View":
+        if tensor is None:
+            return cls()
+        return cls(tensor.data_ptr(), *tensor.stride(), DTYPES.index(tensor.dtype))
+
+
+def instruction_set() -> str:
+    """What the kernels in use were compiled for: avx512, avx2, neon or baseline."""
+    name = library().famba_instruction_set
+    name.restype = ctypes.c_char_p
+    return name().decode()
+
+
+def vector_width() -> int:
+    """Floats per vector of the kernels in use."""
+    width = library().famba_width
+    width.restype = ctypes.c_int64
+    return width()
+
+
+def use_instruction_set(name: str) -> None:
+    """Run the kernels of one instruction set from here on, or of the best there is ("auto").
+
+    Raises:
+        InputError: there is no such set.
+        BackendError: this machine lacks it.
+    """
+    if name not in ("auto", *INSTRUCTION_SETS):
+        raise InputError(f"instruction set: {name!r} is unknown; allowed: auto, {', '.join(INSTRUCTION_SETS)}")
+    if not library().famba_use_instruction_set(name.encode()):
+        raise BackendError(f"instruction set {name!r} cannot run here: this processor lacks it")
+
+
+def call(name: str, job: ctypes.Structure) -> None:
+    """Run one of the library's jobs on torch's threads.
+
+    Raises:
+        MemoryError: no room for scratch memory.
+    """
+    function = getattr(library(), name)
+    if not function(ctypes.byref(job), ctypes.c_int64(torch.get_num_threads()), _parallel()):
+        raise MemoryError(f"no room for scratch memory in {name}")
+
+
+@functools.cache
+def _parallel() -> ctypes.c_void_p:
+    """The entry point of the OpenMP runtime that torch runs on, or null: then the library starts threads of its own.
+
+    Two pools would get in each other's way: the idle threads of torch's spin for a while after each of its operations,
+    on the very cores that a second pool would need.
+    """
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return ctypes.c_void_p()
+    loaded = {line.split(maxsplit=5)[5] for line in lines if "omp" in line and ".so" in line}
+    bundled = {path for path in loaded if Path(path).is_relative_to(Path(torch.__file__).parents[1])}
+    for path in sorted(bundled) + sorted(loaded - bundled):
+        try:
+            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p)
+        except (OSError, AttributeError):
+            continue
+    return ctypes.c_void_p()

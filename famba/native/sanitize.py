@@ -1,0 +1,36 @@
+"""The tests of the kernels under the address and undefined-behaviour sanitizers: `python -m famba.native.sanitize`.
+
+The kernels are compiled anew with -fsanitize=address,undefined into the same cache, under another name, and the tests
+run in a process that has the sanitizer's runtime loaded first. Any finding ends that process.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from famba.native import build
+
+TESTS = Path(__file__).resolve().parents[2] / "tests" / "test_native.py"
+_FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1"
+
+
+def main(arguments: Sequence[str]) -> int:
+    runtime = build.runtime_of("libasan.so")
+    environment = {
+        **os.environ,
+        "FAMBA_CXXFLAGS": _FLAGS,
+        "LD_PRELOAD": runtime,
+        # leaks would be Python's; torch's own libraries were built without the sanitizer
+        "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0:alloc_dealloc_mismatch=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    # tests that start processes or trace graphs say nothing about the kernels
+    chosen = ["-k", "not process and not compile and not own_checks and not compiler"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS), *chosen, *arguments]
+    return subprocess.run(command, env=environment, cwd=TESTS.parents[1], check=False).returncode
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,171 @@
+"""The selective scan on a CPU as torch operators, `famba::scan` and `famba::scan_backward`, over scan.cpp.
+
+Axes as in famba.scan: b batch, e channels, t tokens, n states. Activations may be float32 or bfloat16 and have any
+strides; vectors run over channels, so the fast layout is (b, t, e) in memory seen as (b, e, t). The recurrence is
+float32. Outputs and gradients lie as the tensors they belong to.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from famba.native import build, runtime
+from famba.native.runtime import View
+
+_CHUNK = 16  # tokens between kept states, and _PAD channels: scan.cpp's CHUNK and PAD
+_PAD = 16
+MOST_STATES = 64
+
+
+class _Job(ctypes.Structure):
+    """scan.h's Scan."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("b", "e", "t", "n", "softplus", "reverse", "groups", "keep")),
+        *((name, View) for name in ("u", "delta", "z", "B", "C", "out")),
+        *((name, ctypes.c_void_p) for name in ("A", "D", "bias", "states")),
+        *((name, View) for name in ("grad_out", "grad_u", "grad_delta", "grad_z", "grad_B", "grad_C")),
+        *((name, ctypes.c_void_p) for name in ("grad_A", "grad_D", "grad_bias")),
+        *((name, ctypes.c_void_p) for name in ("part_A", "part_D", "part_bias", "part_B", "part_C", "lanes_A")),
+    )
+
+
+@torch.compiler.assume_constant_result
+def unavailable() -> str:
+    """Why the native scan cannot run here ("": it can)."""
+    return build.unavailable()
+
+
+def unsuited(u, delta, A, B, C, D, z, delta_bias) -> str:
+    """Why it cannot run on these tensors ("": it can)."""
+    if u.device.type != "cpu":
+        return f"it runs on cpu tensors, got {u.device}"
+    for x in (u, delta, B, C, z):
+        if x is not None and x.dtype not in runtime.DTYPES:
+            return f"it runs on float32 and bfloat16, got {x.dtype}"
+    if any(x is not None and x.dtype == torch.float64 for x in (A, D, delta_bias)):
+        return "it runs on float32 and bfloat16, got torch.float64"
+    if A.shape[1] > MOST_STATES:
+        return f"it runs with at most {MOST_STATES} states per channel, got {A.shape[1]}"
+    return ""
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+) -> Tensor:
+    """`famba.scan.selective_scan` by the native kernel; states are kept only if a gradient may be asked for."""
+    inputs = (u, delta, A, B, C, D, z, delta_bias)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    return torch.ops.famba.scan(*inputs, delta_softplus, reverse, keep)[0]
+
+
+_INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
+_library = torch.library.Library("famba", "FRAGMENT")
+_library.define(f"scan({_INPUTS}, bool softplus, bool reverse, bool keep) -> (Tensor, Tensor)")
+_library.define(
+    f"scan_backward(Tensor grad, {_INPUTS}, Tensor states, bool softplus, bool reverse) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _like(x: Tensor) -> Tensor:
+    """An empty (b, e, t) tensor, dense, with channels innermost where they are in x."""
+    b, e, t = x.shape
+    if x.stride(1) == 1:
+        return x.new_empty(b, t, e).transpose(1, 2)
+    return x.new_empty(b, e, t)
+
+
+def _outputs(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    b, e, t = u.shape
+    shape = (b, -(-t // _CHUNK), -(-e // _PAD) * _PAD, A.shape[1]) if keep else (0,)
+    return _like(u), u.new_empty(shape, dtype=torch.float32)
+
+
+def _gradients(u, delta, A, B, C, D, z, delta_bias) -> tuple[Tensor, ...]:
+    """Empty gradients in the order of the inputs; without elements for absent ones."""
+    tokens = [None if x is None else _like(x) for x in (u, delta, B, C, z)]
+    channels = [None if x is None else x.new_empty(x.shape, dtype=torch.float32) for x in (A, D, delta_bias)]
+    ordered = (*tokens[:2], channels[0], *tokens[2:4], channels[1], tokens[4], channels[2])
+    return tuple(u.new_empty(0) if x is None else x for x in ordered)
+
+
+def _float32(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().to(torch.float32).contiguous()
+
+
+def _job(u, delta, A, B, C, D, z, delta_bias, softplus: bool, reverse: bool, states: Tensor, **views: Tensor | None):
+    (b, e, t), n = u.shape, A.shape[1]
+    return _Job(
+        b, e, t, n, softplus, reverse, 0, states.numel() > 0,
+        *(View.of(x) for x in (u, delta, z, B, C)),
+        A=A.data_ptr(),
+        D=None if D is None else D.data_ptr(),
+        bias=None if delta_bias is None else delta_bias.data_ptr(),
+        states=states.data_ptr(),
+        **{name: View.of(x) for name, x in views.items()},
+    )  # fmt: skip
+
+
+def _scan(u, delta, A, B, C, D, z, delta_bias, softplus: bool, reverse: bool, keep: bool):
+    out, states = _outputs(u, A, keep)
+    A, D, delta_bias = (_float32(x) for x in (A, D, delta_bias))
+    runtime.call("famba_scan_forward", _job(u, delta, A, B, C, D, z, delta_bias, softplus, reverse, states, out=out))
+    return out, states
+
+
+def _scan_backward(grad, u, delta, A, B, C, D, z, delta_bias, states, softplus: bool, reverse: bool):
+    gradients = _gradients(u, delta, A, B, C, D, z, delta_bias)
+    to_u, to_delta, to_A, to_B, to_C, to_D, to_z, to_bias = gradients
+    kinds = [None if x is None else x.dtype for x in (A, D, delta_bias)]
+    A, D, delta_bias = (_float32(x) for x in (A, D, delta_bias))
+    job = _job(
+        u, delta, A, B, C, D, z, delta_bias, softplus, reverse, states, grad_out=grad, grad_u=to_u, grad_delta=to_delta,
+        grad_B=to_B, grad_C=to_C, grad_z=None if z is None else to_z,
+    )  # fmt: skip
+    job.grad_A, job.grad_D, job.grad_bias = (x.data_ptr() for x in (to_A, to_D, to_bias))
+    runtime.call("famba_scan_backward", job)
+    to_A, to_D, to_bias = (
+        x if kind is None else x.to(kind) for x, kind in zip((to_A, to_D, to_bias), kinds, strict=True)
+    )
+    return to_u, to_delta, to_A, to_B, to_C, to_D, to_z, to_bias
+
+
+def _scan_fake(u, delta, A, B, C, D, z, delta_bias, softplus, reverse, keep):
+    return _outputs(u, A, keep)
+
+
+def _scan_backward_fake(grad, u, delta, A, B, C, D, z, delta_bias, states, softplus, reverse):
+    kinds = (None, None, A, None, None, D, None, delta_bias)
+    gradients = _gradients(u, delta, A, B, C, D, z, delta_bias)
+    return tuple(x if kind is None else x.to(kind.dtype) for x, kind in zip(gradients, kinds, strict=True))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.softplus, ctx.reverse, keep = inputs
+    if not keep:
+        raise RuntimeError("famba::scan was called with keep=False, and so kept no states for the gradient")
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _backward(ctx, grad, _):
+    *tensors, states = ctx.saved_tensors
+    found = torch.ops.famba.scan_backward(grad, *tensors, states, ctx.softplus, ctx.reverse)
+    return *(None if x is None else g for x, g in zip(tensors, found, strict=True)), None, None, None
+
+
+_library.impl("scan", _scan, "CPU")
+_library.impl("scan_backward", _scan_backward, "CPU")
+torch.library.register_fake("famba::scan", _scan_fake, lib=_library)
+torch.library.register_fake("famba::scan_backward", _scan_backward_fake, lib=_library)
+torch.library.register_autograd("famba::scan", _backward, setup_context=_setup_context, lib=_library)
