@@ -62,6 +62,7 @@ def run_notebook(notebook: Path, output: Path, given: dict[str, str]) -> None:
             kernel_name="python3",
             progress_bar=False,
             cwd=str(params.root()),
+            extra_arguments=["--IPKernelApp.log_level=40"],  # a warning about local sockets, for every notebook
         )
     except PapermillExecutionError as error:
         if error.ename in _user_errors():
