@@ -433,7 +433,7 @@ def _spread(row: Mapping[Any, Any], metric: str) -> str:
 
 
 def _difference(row: Mapping[Any, Any], metric: str) -> str:
-    decimals = _decimals(row[f"{metric}_diff"], metric)
+    decimals = _decimals(row[f"{metric}_mean"], metric)
     mean, *bounds = (f"{row[column]:+.{decimals}f}".replace("-", "−") for column in _difference_columns(metric))
     return mean if math.isnan(row[f"{metric}_diff_low"]) else f"{mean} ({' to '.join(bounds)})"
 

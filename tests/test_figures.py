@@ -1,0 +1,302 @@
+import itertools
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.collections import LineCollection, PathCollection
+from matplotlib.colors import to_hex, to_rgb
+from test_metrics import runs_frame
+
+from famba import figures, metrics
+from famba.errors import InputError
+from famba.params import STRATEGIES
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture
+def runs():
+    return runs_frame({"upper": [89.0, 94.0, 90.0], "none": [90.0, 96.0, 93.0], "all": [80.0, 82.0, 81.0]})
+
+
+@pytest.fixture
+def schedules():
+    return metrics.schedule_frame({"upper": [0, 0, 4], "none": [0, 0, 0], "all": [2, 2, 2]}, tokens=17)
+
+
+@pytest.fixture
+def history():
+    rows = [
+        {
+            "strategy": strategy,
+            "seed": seed,
+            "epoch": epoch,
+            "train_loss": 4.0 / epoch + seed,
+            "val_loss": 5.0 / epoch + seed,
+            "val_top1_percent": 30.0 * epoch + seed,
+        }
+        for strategy, seed, epoch in itertools.product(["none", "upper"], [0, 1, 2], [1, 2, 3])
+    ]
+    return pd.DataFrame(rows)
+
+
+def labelled(axes):
+    return {line.get_label(): line for line in axes.get_lines() if not line.get_label().startswith("_")}
+
+
+def titles(figure):
+    return [axes.get_title() for axes in figure.axes if axes.get_title()]
+
+
+def test_every_strategy_has_a_colour_of_its_own_in_the_fixed_order():
+    assert tuple(figures.STRATEGY_COLOURS) == STRATEGIES
+    for one, two in itertools.combinations(figures.STRATEGY_COLOURS.values(), 2):
+        assert np.abs(np.subtract(to_rgb(one), to_rgb(two))).max() > 0.2, (one, two)
+
+
+@pytest.mark.parametrize("cost", ["train_time_s", "peak_memory_mib"])
+def test_accuracy_against_draws_means_runs_and_spread_of_the_frame(runs, cost):
+    axes = figures.accuracy_against(runs, cost).axes[0]
+    lines = labelled(axes)
+    assert list(lines) == ["none", "all", "upper", "Pareto front"]
+    clouds = [item for item in axes.collections if isinstance(item, PathCollection)]
+    for cloud, strategy in zip(clouds, ["none", "all", "upper"], strict=True):
+        of = runs[runs["strategy"] == strategy]
+        assert lines[strategy].get_xydata().tolist() == [[of[cost].mean(), of["top1_percent"].mean()]]
+        assert to_hex(lines[strategy].get_color()).upper() == figures.STRATEGY_COLOURS[strategy]
+        np.testing.assert_allclose(cloud.get_offsets(), of[[cost, "top1_percent"]])
+    bars = [bar for bar in axes.containers if bar.has_yerr]
+    assert len(bars) == 3
+    (segment,) = bars[0][2][1].get_segments()
+    np.testing.assert_allclose(segment[:, 1], [93.0 - 3.0, 93.0 + 3.0], err_msg="none: mean 93, sd 3")
+    assert axes.get_xlabel().endswith({"train_time_s": "(s)", "peak_memory_mib": "(MiB)"}[cost])
+    assert axes.get_ylabel() == "top-1 accuracy (%)"
+
+
+def test_the_front_that_is_drawn_is_the_front_of_the_numbers(runs):
+    runs.loc[runs["strategy"] == "all", "train_time_s"] = 1000.0
+    front = labelled(figures.accuracy_against(runs).axes[0])["Pareto front"]
+    assert front.get_xdata().tolist() == [2 * 91.0, 2 * 93.0], "upper, then none; all is dearer and worse"
+    assert front.get_drawstyle() == "steps-post"
+
+
+def test_captions_say_over_how_many_seeds(runs, history):
+    assert "± 1 sd over n = 3 seeds" in figures.accuracy_against(runs).get_supxlabel()
+    one = figures.accuracy_against(runs[runs["seed"] == 0])
+    assert "one run each, so without spread" in one.get_supxlabel().replace("\n", " ")
+    assert not any(bar.has_xerr or bar.has_yerr for bar in one.axes[0].containers if hasattr(bar, "has_xerr"))
+    assert "n = 3 seeds" in figures.training_curves(history).get_supxlabel()
+
+
+def test_accuracy_against_refuses_what_is_no_cost_and_whom_it_cannot_colour(runs):
+    with pytest.raises(InputError, match="'throughput_img_s' is not one of train_time_s"):
+        figures.accuracy_against(runs, "throughput_img_s")
+    with pytest.raises(InputError, match=r"strategy: \['middle'\]; allowed: none, all"):
+        figures.accuracy_against(runs.replace({"strategy": {"upper": "middle"}}))
+
+
+def test_tokens_per_layer_draws_the_counts_from_the_input_on(schedules):
+    lines = labelled(figures.tokens_per_layer(schedules).axes[0])
+    assert list(lines) == ["none (17 left)", "all (11 left)", "upper (13 left)"]
+    assert lines["upper (13 left)"].get_xydata().tolist() == [[0, 17], [1, 17], [2, 17], [3, 13]]
+
+
+def test_training_curves_draw_mean_and_spread_over_seeds(history):
+    figure = figures.training_curves(history)
+    assert titles(figure) == ["training loss", "validation loss", "validation top-1 accuracy (%)"]
+    loss = figure.axes[0]
+    np.testing.assert_allclose(labelled(loss)["none"].get_ydata(), [5.0, 3.0, 4 / 3 + 1])
+    band = loss.collections[0].get_paths()[0].vertices
+    assert band[:, 1].max() == pytest.approx(4.0 + 1 + 1), "seeds 0, 1, 2 add mean 1 and sd 1"
+    assert labelled(figures.training_curves(history[history["seed"] == 0]).axes[0]).keys() == {"none", "upper"}
+
+
+def test_beside_the_paper_bars_are_changes_and_texts_are_values(runs):
+    figure = figures.paper_beside_ours(metrics.beside_paper(metrics.summary(runs)))
+    assert len(figure.axes) == 3 * 5
+    assert [title.split("\n")[::2] for title in titles(figure)] == [
+        *(["Vim-Ti", "paper"], ["Vim-Ti", "here"], ["Vim-S", "paper"], ["Vim-S", "here"], ["vim_nano", "here"])
+    ]
+    paper, empty, ours = figure.axes[0], figure.axes[1], figure.axes[4]
+    np.testing.assert_allclose([bar.get_width() for bar in paper.patches], [0, -8.2, -3.1, -7.9, 0.4])
+    assert [text.get_text() for text in paper.texts] == ["70.1%", "61.9%", "67.0%", "62.2%", "70.5%"]
+    np.testing.assert_allclose([bar.get_width() for bar in ours.patches], [0, -12.0, -2.0])
+    assert [text.get_text() for text in ours.texts] == ["93.0%", "81.0%", "not measured", "not measured", "91.0%"]
+    for axes in (figure.axes[row * 5 + column] for row in range(3) for column in (1, 3)):
+        assert not axes.patches
+        assert [text.get_text() for text in axes.texts] == ["not\nmeasured\nhere"]
+    assert empty.get_xlim() == paper.get_xlim()
+    memory = figure.axes[10]
+    assert memory.patches[1].get_width() == pytest.approx(100 * (5499 - 8302) / 8302)
+
+
+def test_the_overview_writes_what_each_layer_removes(schedules):
+    axes = figures.strategies_overview(schedules).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["none", "all", "upper"]
+    numbers = {text.get_position(): text.get_text() for text in axes.texts if text.get_text().isdigit()}
+    assert numbers == {(1, 1): "2", (2, 1): "2", (3, 1): "2", (3, 2): "4"}
+    assert [text.get_text() for text in axes.texts if "→" in text.get_text()] == [
+        *("17 → 17 tokens", "17 → 11 tokens", "17 → 13 tokens")
+    ]
+
+
+def tints(axes):
+    return np.asarray(axes.images[1].get_array())
+
+
+def test_patches_of_one_token_share_a_colour_and_an_outline():
+    images = np.full((1, 4, 4, 3), 100, np.uint8)
+    # 2 x 2 patches and the class token in the middle (index 2); the left column becomes one token in layer 2.
+    groups = [np.array([[0, 1, 2, 3, 4]]), np.array([[0, 1, 2, 0, 3]])]
+    figure = figures.fusion_map(images, groups, patch_size=2, stride=2, cls_index=2)
+    assert titles(figure) == ["image\n4 patches", "layer 1\n4 tokens", "layer 2\n3 tokens"]
+    _, before, after = figure.axes
+    assert not tints(before).any()
+    assert len(before.collections[0].get_segments()) == 0
+    left, right = tints(after)[:, 0], tints(after)[:, 1]
+    assert left[0].tolist() == left[1].tolist()
+    assert left[0, 3] > 0
+    assert not right.any()
+    # Round the left column: 2 edges left, 2 right, 1 above, 1 below, and none inside.
+    outline = next(item for item in after.collections if isinstance(item, LineCollection))
+    edges = {tuple(map(tuple, segment.tolist())) for segment in outline.get_segments()}
+    assert edges == {
+        *(((-0.5, -0.5), (-0.5, 1.5)), ((-0.5, 1.5), (-0.5, 3.5)), ((1.5, -0.5), (1.5, 1.5)), ((1.5, 1.5), (1.5, 3.5))),
+        *(((-0.5, -0.5), (1.5, -0.5)), ((-0.5, 3.5), (1.5, 3.5))),
+    }
+
+
+def test_two_tokens_differ_in_colour_and_a_token_keeps_its_own():
+    images = np.zeros((1, 2, 4, 3), np.uint8)
+    groups = [np.array([[0, 0, 1, 1, 2, 3, 4, 5]]), np.array([[0, 0, 1, 1, 0, 2, 3, 4]])]
+    _, one, two = figures.fusion_map(images, groups, patch_size=1, stride=1).axes
+    assert tints(one)[0, 0].tolist() != tints(one)[0, 2].tolist()
+    assert tints(one)[0, 0].tolist() == tints(two)[0, 0].tolist() == tints(two)[1, 0].tolist()
+
+
+def test_overlapping_patches_are_drawn_as_their_middles():
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    groups = [np.tile(np.repeat(np.arange(18), 2), (2, 1))]
+    figure = figures.fusion_map(images, groups, patch_size=3, stride=1)
+    assert figure.axes[1].images[1].get_extent() == [0.5, 6.5, 6.5, 0.5]
+    assert tints(figure.axes[3]).shape == (6, 6, 4), "a second row for the second image"
+
+
+def test_a_fusion_map_refuses_groups_of_other_images_and_layers_that_are_not_there():
+    images = np.zeros((1, 4, 4, 3), np.uint8)
+    with pytest.raises(InputError, match=r"layer 1 has the shape \(1, 5\); 1 images of 2 x 2 patches are expected"):
+        figures.fusion_map(images, [np.zeros((1, 5), int)], patch_size=2, stride=2)
+    with pytest.raises(InputError, match=r"layers: 3 is not within 1\.\.1"):
+        figures.fusion_map(images, [np.zeros((1, 4), int)], patch_size=2, stride=2, layers=[3])
+
+
+def test_only_the_layers_asked_for_are_drawn():
+    images = np.zeros((1, 2, 2, 3), np.uint8)
+    figure = figures.fusion_map(images, [np.arange(4)[None]] * 24, patch_size=1, stride=1, layers=[2, 24])
+    assert titles(figure) == ["image\n4 patches", "layer 2\n4 tokens", "layer 24\n4 tokens"]
+    assert len(titles(figures.fusion_map(images, [np.arange(4)[None]] * 24, patch_size=1, stride=1))) == 25
+
+
+def test_patches_are_numbered_in_scan_order():
+    axes = figures.patch_grid(np.zeros((8, 6, 3), np.uint8), patch_size=2, stride=2).axes[1]
+    at = {text.get_text(): text.get_position() for text in axes.texts}
+    assert at["0"] == (0.5, 0.5)
+    assert at["2"] == (4.5, 0.5)
+    assert at["3"] == (0.5, 2.5)
+    assert len(at) == 12
+
+
+def test_heatmaps_show_the_matrices_on_one_scale():
+    matrices = [np.array([[1.0, -0.33], [-0.33, 1.0]]), np.ones((1, 1)), np.eye(5)]
+    figure = figures.similarity_heatmaps(matrices, layers=[1, 4, 9])
+    assert titles(figure) == ["layer 1: 2 tokens", "layer 4: 1 tokens", "layer 9: 5 tokens"]
+    drawn = [axes.images[0] for axes in figure.axes if axes.images]
+    for image, matrix in zip(drawn, matrices, strict=True):
+        assert np.asarray(image.get_array()).tolist() == matrix.tolist()
+        assert image.get_clim() == (-0.4, 1.0)
+    with pytest.raises(InputError, match="layers: 1 numbers for 3 matrices"):
+        figures.similarity_heatmaps(matrices, layers=[1])
+    with pytest.raises(InputError, match=r"layer 1 has the shape \(2, 3\), which is not square"):
+        figures.similarity_heatmaps([np.ones((2, 3))])
+
+
+def test_an_image_grid_shows_each_image_under_its_label():
+    images = np.arange(3 * 2 * 2 * 3, dtype=np.uint8).reshape(3, 2, 2, 3)
+    figure = figures.image_grid(images, ["a", "b", "c"], columns=2)
+    assert titles(figure) == ["a", "b", "c"]
+    assert np.array_equal(figure.axes[2].images[0].get_array(), images[2])
+    with pytest.raises(InputError, match="labels: 1 for 3 images"):
+        figures.image_grid(images, ["a"])
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_an_unchanged_figure_is_saved_as_the_same_bytes(tmp_path, runs, suffix):
+    path = tmp_path / "deep" / f"a.{suffix}"
+    figure = figures.accuracy_against(runs)
+    assert figures.save(figure, path) == path
+    first = path.read_bytes()
+    figures.save(figure, path)
+    assert path.read_bytes() == first, "saved twice"
+    figures.save(figures.accuracy_against(runs), path)
+    assert path.read_bytes() == first, "drawn twice"
+    assert not any(word in first for word in (b"Software", b"<dc:date>", matplotlib.__version__.encode()))
+    figures.save(figures.accuracy_against(runs, "peak_memory_mib"), path)
+    assert path.read_bytes() != first
+
+
+def test_the_style_of_the_session_changes_nothing(tmp_path, runs):
+    plain = figures.save(figures.accuracy_against(runs), tmp_path / "plain.png").read_bytes()
+    with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "red", "savefig.dpi": 30, "axes.grid": False}):
+        styled = figures.save(figures.accuracy_against(runs), tmp_path / "styled.png").read_bytes()
+        assert matplotlib.rcParams["font.size"] == 20, "and the session keeps its own"
+    assert styled == plain
+
+
+def test_another_suffix_is_refused(tmp_path, runs):
+    with pytest.raises(InputError, match=r"a\.jpg: figures are saved as \.png or \.svg"):
+        figures.save(figures.accuracy_against(runs), tmp_path / "a.jpg")
+
+
+def test_a_notebook_can_show_a_figure_without_pyplot(schedules):
+    assert figures.tokens_per_layer(schedules)._repr_png_().startswith(PNG)
+
+
+def test_no_text_of_the_saved_figures_overlaps_another(runs, schedules, history):
+    drawn = [
+        figures.accuracy_against(runs),
+        figures.tokens_per_layer(schedules),
+        figures.training_curves(history),
+        figures.strategies_overview(schedules),
+        figures.paper_beside_ours(metrics.beside_paper(metrics.summary(runs))),
+    ]
+    for figure in drawn:
+        figure.draw_without_rendering()
+        unseen = ticks_out_of_view(figure)
+        texts = [
+            text
+            for text in figure.findobj(matplotlib.text.Text)
+            if text.get_visible() and text.get_text() and id(text) not in unseen
+        ]
+        assert len(texts) > 5
+        for one, two in itertools.combinations(texts, 2):
+            a, b = one.get_window_extent(), two.get_window_extent()
+            wide, high = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+            assert min(wide, high) < 2, (one.get_text(), two.get_text())
+        for text in texts:
+            box = text.get_window_extent()
+            assert box.x0 > -1, text
+            assert box.y0 > -1, text
+            assert box.x1 < figure.bbox.x1 + 1, text
+            assert box.y1 < figure.bbox.y1 + 1, text
+
+
+def ticks_out_of_view(figure):
+    """Tick labels outside their axis' limits exist but are not drawn."""
+    unseen = set()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            ticks = [tick for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high]
+            unseen |= {id(label) for tick in ticks for label in (tick.label1, tick.label2)}
+    return unseen
