@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "conv.h"
 #include "scan.h"
 #if defined(__x86_64__)
 #include <xmmintrin.h>
@@ -121,18 +122,27 @@ bool share_out(Body body, const void* job, int64_t units, int64_t scratch_floats
     return !work.failed;
 }
 
-#define DECLARE_SCAN(set)                                                      \
-    extern "C" const char* scan_compiled_for_##set();                          \
-    extern "C" int64_t scan_width_##set();                                     \
-    extern "C" int64_t scan_scratch_##set(const Scan*);                        \
-    extern "C" void scan_lanes_##set(const Scan*, float*);                     \
-    extern "C" void scan_forward_##set(const void*, int64_t, float*);          \
-    extern "C" void scan_backward_##set(const void*, int64_t, float*);         \
-    extern "C" void scan_sum_sequences_##set(const void*, int64_t, float*);    \
+#define DECLARE_SCAN(set)                                                   \
+    extern "C" const char* scan_compiled_for_##set();                       \
+    extern "C" int64_t scan_width_##set();                                  \
+    extern "C" int64_t scan_scratch_##set(const Scan*);                     \
+    extern "C" void scan_lanes_##set(const Scan*, float*);                  \
+    extern "C" void scan_forward_##set(const void*, int64_t, float*);       \
+    extern "C" void scan_backward_##set(const void*, int64_t, float*);      \
+    extern "C" void scan_sum_sequences_##set(const void*, int64_t, float*); \
     extern "C" void scan_sum_groups_##set(const void*, int64_t, float*);
+#define DECLARE_CONV(set)                                              \
+    extern "C" int64_t conv_scratch_##set(const Conv*);                \
+    extern "C" void conv_lanes_##set(const Conv*, float*);             \
+    extern "C" void conv_forward_##set(const void*, int64_t, float*);  \
+    extern "C" void conv_backward_##set(const void*, int64_t, float*); \
+    extern "C" void conv_sum_sequences_##set(const void*, int64_t, float*);
 DECLARE_SCAN(avx512)
 DECLARE_SCAN(avx2)
 DECLARE_SCAN(baseline)
+DECLARE_CONV(avx512)
+DECLARE_CONV(avx2)
+DECLARE_CONV(baseline)
 
 #define POINTER(name, set) name##_##set
 #define TABLE(name) {FOR_EACH_VARIANT(POINTER, name)}
@@ -146,13 +156,19 @@ const Body scan_forward[] = TABLE(scan_forward);
 const Body scan_backward[] = TABLE(scan_backward);
 const Body scan_sum_sequences[] = TABLE(scan_sum_sequences);
 const Body scan_sum_groups[] = TABLE(scan_sum_groups);
+int64_t (*const conv_scratch[])(const Conv*) = TABLE(conv_scratch);
+void (*const conv_lanes[])(const Conv*, float*) = TABLE(conv_lanes);
+const Body conv_forward[] = TABLE(conv_forward);
+const Body conv_backward[] = TABLE(conv_backward);
+const Body conv_sum_sequences[] = TABLE(conv_sum_sequences);
 
-int64_t padded(const Scan* p) { return (p->e + 15) / 16 * 16; }
+int64_t padded(int64_t e) { return (e + 15) / 16 * 16; }
+int64_t vectors(int64_t e) { return (e + scan_width[instruction_set()]() - 1) / scan_width[instruction_set()](); }
 
 // As many units as keep many cores busy, but at least two vectors of channels in each. A matter of shapes alone: the
 // sums over groups must not depend on the number of threads.
-int64_t groups(const Scan* p, int64_t vectors) {
-    int64_t wanted = (32 + p->b - 1) / p->b, most = (vectors + 1) / 2;
+int64_t groups(int64_t b, int64_t e) {
+    int64_t wanted = (32 + b - 1) / b, most = (vectors(e) + 1) / 2;
     return wanted < most ? wanted : most;
 }
 }  // namespace
@@ -177,33 +193,55 @@ extern "C" int famba_use_instruction_set(const char* name) {
     return 0;
 }
 
-// Both return 0 when there was no memory.
+// All of these return 0 when there was no memory.
 extern "C" int famba_scan_forward(Scan* p, int64_t threads, Parallel parallel) {
     int set = instruction_set();
-    Aligned lanes(padded(p) * p->n);
+    Aligned lanes(padded(p->e) * p->n);
     if (!lanes.memory) return 0;
     scan_lanes[set](p, lanes.memory);
     p->lanes_A = lanes.memory;
-    p->groups = groups(p, (p->e + scan_width[set]() - 1) / scan_width[set]());
+    p->groups = groups(p->b, p->e);
     return share_out(scan_forward[set], p, p->b * p->groups, scan_scratch[set](p), threads, parallel);
 }
 
 extern "C" int famba_scan_backward(Scan* p, int64_t threads, Parallel parallel) {
     int set = instruction_set();
-    int64_t lanes_each = padded(p) * p->n, vectors = (p->e + scan_width[set]() - 1) / scan_width[set]();
-    p->groups = groups(p, vectors);
+    int64_t lanes_each = padded(p->e) * p->n;
+    p->groups = groups(p->b, p->e);
     int64_t per_group = p->groups > 1 ? p->groups * p->b * p->t * p->n : 0;
-    Aligned lanes(lanes_each), part_A(p->b * lanes_each), part_e(2 * p->b * padded(p)), part_BC(2 * per_group);
+    Aligned lanes(lanes_each), part_A(p->b * lanes_each), part_e(2 * p->b * padded(p->e)), part_BC(2 * per_group);
     if (!lanes.memory || !part_A.memory || !part_e.memory || !part_BC.memory) return 0;
     scan_lanes[set](p, lanes.memory);
     p->lanes_A = lanes.memory;
     p->part_A = part_A.memory;
     p->part_D = p->D ? part_e.memory : nullptr;
-    p->part_bias = p->bias ? part_e.memory + p->b * padded(p) : nullptr;
+    p->part_bias = p->bias ? part_e.memory + p->b * padded(p->e) : nullptr;
     p->part_B = part_BC.memory;
     p->part_C = part_BC.memory + per_group;
-    int64_t floats = scan_scratch[set](p);
-    return share_out(scan_backward[set], p, p->b * p->groups, floats, threads, parallel) &&
-           share_out(scan_sum_sequences[set], p, vectors, 16, threads, parallel) &&
+    return share_out(scan_backward[set], p, p->b * p->groups, scan_scratch[set](p), threads, parallel) &&
+           share_out(scan_sum_sequences[set], p, vectors(p->e), 16, threads, parallel) &&
            (p->groups == 1 || share_out(scan_sum_groups[set], p, p->b, 16, threads, parallel));
+}
+
+extern "C" int famba_conv_forward(Conv* p, int64_t threads, Parallel parallel) {
+    int set = instruction_set();
+    Aligned lanes(padded(p->e) * (p->k + 1));
+    if (!lanes.memory) return 0;
+    conv_lanes[set](p, lanes.memory);
+    p->lanes = lanes.memory;
+    p->groups = groups(p->b, p->e);
+    return share_out(conv_forward[set], p, p->b * p->groups, conv_scratch[set](p), threads, parallel);
+}
+
+extern "C" int famba_conv_backward(Conv* p, int64_t threads, Parallel parallel) {
+    int set = instruction_set();
+    int64_t each = padded(p->e) * (p->k + 1);
+    Aligned lanes(each), part(p->b * each);
+    if (!lanes.memory || !part.memory) return 0;
+    conv_lanes[set](p, lanes.memory);
+    p->lanes = lanes.memory;
+    p->part = part.memory;
+    p->groups = groups(p->b, p->e);
+    return share_out(conv_backward[set], p, p->b * p->groups, conv_scratch[set](p), threads, parallel) &&
+           share_out(conv_sum_sequences[set], p, vectors(p->e), 16, threads, parallel);
 }

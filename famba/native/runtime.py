@@ -15,7 +15,7 @@ DTYPES = (torch.float32, torch.bfloat16)  # in the order of vector.h's Type
 
 
 class View(ctypes.Structure):
-    """scan.h's View: where a tensor lies, its strides in elements, its type."""
+    """view.h's View: where a tensor lies, its strides in elements, its type."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -30,6 +30,19 @@ class View(ctypes.Structure):
         if tensor is None:
             return cls()
         return cls(tensor.data_ptr(), *tensor.stride(), DTYPES.index(tensor.dtype))
+
+
+def like(x: Tensor) -> Tensor:
+    """An empty (b, e, t) tensor, dense, with channels innermost where they are in x."""
+    b, e, t = x.shape
+    if x.stride(1) == 1:
+        return x.new_empty(b, t, e).transpose(1, 2)
+    return x.new_empty(b, e, t)
+
+
+def float32(x: Tensor | None) -> Tensor | None:
+    """A small parameter as the kernels take it."""
+    return None if x is None else x.detach().to(torch.float32).contiguous()
 
 
 def instruction_set() -> str:

@@ -13,58 +13,18 @@
 
 #include "scan.h"
 
-#include "vector.h"
+#include "tile.h"
 
 namespace {
 
 constexpr int CHUNK = 16;
-constexpr int64_t PAD = 16;  // channels are padded to this, the widest vector, in all that is kept in lanes
 constexpr float LOG2E = 0x1.715476p+0f, LN2 = 0x1.62e430p-1f;
-
-INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// (token, lane) of one vector of channels; lanes beyond the last channel read as zero
-INLINE void load_tile(float* tile, const View& x, int64_t b, int64_t e0, int lanes, int64_t t0, int tokens) {
-    int64_t base = b * x.batch + e0 * x.row + t0 * x.token;
-    if (x.row == 1 && lanes == W) {
-        if (x.type == BFLOAT16)
-            for (int i = 0; i < tokens; i++) store(tile + i * W, load_bf16((const uint16_t*)x.data + base + i * x.token));
-        else
-            for (int i = 0; i < tokens; i++) store(tile + i * W, load((const float*)x.data + base + i * x.token));
-        return;
-    }
-    for (int i = 0; i < tokens; i++) {
-        for (int l = 0; l < lanes; l++) tile[i * W + l] = scalar_at(x.data, base + i * x.token + l * x.row, x.type);
-        for (int l = lanes; l < W; l++) tile[i * W + l] = 0.0f;
-    }
-}
-
-INLINE void store_tile(const float* tile, const View& x, int64_t b, int64_t e0, int lanes, int64_t t0, int tokens) {
-    int64_t base = b * x.batch + e0 * x.row + t0 * x.token;
-    if (x.row == 1 && lanes == W) {
-        if (x.type == BFLOAT16)
-            for (int i = 0; i < tokens; i++) store_bf16((uint16_t*)x.data + base + i * x.token, load(tile + i * W));
-        else
-            for (int i = 0; i < tokens; i++) store((float*)x.data + base + i * x.token, load(tile + i * W));
-        return;
-    }
-    for (int i = 0; i < tokens; i++)
-        for (int l = 0; l < lanes; l++) scalar_to(x.data, base + i * x.token + l * x.row, x.type, tile[i * W + l]);
-}
 
 // (token, state) of one sequence's B or C
 INLINE void load_states(float* tile, const View& x, int64_t b, int64_t n, int64_t t0, int tokens) {
     int64_t base = b * x.batch + t0 * x.token;
     for (int i = 0; i < tokens; i++)
         for (int64_t k = 0; k < n; k++) tile[i * n + k] = scalar_at(x.data, base + i * x.token + k * x.row, x.type);
-}
-
-INLINE vf load_lanes(const float* x, int64_t e0, int lanes) {
-    if (lanes == W) return load(x + e0);
-    vf v = {};
-    for (int l = 0; l < lanes; l++) v[l] = x[e0 + l];
-    return v;
 }
 
 struct Tiles {
@@ -169,26 +129,7 @@ void backward_states(Tiles& s, Recomputed& r, const float* A, const float* B, co
     for (int k = 0; k < N; k++) store(carry + k * W, g[k]), store(grad_A + k * W, dA[k]);
 }
 
-INLINE float* take(float*& memory, int64_t count) {
-    float* taken = memory;
-    memory += ceil_div(count, 16) * 16;
-    return taken;
-}
-
-struct Group {
-    int64_t b, group, first, last;  // vectors of channels
-};
-
-INLINE Group group_of(const Scan& p, int64_t unit) {
-    int64_t vectors = ceil_div(p.e, W), g = unit % p.groups;
-    return {unit / p.groups, g, vectors * g / p.groups, vectors * (g + 1) / p.groups};
-}
-
 }  // namespace
-
-#define CONCATENATE(a, b) a##_##b
-#define NAMED(a, b) CONCATENATE(a, b)
-#define KERNEL(name) extern "C" __attribute__((visibility("hidden"))) NAMED(name, VARIANT)
 
 KERNEL(const char* scan_compiled_for)() {
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && defined(__FMA__)
@@ -212,16 +153,16 @@ KERNEL(int64_t scan_scratch)(const Scan* p) {
 
 // A times log2(e), in lanes
 KERNEL(void scan_lanes)(const Scan* p, float* lanes) {
-    int64_t padded = ceil_div(p->e, PAD) * PAD;
-    for (int64_t e = 0; e < padded; e++)
+    int64_t lanes_all = padded(p->e);
+    for (int64_t e = 0; e < lanes_all; e++)
         for (int64_t k = 0; k < p->n; k++)
             lanes[(e / W * p->n + k) * W + e % W] = e < p->e ? p->A[e * p->n + k] * LOG2E : 0.0f;
 }
 
 KERNEL(void scan_forward)(const void* given, int64_t unit, float* memory) {
     const Scan& p = *(const Scan*)given;
-    Group at = group_of(p, unit);
-    int64_t n = p.n, chunks = ceil_div(p.t, CHUNK), padded = ceil_div(p.e, PAD) * PAD;
+    Group at = group_of(p.e, p.groups, unit);
+    int64_t n = p.n, chunks = ceil_div(p.t, CHUNK), lanes_all = padded(p.e);
     Tiles& s = *(Tiles*)take(memory, sizeof(Tiles) / 4);
     float *B = take(memory, CHUNK * n), *C = take(memory, CHUNK * n);
     float* state = take(memory, (at.last - at.first) * n * W);
@@ -237,7 +178,7 @@ KERNEL(void scan_forward)(const void* given, int64_t unit, float* memory) {
             int lanes = (int)least(W, p.e - e0);
             float* h = state + (v - at.first) * n * W;
             if (p.keep) {
-                float* kept = p.states + (at.b * chunks + chunk) * padded * n + e0 * n;
+                float* kept = p.states + (at.b * chunks + chunk) * lanes_all * n + e0 * n;
                 for (int64_t k = 0; k < n; k++) store(kept + k * W, load(h + k * W));
             }
             prepare(s, p, at.b, e0, lanes, t0, tokens);
@@ -266,18 +207,18 @@ KERNEL(void scan_forward)(const void* given, int64_t unit, float* memory) {
 
 KERNEL(void scan_backward)(const void* given, int64_t unit, float* memory) {
     const Scan& p = *(const Scan*)given;
-    Group at = group_of(p, unit);
-    int64_t n = p.n, chunks = ceil_div(p.t, CHUNK), padded = ceil_div(p.e, PAD) * PAD;
+    Group at = group_of(p.e, p.groups, unit);
+    int64_t n = p.n, chunks = ceil_div(p.t, CHUNK), lanes_all = padded(p.e);
     Tiles& s = *(Tiles*)take(memory, sizeof(Tiles) / 4);
     Recomputed& r = *(Recomputed*)take(memory, sizeof(Recomputed) / 4);
     float *B = take(memory, CHUNK * n), *C = take(memory, CHUNK * n);
     float *sum_B = take(memory, CHUNK * n * W), *sum_C = take(memory, CHUNK * n * W);
     float* carries = take(memory, (at.last - at.first) * n * W);
     for (int64_t i = 0; i < (at.last - at.first) * n; i++) store(carries + i * W, vf{});
-    for (int64_t i = at.first * n; i < at.last * n; i++) store(p.part_A + at.b * padded * n + i * W, vf{});
+    for (int64_t i = at.first * n; i < at.last * n; i++) store(p.part_A + at.b * lanes_all * n + i * W, vf{});
     for (int64_t v = at.first; v < at.last; v++) {
-        if (p.part_D) store(p.part_D + at.b * padded + v * W, vf{});
-        if (p.part_bias) store(p.part_bias + at.b * padded + v * W, vf{});
+        if (p.part_D) store(p.part_D + at.b * lanes_all + v * W, vf{});
+        if (p.part_bias) store(p.part_bias + at.b * lanes_all + v * W, vf{});
     }
 
     for (int64_t c = 0; c < chunks; c++) {
@@ -289,9 +230,9 @@ KERNEL(void scan_backward)(const void* given, int64_t unit, float* memory) {
         for (int64_t v = at.first; v < at.last; v++) {
             int64_t e0 = v * W;
             int lanes = (int)least(W, p.e - e0);
-            const float* before = p.states + (at.b * chunks + chunk) * padded * n + e0 * n;
+            const float* before = p.states + (at.b * chunks + chunk) * lanes_all * n + e0 * n;
             float* carry = carries + (v - at.first) * n * W;
-            float* grad_A = p.part_A + at.b * padded * n + e0 * n;
+            float* grad_A = p.part_A + at.b * lanes_all * n + e0 * n;
             prepare(s, p, at.b, e0, lanes, t0, tokens);
             load_tile(s.grad, p.grad_out, at.b, e0, lanes, t0, tokens);
             if (p.z.data) load_tile(s.z, p.z, at.b, e0, lanes, t0, tokens);
@@ -326,7 +267,7 @@ KERNEL(void scan_backward)(const void* given, int64_t unit, float* memory) {
             store_tile(s.grad_entry, p.grad_u, at.b, e0, lanes, t0, tokens);
             store_tile(s.grad_step, p.grad_delta, at.b, e0, lanes, t0, tokens);
             if (p.z.data) store_tile(s.z, p.grad_z, at.b, e0, lanes, t0, tokens);
-            float *D_part = p.part_D + at.b * padded + e0, *bias_part = p.part_bias + at.b * padded + e0;
+            float *D_part = p.part_D + at.b * lanes_all + e0, *bias_part = p.part_bias + at.b * lanes_all + e0;
             if (p.part_D) store(D_part, load(D_part) + to_D);
             if (p.part_bias) store(bias_part, load(bias_part) + to_bias);
         }
@@ -350,11 +291,11 @@ KERNEL(void scan_backward)(const void* given, int64_t unit, float* memory) {
 // Sums over sequences, first to last: grad_A, grad_D and grad_bias of one vector of channels
 KERNEL(void scan_sum_sequences)(const void* given, int64_t v, float*) {
     const Scan& p = *(const Scan*)given;
-    int64_t n = p.n, padded = ceil_div(p.e, PAD) * PAD, e0 = v * W;
+    int64_t n = p.n, lanes_all = padded(p.e), e0 = v * W;
     int lanes = (int)least(W, p.e - e0);
     for (int64_t k = 0; k < n; k++) {
         vf sum = {};
-        for (int64_t b = 0; b < p.b; b++) sum += load(p.part_A + b * padded * n + e0 * n + k * W);
+        for (int64_t b = 0; b < p.b; b++) sum += load(p.part_A + b * lanes_all * n + e0 * n + k * W);
         for (int l = 0; l < lanes; l++) p.grad_A[(e0 + l) * n + k] = sum[l];
     }
     for (int which = 0; which < 2; which++) {
@@ -362,7 +303,7 @@ KERNEL(void scan_sum_sequences)(const void* given, int64_t v, float*) {
         float* to = which ? p.grad_bias : p.grad_D;
         if (!part) continue;
         vf sum = {};
-        for (int64_t b = 0; b < p.b; b++) sum += load(part + b * padded + e0);
+        for (int64_t b = 0; b < p.b; b++) sum += load(part + b * lanes_all + e0);
         for (int l = 0; l < lanes; l++) to[e0 + l] = sum[l];
     }
 }

@@ -1,13 +1,7 @@
 // What the scan's kernels are given; mirrored field by field in scan.py.
 #pragma once
 
-#include <stdint.h>
-
-// A tensor of (b, e, t) or (b, n, t) where it lies: strides in elements, type as in vector.h; data null when absent.
-struct View {
-    void* data;
-    int64_t batch, row, token, type;
-};
+#include "view.h"
 
 struct Scan {
     int64_t b, e, t, n;

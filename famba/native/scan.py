@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from famba.native import build, runtime
-from famba.native.runtime import View
+from famba.native.runtime import View, float32, like
 
 _CHUNK = 16  # tokens between kept states, and _PAD channels: scan.cpp's CHUNK and PAD
 _PAD = 16
@@ -78,30 +78,18 @@ _library.define(
 )
 
 
-def _like(x: Tensor) -> Tensor:
-    """An empty (b, e, t) tensor, dense, with channels innermost where they are in x."""
-    b, e, t = x.shape
-    if x.stride(1) == 1:
-        return x.new_empty(b, t, e).transpose(1, 2)
-    return x.new_empty(b, e, t)
-
-
 def _outputs(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     b, e, t = u.shape
     shape = (b, -(-t // _CHUNK), -(-e // _PAD) * _PAD, A.shape[1]) if keep else (0,)
-    return _like(u), u.new_empty(shape, dtype=torch.float32)
+    return like(u), u.new_empty(shape, dtype=torch.float32)
 
 
 def _gradients(u, delta, A, B, C, D, z, delta_bias) -> tuple[Tensor, ...]:
     """Empty gradients in the order of the inputs; without elements for absent ones."""
-    tokens = [None if x is None else _like(x) for x in (u, delta, B, C, z)]
+    tokens = [None if x is None else like(x) for x in (u, delta, B, C, z)]
     channels = [None if x is None else x.new_empty(x.shape, dtype=torch.float32) for x in (A, D, delta_bias)]
     ordered = (*tokens[:2], channels[0], *tokens[2:4], channels[1], tokens[4], channels[2])
     return tuple(u.new_empty(0) if x is None else x for x in ordered)
-
-
-def _float32(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach().to(torch.float32).contiguous()
 
 
 def _job(u, delta, A, B, C, D, z, delta_bias, softplus: bool, reverse: bool, states: Tensor, **views: Tensor | None):
@@ -119,7 +107,7 @@ def _job(u, delta, A, B, C, D, z, delta_bias, softplus: bool, reverse: bool, sta
 
 def _scan(u, delta, A, B, C, D, z, delta_bias, softplus: bool, reverse: bool, keep: bool):
     out, states = _outputs(u, A, keep)
-    A, D, delta_bias = (_float32(x) for x in (A, D, delta_bias))
+    A, D, delta_bias = (float32(x) for x in (A, D, delta_bias))
     runtime.call("famba_scan_forward", _job(u, delta, A, B, C, D, z, delta_bias, softplus, reverse, states, out=out))
     return out, states
 
@@ -128,7 +116,7 @@ def _scan_backward(grad, u, delta, A, B, C, D, z, delta_bias, states, softplus: 
     gradients = _gradients(u, delta, A, B, C, D, z, delta_bias)
     to_u, to_delta, to_A, to_B, to_C, to_D, to_z, to_bias = gradients
     kinds = [None if x is None else x.dtype for x in (A, D, delta_bias)]
-    A, D, delta_bias = (_float32(x) for x in (A, D, delta_bias))
+    A, D, delta_bias = (float32(x) for x in (A, D, delta_bias))
     job = _job(
         u, delta, A, B, C, D, z, delta_bias, softplus, reverse, states, grad_out=grad, grad_u=to_u, grad_delta=to_delta,
         grad_B=to_B, grad_C=to_C, grad_z=None if z is None else to_z,
@@ -155,6 +143,7 @@ def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.softplus, ctx.reverse, keep = inputs
     if not keep:
         raise RuntimeError("famba::scan was called with keep=False, and so kept no states for the gradient")
+    ctx.set_materialize_grads(False)  # of the states there is none, and zeros in their place would be as large
     ctx.save_for_backward(*tensors, output[1])
 
 

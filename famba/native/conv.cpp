@@ -1,0 +1,134 @@
+// Depthwise causal convolution, bias and silu in one pass, and its gradient.
+//
+// Each channel's token sees itself and the k - 1 before it (reversed: after it). Tiles, lanes and units of work are those
+// of scan.cpp. A reversed convolution is the forward one with its taps in the other order and its window on the other
+// side. Nothing is kept for backward but the input: the sums before silu are cheaper to recompute than to store.
+
+#include "conv.h"
+
+#include "tile.h"
+
+namespace {
+
+constexpr int TOKENS = 32;
+constexpr int MOST_TAPS = 8;
+
+struct ConvTiles {
+    float x[(TOKENS + 2 * MOST_TAPS) * W], grad[(TOKENS + MOST_TAPS) * W], out[TOKENS * W];
+};
+
+// The sum before silu at the token whose window begins at x
+template <int K>
+INLINE vf window(const float* x, const vf* w, int k) {
+    vf s = w[k];
+    if constexpr (K > 0) {
+#pragma GCC unroll 8
+        for (int j = 0; j < K; j++) s += w[j] * load(x + j * W);
+    } else {
+        for (int j = 0; j < k; j++) s += w[j] * load(x + j * W);
+    }
+    return s;
+}
+
+// K is the number of taps where it is known when this is compiled, else 0
+template <int K>
+void forward(const Conv& p, int64_t unit, float* memory) {
+    Group at = group_of(p.e, p.groups, unit);
+    ConvTiles& s = *(ConvTiles*)take(memory, sizeof(ConvTiles) / 4);
+    int k = K ? K : (int)p.k;
+    int64_t before = p.reverse ? 0 : k - 1;
+    for (int64_t t0 = 0; t0 < p.t; t0 += TOKENS) {
+        int tokens = (int)least(TOKENS, p.t - t0);
+        for (int64_t v = at.first; v < at.last; v++) {
+            int64_t e0 = v * W;
+            int lanes = (int)least(W, p.e - e0);
+            vf w[MOST_TAPS + 1];
+            for (int j = 0; j <= k; j++) w[j] = load(p.lanes + e0 * (k + 1) + j * W);
+            load_padded(s.x, p.x, at.b, e0, lanes, t0 - before, t0 - before + tokens + k - 1, p.t);
+            for (int i = 0; i < tokens; i++) {
+                vf sum = window<K>(s.x + i * W, w, k);
+                store(s.out + i * W, sum * sigmoid_(sum));
+            }
+            store_tile(s.out, p.out, at.b, e0, lanes, t0, tokens);
+        }
+    }
+}
+
+template <int K>
+void backward(const Conv& p, int64_t unit, float* memory) {
+    Group at = group_of(p.e, p.groups, unit);
+    ConvTiles& s = *(ConvTiles*)take(memory, sizeof(ConvTiles) / 4);
+    int k = K ? K : (int)p.k, around = k - 1;
+    int64_t per_vector = (k + 1) * W;
+    float* part = p.part + at.b * padded(p.e) * (k + 1);
+    for (int64_t i = at.first * (k + 1); i < at.last * (k + 1); i++) store(part + i * W, vf{});
+    for (int64_t t0 = 0; t0 < p.t; t0 += TOKENS) {
+        int tokens = (int)least(TOKENS, p.t - t0);
+        // outputs that see this chunk's inputs, and where this chunk's own begin among them
+        int64_t first = p.reverse ? t0 - around : t0;
+        int own = (int)(t0 - first);
+        for (int64_t v = at.first; v < at.last; v++) {
+            int64_t e0 = v * W;
+            int lanes = (int)least(W, p.e - e0);
+            vf w[MOST_TAPS + 1], to_w[MOST_TAPS + 1];
+            for (int j = 0; j <= k; j++) {
+                w[j] = load(p.lanes + e0 * (k + 1) + j * W);
+                to_w[j] = load(part + v * per_vector + j * W);
+            }
+            load_padded(s.x, p.x, at.b, e0, lanes, t0 - around, t0 + tokens + around, p.t);
+            load_padded(s.grad, p.grad_out, at.b, e0, lanes, first, first + tokens + around, p.t);
+            for (int i = 0; i < tokens + around; i++) {
+                vf sum = window<K>(s.x + i * W, w, k), gate = sigmoid_(sum);
+                store(s.grad + i * W, load(s.grad + i * W) * gate * (1.0f + sum * (1.0f - gate)));
+            }
+            for (int i = 0; i < tokens; i++) {
+                vf g = load(s.grad + (own + i) * W), to_x = {};
+                for (int j = 0; j < k; j++) {
+                    to_w[j] += g * load(s.x + (own + i + j) * W);
+                    to_x += w[j] * load(s.grad + (i + around - j) * W);
+                }
+                to_w[k] += g;
+                store(s.out + i * W, to_x);
+            }
+            for (int j = 0; j <= k; j++) store(part + v * per_vector + j * W, to_w[j]);
+            store_tile(s.out, p.grad_x, at.b, e0, lanes, t0, tokens);
+        }
+    }
+}
+
+}  // namespace
+
+KERNEL(int64_t conv_scratch)(const Conv*) { return sizeof(ConvTiles) / 4 + 64; }
+
+KERNEL(void conv_lanes)(const Conv* p, float* lanes) {
+    for (int64_t e = 0; e < padded(p->e); e++)
+        for (int64_t j = 0; j <= p->k; j++) {
+            float x = 0.0f;
+            if (e < p->e && j < p->k) x = p->weight[e * p->k + (p->reverse ? p->k - 1 - j : j)];
+            if (e < p->e && j == p->k && p->bias) x = p->bias[e];
+            lanes[(e / W * (p->k + 1) + j) * W + e % W] = x;
+        }
+}
+
+KERNEL(void conv_forward)(const void* given, int64_t unit, float* memory) {
+    const Conv& p = *(const Conv*)given;
+    p.k == 4 ? forward<4>(p, unit, memory) : forward<0>(p, unit, memory);
+}
+
+KERNEL(void conv_backward)(const void* given, int64_t unit, float* memory) {
+    const Conv& p = *(const Conv*)given;
+    p.k == 4 ? backward<4>(p, unit, memory) : backward<0>(p, unit, memory);
+}
+
+// Sums over sequences, first to last, of one vector of channels
+KERNEL(void conv_sum_sequences)(const void* given, int64_t v, float*) {
+    const Conv& p = *(const Conv*)given;
+    int64_t e0 = v * W, each = p.k + 1;
+    int lanes = (int)least(W, p.e - e0);
+    for (int64_t j = 0; j < each; j++) {
+        vf sum = {};
+        for (int64_t b = 0; b < p.b; b++) sum += load(p.part + (b * padded(p.e) + e0) * each + j * W);
+        int64_t tap = j < p.k && p.reverse ? p.k - 1 - j : j;
+        for (int l = 0; l < lanes; l++) p.grad[(e0 + l) * each + tap] = sum[l];
+    }
+}

@@ -1,0 +1,102 @@
+"""Depthwise causal convolution, bias and silu as one torch operator, `famba::conv`, over conv.cpp.
+
+Axes: b batch, e channels, t tokens, k taps. Strides, types and layout of the results are as in famba.native.scan.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from famba.native import runtime
+from famba.native.runtime import View, float32, like
+
+MOST_TAPS = 8
+
+
+class _Job(ctypes.Structure):
+    """conv.h's Conv."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("b", "e", "t", "k", "reverse", "groups")),
+        *((name, View) for name in ("x", "out")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
+        *((name, View) for name in ("grad_out", "grad_x")),
+        *((name, ctypes.c_void_p) for name in ("grad", "part", "lanes")),
+    )
+
+
+def unsuited(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
+    """Why the kernel cannot run on these tensors ("": it can)."""
+    if x.device.type != "cpu":
+        return f"it runs on cpu tensors, got {x.device}"
+    if x.dtype not in runtime.DTYPES:
+        return f"it runs on float32 and bfloat16, got {x.dtype}"
+    if any(w is not None and w.dtype == torch.float64 for w in (weight, bias)):
+        return "it runs on float32 and bfloat16, got torch.float64"
+    if weight.shape[1] > MOST_TAPS:
+        return f"it runs with at most {MOST_TAPS} taps, got {weight.shape[1]}"
+    return ""
+
+
+def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
+    """`famba.ops.causal_conv1d_silu` by the native kernel."""
+    return torch.ops.famba.conv(x, weight, bias, reverse)
+
+
+_library = torch.library.Library("famba", "FRAGMENT")
+_library.define("conv(Tensor x, Tensor weight, Tensor? bias, bool reverse) -> Tensor")
+_library.define(
+    "conv_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, bool reverse) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _job(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, **views: Tensor) -> _Job:
+    return _Job(
+        *x.shape, weight.shape[1], reverse, 0, View.of(x),
+        weight=weight.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        **{name: View.of(tensor) for name, tensor in views.items()},
+    )  # fmt: skip
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
+    out = like(x)
+    weight, bias = weight.detach().float().contiguous(), float32(bias)
+    runtime.call("famba_conv_forward", _job(x, weight, bias, reverse, out=out))
+    return out
+
+
+def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool):
+    to_x, to_weight, to_bias = _conv_backward_fake(grad, x, weight, bias, reverse)
+    to_both = x.new_empty(weight.shape[0], weight.shape[1] + 1, dtype=torch.float32)
+    job = _job(x, weight.detach().float().contiguous(), float32(bias), reverse, grad_out=grad, grad_x=to_x)
+    job.grad = to_both.data_ptr()
+    runtime.call("famba_conv_backward", job)
+    to_weight.copy_(to_both[:, :-1])
+    if bias is not None:
+        to_bias.copy_(to_both[:, -1])
+    return to_x, to_weight, to_bias
+
+
+def _conv_backward_fake(grad, x, weight, bias, reverse):
+    to_bias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return like(x), weight.new_empty(weight.shape), to_bias
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, bias, ctx.reverse = inputs
+    ctx.save_for_backward(x, weight, bias)
+
+
+def _backward(ctx, grad):
+    x, weight, bias = ctx.saved_tensors
+    to_x, to_weight, to_bias = torch.ops.famba.conv_backward(grad, x, weight, bias, ctx.reverse)
+    return to_x, to_weight, None if bias is None else to_bias, None
+
+
+_library.impl("conv", _conv, "CPU")
+_library.impl("conv_backward", _conv_backward, "CPU")
+torch.library.register_fake("famba::conv", lambda x, weight, bias, reverse: like(x), lib=_library)
+torch.library.register_fake("famba::conv_backward", _conv_backward_fake, lib=_library)
+torch.library.register_autograd("famba::conv", _backward, setup_context=_setup_context, lib=_library)

@@ -1,0 +1,57 @@
+"""Elementwise parts of a Mamba mixer that cost more than they compute: fused on the CPU, plain torch elsewhere.
+
+Axes: b batch, e channels (d_inner), t tokens in scan order, k taps.
+"""
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from famba.errors import BackendError, InputError
+from famba.native import conv
+from famba.native.scan import unavailable
+
+_BACKENDS = ("auto", "torch", "native")
+
+
+def causal_conv1d_silu(
+    x: Float[Tensor, "b e t"],
+    weight: Float[Tensor, "e k"],
+    bias: Float[Tensor, "e"] | None = None,
+    *,
+    reverse: bool = False,
+    backend: str = "auto",
+) -> Float[Tensor, "b e t"]:
+    """Depthwise convolution over tokens, bias, then silu (Mamba, arXiv:2312.00752, section 3.4).
+
+    A token sees itself and the k - 1 before it, as if zeros came before the first; with `reverse` those after it, the
+    taps in the same order away from the token. Nothing is flipped or copied for it.
+
+    Args:
+        backend: "native" (float32 and bfloat16 on a CPU), "torch", or "auto": the first of them that can run.
+
+    Raises:
+        InputError: shapes that do not fit together, or an unknown backend.
+        BackendError: the backend asked for cannot run here or on these tensors.
+    """
+    _check(x, weight, bias, backend)
+    reason = "" if backend == "torch" else unavailable() or conv.unsuited(x, weight, bias)
+    if backend == "native" and reason:
+        raise BackendError(f"backend 'native' cannot run here: {reason}")
+    if backend != "torch" and not reason:
+        return conv.causal_conv1d_silu(x, weight, bias, reverse)
+    e, k = weight.shape
+    padded = F.pad(x, (0, k - 1) if reverse else (k - 1, 0))
+    kernel = (weight.flip(1) if reverse else weight).to(x.dtype)
+    return F.silu(F.conv1d(padded, kernel[:, None], None if bias is None else bias.to(x.dtype), groups=e))
+
+
+def _check(x, weight, bias, backend) -> None:
+    if x.ndim != 3 or 0 in x.shape:
+        raise InputError(f"x: shape {tuple(x.shape)}; allowed: (b, e, t), none of them zero")
+    if weight.ndim != 2 or weight.shape[0] != x.shape[1] or weight.shape[1] == 0:
+        raise InputError(f"weight: shape {tuple(weight.shape)}; allowed: ({x.shape[1]}, k), k at least 1")
+    if bias is not None and tuple(bias.shape) != (x.shape[1],):
+        raise InputError(f"bias: shape {tuple(bias.shape)}; allowed: ({x.shape[1]},)")
+    if backend not in _BACKENDS:
+        raise InputError(f"backend: {backend!r} is unknown; allowed: {', '.join(_BACKENDS)}")

@@ -1,0 +1,151 @@
+"""The fused convolution: by hand, against double precision, threads, the checks of torch, what is refused."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from famba.errors import BackendError, InputError
+from famba.native import build, runtime
+from famba.ops import _check, causal_conv1d_silu
+
+FAST = ["torch"] if build.unavailable() else ["torch", "native"]
+
+
+@pytest.fixture(params=runtime.INSTRUCTION_SETS)
+def instruction_set(request):
+    if build.unavailable():
+        pytest.skip(build.unavailable())
+    try:
+        runtime.use_instruction_set(request.param)
+    except BackendError as error:
+        pytest.skip(str(error))
+    yield request.param
+    runtime.use_instruction_set("auto")
+
+
+def draw(b, e, t, k, *, seed=0, layout="channels", bias=True, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator)
+
+    if layout == "channels":
+        x = normal(b, t, e).mT
+    elif layout == "tokens":
+        x = normal(b, e, t)
+    else:  # half of one projection, as the model has it
+        x = normal(b, t, 2 * e).chunk(2, dim=-1)[1].mT
+    tensors = [x.to(dtype), normal(e, k), normal(e) if bias else None]
+    return [x if x is None else x.detach().requires_grad_() for x in tensors]
+
+
+def results(tensors, **options):
+    out = causal_conv1d_silu(*tensors, **options)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, [x for x in tensors if x is not None], cotangent)]
+
+
+def worst_error(found, tensors, **options):
+    double = [x if x is None else x.detach().double().requires_grad_() for x in tensors]
+    expected = results(double, backend="torch", **options)
+    assert len(found) == len(expected) >= 3
+    return max(((x - y).abs().max() / y.abs().max()).item() for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_three_tokens_worked_by_hand(backend):
+    x, weight, bias = torch.tensor([[[1.0, 2.0, 3.0]]]), torch.tensor([[10.0, 1.0]]), torch.tensor([0.5])
+    silu = torch.nn.functional.silu
+    found = causal_conv1d_silu(x, weight, bias, backend=backend)
+    assert torch.allclose(found, silu(torch.tensor([[[1.5, 12.5, 23.5]]])))
+    found = causal_conv1d_silu(x, weight, bias, reverse=True, backend=backend)
+    assert torch.allclose(found, silu(torch.tensor([[[21.5, 32.5, 3.5]]])))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    b=st.integers(1, 4),
+    e=st.integers(1, 70),
+    t=st.integers(1, 100),
+    k=st.one_of(st.just(4), st.integers(1, 8)),
+    layout=st.sampled_from(["channels", "tokens", "slices"]),
+    reverse=st.booleans(),
+    bias=st.booleans(),
+    seed=st.integers(0, 100),
+)
+def test_the_kernel_agrees_with_double_precision(instruction_set, b, e, t, k, layout, reverse, bias, seed):
+    tensors = draw(b, e, t, k, layout=layout, bias=bias, seed=seed)
+    found = results(tensors, reverse=reverse, backend="native")
+    assert worst_error(found, tensors, reverse=reverse) < 1e-5
+
+
+def test_bfloat16_keeps_its_type_and_sums_in_float32(instruction_set):
+    tensors = draw(3, 40, 50, 4, dtype=torch.bfloat16)
+    found = results(tensors, backend="native")
+    assert [x.dtype for x in found] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
+    assert worst_error(found, tensors) < 2**-8
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_no_token_sees_a_later_one(reverse, backend):
+    x, *others = (x.detach() for x in draw(1, 3, 40, 4))
+    before = causal_conv1d_silu(x, *others, reverse=reverse, backend=backend)
+    x[:, :, 20] += 1
+    changed = (causal_conv1d_silu(x, *others, reverse=reverse, backend=backend) != before).all(1).squeeze(0)
+    expected = range(17, 21) if reverse else range(20, 24)
+    assert changed.nonzero().flatten().tolist() == list(expected)
+
+
+@pytest.mark.skipif("native" not in FAST, reason=build.unavailable())
+def test_the_thread_count_changes_no_bit_and_results_lie_as_the_input_does():
+    tensors = draw(5, 100, 50, 4)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = results(tensors)
+        torch.set_num_threads(3)
+        assert all(map(torch.equal, alone, results(tensors)))
+    finally:
+        torch.set_num_threads(before)
+    assert alone[0].stride() == alone[1].stride() == tensors[0].stride()
+
+
+@pytest.mark.skipif("native" not in FAST, reason=build.unavailable())
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_operators_pass_torchs_own_checks(bias):
+    tensors = draw(2, 5, 7, 4, bias=bias)
+    torch.library.opcheck(torch.ops.famba.conv.default, (*tensors, True))
+    tensors = [x if x is None else x.detach() for x in tensors]
+    torch.library.opcheck(torch.ops.famba.conv_backward.default, (torch.randn(2, 5, 7), *tensors, True))
+
+
+@pytest.mark.skipif("native" not in FAST, reason=build.unavailable())
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (draw(1, 2, 3, 4, dtype=torch.float64), "it runs on float32 and bfloat16, got torch.float64"),
+        (draw(1, 2, 3, 9), "it runs with at most 8 taps, got 9"),
+    ],
+)
+def test_what_the_kernel_cannot_run_on_is_refused_by_name_and_left_to_torch(tensors, message):
+    tensors = [x.detach().to(tensors[0].dtype) for x in tensors]
+    with pytest.raises(BackendError, match=f"backend 'native' cannot run here: {message}"):
+        causal_conv1d_silu(*tensors, backend="native")
+    assert torch.equal(causal_conv1d_silu(*tensors), causal_conv1d_silu(*tensors, backend="torch"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 3)}, r"x: shape \(2, 3\); allowed: \(b, e, t\)"),
+        ({"weight": torch.zeros(2, 4)}, r"weight: shape \(2, 4\); allowed: \(3, k\)"),
+        ({"bias": torch.zeros(2)}, r"bias: shape \(2,\); allowed: \(3,\)"),
+        ({"backend": "cuda"}, "backend: 'cuda' is unknown; allowed: auto, torch, native"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(change, message):
+    given = {"x": torch.zeros(1, 3, 5), "weight": torch.zeros(3, 4), "bias": None, "backend": "auto"}
+    with pytest.raises(InputError, match=message):
+        _check(**given | change)
