@@ -3,12 +3,15 @@
 Axes: b batch, e channels (d_inner), t tokens in scan order, k taps.
 """
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from famba.errors import BackendError, InputError
 from famba.native import conv
+from famba.native import gate as gating
 from famba.native.scan import unavailable
 
 _BACKENDS = ("auto", "torch", "native")
@@ -34,11 +37,8 @@ def causal_conv1d_silu(
         InputError: shapes that do not fit together, or an unknown backend.
         BackendError: the backend asked for cannot run here or on these tensors.
     """
-    _check(x, weight, bias, backend)
-    reason = "" if backend == "torch" else unavailable() or conv.unsuited(x, weight, bias)
-    if backend == "native" and reason:
-        raise BackendError(f"backend 'native' cannot run here: {reason}")
-    if backend != "torch" and not reason:
+    _check(x, weight, bias)
+    if _runs_native(backend, conv.unsuited, x, weight, bias):
         return conv.causal_conv1d_silu(x, weight, bias, reverse)
     e, k = weight.shape
     padded = F.pad(x, (0, k - 1) if reverse else (k - 1, 0))
@@ -46,12 +46,41 @@ def causal_conv1d_silu(
     return F.silu(F.conv1d(padded, kernel[:, None], None if bias is None else bias.to(x.dtype), groups=e))
 
 
-def _check(x, weight, bias, backend) -> None:
+def gated_sum(
+    left: Float[Tensor, "b e t"],
+    right: Float[Tensor, "b e t"],
+    gate: Float[Tensor, "b e t"],
+    *,
+    scale: float = 1.0,
+    backend: str = "auto",
+) -> Float[Tensor, "b e t"]:
+    """(left + right) silu(gate) scale: both directions of a mixer joined, gated, and averaged where scale is 1/2.
+
+    Backends and errors are those of `causal_conv1d_silu`.
+    """
+    for name, x in (("right", right), ("gate", gate)):
+        if x.shape != left.shape:
+            raise InputError(f"{name}: shape {tuple(x.shape)}; allowed: {tuple(left.shape)}, that of left")
+    if left.ndim != 3 or 0 in left.shape:
+        raise InputError(f"left: shape {tuple(left.shape)}; allowed: (b, e, t), none of them zero")
+    if _runs_native(backend, gating.unsuited, left, right, gate):
+        return gating.gated_sum(left, right, gate, scale)
+    return (left + right) * F.silu(gate) * scale
+
+
+def _runs_native(backend: str, unsuited: Callable[..., str], *tensors: Tensor | None) -> bool:
+    if backend not in _BACKENDS:
+        raise InputError(f"backend: {backend!r} is unknown; allowed: {', '.join(_BACKENDS)}")
+    reason = "" if backend == "torch" else unavailable() or unsuited(*tensors)
+    if backend == "native" and reason:
+        raise BackendError(f"backend 'native' cannot run here: {reason}")
+    return backend != "torch" and not reason
+
+
+def _check(x, weight, bias) -> None:
     if x.ndim != 3 or 0 in x.shape:
         raise InputError(f"x: shape {tuple(x.shape)}; allowed: (b, e, t), none of them zero")
     if weight.ndim != 2 or weight.shape[0] != x.shape[1] or weight.shape[1] == 0:
         raise InputError(f"weight: shape {tuple(weight.shape)}; allowed: ({x.shape[1]}, k), k at least 1")
     if bias is not None and tuple(bias.shape) != (x.shape[1],):
         raise InputError(f"bias: shape {tuple(bias.shape)}; allowed: ({x.shape[1]},)")
-    if backend not in _BACKENDS:
-        raise InputError(f"backend: {backend!r} is unknown; allowed: {', '.join(_BACKENDS)}")

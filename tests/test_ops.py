@@ -1,4 +1,4 @@
-"""The fused convolution: by hand, against double precision, threads, the checks of torch, what is refused."""
+"""The fused convolution and gate: by hand, against double precision, threads, the checks of torch, what is refused."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from famba.errors import BackendError, InputError
 from famba.native import build, runtime
-from famba.ops import _check, causal_conv1d_silu
+from famba.ops import _check, causal_conv1d_silu, gated_sum
 
 FAST = ["torch"] if build.unavailable() else ["torch", "native"]
 
@@ -142,10 +142,69 @@ def test_what_the_kernel_cannot_run_on_is_refused_by_name_and_left_to_torch(tens
         ({"x": torch.zeros(2, 3)}, r"x: shape \(2, 3\); allowed: \(b, e, t\)"),
         ({"weight": torch.zeros(2, 4)}, r"weight: shape \(2, 4\); allowed: \(3, k\)"),
         ({"bias": torch.zeros(2)}, r"bias: shape \(2,\); allowed: \(3,\)"),
-        ({"backend": "cuda"}, "backend: 'cuda' is unknown; allowed: auto, torch, native"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(change, message):
-    given = {"x": torch.zeros(1, 3, 5), "weight": torch.zeros(3, 4), "bias": None, "backend": "auto"}
+    given = {"x": torch.zeros(1, 3, 5), "weight": torch.zeros(3, 4), "bias": None}
     with pytest.raises(InputError, match=message):
         _check(**given | change)
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(InputError, match="backend: 'cuda' is unknown; allowed: auto, torch, native"):
+        causal_conv1d_silu(*draw(1, 2, 3, 4), backend="cuda")
+
+
+def draw_gate(b, e, t, *, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    left, right = torch.randn(2, b, t, e, generator=generator).to(dtype).mT.unbind()
+    gate = torch.randn(b, t, 2 * e, generator=generator).to(dtype).chunk(2, dim=-1)[1].mT
+    return [x.detach().requires_grad_() for x in (left, right, gate)]
+
+
+def gate_results(tensors, **options):
+    out = gated_sum(*tensors, scale=0.5, **options)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, tensors, cotangent)]
+
+
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    b=st.integers(1, 4),
+    e=st.integers(1, 70),
+    t=st.integers(1, 40),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 100),
+)
+def test_the_gate_agrees_with_double_precision(instruction_set, b, e, t, dtype, seed):
+    tensors = draw_gate(b, e, t, dtype=dtype, seed=seed)
+    found = gate_results(tensors, backend="native")
+    expected = gate_results([x.detach().double().requires_grad_() for x in tensors])
+    for x, y in zip(found, expected, strict=True):
+        assert x.dtype == dtype
+        assert (x - y).abs().max() <= (2**-8 if dtype == torch.bfloat16 else 1e-6) * y.abs().max()
+    assert found[0].stride() == tensors[0].stride()
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_the_gate_joins_by_hand(backend):
+    one = torch.ones(1, 1, 1)
+    assert gated_sum(2 * one, 3 * one, 0 * one, backend=backend).item() == 0
+    assert gated_sum(2 * one, 3 * one, 30 * one, scale=0.5, backend=backend).item() == pytest.approx(75)
+
+
+@pytest.mark.skipif("native" not in FAST, reason=build.unavailable())
+def test_the_gate_passes_torchs_own_checks():
+    tensors = draw_gate(2, 5, 7)
+    torch.library.opcheck(torch.ops.famba.gate.default, (*tensors, 0.5))
+    torch.library.opcheck(
+        torch.ops.famba.gate_backward.default, (torch.randn(2, 5, 7), *(x.detach() for x in tensors), 1.0)
+    )
+
+
+def test_a_gate_of_mixed_types_is_left_to_torch_and_refused_by_name():
+    left, right, gate = (x.detach() for x in draw_gate(1, 2, 3))
+    assert gated_sum(left, right, gate.double()).dtype == torch.float64
+    if "native" in FAST:
+        with pytest.raises(BackendError, match="it runs on tensors of one type"):
+            gated_sum(left, right, gate.bfloat16(), backend="native")

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "conv.h"
+#include "gate.h"
 #include "scan.h"
 #if defined(__x86_64__)
 #include <xmmintrin.h>
@@ -137,12 +138,19 @@ bool share_out(Body body, const void* job, int64_t units, int64_t scratch_floats
     extern "C" void conv_forward_##set(const void*, int64_t, float*);  \
     extern "C" void conv_backward_##set(const void*, int64_t, float*); \
     extern "C" void conv_sum_sequences_##set(const void*, int64_t, float*);
+#define DECLARE_GATE(set)                                             \
+    extern "C" int64_t gate_scratch_##set(const Gate*);               \
+    extern "C" void gate_forward_##set(const void*, int64_t, float*); \
+    extern "C" void gate_backward_##set(const void*, int64_t, float*);
 DECLARE_SCAN(avx512)
 DECLARE_SCAN(avx2)
 DECLARE_SCAN(baseline)
 DECLARE_CONV(avx512)
 DECLARE_CONV(avx2)
 DECLARE_CONV(baseline)
+DECLARE_GATE(avx512)
+DECLARE_GATE(avx2)
+DECLARE_GATE(baseline)
 
 #define POINTER(name, set) name##_##set
 #define TABLE(name) {FOR_EACH_VARIANT(POINTER, name)}
@@ -161,6 +169,9 @@ void (*const conv_lanes[])(const Conv*, float*) = TABLE(conv_lanes);
 const Body conv_forward[] = TABLE(conv_forward);
 const Body conv_backward[] = TABLE(conv_backward);
 const Body conv_sum_sequences[] = TABLE(conv_sum_sequences);
+int64_t (*const gate_scratch[])(const Gate*) = TABLE(gate_scratch);
+const Body gate_forward[] = TABLE(gate_forward);
+const Body gate_backward[] = TABLE(gate_backward);
 
 int64_t padded(int64_t e) { return (e + 15) / 16 * 16; }
 int64_t vectors(int64_t e) { return (e + scan_width[instruction_set()]() - 1) / scan_width[instruction_set()](); }
@@ -244,4 +255,16 @@ extern "C" int famba_conv_backward(Conv* p, int64_t threads, Parallel parallel) 
     p->groups = groups(p->b, p->e);
     return share_out(conv_backward[set], p, p->b * p->groups, conv_scratch[set](p), threads, parallel) &&
            share_out(conv_sum_sequences[set], p, vectors(p->e), 16, threads, parallel);
+}
+
+extern "C" int famba_gate_forward(Gate* p, int64_t threads, Parallel parallel) {
+    int set = instruction_set();
+    p->groups = groups(p->b, p->e);
+    return share_out(gate_forward[set], p, p->b * p->groups, gate_scratch[set](p), threads, parallel);
+}
+
+extern "C" int famba_gate_backward(Gate* p, int64_t threads, Parallel parallel) {
+    int set = instruction_set();
+    p->groups = groups(p->b, p->e);
+    return share_out(gate_backward[set], p, p->b * p->groups, gate_scratch[set](p), threads, parallel);
 }

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from famba.native import build
 
-TESTS = Path(__file__).resolve().parents[2] / "tests" / "test_native.py"
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = ("tests/test_native.py", "tests/test_ops.py")
 _FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1"
 
 
@@ -28,8 +29,8 @@ def main(arguments: Sequence[str]) -> int:
     }
     # tests that start processes or trace graphs say nothing about the kernels
     chosen = ["-k", "not process and not compile and not own_checks and not compiler"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS), *chosen, *arguments]
-    return subprocess.run(command, env=environment, cwd=TESTS.parents[1], check=False).returncode
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS, *chosen, *arguments]
+    return subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode
 
 
 if __name__ == "__main__":
