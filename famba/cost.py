@@ -1,0 +1,463 @@
+"""What a model costs: tokens, FLOPs and bytes by formula, and the same measured.
+
+Axes: `b` batch, `t` tokens that enter a layer, `s` = t - r tokens left after its fusion, `d` d_model, `e` d_inner
+= 2 d, `n` d_state, `k` = 4 taps of the convolutions. A multiply and an add are two FLOPs. Bytes are those of tensors,
+as torch's allocator hands them out; the interpreter and the libraries' own buffers are not among them.
+
+The formulas follow famba.model, famba.mixer and famba.fusion line by line; the tests compare them with torch's FLOP
+counter, with what autograd keeps, and with the allocator. The scan's FLOPs, 9 per token, channel and state, are those
+that Mamba's authors give (https://github.com/state-spaces/mamba/issues/110) and the literature on it uses.
+"""
+
+import contextlib
+import importlib.metadata
+import itertools
+import math
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from famba import scan, strategies
+from famba.errors import InputError
+from famba.params import FusionOptions
+
+_T = TypeVar("_T")
+
+_EXPAND, _CONV = 2, 4  # d_inner / d_model and the convolutions' taps, as released
+_FLOAT, _INDEX = 4, 8  # bytes of a float32 and of a position
+_SCAN_FLOPS = 9  # per token, channel and state, in one direction
+
+
+@dataclass(frozen=True)
+class Part:
+    """The cost of one part of the model for one batch.
+
+    Attributes:
+        tokens: tokens per image that it passes on.
+        flops: of its matrix products and convolutions, in one forward pass.
+        scan_flops: of its selective scans, both directions, in one forward pass.
+        parameter_bytes: of its weights.
+        largest_weight_bytes: of the largest of them.
+        activation_bytes: kept from forward to backward, weights apart: every storage once.
+        transient_bytes: the most that its backward holds beyond what was kept before it and the gradients of weights.
+    """
+
+    tokens: int
+    flops: int
+    scan_flops: int
+    parameter_bytes: int
+    largest_weight_bytes: int
+    activation_bytes: int
+    transient_bytes: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of a model for one batch; the totals are sums over its parts.
+
+    Attributes:
+        stem: patch, class-token and position embedding.
+        layers: layer 1 first.
+        head: final norm, pooling and classifier.
+    """
+
+    stem: Part
+    layers: tuple[Part, ...]
+    head: Part
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return (self.stem, *self.layers, self.head)
+
+    @property
+    def token_counts(self) -> list[int]:
+        """Tokens at the input and after each layer's fusion: depth + 1 numbers."""
+        return [self.stem.tokens, *(layer.tokens for layer in self.layers)]
+
+    @property
+    def flops(self) -> int:
+        """Of matrix products and convolutions, what `flops_counted` counts; the scans are `scan_flops`."""
+        return sum(part.flops for part in self.parts)
+
+    @property
+    def scan_flops(self) -> int:
+        return sum(part.scan_flops for part in self.parts)
+
+    @property
+    def parameter_bytes(self) -> int:
+        return sum(part.parameter_bytes for part in self.parts)
+
+    @property
+    def activation_bytes(self) -> int:
+        return sum(part.activation_bytes for part in self.parts)
+
+    @property
+    def peak_bytes(self) -> int:
+        """An estimate of the most that one training step holds: weights, AdamW's two moments, and the larger of
+
+        - backward, walked from the head to the stem: when it reaches a part, what that part and those before it have
+          kept, what it needs for a while, and the gradients of the weights after it;
+        - the optimiser's step: every gradient, and two temporaries as large as the largest weight.
+        """
+        backward, kept, gradients = 0, self.activation_bytes, 0
+        for part in reversed(self.parts):
+            backward = max(backward, kept + part.transient_bytes + gradients)
+            gradients += part.parameter_bytes
+            kept -= part.activation_bytes
+        update = gradients + 2 * max(part.largest_weight_bytes for part in self.parts)
+        return 3 * self.parameter_bytes + max(backward, update)
+
+
+def analyse(
+    config: Mapping[str, Any],
+    schedule: Sequence[int],
+    *,
+    batch: int = 1,
+    options: FusionOptions = FusionOptions(),  # noqa: B008 (frozen)
+    backend: str = "torch",
+) -> Cost:
+    """The cost of a model that trains in float32 with a fusion schedule, by formula.
+
+    Args:
+        config: a model's `VisionMamba.config`.
+        schedule: tokens removed by each layer, layer 1 first.
+        batch: images; FLOPs and activation bytes are for all of them together.
+        backend: of the scan: `torch` or `native`. It decides what is kept for backward, and nothing else here.
+
+    Raises:
+        InputError: a backend whose memory is not known here, a schedule of another length than the depth, or one that
+            removes more tokens than there are (names layer, t and r).
+    """
+    if backend not in _SCANS:
+        raise InputError(f"backend: {backend!r}; the memory of {', '.join(_SCANS)} is known")
+    if len(schedule) != config["depth"]:
+        raise InputError(f"schedule: {len(schedule)} entries; must be one for each of {config['depth']} layers")
+    has_cls = config["cls_position"] != "none"
+    patches = ((config["img_size"] - config["patch_size"]) // config["stride"] + 1) ** 2
+    counts = strategies.token_counts(schedule, patches + has_cls, protected=int(has_cls))
+    width = _Width.of(config, batch)
+    layers = [
+        _layer(width, t, s, options, _SCANS[backend], average=config["average_directions"])
+        for t, s in itertools.pairwise(counts)
+    ]
+    return Cost(_stem(width, config, patches, counts[0]), tuple(layers), _head(width, config, counts[-1], options))
+
+
+class _Width(NamedTuple):
+    """What all layers share."""
+
+    b: int
+    d: int
+    e: int
+    n: int
+    rank: int  # of the step's projection
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], batch: int) -> "_Width":
+        d = config["d_model"]
+        return cls(batch, d, _EXPAND * d, config["d_state"], math.ceil(d / 16))
+
+    @property
+    def selected(self) -> int:
+        """Numbers that x_proj makes of a token: the step's factor, B and C."""
+        return self.rank + 2 * self.n
+
+
+class _ScanMemory(NamedTuple):
+    """Bytes that one scan of (b, e, t) in float32 needs: between its two passes, beside its inputs; and for a while
+    in backward, beside the gradient that comes in."""
+
+    kept: Callable[[_Width, int], int]
+    transient: Callable[[_Width, int], int]
+
+
+def _torch_kept(w: _Width, t: int) -> int:
+    return _FLOAT * math.ceil(t / scan._CHUNK) * w.b * w.n * w.e
+
+
+def _torch_transient(w: _Width, t: int) -> int:
+    gradients = w.b * t * (2 * w.e + 2 * w.n)
+    rows, first = min(w.b, scan._rows(w.e, w.n)), min(t, scan._CHUNK)
+    following = min(t - first, first) if t > first or rows == w.b else first
+    # decay, states and their gradient of one block, and the next one's decay and states when they are made
+    blocks = rows * w.e * (first * (3 * w.n + 6) + following * (2 * w.n + 2))
+    return _FLOAT * (gradients + max(blocks, 2 * w.b * t * w.e))
+
+
+def _native_kept(w: _Width, t: int) -> int:
+    return _FLOAT * w.b * math.ceil(t / 16) * math.ceil(w.e / 16) * 16 * w.n
+
+
+def _native_transient(w: _Width, t: int) -> int:
+    return _FLOAT * w.b * t * (2 * w.e + 2 * w.n)
+
+
+# A backend of the scan that keeps something else is one more entry.
+_SCANS: dict[str, _ScanMemory] = {
+    "torch": _ScanMemory(_torch_kept, _torch_transient),
+    "native": _ScanMemory(_native_kept, _native_transient),
+}
+
+
+def _stem(w: _Width, config: Mapping[str, Any], patches: int, tokens: int) -> Part:
+    patch = 3 * config["patch_size"] ** 2
+    return Part(
+        tokens=tokens,
+        flops=2 * w.b * patches * patch * w.d,
+        scan_flops=0,
+        parameter_bytes=_FLOAT * w.d * (patch + 1 + tokens + (tokens - patches)),
+        largest_weight_bytes=_FLOAT * w.d * max(patch, tokens),
+        activation_bytes=_FLOAT * w.b * 3 * config["img_size"] ** 2,  # the images
+        transient_bytes=_FLOAT * w.b * (tokens + patches) * w.d,
+    )
+
+
+def _layer(w: _Width, t: int, s: int, options: FusionOptions, scans: _ScanMemory, *, average: bool) -> Part:
+    late = options.position == "after_scan"
+    m = t if late else s  # tokens that are scanned
+    flops = _select_flops(w, m) + 2 * w.b * s * w.e * w.d
+    if s < t:
+        compared = {"normed": w.d, "residual": w.d, "delta": 2 * w.e, "B": 2 * w.n, "C": 2 * w.n}[options.feature]
+        flops += 2 * w.b * ((t + 1) // 2) * (t // 2) * compared
+        if not late and options.feature not in ("normed", "residual"):
+            flops += _select_flops(w, t)  # the selection before fusion, made for the comparison alone
+    wide = _FLOAT * w.b * m * w.e  # one (b, m, e) tensor
+    return Part(
+        tokens=s,
+        flops=flops,
+        scan_flops=2 * _SCAN_FLOPS * w.b * m * w.e * w.n,
+        parameter_bytes=_FLOAT
+        * (
+            w.d  # norm
+            + 3 * w.d * w.e  # in_proj, out_proj
+            + 2 * w.e * (_CONV + 1 + w.selected + w.rank + 1 + w.n + 1)  # conv1d, x_proj, dt_proj, A_log, D
+        ),
+        largest_weight_bytes=_FLOAT * w.e * max(2 * w.d, w.selected),
+        activation_bytes=sum(_kept(w, t, s, m, scans, late=late).values()),
+        # The product with the gate is undone first: three (b, m, e) gradients when one kept tensor is gone; then one
+        # scan after the other, when five are gone and two gradients are alive. The stream's two gradients throughout.
+        transient_bytes=_FLOAT * 2 * w.b * s * w.d + max((2 + average) * wide - wide, scans.transient(w, m) - 3 * wide),
+    )
+
+
+def _select_flops(w: _Width, t: int) -> int:
+    """in_proj, then convolution, x_proj and dt_proj of both directions."""
+    one = _CONV * w.e + w.e * w.selected + w.rank * w.e
+    return 2 * w.b * t * (2 * w.d * w.e + 2 * one)
+
+
+def _kept(w: _Width, t: int, s: int, m: int, scans: _ScanMemory, *, late: bool) -> dict[str, int]:
+    """Bytes that one layer keeps for backward, by what keeps them."""
+    wide = _FLOAT * w.b * m * w.e
+    kept = {
+        "norm": _FLOAT * w.b * t * (2 * w.d + 1),  # its input, the same over its length, and that length
+        "in_proj": _FLOAT * w.b * m * w.d + 2 * wide,  # input; output, whose half is the gate
+        "convolution": 2 * (2 * wide + _FLOAT * w.b * (_CONV - 1) * w.e) + _FLOAT * _CONV * w.e,  # padded input, output
+        # u as the convolution lays it out, its copy that x_proj multiplies (one image needs none), the step, B and C
+        "selection": 2 * ((3 if w.b > 1 else 2) * wide + _FLOAT * w.b * m * w.selected),
+        "scan": 2 * (scans.kept(w, m) + 2 * _FLOAT * w.e * w.n),  # and exp(A_log), A
+        "gate": 2 * wide,  # the scans' sum and silu(gate)
+        "out_proj": _FLOAT * w.b * s * w.e,
+    }
+    if s < t:
+        r, widths = t - s, (w.e if late else w.d) + w.d  # of the two fused tensors
+        kept["fusion"] = w.b * (2 * _INDEX * (s + 2 * r) + _FLOAT * (s + r) + _FLOAT * r * widths)
+    return kept
+
+
+def _head(w: _Width, config: Mapping[str, Any], s: int, options: FusionOptions) -> Part:
+    classes = config["num_classes"]
+    weights = _FLOAT * w.b * s if options.weighting == "size" else 0
+    pooling = 2 * _INDEX * w.b if config["pool"] == "cls" else weights
+    return Part(
+        tokens=s,
+        flops=2 * w.b * w.d * classes,
+        scan_flops=0,
+        parameter_bytes=_FLOAT * (w.d + (w.d + 1) * classes),
+        largest_weight_bytes=_FLOAT * w.d * classes,
+        activation_bytes=_FLOAT * w.b * (s * (2 * w.d + 1) + w.d) + pooling,
+        transient_bytes=_FLOAT * w.b * (2 * s * w.d + 4 * classes),  # logits, log-probabilities, two gradients
+    )
+
+
+def flops_counted(model: nn.Module, images: Tensor) -> int:
+    """FLOPs of one forward pass as torch's own counter sees them, the selective scan left out.
+
+    The counter knows matrix products and convolutions. A scan backend may or may not be made of those, and would
+    then count or not count; so whatever famba.scan computes is left out, and the number is the same for all backends.
+    Compare with `Cost.flops`.
+    """
+    products = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+    counter = FlopCounterMode(display=False, custom_mapping={op: _outside_scan(flop_registry[op]) for op in products})
+    with torch.no_grad(), counter:
+        model(images)
+    return counter.get_total_flops()
+
+
+def _outside_scan(formula: Callable[..., int]) -> Callable[..., int]:
+    """The formula, but 0 for what famba.scan calls."""
+
+    def count(*args, out_shape=None, **kwargs) -> int:
+        frame = sys._getframe()
+        while frame is not None:
+            if frame.f_globals.get("__name__") == scan.__name__:
+                return 0
+            frame = frame.f_back
+        return formula(*args, out_val=out_shape, **kwargs)
+
+    return count
+
+
+def peak_memory(step: Callable[[], object], resident: Iterable[Tensor], device: torch.device | str) -> int:
+    """The most bytes of tensors alive at any one time while `step` runs; runs it once.
+
+    On a CPU every allocation and release that torch's allocator makes during the step is recorded, temporaries inside
+    an operator included, on top of the resident tensors. On CUDA it is the allocator's own peak.
+
+    Args:
+        resident: what is alive before the step, and stays: weights, optimiser state, the batch. Counted once per
+            storage. What the step frees of it counts to its end, because the profiler cannot see that: free old
+            gradients before, not in the step. CUDA needs no list: its allocator knows.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in resident}
+    with (
+        _without_profiler_lines(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as recorded,
+    ):
+        step()
+    assert recorded.profiler is not None
+    assert recorded.profiler.kineto_results is not None
+    events = (x for x in recorded.profiler.kineto_results.events() if x.name() == "[memory]")
+    live = peak = sum(storages.values())
+    for event in sorted(events, key=lambda x: x.start_ns()):
+        live += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
+        peak = max(peak, live)
+    return peak
+
+
+_PROFILER_LINES = ("USDT:", "Memory block of unknown size")
+
+
+@contextlib.contextmanager
+def _without_profiler_lines() -> Iterator[None]:
+    """Keep the profiler's own lines from stderr, where they would fail strict notebook tests; pass on all others."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as caught:
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            caught.seek(0)
+            for line in caught:
+                if not any(own in line.decode(errors="replace") for own in _PROFILER_LINES):
+                    os.write(2, line)
+
+
+class StepClock:
+    """Times training steps apart from the loading of their data.
+
+        clock = StepClock(device)
+        for batch in clock.batches(loader):
+            ...                      # still data time: augmentation, say
+            with clock.step():
+                ...
+
+    On CUDA the device is synchronised at both ends of a step.
+
+    Args:
+        warmup_steps: this many first steps are left out of the lists (not of `total_s`).
+
+    Attributes:
+        step_time_ms: of each step after the warm-up.
+        data_time_ms: what each of those steps waited: from the end of the one before to its start.
+        total_s: from the start of `batches` to the end of the latest step.
+    """
+
+    def __init__(self, device: torch.device | str, *, warmup_steps: int = 1) -> None:
+        self._device = torch.device(device)
+        self._left = warmup_steps
+        self._start = self._mark = time.perf_counter()
+        self.step_time_ms: list[float] = []
+        self.data_time_ms: list[float] = []
+        self.total_s = 0.0
+
+    def batches(self, loader: Iterable[_T]) -> Iterator[_T]:
+        """The loader's batches; the clock starts when the first is asked for."""
+        self._start = self._mark = time.perf_counter()
+        yield from loader
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Around one training step. A step that raises is not recorded."""
+        begin = self._now()
+        yield
+        end = self._now()
+        if self._left:
+            self._left -= 1
+        else:
+            self.step_time_ms.append(1000 * (end - begin))
+            self.data_time_ms.append(1000 * (begin - self._mark))
+        self._mark, self.total_s = end, end - self._start
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+_PACKAGES = ("famba", "torch", "numpy", "triton", "mamba_ssm")
+
+
+def environment(device: torch.device | str) -> dict[str, Any]:
+    """What a measurement depends on: `device`, its `instruction_set`, `threads` and `versions`; names no host or path.
+
+    Of the packages, those that are installed; none is imported for it.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        instruction_set = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    else:
+        name, instruction_set = _processor(), torch.backends.cpu.get_cpu_capability()
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "device": f"{device.type}: {name}",
+        "instruction_set": instruction_set,
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    """The processor's name where the system tells it (Linux), else the architecture's."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()

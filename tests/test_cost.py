@@ -1,0 +1,286 @@
+"""Cost: the formulas against a case by hand, torch's counter, what autograd keeps, and what the allocator sees."""
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional
+
+from famba import FusionOptions, InputError, backends, cost, create_model, schedule
+
+MIB = 2**20
+LATE = FusionOptions(order="append", weighting="mean", feature="delta", position="after_scan")
+# changes to vim_nano, schedule, options
+CASES = [
+    pytest.param({}, [0, 0, 0], FusionOptions(), id="nothing fused"),
+    pytest.param({}, [5, 0, 7], FusionOptions(), id="fused before the mixer"),
+    pytest.param({}, [5, 0, 7], LATE, id="fused after the scan"),
+    pytest.param({"cls_position": "none", "pool": "mean"}, [0, 9, 9], FusionOptions(feature="B"), id="no class token"),
+    pytest.param({"cls_position": "head"}, [9, 0, 9], FusionOptions(feature="residual", weighting="mean"), id="head"),
+    pytest.param({"pool": "mean", "average_directions": False}, [1, 1, 1], FusionOptions(feature="delta"), id="summed"),
+    pytest.param({"d_model": 40, "d_state": 5, "img_size": 11}, [0, 20, 0], FusionOptions(feature="C"), id="odd sizes"),
+]
+SCANS = ["torch", pytest.param("native", marks=pytest.mark.skipif(bool(backends()["native"]), reason="cannot run"))]
+
+
+def nano(changes: dict, removed: list[int], options: FusionOptions, backend: str = "torch"):
+    sizes = {"num_classes": 10, "depth": len(removed), **changes}
+    return create_model("vim_nano", schedule=removed, fusion=options, backend=backend, **sizes)
+
+
+def images_for(model, batch: int) -> torch.Tensor:
+    return torch.rand(batch, 3, model.img_size, model.img_size, generator=torch.Generator().manual_seed(0))
+
+
+def saved_bytes(model, images: torch.Tensor) -> int:
+    """What autograd keeps after one forward pass, every storage once, the weights apart."""
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    storages: dict[int, int] = {}
+    alive = []
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        alive.append(x.detach())  # no address is used twice
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        model(images)
+    return sum(size for address, size in storages.items() if address not in weights)
+
+
+def training(model, images: torch.Tensor):
+    """One training step, and what stays alive around it."""
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    optimiser = torch.optim.AdamW(model.parameters())
+
+    def step() -> None:
+        functional.cross_entropy(model(images), labels).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    step()
+    moments = [value for state in optimiser.state.values() for value in state.values()]
+    return step, [images, labels, *model.parameters(), *moments]
+
+
+def test_the_flops_of_one_small_layer_are_those_worked_out_by_hand():
+    """4 tokens; d 4, e 8, n 2, a step of rank 1; the numbers below are the parts in order."""
+    model = nano(
+        {"img_size": 4, "patch_size": 2, "stride": 2, "d_model": 4, "d_state": 2, "num_classes": 3}
+        | {"cls_position": "none", "pool": "mean"},
+        [0],
+        FusionOptions(),
+    )
+    found = cost.analyse(model.config, [0])
+    assert found.stem.flops == 2 * 4 * 12 * 4
+    assert found.layers[0].flops == 512 + 2 * 256 + 2 * 320 + 2 * 64 + 256  # in, conv, x, dt, out
+    assert found.head.flops == 24
+    assert found.flops == 384 + 2048 + 24
+    assert found.scan_flops == 2 * 9 * 4 * 8 * 2
+    assert found.token_counts == [4, 4]
+
+
+@pytest.mark.parametrize(("changes", "removed", "options"), CASES)
+def test_flops_by_formula_are_exactly_those_that_the_counter_sees(changes, removed, options):
+    model = nano(changes, removed, options)
+    found = cost.analyse(model.config, removed, batch=3, options=options)
+    assert found.flops == cost.flops_counted(model, images_for(model, 3)) > 0
+    assert found.token_counts == model.token_counts
+
+
+@pytest.mark.parametrize("backend", ["reference", *SCANS])
+def test_the_counter_leaves_the_scan_out_whichever_backend_computes_it(backend):
+    model = nano({}, [5, 5], LATE, backend)
+    assert (
+        cost.flops_counted(model, images_for(model, 2))
+        == cost.analyse(model.config, [5, 5], batch=2, options=LATE).flops
+    )
+
+
+@pytest.mark.parametrize(("changes", "removed", "options"), CASES)
+def test_parameter_bytes_are_the_models(changes, removed, options):
+    model = nano(changes, removed, options)
+    found = cost.analyse(model.config, removed, options=options)
+    assert found.parameter_bytes == 4 * sum(weight.numel() for weight in model.parameters())
+    one = sum(weight.numel() for weight in model.layers[0].parameters())
+    assert found.layers[0].parameter_bytes == 4 * one
+
+
+@pytest.mark.parametrize("backend", SCANS)
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize(("changes", "removed", "options"), CASES)
+def test_activation_bytes_are_those_that_autograd_keeps(changes, removed, options, batch, backend):
+    model = nano(changes, removed, options, backend)
+    found = cost.analyse(model.config, removed, batch=batch, options=options, backend=backend)
+    assert found.activation_bytes == pytest.approx(saved_bytes(model, images_for(model, batch)), rel=0.05)
+
+
+@pytest.mark.parametrize("backend", SCANS)
+@pytest.mark.parametrize(
+    ("changes", "removed", "options", "batch"),
+    [
+        ({}, [0] * 6, FusionOptions(), 32),
+        ({}, [5] * 6, FusionOptions(), 32),
+        ({}, [0, 0, 8, 8, 8], LATE, 32),
+        ({"d_model": 128}, [0, 5, 5], FusionOptions(), 1),
+    ],
+    ids=["unfused", "fused", "after the scan", "mostly weights"],
+)
+def test_peak_bytes_are_those_that_a_training_step_reaches(changes, removed, options, batch, backend):
+    model = nano(changes, removed, options, backend)
+    step, resident = training(model, images_for(model, batch))
+    measured = cost.peak_memory(step, resident, "cpu")
+    found = cost.analyse(model.config, removed, batch=batch, options=options, backend=backend)
+    assert found.peak_bytes == pytest.approx(measured, rel=0.05)
+
+
+def test_fusing_early_saves_more_memory_than_fusing_late():
+    """The direction of Famba-V's Table 2: the later the first fused layer, the more memory."""
+    config = create_model("vim_tiny").config
+    peaks = [
+        cost.analyse(config, schedule("upper", depth=24, r=9, first_layer=first), batch=128).peak_bytes
+        for first in (6, 8, 10, 12)
+    ]
+    assert peaks == sorted(peaks)
+    assert peaks[0] < peaks[-1] < cost.analyse(config, [0] * 24, batch=128).peak_bytes
+
+
+def test_a_schedule_that_does_not_fit_and_an_unknown_backend_are_refused():
+    config = create_model("vim_nano").config
+    with pytest.raises(InputError, match=r"layer 1: r = 19 of t = 37"):
+        cost.analyse(config, [19, *[0] * 7])
+    with pytest.raises(InputError, match="schedule: 2 entries"):
+        cost.analyse(config, [0, 0])
+    with pytest.raises(InputError, match="backend: 'reference'"):
+        cost.analyse(config, [0] * 8, backend="reference")
+
+
+def mib(n: int) -> torch.Tensor:
+    return torch.zeros(n * MIB // 4)
+
+
+def test_peak_memory_is_the_largest_sum_of_tensors_alive_together():
+    def step() -> None:
+        x = mib(3)
+        y = mib(5)  # 8 together
+        del x
+        z = mib(2)
+        assert len(y) > len(z)
+
+    base = mib(4)
+    for _ in range(3):  # as often as one likes in a process
+        assert cost.peak_memory(step, [], "cpu") == 8 * MIB
+        assert cost.peak_memory(step, [base, base[5:], base.view(2, -1)], "cpu") == 12 * MIB
+
+
+def test_peak_memory_sees_what_an_operator_holds_only_inside():
+    x = mib(8)
+    assert cost.peak_memory(lambda: functional.cross_entropy(x.view(1, -1), torch.tensor([0])), [x], "cpu") >= 16 * MIB
+    assert cost.peak_memory(lambda: x.logsumexp(0), [x], "cpu") >= 16 * MIB
+
+
+def test_measuring_memory_changes_no_result_and_runs_the_step_once():
+    def gradients(measured: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = nano({}, [5, 5], FusionOptions())
+        calls = []
+
+        def step() -> None:
+            calls.append(model(images_for(model, 4)).sum().backward())
+
+        if measured:
+            cost.peak_memory(step, model.parameters(), "cpu")
+        else:
+            step()
+        assert len(calls) == 1
+        return [weight.grad for weight in model.parameters() if weight.grad is not None]
+
+    pairs = list(zip(gradients(True), gradients(False), strict=True))
+    assert len(pairs) > 20
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_measuring_memory_prints_nothing_and_passes_on_what_the_step_prints(capfd):
+    old = [mib(1)]
+
+    def step() -> None:
+        old.clear()  # the profiler complains of this on stderr
+        os.write(2, b"from below\n")
+        print("from python", file=sys.stderr)
+
+    cost.peak_memory(step, [], "cpu")
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert sorted(captured.err.splitlines()) == ["from below", "from python"]
+
+
+def test_a_step_that_raises_leaves_the_next_measurement_whole(capfd):
+    with pytest.raises(ZeroDivisionError):
+        cost.peak_memory(lambda: 1 // 0, [], "cpu")
+    assert cost.peak_memory(lambda: mib(2), [], "cpu") == 2 * MIB
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_peak_memory_on_cuda_is_the_allocators():
+    base = torch.zeros(4 * MIB, dtype=torch.uint8, device="cuda")
+    before = torch.cuda.memory_allocated()
+    assert before >= base.nbytes
+    peak = cost.peak_memory(lambda: torch.zeros(8 * MIB, dtype=torch.uint8, device="cuda"), [], "cuda")
+    assert peak == before + 8 * MIB
+
+
+@pytest.fixture
+def now(monkeypatch) -> list[float]:
+    """The time, to be set by hand."""
+    time_s = [100.0]
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: time_s[0])
+    return time_s
+
+
+def test_the_clock_tells_steps_from_waiting_and_drops_the_warm_up(now):
+    def loader():
+        for wait_s in (7, 1, 2):
+            now[0] += wait_s
+            yield wait_s
+
+    clock = cost.StepClock("cpu")
+    now[0] += 50  # before training
+    for batch in clock.batches(loader()):
+        now[0] += 0.5  # augmentation
+        with clock.step():
+            now[0] += 10 * batch
+    assert clock.step_time_ms == [10_000, 20_000]
+    assert clock.data_time_ms == [1_500, 2_500]
+    assert clock.total_s == 7.5 + 70 + 1.5 + 10 + 2.5 + 20
+
+
+def test_the_clock_does_not_record_a_step_that_raises(now):
+    clock = cost.StepClock("cpu", warmup_steps=0)
+    with pytest.raises(ZeroDivisionError), clock.step():
+        now[0] += 1 // 0
+    assert clock.step_time_ms == clock.data_time_ms == []
+    with clock.step():
+        now[0] += 1
+    assert clock.step_time_ms == [1000]
+
+
+def test_the_environment_names_device_and_versions_but_no_host_and_no_path():
+    loaded = set(sys.modules)
+    found = cost.environment("cpu")
+    assert not {"triton", "mamba_ssm"} & (set(sys.modules) - loaded)
+    assert set(found) == {"device", "instruction_set", "threads", "versions"}
+    assert found["device"].startswith("cpu: ")
+    assert found["threads"] == torch.get_num_threads()
+    assert {"python", "torch", "numpy"} <= set(found["versions"])
+    assert found["versions"]["torch"] == str(torch.__version__)
+    text = json.dumps(found)
+    assert socket.gethostname() not in text
+    assert str(Path.home()) not in text
+    assert str(Path.cwd()) not in text
