@@ -1,0 +1,311 @@
+"""Training: the recipe by hand, a run that was disturbed against one that was not, and what stops a run."""
+
+import dataclasses
+import fcntl
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from famba import InputError, params, records, train
+from famba.errors import TrainingError
+from famba.params import Params
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def repository(tmp_path, monkeypatch):
+    """A repository of its own, so that no test sees another's checkpoints."""
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def smoke(strategy: str = "upper", **changes) -> Params:
+    p = params.load("smoke", strategy=strategy)
+    data = dataclasses.replace(p.data, limit=64)
+    return dataclasses.replace(p, data=data, train=dataclasses.replace(p.train, **{"threads": 1, **changes}))
+
+
+def deterministic(run: records.Run) -> tuple:
+    return run.metrics, run.history, run.model_bytes, run.token_counts
+
+
+def test_the_learning_rate_rises_linearly_then_falls_along_a_cosine():
+    p = dataclasses.replace(smoke().train, epochs=4, warmup_epochs=1, lr=1.0, min_lr=0.2)
+    rates = [train.learning_rate(p, step, 4) for step in range(16)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0
+    assert rates[10] == pytest.approx(0.6)  # half way between lr and min_lr, half way down
+    assert rates[15] == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi * 11 / 12)) / 2)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+def test_norms_biases_and_what_the_scan_and_the_positions_are_made_of_do_not_decay():
+    model = train.build(smoke(), classes=10, seed=0)
+    decayed, kept = train.parameter_groups(model, 0.05)
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.05, 0.0)
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    assert len(names) == len(decayed["params"]) + len(kept["params"])
+    parts = {"in_proj", "conv1d", "x_proj", "dt_proj", "conv1d_b", "x_proj_b", "dt_proj_b", "out_proj"}
+    layers = {f"layers.{layer}.mixer.{part}.weight" for layer in range(4) for part in parts}
+    assert {names[id(weight)] for weight in decayed["params"]} == {"patch_embed.proj.weight", "head.weight"} | layers
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """One finished run that others are compared with; trained once."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, folder)
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        return train.fit(smoke(epochs=3), seed=1)
+    finally:
+        os.chdir(before)
+
+
+def test_a_run_learns_fuses_as_promised_and_reports_it(undisturbed):
+    run = undisturbed
+    assert run.schedule == [0, 8, 8, 8]
+    assert run.token_counts == [37, 37, 29, 21, 13]
+    assert [row["epoch"] for row in run.history] == [1, 2, 3]
+    assert run.history[-1]["train_loss"] < run.history[0]["train_loss"]
+    best = max(run.history, key=lambda row: (row["val_top1_percent"], -row["val_loss"]))
+    assert run.metrics["chosen"] == {"weights": "raw", "epoch": best["epoch"]}
+    assert run.metrics["validation"]["raw"]["best"]["loss"] == best["val_loss"]
+    assert run.metrics["validation"]["ema"] is None
+    assert 0 <= run.metrics["top1_percent"] <= run.metrics["top5_percent"] <= 100
+
+
+def test_the_cost_of_a_run_is_measured(undisturbed):
+    cost = undisturbed.cost
+    assert len(cost["epoch_time_s"]) == 3
+    assert cost["train_time_s"] == pytest.approx(sum(cost["epoch_time_s"]))
+    assert cost["step_time_ms"] > 0
+    weights = sum(weight.numel() for weight in train.build(smoke(), classes=10, seed=0).parameters())
+    assert cost["params_count"] == weights
+    assert cost["peak_memory_mib"] > 4 * 4 * weights / 2**20  # weights, gradients and two moments at the least
+    assert cost["flops_per_image"] > 0
+    assert cost["command"] == "python -m famba train --profile smoke --strategy upper --seed 1"
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(undisturbed):
+    assert deterministic(train.fit(smoke(epochs=3), seed=1)) == deterministic(undisturbed)
+    assert train.fit(smoke(epochs=1), seed=2).history[0] != undisturbed.history[0]
+
+
+@pytest.mark.parametrize("stopped_after", [1, 2])
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(undisturbed, monkeypatch, stopped_after):
+    save = train._Session._save
+
+    def stop(session):
+        save(session)
+        if session.epoch == stopped_after:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train._Session, "_save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train.fit(smoke(epochs=3), seed=1)
+    epochs: list[int] = []
+    run_epoch = train._Session.run_epoch
+    monkeypatch.setattr(train._Session, "run_epoch", lambda s: (run_epoch(s), epochs.append(s.epoch)))
+    assert deterministic(train.fit(smoke(epochs=3), seed=1)) == deterministic(undisturbed)
+    assert epochs == list(range(stopped_after + 1, 4))
+
+
+def test_a_checkpoint_that_cannot_be_read_is_passed_over_for_the_one_before(undisturbed, caplog):
+    train.fit(smoke(epochs=3), seed=1)
+    newest = max(train.folder(smoke(epochs=3), seed=1).glob("epoch-*.safetensors"))
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert deterministic(train.fit(smoke(epochs=3), seed=1)) == deterministic(undisturbed)
+    assert "epoch-00003.safetensors: not a whole safetensors file" in caplog.text
+
+
+def test_two_checkpoints_are_kept_and_forgotten_when_told():
+    p = smoke(epochs=3)
+    train.fit(p, seed=1)
+    kept = sorted(path.name for path in train.folder(p, seed=1).iterdir())
+    assert kept == ["epoch-00002.safetensors", "epoch-00003.safetensors", "lock"]
+    train.forget(p, seed=1)
+    assert not train.folder(p, seed=1).exists()
+    train.forget(p, seed=1)
+
+
+def test_another_value_anywhere_is_another_run():
+    p = smoke()
+    folders = {
+        train.folder(p, seed=0),
+        train.folder(p, seed=1),
+        train.folder(smoke(lr=1e-4), seed=0),
+        train.folder(smoke("lower"), seed=0),
+    }
+    assert len(folders) == 4
+
+
+def test_the_test_split_is_read_once_at_the_end(monkeypatch):
+    read: list[int] = []
+    evaluate = train.evaluate
+
+    def counted(model, split, images, **options):
+        read.append(len(split))
+        return evaluate(model, split, images, **options)
+
+    monkeypatch.setattr(train, "evaluate", counted)
+    p = smoke(epochs=2)
+    train.fit(p, seed=0)
+    images = train.data.load(p.data)
+    assert len(images.test) != len(images.val)
+    assert read == [len(images.val)] * 2 + [len(images.test)]
+
+
+def test_a_moving_average_is_evaluated_and_can_be_chosen(monkeypatch):
+    sessions: list[train._Session] = []
+    init, evaluate = train._Session.__init__, train.evaluate
+
+    def remembered(session, *arguments):
+        init(session, *arguments)
+        sessions.append(session)
+
+    def ema_is_better(model, split, images, **options):
+        scores = evaluate(model, split, images, **options)
+        return {**scores, "top1_percent": 100.0} if model is sessions[-1].ema.module else scores
+
+    monkeypatch.setattr(train._Session, "__init__", remembered)
+    monkeypatch.setattr(train, "evaluate", ema_is_better)
+    p = smoke(epochs=2, ema_decay=0.9)
+    run = train.fit(p, seed=0)
+    assert run.metrics["chosen"]["weights"] == "ema"
+    assert run.metrics["validation"]["ema"]["last"]["epoch"] == 2
+    assert all(row["ema_val_loss"] is not None for row in run.history)
+    again = train.fit(p, seed=0)
+    assert deterministic(again) == deterministic(run)
+
+
+def test_the_moving_average_is_what_its_decay_says():
+    p = smoke(epochs=1, ema_decay=0.5)
+    model = train.build(p, classes=10, seed=0)
+    images = train.data.load(p.data)
+    session = train._Session(p, 0, model, images, torch.device("cpu"), False)
+    batch = train.data.normalise(images.train.images[:8], images.mean, images.std)
+    expected = None
+    for step in range(3):
+        session._step(batch, images.train.labels[:8], 1e-2, step)
+        now = model.head.weight.detach().clone()
+        expected = now if expected is None else 0.5 * expected + 0.5 * now
+    torch.testing.assert_close(session.ema.module.head.weight.detach(), expected)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(monkeypatch):
+    p = smoke(epochs=3)
+    step = train._Session._step
+
+    def poisoned(session, images, labels, lr, number):
+        if session.epoch == 1:
+            images = images * math.nan
+        return step(session, images, labels, lr, number)
+
+    monkeypatch.setattr(train._Session, "_step", poisoned)
+    with pytest.raises(TrainingError) as error:
+        train.fit(p, seed=0)
+    said = str(error.value)
+    assert said.startswith("step 2 (epoch 2): loss nan, gradient norm nan at learning rate 0.00225; training stopped")
+    assert "the last good checkpoint is" in said
+    assert said.endswith("epoch-00001.safetensors")
+    assert "\n" not in said
+    kept = sorted(path.name for path in train.folder(p, seed=0).glob("epoch-*"))
+    assert kept == ["epoch-00001.safetensors"]
+
+
+def test_tokens_that_are_not_fused_as_promised_fail_the_run(monkeypatch):
+    forward = train.VisionMamba.forward_with_trace
+
+    def unfused(model, images):
+        schedule, model.schedule = model.schedule, [0] * model.depth
+        try:
+            return forward(model, images)
+        finally:
+            model.schedule = schedule
+
+    monkeypatch.setattr(train.VisionMamba, "forward_with_trace", unfused)
+    with pytest.raises(TrainingError, match=r"trace shows \[37, 37, 37, 37, 37\] tokens; promised were"):
+        train.fit(smoke(), seed=0)
+
+
+def test_a_run_that_another_process_trains_is_refused():
+    folder = train.folder(smoke(), seed=0)
+    folder.mkdir(parents=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another process is training this run"):
+            train.fit(smoke(), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"device": "tpu"}, "train.device: 'tpu' is not one of auto, cpu, cuda"),
+        ({"device": "cuda:99"}, "train.device: 'cuda:99'; torch sees"),
+        ({"batch_size": 10_000}, "train.batch_size: 10000; there are 64 training images"),
+        ({"backend": "fast"}, "'fast'"),
+    ],
+)
+def test_parameters_that_cannot_be_met_are_refused_before_training(change, said):
+    with pytest.raises(InputError) as error:
+        train.fit(smoke(**change), seed=0)
+    assert said in str(error.value)
+
+
+def test_an_r_that_is_too_large_is_refused_before_training_naming_layer_t_and_r():
+    p = dataclasses.replace(smoke(), fusion=params.FusionRule(r=18))
+    with pytest.raises(InputError, match=r"layer 2: r = 18 of t = 19 tokens; allowed: 0\.\.9"):
+        train.fit(dataclasses.replace(p, strategy="all"), seed=0)
+
+
+def test_evaluation_counts_what_is_right():
+    class Fixed(torch.nn.Module):
+        def forward(self, images):
+            logits = torch.zeros(len(images), 10)
+            logits[:, 3] = 2.0
+            return logits
+
+    images = train.data.load(smoke().data)
+    scores = train.evaluate(Fixed(), images.val, images, batch_size=50)
+    labels = images.val.labels
+    assert scores["top1_percent"] == pytest.approx(100 * (labels == 3).float().mean().item())
+    log_sum = math.log(9 + math.e**2)
+    share = (labels == 3).float().mean().item()
+    assert scores["loss"] == pytest.approx(log_sum - 2 * share, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_mid_air_goes_on_to_the_same_metrics(repository):
+    command = [sys.executable, "-m", "famba", "train", "--profile", "smoke", "--strategy", "upper", "--seed", "5"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
+    undisturbed = subprocess.run([*command, "--out", "a"], env=environment, capture_output=True, text=True)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    wanted = (repository / "a" / "metrics.json").read_bytes()
+    shutil.rmtree(repository / "build")
+    checkpoints = repository / "build" / "checkpoints"
+    process = subprocess.Popen([*command, "--out", "b"], env=environment)
+    deadline = time.monotonic() + 60
+    while not list(checkpoints.glob("*/epoch-00001.safetensors")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (repository / "b" / "metrics.json").exists()
+    assert subprocess.run([*command, "--out", "b"], env=environment).returncode == 0
+    assert (repository / "b" / "metrics.json").read_bytes() == wanted
