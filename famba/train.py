@@ -151,7 +151,8 @@ class _Session:
         self.p, self.seed, self.model, self.images, self.device = p, seed, model, images, device
         self.progress = progress
         t = p.train
-        self.optimiser = torch.optim.AdamW(parameter_groups(model, t.weight_decay), lr=t.lr, betas=t.betas)
+        groups = parameter_groups(model, t.weight_decay)
+        self.optimiser = torch.optim.AdamW(groups, lr=t.lr, betas=t.betas, fused=True)
         self.ema = None
         if t.ema_decay is not None:
             self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(t.ema_decay))
