@@ -25,7 +25,7 @@ STAGE_NOTEBOOKS = ("train", "compare", "tokens")
 # A module imports only from those before it.
 # fmt: off
 ORDER = [
-    "errors", "params", "files", "data", "native", "scan", "fusion", "strategies", "mixer", "model", "checkpoint",
+    "errors", "params", "files", "data", "native", "scan", "ops", "fusion", "strategies", "mixer", "model", "checkpoint",
     "cost", "records", "train", "sweep", "metrics", "tokens", "figures", "bench", "__main__",
 ]
 # fmt: on

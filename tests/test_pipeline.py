@@ -136,7 +136,7 @@ def test_another_r_of_one_strategy_reruns_that_strategy_and_the_gathering(copy, 
     assert "top1_percent" in run(copy, "dvc", "metrics", "show", "--md")
 
 
-def test_the_profile_of_the_file_is_not_touched_by_another_profile(copy, first):
+def test_a_value_that_the_profile_replaces_anyway_runs_nothing_again(copy, first):
     text = (copy / "params.yaml").read_text()
     edit(copy, lambda document: document["fusion"]["upper"].update(r=1))
     planned = ran(run(copy, "dvc", "repro"))
