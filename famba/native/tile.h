@@ -13,14 +13,21 @@ INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t padded(int64_t e) { return ceil_div(e, PAD) * PAD; }
 
-// (token, lane) of one vector of channels; lanes beyond the last channel read as zero
+// (token, lane) of one vector of channels; lanes beyond the last channel read as zero. Rows are far apart, which no
+// processor foresees: each asks for the next vector's while it has its own.
 INLINE void load_tile(float* tile, const View& x, int64_t b, int64_t e0, int lanes, int64_t t0, int tokens) {
     int64_t base = b * x.batch + e0 * x.row + t0 * x.token;
     if (x.row == 1 && lanes == W) {
-        if (x.type == BFLOAT16)
-            for (int i = 0; i < tokens; i++) store(tile + i * W, load_bf16((const uint16_t*)x.data + base + i * x.token));
-        else
-            for (int i = 0; i < tokens; i++) store(tile + i * W, load((const float*)x.data + base + i * x.token));
+        for (int i = 0; i < tokens; i++) {
+            int64_t row = base + i * x.token;
+            if (x.type == BFLOAT16) {
+                __builtin_prefetch((const uint16_t*)x.data + row + W);
+                store(tile + i * W, load_bf16((const uint16_t*)x.data + row));
+            } else {
+                __builtin_prefetch((const float*)x.data + row + W);
+                store(tile + i * W, load((const float*)x.data + row));
+            }
+        }
         return;
     }
     for (int i = 0; i < tokens; i++) {
@@ -40,10 +47,16 @@ INLINE void load_padded(float* tile, const View& x, int64_t b, int64_t e0, int l
 INLINE void store_tile(const float* tile, const View& x, int64_t b, int64_t e0, int lanes, int64_t t0, int tokens) {
     int64_t base = b * x.batch + e0 * x.row + t0 * x.token;
     if (x.row == 1 && lanes == W) {
-        if (x.type == BFLOAT16)
-            for (int i = 0; i < tokens; i++) store_bf16((uint16_t*)x.data + base + i * x.token, load(tile + i * W));
-        else
-            for (int i = 0; i < tokens; i++) store((float*)x.data + base + i * x.token, load(tile + i * W));
+        for (int i = 0; i < tokens; i++) {
+            int64_t row = base + i * x.token;
+            if (x.type == BFLOAT16) {
+                __builtin_prefetch((uint16_t*)x.data + row + W, 1);
+                store_bf16((uint16_t*)x.data + row, load(tile + i * W));
+            } else {
+                __builtin_prefetch((float*)x.data + row + W, 1);
+                store((float*)x.data + row, load(tile + i * W));
+            }
+        }
         return;
     }
     for (int i = 0; i < tokens; i++)
