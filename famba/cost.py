@@ -176,10 +176,11 @@ class _Width(NamedTuple):
 
 class _ScanMemory(NamedTuple):
     """Bytes that one scan of (b, e, t) in float32 needs: between its two passes, beside its inputs; and for a while
-    in backward, beside the gradient that comes in."""
+    in backward, beside the gradient that comes in. And whether the convolution and the gate are native with it."""
 
     kept: Callable[[_Width, int], int]
     transient: Callable[[_Width, int], int]
+    fused: bool
 
 
 def _torch_kept(w: _Width, t: int) -> int:
@@ -205,8 +206,8 @@ def _native_transient(w: _Width, t: int) -> int:
 
 # A backend of the scan that keeps something else is one more entry.
 _SCANS: dict[str, _ScanMemory] = {
-    "torch": _ScanMemory(_torch_kept, _torch_transient),
-    "native": _ScanMemory(_native_kept, _native_transient),
+    "torch": _ScanMemory(_torch_kept, _torch_transient, fused=False),
+    "native": _ScanMemory(_native_kept, _native_transient, fused=True),
 }
 
 
@@ -232,7 +233,6 @@ def _layer(w: _Width, t: int, s: int, options: FusionOptions, scans: _ScanMemory
         flops += 2 * w.b * ((t + 1) // 2) * (t // 2) * compared
         if not late and options.feature not in ("normed", "residual"):
             flops += _select_flops(w, t)  # the selection before fusion, made for the comparison alone
-    wide = _FLOAT * w.b * m * w.e  # one (b, m, e) tensor
     return Part(
         tokens=s,
         flops=flops,
@@ -245,10 +245,21 @@ def _layer(w: _Width, t: int, s: int, options: FusionOptions, scans: _ScanMemory
         ),
         largest_weight_bytes=_FLOAT * w.e * max(2 * w.d, w.selected),
         activation_bytes=sum(_kept(w, t, s, m, scans, late=late).values()),
-        # The product with the gate is undone first: three (b, m, e) gradients when one kept tensor is gone; then one
-        # scan after the other, when five are gone and two gradients are alive. The stream's two gradients throughout.
-        transient_bytes=_FLOAT * 2 * w.b * s * w.d + max((2 + average) * wide - wide, scans.transient(w, m) - 3 * wide),
+        transient_bytes=_FLOAT * 2 * w.b * s * w.d + _mixer_transient(w, m, scans, average=average),
     )
+
+
+def _mixer_transient(w: _Width, m: int, scans: _ScanMemory, *, average: bool) -> int:
+    """Bytes that the mixer's backward needs for a while, less what it has released by then.
+
+    In plain torch the product with the gate is undone first: three (b, m, e) gradients when one kept tensor is gone;
+    then one scan after the other, when five are gone and two gradients are alive. The native gate makes two gradients
+    of one; at the second scan six are alive, and four kept tensors and the first scan's own are gone.
+    """
+    wide = _FLOAT * w.b * m * w.e
+    if scans.fused:
+        return max(3 * wide - wide, 2 * wide + scans.transient(w, m) - 2 * wide - scans.kept(w, m))
+    return max((2 + average) * wide - wide, scans.transient(w, m) - 3 * wide)
 
 
 def _select_flops(w: _Width, t: int) -> int:
@@ -264,12 +275,15 @@ def _kept(w: _Width, t: int, s: int, m: int, scans: _ScanMemory, *, late: bool) 
         "norm": _FLOAT * w.b * t * (2 * w.d + 1),  # its input, the same over its length, and that length
         "in_proj": _FLOAT * w.b * m * w.d + 2 * wide,  # input; output, whose half is the gate
         "convolution": 2 * (2 * wide + _FLOAT * w.b * (_CONV - 1) * w.e) + _FLOAT * _CONV * w.e,  # padded input, output
-        # u as the convolution lays it out, its copy that x_proj multiplies (one image needs none), the step, B and C
-        "selection": 2 * ((3 if w.b > 1 else 2) * wide + _FLOAT * w.b * m * w.selected),
+        # u, the step, B and C; and, since torch's convolution lays u out otherwise than x_proj reads it, a copy of u
+        # (one image needs none)
+        "selection": 2 * ((3 if w.b > 1 and not scans.fused else 2) * wide + _FLOAT * w.b * m * w.selected),
         "scan": 2 * (scans.kept(w, m) + 2 * _FLOAT * w.e * w.n),  # and exp(A_log), A
         "gate": 2 * wide,  # the scans' sum and silu(gate)
         "out_proj": _FLOAT * w.b * s * w.e,
     }
+    if scans.fused:
+        kept["convolution"] = 0  # its input is in_proj's output
     if s < t:
         r, widths = t - s, (w.e if late else w.d) + w.d  # of the two fused tensors
         kept["fusion"] = w.b * (2 * _INDEX * (s + 2 * r) + _FLOAT * (s + r) + _FLOAT * r * widths)
@@ -294,15 +308,21 @@ def _head(w: _Width, config: Mapping[str, Any], s: int, options: FusionOptions) 
 def flops_counted(model: nn.Module, images: Tensor) -> int:
     """FLOPs of one forward pass as torch's own counter sees them, the selective scan left out.
 
-    The counter knows matrix products and convolutions. A scan backend may or may not be made of those, and would
-    then count or not count; so whatever famba.scan computes is left out, and the number is the same for all backends.
-    Compare with `Cost.flops`.
+    The counter knows matrix products and convolutions, and is told of the native one. A scan backend may or may not
+    be made of those, and would then count or not count; so whatever famba.scan computes is left out, and the number
+    is the same for all backends. Compare with `Cost.flops`.
     """
     products = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
-    counter = FlopCounterMode(display=False, custom_mapping={op: _outside_scan(flop_registry[op]) for op in products})
+    known = {op: _outside_scan(flop_registry[op]) for op in products} | {torch.ops.famba.conv: _native_conv_flops}
+    counter = FlopCounterMode(display=False, custom_mapping=known)
     with torch.no_grad(), counter:
         model(images)
     return counter.get_total_flops()
+
+
+def _native_conv_flops(x_shape, weight_shape, *_, out_shape=None, **__) -> int:
+    """A multiplication and an addition for each tap of each output, as the counter has it for torch's own."""
+    return 2 * math.prod(x_shape) * weight_shape[1]
 
 
 def _outside_scan(formula: Callable[..., int]) -> Callable[..., int]:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from famba.ops import causal_conv1d_silu, gated_sum
 from famba.scan import selective_scan
 
 _STEP_RANGE = (1e-3, 1e-1)  # initial steps are drawn log-uniformly from this range
@@ -34,7 +35,7 @@ class BidirectionalMixer(nn.Module):
 
     Args:
         average_directions: average the directions' outputs, as the released weights do; False sums them.
-        backend: of the selective scan.
+        backend: of the selective scan; its convolution and gate are native where that is, else plain torch.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class BidirectionalMixer(nn.Module):
         self.dt_rank = dt_rank = math.ceil(d_model / 16)
         self.average_directions = average_directions
         self.backend = backend
+        self._elementwise = backend if backend in ("auto", "native") else "torch"
 
         self.A_log = nn.Parameter(torch.empty(d_inner, d_state))
         self.D = nn.Parameter(torch.empty(d_inner))
@@ -96,10 +98,10 @@ class BidirectionalMixer(nn.Module):
 
     def scan(self, forward: Selection, backward: Selection, gate: Float[Tensor, "b t e"]) -> Float[Tensor, "b t e"]:
         """Both scans, joined and gated: what the output projection sees."""
-        y = self._scan(forward, self.A_log, self.D, self.dt_proj, reverse=False)
-        y = y + self._scan(backward, self.A_b_log, self.D_b, self.dt_proj_b, reverse=True)
-        y = y.mT * functional.silu(gate)
-        return y * 0.5 if self.average_directions else y
+        left = self._scan(forward, self.A_log, self.D, self.dt_proj, reverse=False)
+        right = self._scan(backward, self.A_b_log, self.D_b, self.dt_proj_b, reverse=True)
+        scale = 0.5 if self.average_directions else 1.0
+        return gated_sum(left, right, gate.mT, scale=scale, backend=self._elementwise).mT
 
     def feature(self, forward: Selection, backward: Selection, kind: str) -> Float[Tensor, "b t c"]:
         """What of the selection fusion may compare, both directions side by side: the step `delta`, `B` or `C`."""
@@ -111,9 +113,9 @@ class BidirectionalMixer(nn.Module):
     def _select(
         self, u: Float[Tensor, "b t e"], conv: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, *, reverse: bool
     ) -> Selection:
-        u = functional.silu(causal_conv(u, conv.weight, conv.bias, reverse=reverse))
-        dt, B, C = x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        return Selection(u.mT, functional.linear(dt, dt_proj.weight).mT, B.mT, C.mT)
+        u = causal_conv1d_silu(u.mT, conv.weight[:, 0], conv.bias, reverse=reverse, backend=self._elementwise)
+        dt, B, C = x_proj(u.mT).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        return Selection(u, functional.linear(dt, dt_proj.weight).mT, B.mT, C.mT)
 
     def _scan(self, s: Selection, A_log: Tensor, D: Tensor, dt_proj: nn.Linear, *, reverse: bool) -> Tensor:
         return selective_scan(
@@ -128,12 +130,3 @@ class BidirectionalMixer(nn.Module):
             reverse=reverse,
             backend=self.backend,
         )
-
-
-def causal_conv(
-    x: Float[Tensor, "b t e"], weight: Float[Tensor, "e 1 k"], bias: Float[Tensor, "e"] | None, *, reverse: bool
-) -> Float[Tensor, "b t e"]:
-    """Depthwise convolution in which a token sees itself and the k - 1 before it; reversed, those after it."""
-    k = weight.shape[-1]
-    padded = functional.pad(x.mT, (0, k - 1) if reverse else (k - 1, 0))
-    return functional.conv1d(padded, weight.flip(-1) if reverse else weight, bias, groups=weight.shape[0]).mT

@@ -154,7 +154,7 @@ def test_fusing_early_saves_more_memory_than_fusing_late():
 
 
 def test_a_schedule_that_does_not_fit_and_an_unknown_backend_are_refused():
-    config = create_model("vim_nano").config
+    config = create_model("vim_nano", depth=8).config
     with pytest.raises(InputError, match=r"layer 1: r = 19 of t = 37"):
         cost.analyse(config, [19, *[0] * 7])
     with pytest.raises(InputError, match="schedule: 2 entries"):

@@ -25,8 +25,8 @@ STAGE_NOTEBOOKS = ("train", "compare", "tokens")
 # A module imports only from those before it.
 # fmt: off
 ORDER = [
-    "errors", "params", "files", "data", "native", "scan", "ops", "fusion", "strategies", "mixer", "model", "checkpoint",
-    "cost", "records", "train", "sweep", "metrics", "tokens", "figures", "bench", "__main__",
+    "errors", "params", "files", "data", "native", "scan", "ops", "fusion", "strategies", "mixer", "model",
+    "checkpoint", "cost", "records", "train", "sweep", "metrics", "tokens", "figures", "bench", "__main__",
 ]
 # fmt: on
 NO_TORCH = ("errors", "params", "files", "strategies", "records", "metrics", "figures")
