@@ -1,0 +1,6 @@
+"""For tests and tested notebooks alike: the kernels that notebooks run in inherit this environment."""
+
+import os
+
+# Spinning OpenMP threads make a step several times slower when something else runs on the same cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
