@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from famba.errors import BackendError, InputError
-from famba.native import conv
+from famba.native import conv, norm
 from famba.native import gate as gating
 from famba.native.scan import unavailable
 
@@ -66,6 +66,31 @@ def gated_sum(
     if _runs_native(backend, gating.unsuited, left, right, gate):
         return gating.gated_sum(left, right, gate, scale)
     return (left + right) * F.silu(gate) * scale
+
+
+def add_rms_norm(
+    x: Float[Tensor, "b t d"],
+    residual: Float[Tensor, "b t d"] | None,
+    weight: Float[Tensor, "d"],
+    *,
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b t d"]]:
+    """The sum x + residual, divided by its root mean square over d and multiplied by weight; and the sum itself.
+
+    Without a residual the sum is x. The native kernel runs on float32 only; other backends and errors are those of
+    `causal_conv1d_silu` (Zhang and Sennrich 2019, arXiv:1910.07467).
+    """
+    if x.ndim != 3 or 0 in x.shape:
+        raise InputError(f"x: shape {tuple(x.shape)}; allowed: (b, t, d), none of them zero")
+    if residual is not None and residual.shape != x.shape:
+        raise InputError(f"residual: shape {tuple(residual.shape)}; allowed: {tuple(x.shape)}, that of x")
+    if tuple(weight.shape) != (x.shape[2],):
+        raise InputError(f"weight: shape {tuple(weight.shape)}; allowed: ({x.shape[2]},)")
+    if _runs_native(backend, norm.unsuited, x, residual, weight):
+        return norm.add_rms_norm(x, residual, weight, eps)
+    total = x if residual is None else x + residual
+    return F.rms_norm(total, weight.shape, weight, eps), total
 
 
 def _runs_native(backend: str, unsuited: Callable[..., str], *tensors: Tensor | None) -> bool:

@@ -1,14 +1,19 @@
-"""The fused convolution and gate: by hand, against double precision, threads, the checks of torch, what is refused."""
+"""Fused convolution, gate and norm: by hand, against double precision, threads, checks of torch, refusals."""
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from famba.errors import BackendError, InputError
 from famba.native import build, runtime
-from famba.ops import _check, causal_conv1d_silu, gated_sum
+from famba.ops import _check, add_rms_norm, causal_conv1d_silu, gated_sum
 
+GOLDEN = Path(__file__).parent / "golden"
 FAST = ["torch"] if build.unavailable() else ["torch", "native"]
 
 
@@ -208,3 +213,67 @@ def test_a_gate_of_mixed_types_is_left_to_torch_and_refused_by_name():
     if "native" in FAST:
         with pytest.raises(BackendError, match="it runs on tensors of one type"):
             gated_sum(left, right, gate.bfloat16(), backend="native")
+
+
+def draw_norm(b, t, d, *, residual=True, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = torch.randn(b, t, d, generator=generator), torch.randn(d, generator=generator)
+    tensors = [x, torch.randn(b, t, d, generator=generator) if residual else None, weight]
+    return [x if x is None else x.requires_grad_() for x in tensors]
+
+
+def norm_results(tensors, *, use="both", **options):
+    outs = add_rms_norm(*tensors, **options)
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in outs]
+    chosen = {"both": slice(0, 2), "normed": slice(0, 1), "sum": slice(1, 2)}[use]
+    total = sum((x * c).sum() for x, c in list(zip(outs, cotangents, strict=True))[chosen])
+    grads = torch.autograd.grad(total, [x for x in tensors if x is not None], allow_unused=use == "sum")
+    return [*(x.detach() for x in outs), *grads]
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    b=st.integers(1, 4),
+    t=st.integers(1, 90),
+    d=st.integers(1, 70),
+    residual=st.booleans(),
+    use=st.sampled_from(["both", "normed", "sum"]),
+    seed=st.integers(0, 100),
+)
+def test_the_norm_agrees_with_double_precision(instruction_set, b, t, d, residual, use, seed):
+    tensors = draw_norm(b, t, d, residual=residual, seed=seed)
+    found = norm_results(tensors, use=use, backend="native")
+    expected = norm_results([x if x is None else x.detach().double().requires_grad_() for x in tensors], use=use)
+    assert len(found) == len(expected) == 4 + residual
+    for x, y in zip(found, expected, strict=True):
+        if y is None:
+            assert x is None or not x.any()
+        else:
+            assert (x - y).abs().max() <= 1e-5 * max(1, y.abs().max())
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("case", json.loads((GOLDEN / "components.json").read_text())["rmsnorm"])
+def test_the_norm_is_the_independent_one(case, backend):
+    prefix = f"rmsnorm/{case}/"
+    stored = {k.removeprefix(prefix): x for k, x in load_file(GOLDEN / "components.safetensors").items() if prefix in k}
+    out, total = add_rms_norm(stored["x"], stored.get("residual"), stored["weight"], backend=backend)
+    assert torch.allclose(out, stored["out"], rtol=1e-5, atol=1e-6)
+    assert torch.allclose(total, stored["residual_out"], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.skipif("native" not in FAST, reason=build.unavailable())
+@pytest.mark.parametrize("residual", [True, False])
+def test_the_norm_passes_torchs_own_checks(residual):
+    tensors = draw_norm(2, 3, 5, residual=residual)
+    torch.library.opcheck(torch.ops.famba.norm.default, (*tensors, 1e-5))
+    before = torch.get_num_threads()
+    tensors = draw_norm(4, 200, 40, residual=residual)
+    try:
+        torch.set_num_threads(1)
+        alone = norm_results(tensors)
+        torch.set_num_threads(3)
+        assert all(map(torch.equal, alone, norm_results(tensors)))
+    finally:
+        torch.set_num_threads(before)

@@ -11,6 +11,7 @@
 
 #include "conv.h"
 #include "gate.h"
+#include "norm.h"
 #include "scan.h"
 #if defined(__x86_64__)
 #include <xmmintrin.h>
@@ -142,6 +143,10 @@ bool share_out(Body body, const void* job, int64_t units, int64_t scratch_floats
     extern "C" int64_t gate_scratch_##set(const Gate*);               \
     extern "C" void gate_forward_##set(const void*, int64_t, float*); \
     extern "C" void gate_backward_##set(const void*, int64_t, float*);
+#define DECLARE_NORM(set)                                             \
+    extern "C" void norm_forward_##set(const void*, int64_t, float*);  \
+    extern "C" void norm_backward_##set(const void*, int64_t, float*); \
+    extern "C" void norm_sum_blocks_##set(const void*, int64_t, float*);
 DECLARE_SCAN(avx512)
 DECLARE_SCAN(avx2)
 DECLARE_SCAN(baseline)
@@ -151,6 +156,9 @@ DECLARE_CONV(baseline)
 DECLARE_GATE(avx512)
 DECLARE_GATE(avx2)
 DECLARE_GATE(baseline)
+DECLARE_NORM(avx512)
+DECLARE_NORM(avx2)
+DECLARE_NORM(baseline)
 
 #define POINTER(name, set) name##_##set
 #define TABLE(name) {FOR_EACH_VARIANT(POINTER, name)}
@@ -172,6 +180,9 @@ const Body conv_sum_sequences[] = TABLE(conv_sum_sequences);
 int64_t (*const gate_scratch[])(const Gate*) = TABLE(gate_scratch);
 const Body gate_forward[] = TABLE(gate_forward);
 const Body gate_backward[] = TABLE(gate_backward);
+const Body norm_forward[] = TABLE(norm_forward);
+const Body norm_backward[] = TABLE(norm_backward);
+const Body norm_sum_blocks[] = TABLE(norm_sum_blocks);
 
 int64_t padded(int64_t e) { return (e + 15) / 16 * 16; }
 int64_t vectors(int64_t e) { return (e + scan_width[instruction_set()]() - 1) / scan_width[instruction_set()](); }
@@ -267,4 +278,18 @@ extern "C" int famba_gate_backward(Gate* p, int64_t threads, Parallel parallel) 
     int set = instruction_set();
     p->groups = groups(p->b, p->e);
     return share_out(gate_backward[set], p, p->b * p->groups, gate_scratch[set](p), threads, parallel);
+}
+
+extern "C" int famba_norm_forward(Norm* p, int64_t threads, Parallel parallel) {
+    return share_out(norm_forward[instruction_set()], p, (p->rows + 63) / 64, 16, threads, parallel);
+}
+
+extern "C" int famba_norm_backward(Norm* p, int64_t threads, Parallel parallel) {
+    int set = instruction_set();
+    int64_t blocks = (p->rows + 63) / 64;
+    Aligned part(blocks * padded(p->d));
+    if (!part.memory) return 0;
+    p->part = part.memory;
+    return share_out(norm_backward[set], p, blocks, 16, threads, parallel) &&
+           share_out(norm_sum_blocks[set], p, vectors(p->d), 16, threads, parallel);
 }

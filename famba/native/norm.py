@@ -1,0 +1,101 @@
+"""Add -> RMSNorm as one torch operator, `famba::norm`, over norm.cpp. float32 only.
+
+Axes: b batch, t tokens, d d_model.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from famba.native import runtime
+
+
+class _Job(ctypes.Structure):
+    """norm.h's Norm."""
+
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("d", ctypes.c_int64),
+        ("eps", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("x", "residual", "weight", "out", "sum", "scale")),
+        *((name, ctypes.c_void_p) for name in ("grad_out", "grad_sum", "grad_x", "grad_weight", "part")),
+    )
+
+
+def unsuited(x: Tensor, residual: Tensor | None, weight: Tensor) -> str:
+    """Why the kernel cannot run on these tensors ("": it can)."""
+    for tensor in (x, residual, weight):
+        if tensor is not None and tensor.device.type != "cpu":
+            return f"it runs on cpu tensors, got {tensor.device}"
+        if tensor is not None and tensor.dtype != torch.float32:
+            return f"it runs on float32, got {tensor.dtype}"
+    return ""
+
+
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`famba.ops.add_rms_norm` by the native kernel."""
+    out, total, _ = torch.ops.famba.norm(x, residual, weight, eps)
+    return out, x if residual is None else total
+
+
+_library = torch.library.Library("famba", "FRAGMENT")
+_library.define("norm(Tensor x, Tensor? residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)")
+_library.define(
+    "norm_backward(Tensor? grad_out, Tensor? grad_sum, Tensor x, Tensor scale, Tensor weight) -> (Tensor, Tensor)"
+)
+
+
+def _norm_fake(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float):
+    total = x.new_empty(0 if residual is None else x.shape)
+    return x.new_empty(x.shape), total, x.new_empty(x.shape[:-1])
+
+
+def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float):
+    out, total, scale = _norm_fake(x, residual, weight, eps)
+    x, weight = x.contiguous(), weight.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    job = _Job(
+        scale.numel(), x.shape[-1], eps, x=x.data_ptr(), residual=None if residual is None else residual.data_ptr(),
+        weight=weight.data_ptr(), out=out.data_ptr(), sum=total.data_ptr(), scale=scale.data_ptr(),
+    )  # fmt: skip
+    runtime.call("famba_norm_forward", job)
+    return out, total, scale
+
+
+def _norm_backward(grad_out: Tensor | None, grad_sum: Tensor | None, x: Tensor, scale: Tensor, weight: Tensor):
+    to_x, to_weight = _norm_backward_fake(grad_out, grad_sum, x, scale, weight)
+    x, weight = x.contiguous(), weight.contiguous()
+    grad_out, grad_sum = (g if g is None else g.contiguous() for g in (grad_out, grad_sum))
+    job = _Job(
+        scale.numel(), x.shape[-1], 0, x=x.data_ptr(), weight=weight.data_ptr(), scale=scale.data_ptr(),
+        grad_out=None if grad_out is None else grad_out.data_ptr(),
+        grad_sum=None if grad_sum is None else grad_sum.data_ptr(),
+        grad_x=to_x.data_ptr(), grad_weight=to_weight.data_ptr(),
+    )  # fmt: skip
+    runtime.call("famba_norm_backward", job)
+    return to_x, to_weight
+
+
+def _norm_backward_fake(grad_out, grad_sum, x, scale, weight):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, residual, weight, _ = inputs
+    ctx.added = residual is not None
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1] if ctx.added else x, output[2], weight)
+
+
+def _backward(ctx, grad_out, grad_sum, _):
+    total, scale, weight = ctx.saved_tensors
+    to_x, to_weight = torch.ops.famba.norm_backward(grad_out, grad_sum if ctx.added else None, total, scale, weight)
+    return to_x, to_x if ctx.added else None, to_weight, None
+
+
+_library.impl("norm", _norm, "CPU")
+_library.impl("norm_backward", _norm_backward, "CPU")
+torch.library.register_fake("famba::norm", _norm_fake, lib=_library)
+torch.library.register_fake("famba::norm_backward", _norm_backward_fake, lib=_library)
+torch.library.register_autograd("famba::norm", _backward, setup_context=_setup_context, lib=_library)
