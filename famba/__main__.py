@@ -95,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("output", type=Path, help="the executed copy")
     sub.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="given")
 
+    command("readme", _readme, "bring the table in README.md up to date with results/summary.csv")
+
     sub = command("bench", _bench, "time the backends of the scan against each other on this machine", add_help=False)
     sub.add_argument("rest", nargs=argparse.REMAINDER)
     return parser
@@ -133,6 +135,13 @@ def _notebook(options: argparse.Namespace) -> int:
     except PapermillExecutionError as error:
         print(f"famba: {options.notebook}: cell {error.exec_count} failed\n{error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _readme(options: argparse.Namespace) -> int:
+    from famba import metrics
+
+    metrics.update_readme("README.md", metrics.load_summary("results"))
     return 0
 
 

@@ -283,6 +283,7 @@ def _kept(w: _Width, t: int, s: int, m: int, scans: _ScanMemory, *, late: bool) 
         "out_proj": _FLOAT * w.b * s * w.e,
     }
     if scans.fused:
+        kept["norm"] = _FLOAT * w.b * t * (w.d + 1)  # the sum, and its scale
         kept["convolution"] = 0  # its input is in_proj's output
     if s < t:
         r, widths = t - s, (w.e if late else w.d) + w.d  # of the two fused tensors

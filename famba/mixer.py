@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from famba.ops import causal_conv1d_silu, gated_sum
+from famba.ops import causal_conv1d_silu, elementwise_backend, gated_sum
 from famba.scan import selective_scan
 
 _STEP_RANGE = (1e-3, 1e-1)  # initial steps are drawn log-uniformly from this range
@@ -54,7 +54,7 @@ class BidirectionalMixer(nn.Module):
         self.dt_rank = dt_rank = math.ceil(d_model / 16)
         self.average_directions = average_directions
         self.backend = backend
-        self._elementwise = backend if backend in ("auto", "native") else "torch"
+        self._elementwise = elementwise_backend(backend)
 
         self.A_log = nn.Parameter(torch.empty(d_inner, d_state))
         self.D = nn.Parameter(torch.empty(d_inner))

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional
 
 from famba import fusion, strategies
 from famba.errors import InputError
 from famba.fusion import Matching
 from famba.mixer import BidirectionalMixer
+from famba.ops import add_rms_norm, elementwise_backend
 from famba.params import FusionOptions
 
 _NORM_EPS = 1e-5
@@ -192,7 +192,7 @@ class VisionMamba(nn.Module):
         self.layers = nn.ModuleList(
             _Block(d_model, d_state, average_directions=average_directions, backend=backend) for _ in range(depth)
         )
-        self.norm_f = _RMSNorm(d_model)
+        self.norm_f = _AddNorm(d_model, backend)
         self._init_weights()
 
     def set_fusion(self, schedule: Sequence[int], options: FusionOptions) -> None:
@@ -244,8 +244,7 @@ class VisionMamba(nn.Module):
         if trace is not None:
             trace.cls_index = at.cls_index
 
-        assert at.residual is not None
-        x = self.norm_f(at.hidden + at.residual)
+        x, _ = self.norm_f(at.hidden, at.residual)
         if self.pool == "cls":
             assert at.cls_index is not None
             return x[torch.arange(b, device=x.device), at.cls_index]
@@ -280,13 +279,17 @@ class _PatchEmbed(nn.Module):
         return self.proj(images).flatten(2).mT
 
 
-class _RMSNorm(nn.Module):
-    def __init__(self, d_model: int) -> None:
+class _AddNorm(nn.Module):
+    """The residual stream's next value in fp32, and its RMSNorm."""
+
+    def __init__(self, d_model: int, backend: str) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(d_model))
+        self._backend = elementwise_backend(backend)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(x, self.weight.shape, self.weight, _NORM_EPS)
+    def forward(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
+        return add_rms_norm(hidden, residual, self.weight, eps=_NORM_EPS, backend=self._backend)
 
 
 class _Block(nn.Module):
@@ -295,12 +298,10 @@ class _Block(nn.Module):
     def __init__(self, d_model: int, d_state: int, *, average_directions: bool, backend: str) -> None:
         super().__init__()
         self.mixer = BidirectionalMixer(d_model, d_state, average_directions=average_directions, backend=backend)
-        self.norm = _RMSNorm(d_model)
+        self.norm = _AddNorm(d_model, backend)
 
     def forward(self, at: _Stream, r: int, options: FusionOptions, trace: Trace | None) -> _Stream:
-        residual = at.hidden + at.residual if at.residual is not None else at.hidden
-        residual = residual if residual.dtype == torch.float64 else residual.float()
-        normed = self.norm(residual)
+        normed, residual = self.norm(at.hidden, at.residual)
         mixer, size, cls_index = self.mixer, at.size, at.cls_index
         late = options.position == "after_scan"
         feature = matching = plan = None

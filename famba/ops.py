@@ -93,6 +93,11 @@ def add_rms_norm(
     return F.rms_norm(total, weight.shape, weight, eps), total
 
 
+def elementwise_backend(scan_backend: str) -> str:
+    """The backend of these functions that goes with a backend of the selective scan: plain torch if it has none."""
+    return scan_backend if scan_backend in ("auto", "native") else "torch"
+
+
 def _runs_native(backend: str, unsuited: Callable[..., str], *tensors: Tensor | None) -> bool:
     if backend not in _BACKENDS:
         raise InputError(f"backend: {backend!r} is unknown; allowed: {', '.join(_BACKENDS)}")

@@ -8,6 +8,8 @@ the run's seed and the epoch's number, so a run that was killed goes on from its
 import contextlib
 import copy
 import fcntl
+import functools
+import hashlib
 import logging
 import math
 import shutil
@@ -32,6 +34,7 @@ from famba.records import Run
 
 _log = logging.getLogger(__name__)
 _MIB = 2**20
+CODE = ("data", "scan", "ops", "fusion", "strategies", "mixer", "model", "train")  # with native/, what makes a result
 _KEPT = 2  # checkpoints: the newest, and the one before in case the newest cannot be read
 
 
@@ -92,8 +95,8 @@ def build(p: Params, *, classes: int, seed: int) -> VisionMamba:
 
 
 def folder(p: Params, *, seed: int) -> Path:
-    """Where the checkpoints of a run are: a change of any parameter is another folder."""
-    return params.root() / "build" / "checkpoints" / p.digest(seed)
+    """Where the checkpoints of a run are: a change of any parameter, or of code that trains, is another folder."""
+    return params.root() / "build" / "checkpoints" / f"{p.digest(seed)}-{_code_digest()}"
 
 
 def forget(p: Params, *, seed: int) -> None:
@@ -404,6 +407,17 @@ class _Session:
 
     def _folder(self) -> Path:
         return folder(self.p, seed=self.seed)
+
+
+@functools.cache
+def _code_digest() -> str:
+    """What the numbers depend on beside the parameters: the modules between parameters and this one, and torch."""
+    package = Path(__file__).parent
+    files = [package / f"{name}.py" for name in CODE] + sorted((package / "native").glob("*.[cph]*"))
+    content = hashlib.sha256(torch.__version__.encode())
+    for path in files:
+        content.update(path.read_bytes())
+    return content.hexdigest()[:12]
 
 
 def _better(entry: Mapping[str, Any], than: Mapping[str, Any]) -> bool:

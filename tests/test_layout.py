@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from ruamel.yaml import YAML
 
 import famba
-from famba import params
+from famba import metrics, params, train
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGE_NOTEBOOKS = ("train", "compare", "tokens")
@@ -253,6 +253,16 @@ def test_no_tracked_file_is_large():
     assert len(found) > 20
     large = [path for path in found if path.stat().st_size > 2**20 and ROOT / "tests" / "golden" not in path.parents]
     assert not large
+
+
+def test_checkpoints_are_keyed_by_all_code_that_makes_a_result():
+    beside_it = {"errors", "params", "files", "checkpoint", "cost", "records"}  # read, write and measure
+    assert set(train.CODE) | {"native"} == closure({"train"}) - beside_it
+
+
+def test_the_readmes_table_is_that_of_the_results():
+    text = (ROOT / "README.md").read_text()
+    assert metrics.readme_text(text, metrics.load_summary(ROOT / "results")) == text
 
 
 def test_commands_that_the_readme_names_exist():

@@ -154,6 +154,14 @@ def test_another_value_anywhere_is_another_run():
     assert len(folders) == 4
 
 
+def test_other_code_is_another_run(monkeypatch):
+    before = train.folder(smoke(), seed=0)
+    train._code_digest.cache_clear()
+    monkeypatch.setattr(train, "CODE", train.CODE[:-1])
+    assert train.folder(smoke(), seed=0) != before
+    train._code_digest.cache_clear()
+
+
 def test_the_test_split_is_read_once_at_the_end(monkeypatch):
     read: list[int] = []
     evaluate = train.evaluate
