@@ -29,7 +29,7 @@ PRESETS: dict[str, dict[str, int]] = {
     "vim_small": {"img_size": 224, "patch_size": 16, "stride": 16, "depth": 24, "d_model": 384, "d_state": 16},
     "vim_base": {"img_size": 224, "patch_size": 16, "stride": 16, "depth": 24, "d_model": 768, "d_state": 16},
     "vim_micro": {"img_size": 32, "patch_size": 4, "stride": 4, "depth": 12, "d_model": 128, "d_state": 16},
-    "vim_nano": {"img_size": 8, "patch_size": 3, "stride": 1, "depth": 10, "d_model": 32, "d_state": 16},
+    "vim_nano": {"img_size": 8, "patch_size": 3, "stride": 1, "depth": 10, "d_model": 32, "d_state": 8},
 }
 
 

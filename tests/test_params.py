@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -123,7 +124,7 @@ def test_a_resolved_configuration_can_be_rebuilt_from_the_record_of_it():
 
 def test_numbers_are_read_by_yaml_1_2(tmp_path: Path):
     path = tmp_path / "params.yaml"
-    path.write_text(TEXT.replace("lr: 3.0e-3", "lr: 1e-3", 1))
+    path.write_text(re.sub(r"\blr: \S+", "lr: 1e-3", TEXT, count=1))
     assert params.load(strategy="none", path=path).train.lr == 0.001
     path.write_text(TEXT.replace("flip: false", "flip: no", 1))
     assert "data.flip: 'no'" in said(lambda: params.load(strategy="none", path=path))
@@ -133,8 +134,9 @@ def test_a_file_that_changed_is_read_again(tmp_path: Path):
     path = tmp_path / "params.yaml"
     path.write_text(TEXT)
     before = params.load(strategy="none", path=path)
-    path.write_text(TEXT.replace("batch_size: 64", "batch_size: 128", 1))
-    assert (before.train.batch_size, params.load(strategy="none", path=path).train.batch_size) == (64, 128)
+    path.write_text(re.sub(r"batch_size: \d+", "batch_size: 999", TEXT, count=1))
+    assert before.train.batch_size != 999
+    assert params.load(strategy="none", path=path).train.batch_size == 999
 
 
 def test_reading_parameters_imports_no_torch():
