@@ -6,12 +6,12 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.nn import functional
 
+from conftest import GOLDEN
 from famba import FusionOptions, InputError, VisionMamba, create_model
 
 PAPER = FusionOptions(order="append", weighting="mean", feature="normed", position="before_mixer")
