@@ -3,8 +3,9 @@
 A strategy has one colour and one marker everywhere, and always the same place in the order. Spread is +-1 standard
 deviation over seeds, and the caption says over how many. Here `b` images, `h` by `w` pixels, `t` tokens.
 
-Sources: the colours are Okabe and Ito's, told apart by colour-blind readers; the heat-map of token similarity is the
-picture of Famba-V (arXiv:2409.09808); a fusion map colours patches as ToMe (arXiv:2210.09461) does.
+Statistical charts are seaborn's, drawn into figures that pyplot never hears of; matplotlib does what seaborn has no
+chart for. Sources: the colours are seaborn's for colour-blind readers; the heat-map of token similarity is the picture
+of Famba-V (arXiv:2409.09808); a fusion map colours patches as ToMe (arXiv:2210.09461) does.
 """
 
 import colorsys
@@ -12,7 +13,7 @@ import functools
 import io
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -20,25 +21,27 @@ import matplotlib
 import matplotlib.style
 import numpy as np
 import pandas as pd
+import seaborn
 from jaxtyping import Float, Int, UInt8
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure as _MatplotlibFigure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from famba import metrics, params
 from famba.errors import InputError
 from famba.files import write_atomic
 from famba.params import STRATEGIES
 
+_PALETTE = seaborn.color_palette("colorblind").as_hex()
+_GREY, _ORANGE, _SKY = "0.4", _PALETTE[1], _PALETTE[9]
 STRATEGY_COLOURS = {
-    "none": "#4D4D4D",
-    "all": "#0072B2",
-    "interleaved": "#E69F00",
-    "lower": "#CC79A7",
-    "upper": "#009E73",
+    "none": _PALETTE[7],
+    "all": _PALETTE[0],
+    "interleaved": _PALETTE[1],
+    "lower": _PALETTE[4],
+    "upper": _PALETTE[2],
 }
 _MARKERS = {"none": "o", "all": "s", "interleaved": "D", "lower": "v", "upper": "^"}
 _LABELS = {
@@ -50,24 +53,18 @@ _LABELS = {
 }
 _MODELS = {"vim_tiny": "Vim-Ti", "vim_small": "Vim-S"}
 _DATASETS = {"cifar100": "CIFAR-100", "cifar10": "CIFAR-10", "digits": "digits"}
-_GREY = "#6E6E6E"
-_STYLE: dict[str, Any] = {
-    "figure.dpi": 100,
-    "font.size": 10,
-    "axes.titlesize": 10.5,
-    "axes.labelsize": 10,
-    "axes.edgecolor": "#9A9A9A",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E6E6E6",
-    "xtick.color": "#9A9A9A",
-    "ytick.color": "#9A9A9A",
-    "xtick.labelcolor": "#333333",
-    "ytick.labelcolor": "#333333",
-    "legend.frameon": False,
-    "svg.hashsalt": "famba",
+# The same on every machine: nothing of the session's style, and the one font that matplotlib brings along.
+_STYLE: list[Any] = [
+    "default",
+    seaborn.axes_style("whitegrid", {"axes.spines.top": False, "axes.spines.right": False, "grid.color": "0.9"}),
+    seaborn.plotting_context("paper", rc={"lines.linewidth": 1.8}),
+    {"font.sans-serif": ["DejaVu Sans"], "legend.frameon": False, "svg.hashsalt": "famba"},
+]
+_BY_STRATEGY: dict[str, Any] = {
+    "hue": "strategy",
+    "hue_order": STRATEGIES,
+    "palette": STRATEGY_COLOURS,
+    "legend": False,
 }
 
 P = ParamSpec("P")
@@ -81,12 +78,18 @@ class Figure(_MatplotlibFigure):
 
 
 def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Draw in the package's own style, whatever the session has set."""
+    """Draw in the package's own style, whatever the session has set, and lay out once.
+
+    Another layout at every save moves things by rounding errors, which change the names inside an SVG.
+    """
 
     @functools.wraps(draw)
     def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        with matplotlib.style.context(["default", _STYLE]):
-            return draw(*args, **kwargs)
+        with matplotlib.style.context(_STYLE):
+            figure = draw(*args, **kwargs)
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
+            return figure
 
     return drawn
 
@@ -121,39 +124,25 @@ def accuracy_against(frame: pd.DataFrame, cost: str = "train_time_s") -> Figure:
     front = metrics.pareto(frame, cost)
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axes = figure.add_subplot()
-    means = {}
-    for strategy in _strategies(frame):
-        runs = _of(frame, strategy)
-        x, y = np.array(runs[cost], float), np.array(runs["top1_percent"], float)
-        means[strategy] = (x.mean(), y.mean())
-        colour, marker = STRATEGY_COLOURS[strategy], _MARKERS[strategy]
-        axes.errorbar(
-            *means[strategy],
-            xerr=_sd(x),
-            yerr=_sd(y),
-            color=colour,
-            linestyle="none",
-            elinewidth=1.4,
-            capsize=3,
-            zorder=2,
-        )
-        axes.scatter(x, y, s=20, color=colour, marker=marker, alpha=0.5, edgecolors="white", linewidths=0.5, zorder=3)
-        axes.plot(
-            *means[strategy],
-            color=colour,
-            marker=marker,
-            markersize=10,
-            markeredgecolor="white",
-            linestyle="none",
-            zorder=4,
-            label=strategy,
-        )
-    corners = zip(*(means[name] for name in front), strict=True)
-    axes.plot(*corners, color="#B0B0B0", drawstyle="steps-post", zorder=1, label="Pareto front")
+    names, chart = _strategies(frame), {"x": cost, "y": "top1_percent", "style": "strategy", "markers": _MARKERS}
+    seaborn.scatterplot(frame, **chart, **_BY_STRATEGY, s=28, alpha=0.5, zorder=2, ax=axes)
+    means, handles = {}, {}
+    for name in names:
+        runs = _of(frame, name)[[cost, "top1_percent"]].to_numpy(float)
+        means[name] = runs.mean(axis=0)
+        xerr, yerr = runs.std(axis=0, ddof=1) if len(runs) > 1 else (None, None)
+        style = {"color": STRATEGY_COLOURS[name], "markersize": 10, "markeredgecolor": "white", "capsize": 3}
+        handles[name], *_ = axes.errorbar(*means[name], yerr=yerr, xerr=xerr, fmt=_MARKERS[name], **style, zorder=3)
+    corners = np.transpose([means[name] for name in front])
+    step = {"drawstyle": "steps-post", "linestyle": "--", "linewidth": 1.2}
+    (handles["Pareto front"],) = axes.plot(*corners, color="0.6", **step, zorder=1)
     axes.set(xlabel=_LABELS[cost], ylabel=_LABELS["top1_percent"])
     axes.margins(0.08)
-    figure.legend(loc="outside right upper", handlelength=1.6)
-    spread = "one run each, so without spread" if _seeds(frame) == "n = 1 seed" else f"mean ± 1 sd over {_seeds(frame)}"
+    if cost == "flops_per_image":
+        axes.xaxis.set_major_formatter(EngFormatter())
+    figure.legend(handles.values(), handles, loc="outside right upper", handlelength=1.6)
+    alone = _seeds(frame) == "n = 1 seed"
+    spread = "one run each, so without spread" if alone else f"mean over {_seeds(frame)}, bars ± 1 sd"
     _caption(
         figure,
         f"Large: {spread}. Small: single runs. Up and left is better; no strategy beats one on the Pareto front in "
@@ -171,25 +160,16 @@ def tokens_per_layer(schedules: pd.DataFrame) -> Figure:
     """
     figure = Figure(figsize=(7.2, 4.0), layout="constrained")
     axes = figure.add_subplot()
-    for strategy in _strategies(schedules):
-        layers = _of(schedules, strategy).sort_values("layer")
-        axes.plot(
-            layers["layer"],
-            layers["tokens"],
-            color=STRATEGY_COLOURS[strategy],
-            marker=_MARKERS[strategy],
-            markersize=5,
-            markeredgewidth=0,
-            linewidth=1.8,
-            label=f"{strategy} ({layers['tokens'].iloc[-1]} left)",
-        )
+    names, chart = _strategies(schedules), {"x": "layer", "y": "tokens", "style": "strategy", "markers": _MARKERS}
+    seaborn.lineplot(schedules, **chart, **_BY_STRATEGY, dashes=False, estimator=None, ax=axes)
     axes.set(
         xlabel="after layer (0 is the input)",
         ylabel="tokens in the sequence",
         ylim=(0, max(schedules["tokens"]) * 1.06),
     )
     axes.xaxis.set_major_locator(MaxNLocator(nbins=13, integer=True))
-    figure.legend(loc="outside right upper")
+    left = [f"{name} ({_of(schedules, name)['tokens'].min()} left)" for name in names]
+    figure.legend(axes.get_lines(), left, loc="outside right upper")
     return figure
 
 
@@ -205,20 +185,16 @@ def training_curves(history: pd.DataFrame) -> Figure:
         "val_loss": "validation loss",
         "val_top1_percent": "validation top-1 accuracy (%)",
     }
+    names = _strategies(history)
     figure = Figure(figsize=(9.6, 3.7), layout="constrained")
     panels = figure.subplots(1, len(columns))
     for axes, (column, label) in zip(panels, columns.items(), strict=True):
-        for strategy in _strategies(history):
-            grid = _of(history, strategy).pivot(index="epoch", columns="seed", values=column)
-            mean, sd = grid.mean(axis=1), grid.std(axis=1, ddof=1)
-            colour = STRATEGY_COLOURS[strategy]
-            axes.plot(grid.index, mean, color=colour, linewidth=1.8, label=strategy)
-            if grid.shape[1] > 1:
-                axes.fill_between(grid.index, mean - sd, mean + sd, color=colour, alpha=0.18, linewidth=0)
-        axes.set(xlabel="epoch", title=label)
+        seaborn.lineplot(history, x="epoch", y=column, **_BY_STRATEGY, errorbar=("sd", 1), ax=axes)
+        axes.set(xlabel="epoch", ylabel="", title=label)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(STRATEGIES))
-    _caption(figure, f"Mean over {_seeds(history)}; the band is ± 1 sd.", width=130)
+    figure.legend(panels[0].get_lines(), names, loc="outside upper center", ncols=len(names))
+    band = "" if _seeds(history) == "n = 1 seed" else "; the band is ± 1 sd"
+    _caption(figure, f"Mean over {_seeds(history)}{band}.", width=130)
     return figure
 
 
@@ -232,24 +208,24 @@ def paper_beside_ours(table: pd.DataFrame) -> Figure:
     Args:
         table: as from `metrics.beside_paper`.
     """
-    rows = {
+    shown = {
         "top1_percent": ("top-1 accuracy\n(points from none)", "%"),
         "train_time_s": ("training time\n(% from none)", " s"),
         "peak_memory_mib": ("peak memory\n(% from none)", " MiB"),
     }
-    columns = list(table[["model", "dataset", "source"]].drop_duplicates().itertuples(index=False, name=None))
-    changes = {metric: _changes(table, metric, columns) for metric in rows}
-    widths = [1.0 if entries else 0.55 for entries in changes["top1_percent"]]
+    side = ["model", "dataset", "source"]
+    sides = [rows for _, rows in table.replace({"model": _MODELS, "dataset": _DATASETS}).groupby(side, sort=False)]
+    widths = [1.0 if np.isfinite(rows["top1_percent"]).any() else 0.55 for rows in sides]
     figure = Figure(figsize=(2.1 * sum(widths) + 1.4, 6.6), layout="constrained")
-    panels = figure.subplots(len(rows), len(columns), sharex="row", sharey=True, squeeze=False, width_ratios=widths)
-    for down, (metric, (label, unit)) in enumerate(rows.items()):
-        low, high = _limits([entry for column in changes[metric] for entry in column.values()])
-        for across, (axes, entries) in enumerate(zip(panels[down], changes[metric], strict=True)):
-            model, dataset, source = columns[across]
-            _bars(axes, entries, unit, low, high)
-            if down == 0:
-                axes.set_title(f"{_MODELS.get(model, model)}\n{_DATASETS.get(dataset, dataset)}\n{source}")
-        panels[down][0].set_ylabel(label)
+    panels = figure.subplots(len(shown), len(widths), sharex="row", sharey=True, squeeze=False, width_ratios=widths)
+    for axes, rows in zip(panels[0], sides, strict=True):
+        axes.set_title("\n".join(rows[side].iloc[0]))
+    for row, (metric, (label, unit)) in zip(panels, shown.items(), strict=True):
+        changes = [_change(rows, metric) for rows in sides]
+        ends = pd.concat([change["change"] + sign * change["sd"].fillna(0) for change in changes for sign in (-1, 1)])
+        for axes, change in zip(row, changes, strict=True):
+            _bars(axes, change, unit, min(0.0, *ends.dropna()), max(0.0, *ends.dropna()))
+        row[0].set_ylabel(label)
     n = sorted(set(table.loc[table["source"] == "here", "n"]) - {0})
     ours = f"mean ± 1 sd over n = {', '.join(map(str, n))} seeds" if n else "nothing yet"
     _caption(
@@ -268,29 +244,29 @@ def strategies_overview(schedules: pd.DataFrame) -> Figure:
     Args:
         schedules: as from `metrics.load_schedules` or `metrics.schedule_frame`.
     """
-    names, depth, most = _strategies(schedules), max(schedules["layer"]), max(schedules["removed"])
-    figure = Figure(figsize=(min(12.0, 3.0 + 0.36 * depth), 0.8 + 0.46 * len(names)), layout="constrained")
+    table = schedules.pivot(index="strategy", columns="layer", values=["removed", "tokens"]).loc[_strategies(schedules)]
+    removed, tokens = table["removed"].drop(columns=0), table["tokens"]
+    rows, depth = removed.shape
+    figure = Figure(figsize=(min(12.0, 3.0 + 0.36 * depth), 0.8 + 0.46 * rows), layout="constrained")
     axes = figure.add_subplot()
-    for row, strategy in enumerate(names):
-        layers = _of(schedules, strategy).sort_values("layer")
-        for layer, removed in zip(layers["layer"], layers["removed"], strict=True):
-            if layer == 0:
-                continue
-            strength = 0.25 + 0.75 * removed / most if removed else 0.0
-            colour = 1 - strength * (1 - np.array(to_rgb(STRATEGY_COLOURS[strategy]))) if removed else "#F2F2F2"
-            axes.add_patch(Rectangle((layer - 0.46, row - 0.42), 0.92, 0.84, facecolor=colour, edgecolor="none"))
-            if removed:
-                ink = "white" if np.dot(colour, (0.30, 0.59, 0.11)) < 0.5 else "#222222"
-                axes.text(layer, row, str(removed), ha="center", va="center", color=ink, fontsize=9)
-        first, last = layers["tokens"].iloc[0], layers["tokens"].iloc[-1]
-        axes.text(depth + 0.8, row, f"{first} → {last} tokens", va="center", fontsize=9.5)
-    axes.set(xlim=(0.4, depth + 0.6), ylim=(len(names) - 0.5, -0.5), xlabel="layer", yticks=range(len(names)))
-    axes.set_yticklabels(names)
-    axes.set_xticks([layer for layer in range(1, depth + 1) if depth <= 12 or layer % 4 == 0 or layer == 1])
-    axes.tick_params(length=0)
-    axes.grid(False)
-    axes.spines[:].set_visible(False)
+    for row, name in enumerate(removed.index):
+        seaborn.heatmap(
+            removed.loc[[name]].reindex(removed.index),  # the other rows are left blank: each has its own colours
+            cmap=seaborn.blend_palette(["0.95", STRATEGY_COLOURS[name]], as_cmap=True),
+            vmin=0,
+            vmax=removed.to_numpy().max(),
+            annot=removed.astype(str).where(removed > 0, ""),
+            fmt="",
+            annot_kws={"fontsize": 9, "color": "0.1"},
+            linewidths=3,
+            cbar=False,
+            ax=axes,
+        )
+        first, last = tokens.loc[name].iloc[[0, -1]]
+        axes.text(depth + 0.3, row + 0.5, f"{first} → {last} tokens", va="center", fontsize=9.5)
+    axes.set(xlabel="layer", ylabel="")
     axes.set_title("tokens removed by each layer", loc="left")
+    axes.tick_params(rotation=0)
     return figure
 
 
@@ -366,7 +342,7 @@ def patch_grid(image: UInt8[np.ndarray, "h w 3"], *, patch_size: int, stride: in
     panels[0].set_title(f"image, {h} × {w} px", fontsize=10)
     panels[1].set_title(f"{down * across} patches in scan order", fontsize=10)
     if patch_size > stride:
-        first = Rectangle((-0.5, -0.5), patch_size, patch_size, facecolor="none", edgecolor="#56B4E9", zorder=3)
+        first = Rectangle((-0.5, -0.5), patch_size, patch_size, facecolor="none", edgecolor=_SKY, zorder=3)
         first.set(linestyle="--", linewidth=2, clip_on=False)
         panels[1].add_patch(first)
         panels[1].set_title(
@@ -376,7 +352,7 @@ def patch_grid(image: UInt8[np.ndarray, "h w 3"], *, patch_size: int, stride: in
     margin = (patch_size - stride) / 2 - 0.5
     for index in range(down * across):
         x, y = margin + index % across * stride, margin + index // across * stride
-        panels[1].add_patch(Rectangle((x, y), stride, stride, facecolor="none", edgecolor="#E69F00", linewidth=0.9))
+        panels[1].add_patch(Rectangle((x, y), stride, stride, facecolor="none", edgecolor=_ORANGE, linewidth=0.9))
         panels[1].text(
             x + stride / 2,
             y + stride / 2,
@@ -412,22 +388,18 @@ def similarity_heatmaps(matrices: Sequence[Float[np.ndarray, "_ _"]], *, layers:
     down = math.ceil(len(matrices) / across)
     figure = Figure(figsize=(2.1 * across + 0.9, 2.25 * down + 0.1), layout="constrained")
     panels = figure.subplots(down, across, squeeze=False)
-    drawn = None
     for axes in panels.flat[len(matrices) :]:
         axes.set_axis_off()
     for axes, layer, matrix in zip(panels.flat, numbers, matrices, strict=False):
-        drawn = axes.imshow(matrix, vmin=low, vmax=1, cmap="viridis", interpolation="nearest")
+        every = max(1, int(np.diff(MaxNLocator(4, integer=True).tick_values(0, len(matrix)))[0]))
+        look = {"cmap": "viridis", "square": True, "cbar": False, "xticklabels": every, "yticklabels": every}
+        seaborn.heatmap(matrix, vmin=low, vmax=1, **look, ax=axes)
         axes.set_title(f"layer {layer}: {len(matrix)} tokens", fontsize=9.5)
-        axes.grid(False)
-        axes.spines[:].set_visible(False)
-        ticks = MaxNLocator(nbins=4, integer=True, min_n_ticks=1)
-        axes.set(xticks=(at := [tick for tick in ticks.tick_values(0, len(matrix) - 1) if 0 <= tick < len(matrix)]))
-        axes.set(yticks=at)
-        axes.tick_params(labelsize=8, length=2)
+        axes.tick_params(rotation=0, labelsize=8)
     figure.supxlabel("token", fontsize=10)
     figure.supylabel("token", fontsize=10)
-    assert drawn is not None
-    figure.colorbar(drawn, ax=panels, label="cosine similarity", shrink=0.9 if down > 1 else 0.75, aspect=12 * down)
+    bar = {"label": "cosine similarity", "shrink": 0.9, "aspect": 12 * down}
+    figure.colorbar(panels.flat[0].collections[0], ax=panels, **bar)
     return figure
 
 
@@ -455,7 +427,7 @@ def image_grid(images: UInt8[np.ndarray, "b h w 3"], labels: Sequence[str], *, c
 def _rendered(figure: _MatplotlibFigure, kind: str, dpi: int = 150) -> bytes:
     metadata = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}[kind]
     target = io.BytesIO()
-    with matplotlib.style.context(["default", _STYLE]):
+    with matplotlib.style.context(_STYLE):
         figure.savefig(target, format=kind, metadata=metadata, dpi=dpi, facecolor="white")
     return target.getvalue()
 
@@ -478,74 +450,44 @@ def _seeds(frame: pd.DataFrame) -> str:
     return f"n = {' or '.join(map(str, counts))} seed{'' if counts == [1] else 's'}"
 
 
-def _sd(values: np.ndarray) -> float | None:
-    """Standard deviation for an error bar; None, no bar, for a single run."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else None
-
-
 def _caption(figure: _MatplotlibFigure, text: str, width: int = 100) -> None:
-    figure.supxlabel("\n".join(textwrap.wrap(text, width)), x=0.01, ha="left", fontsize=8.5, color=_GREY)
+    # A number stays beside its sign and unit.
+    lines = textwrap.wrap(text.replace("± 1 sd", "±\u00a01\u00a0sd"), width)
+    figure.supxlabel("\n".join(lines).replace("\u00a0", " "), x=0.01, ha="left", fontsize=8.5, color=_GREY)
 
 
-def _changes(
-    table: pd.DataFrame, metric: str, columns: Iterable[tuple[str, str, str]]
-) -> list[dict[str, tuple[float, float, float]]]:
-    """For each column its strategies' (change from `none`, sd of it, value); empty where nothing was measured."""
-    found = []
-    for model, dataset, source in columns:
-        rows = [
-            row
-            for row in table.to_dict("records")
-            if (row["model"], row["dataset"], row["source"]) == (model, dataset, source) and not math.isnan(row[metric])
-        ]
-        base = {row["strategy"]: row[metric] for row in rows}.get("none")
-        if base is None:
-            found.append({})
-            continue
-        scale, shift = (1.0, base) if metric.endswith("_percent") else (100 / base, base)
-        found.append(
-            {row["strategy"]: ((row[metric] - shift) * scale, row[f"{metric}_sd"] * scale, row[metric]) for row in rows}
-        )
-    return found
+def _change(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """By strategy: change from `none`, its sd, and the value; NaN where nothing was measured."""
+    runs = rows.set_index("strategy").reindex(STRATEGIES)
+    base = runs.loc["none", metric]
+    scale = 1.0 if metric.endswith("_percent") else 100 / base
+    value = runs[metric]
+    return pd.DataFrame({"change": (value - base) * scale, "sd": runs[f"{metric}_sd"] * scale, "value": value})
 
 
-def _limits(entries: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
-    """The range of the bars and their spread, 0 included."""
-    reach = [0.0]
-    for change, sd, _ in entries:
-        spread = 0.0 if math.isnan(sd) else sd
-        reach += [change - spread, change + spread]
-    return min(reach), max(reach)
-
-
-def _bars(axes: Axes, entries: dict[str, tuple[float, float, float]], unit: str, low: float, high: float) -> None:
+def _bars(axes: Axes, change: pd.DataFrame, unit: str, low: float, high: float) -> None:
     span = high - low or 1.0
-    axes.set(xlim=(low - 0.05 * span, high + 0.75 * span), ylim=(len(STRATEGIES) - 0.4, -0.6))
-    axes.set_yticks(range(len(STRATEGIES)), STRATEGIES)
+    bars = {"hue": change.index, "palette": STRATEGY_COLOURS, "saturation": 1, "width": 0.62, "linewidth": 0}
+    seaborn.barplot(x=change["change"], y=change.index, **bars, legend=False, ax=axes)
+    axes.set(xlabel="", ylabel="", xlim=(low - 0.05 * span, high + 0.75 * span))
     axes.set_xticks([tick for tick in MaxNLocator(nbins=3).tick_values(low, high) if low <= tick <= high])
-    axes.tick_params(length=0)
     axes.grid(False, axis="y")
     axes.spines["left"].set_visible(False)
-    if not entries:
+    if change["value"].dropna().empty:
         axes.grid(False)
         axes.spines["bottom"].set_visible(False)
         axes.tick_params(labelbottom=False)
-        axes.set_facecolor("#F5F5F5")
-        axes.annotate(
-            "not\nmeasured\nhere", (0.5, 0.5), xycoords="axes fraction", ha="center", va="center", color=_GREY
-        )
+        axes.set_facecolor("0.96")
+        axes.text(0.5, 0.5, "not\nmeasured\nhere", transform=axes.transAxes, ha="center", va="center", color=_GREY)
         return
-    for row, strategy in enumerate(STRATEGIES):
-        if strategy not in entries:
-            axes.text(high + 0.06 * span, row, "not measured", va="center", fontsize=8.5, color=_GREY)
-            continue
-        change, sd, value = entries[strategy]
-        axes.barh(row, change, height=0.62, color=STRATEGY_COLOURS[strategy])
-        if not math.isnan(sd):
-            axes.errorbar(change, row, xerr=sd, color="#222222", elinewidth=1.2, capsize=2.5, linestyle="none")
-        written = f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
-        axes.text(high + 0.06 * span, row, written + unit, va="center", fontsize=8.5)
-    axes.axvline(0, color="#9A9A9A", linewidth=0.9)
+    style = {"fmt": "none", "ecolor": "0.15", "elinewidth": 1.2, "capsize": 2.5}
+    spread = change.dropna()
+    axes.errorbar(spread["change"], spread.index.to_numpy(), xerr=spread["sd"], **style)
+    for row, value in enumerate(change["value"].to_numpy(float)):
+        written = "not measured" if math.isnan(value) else (f"{value:,.0f}" if value >= 100 else f"{value:.1f}") + unit
+        colour = _GREY if math.isnan(value) else "black"
+        axes.text(high + 0.06 * span, row, written, va="center", fontsize=8.5, color=colour)
+    axes.axvline(0, color="0.6", linewidth=0.9)
 
 
 def _patch_groups(

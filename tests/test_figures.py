@@ -1,9 +1,11 @@
 import itertools
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import seaborn
 from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import to_hex, to_rgb
 from test_metrics import runs_frame
@@ -41,8 +43,22 @@ def history():
     return pd.DataFrame(rows)
 
 
-def labelled(axes):
-    return {line.get_label(): line for line in axes.get_lines() if not line.get_label().startswith("_")}
+@pytest.fixture(autouse=True)
+def nothing_is_left_with_pyplot():
+    before = dict(matplotlib.rcParams)
+    yield
+    assert plt.get_fignums() == []
+    assert dict(matplotlib.rcParams) == before
+
+
+def legend(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def lines(figure):
+    """The first panel's lines by their names in the legend; error bars and markers of a mean are no such lines."""
+    drawn = [line for line in figure.axes[0].get_lines() if line.get_label().startswith("_child")]
+    return dict(zip(legend(figure), drawn, strict=True))
 
 
 def titles(figure):
@@ -53,19 +69,23 @@ def test_every_strategy_has_a_colour_of_its_own_in_the_fixed_order():
     assert tuple(figures.STRATEGY_COLOURS) == STRATEGIES
     for one, two in itertools.combinations(figures.STRATEGY_COLOURS.values(), 2):
         assert np.abs(np.subtract(to_rgb(one), to_rgb(two))).max() > 0.2, (one, two)
+    assert {to_rgb(colour) for colour in figures.STRATEGY_COLOURS.values()} < set(seaborn.color_palette("colorblind"))
 
 
 @pytest.mark.parametrize("cost", ["train_time_s", "peak_memory_mib"])
 def test_accuracy_against_draws_means_runs_and_spread_of_the_frame(runs, cost):
-    axes = figures.accuracy_against(runs, cost).axes[0]
-    lines = labelled(axes)
-    assert list(lines) == ["none", "all", "upper", "Pareto front"]
-    clouds = [item for item in axes.collections if isinstance(item, PathCollection)]
-    for cloud, strategy in zip(clouds, ["none", "all", "upper"], strict=True):
+    figure = figures.accuracy_against(runs, cost)
+    axes = figure.axes[0]
+    assert legend(figure) == ["none", "all", "upper", "Pareto front"]
+    for (line, *_), strategy in zip(axes.containers, ["none", "all", "upper"], strict=True):
         of = runs[runs["strategy"] == strategy]
-        assert lines[strategy].get_xydata().tolist() == [[of[cost].mean(), of["top1_percent"].mean()]]
-        assert to_hex(lines[strategy].get_color()).upper() == figures.STRATEGY_COLOURS[strategy]
-        np.testing.assert_allclose(cloud.get_offsets(), of[[cost, "top1_percent"]])
+        assert line.get_xydata().tolist() == [[of[cost].mean(), of["top1_percent"].mean()]]
+        assert to_hex(line.get_color()) == figures.STRATEGY_COLOURS[strategy].lower()
+    (cloud,) = [item for item in axes.collections if isinstance(item, PathCollection)]
+    np.testing.assert_allclose(cloud.get_offsets(), runs[[cost, "top1_percent"]])
+    assert [to_hex(colour) for colour in cloud.get_facecolors()] == [
+        figures.STRATEGY_COLOURS[strategy].lower() for strategy in runs["strategy"]
+    ]
     bars = [bar for bar in axes.containers if bar.has_yerr]
     assert len(bars) == 3
     (segment,) = bars[0][2][1].get_segments()
@@ -76,17 +96,18 @@ def test_accuracy_against_draws_means_runs_and_spread_of_the_frame(runs, cost):
 
 def test_the_front_that_is_drawn_is_the_front_of_the_numbers(runs):
     runs.loc[runs["strategy"] == "all", "train_time_s"] = 1000.0
-    front = labelled(figures.accuracy_against(runs).axes[0])["Pareto front"]
+    front = figures.accuracy_against(runs).axes[0].get_lines()[-1]
     assert front.get_xdata().tolist() == [2 * 91.0, 2 * 93.0], "upper, then none; all is dearer and worse"
     assert front.get_drawstyle() == "steps-post"
 
 
 def test_captions_say_over_how_many_seeds(runs, history):
-    assert "± 1 sd over n = 3 seeds" in figures.accuracy_against(runs).get_supxlabel()
+    assert "mean over n = 3 seeds, bars ± 1 sd" in figures.accuracy_against(runs).get_supxlabel()
     one = figures.accuracy_against(runs[runs["seed"] == 0])
     assert "one run each, so without spread" in one.get_supxlabel().replace("\n", " ")
-    assert not any(bar.has_xerr or bar.has_yerr for bar in one.axes[0].containers if hasattr(bar, "has_xerr"))
-    assert "n = 3 seeds" in figures.training_curves(history).get_supxlabel()
+    assert [(bar.has_xerr, bar.has_yerr) for bar in one.axes[0].containers] == 3 * [(False, False)]
+    assert figures.training_curves(history).get_supxlabel() == "Mean over n = 3 seeds; the band is ± 1 sd."
+    assert figures.training_curves(history[history["seed"] == 0]).get_supxlabel() == "Mean over n = 1 seed."
 
 
 def test_accuracy_against_refuses_what_is_no_cost_and_whom_it_cannot_colour(runs):
@@ -97,19 +118,22 @@ def test_accuracy_against_refuses_what_is_no_cost_and_whom_it_cannot_colour(runs
 
 
 def test_tokens_per_layer_draws_the_counts_from_the_input_on(schedules):
-    lines = labelled(figures.tokens_per_layer(schedules).axes[0])
-    assert list(lines) == ["none (17 left)", "all (11 left)", "upper (13 left)"]
-    assert lines["upper (13 left)"].get_xydata().tolist() == [[0, 17], [1, 17], [2, 17], [3, 13]]
+    drawn = lines(figures.tokens_per_layer(schedules))
+    assert list(drawn) == ["none (17 left)", "all (11 left)", "upper (13 left)"]
+    assert drawn["upper (13 left)"].get_xydata().tolist() == [[0, 17], [1, 17], [2, 17], [3, 13]]
 
 
 def test_training_curves_draw_mean_and_spread_over_seeds(history):
     figure = figures.training_curves(history)
     assert titles(figure) == ["training loss", "validation loss", "validation top-1 accuracy (%)"]
     loss = figure.axes[0]
-    np.testing.assert_allclose(labelled(loss)["none"].get_ydata(), [5.0, 3.0, 4 / 3 + 1])
+    assert list(lines(figure)) == ["none", "upper"]
+    np.testing.assert_allclose(lines(figure)["none"].get_ydata(), [5.0, 3.0, 4 / 3 + 1])
     band = loss.collections[0].get_paths()[0].vertices
     assert band[:, 1].max() == pytest.approx(4.0 + 1 + 1), "seeds 0, 1, 2 add mean 1 and sd 1"
-    assert labelled(figures.training_curves(history[history["seed"] == 0]).axes[0]).keys() == {"none", "upper"}
+    one = figures.training_curves(history[history["seed"] == 1])
+    assert lines(one)["upper"].get_ydata().tolist() == [5.0, 3.0, 4 / 3 + 1]
+    assert not any(np.isfinite(path.vertices).any() for band in one.axes[0].collections for path in band.get_paths())
 
 
 def test_beside_the_paper_bars_are_changes_and_texts_are_values(runs):
@@ -135,7 +159,11 @@ def test_the_overview_writes_what_each_layer_removes(schedules):
     axes = figures.strategies_overview(schedules).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["none", "all", "upper"]
     numbers = {text.get_position(): text.get_text() for text in axes.texts if text.get_text().isdigit()}
-    assert numbers == {(1, 1): "2", (2, 1): "2", (3, 1): "2", (3, 2): "4"}
+    assert numbers == {(0.5, 1.5): "2", (1.5, 1.5): "2", (2.5, 1.5): "2", (2.5, 2.5): "4"}, "all and upper"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "3"]
+    for mesh, (strategy, removed) in zip(axes.collections, {"none": 0, "all": 2, "upper": 4}.items(), strict=True):
+        assert mesh.get_array().compressed().max() == removed
+        assert to_hex(mesh.get_cmap()(1.0)) == figures.STRATEGY_COLOURS[strategy].lower()
     assert [text.get_text() for text in axes.texts if "→" in text.get_text()] == [
         *("17 → 17 tokens", "17 → 11 tokens", "17 → 13 tokens")
     ]
@@ -211,10 +239,13 @@ def test_heatmaps_show_the_matrices_on_one_scale():
     matrices = [np.array([[1.0, -0.33], [-0.33, 1.0]]), np.ones((1, 1)), np.eye(5)]
     figure = figures.similarity_heatmaps(matrices, layers=[1, 4, 9])
     assert titles(figure) == ["layer 1: 2 tokens", "layer 4: 1 tokens", "layer 9: 5 tokens"]
-    drawn = [axes.images[0] for axes in figure.axes if axes.images]
-    for image, matrix in zip(drawn, matrices, strict=True):
-        assert np.asarray(image.get_array()).tolist() == matrix.tolist()
-        assert image.get_clim() == (-0.4, 1.0)
+    *panels, bar = figure.axes
+    assert bar.get_ylabel() == "cosine similarity"
+    for axes, matrix in zip(panels, matrices, strict=True):
+        (mesh,) = axes.collections
+        assert np.asarray(mesh.get_array()).tolist() == matrix.tolist()
+        assert mesh.get_clim() == (-0.4, 1.0)
+        assert axes.get_xlim() == axes.get_ylim()[::-1] == (0, len(matrix)), "layer's first token top left"
     with pytest.raises(InputError, match="layers: 1 numbers for 3 matrices"):
         figures.similarity_heatmaps(matrices, layers=[1])
     with pytest.raises(InputError, match=r"layer 1 has the shape \(2, 3\), which is not square"):
