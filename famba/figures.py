@@ -303,7 +303,7 @@ def fusion_map(
     grid_shape = ((h - patch_size) // stride + 1, (w - patch_size) // stride + 1)
     maps = {layer: _patch_groups(groups_by_layer[layer - 1], b, grid_shape, cls_index, layer) for layer in chosen}
 
-    across = min(1 + len(chosen), 9)
+    across = min(1 + len(chosen), 13)
     down = math.ceil((1 + len(chosen)) / across)
     size = 1.35 if across > 5 else 1.9
     figure = Figure(
