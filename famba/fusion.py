@@ -55,7 +55,8 @@ def match_tokens(
         empty = torch.empty(b, 0, dtype=torch.int64, device=feature.device)
         return Matching(empty, empty, feature.new_empty(b, 0))
 
-    with torch.no_grad():
+    # Under autocast the product would be rounded to bf16, and similarities that differ would tie.
+    with torch.no_grad(), torch.autocast(feature.device.type, enabled=False):
         unit = functional.normalize(feature.detach(), dim=-1)
         scores = unit[:, ::2] @ unit[:, 1::2].mT
         if guard is not None:

@@ -182,6 +182,15 @@ def test_a_token_of_zero_length_does_not_poison_the_matching():
     assert (matching.similarity.abs() <= 1 + 1e-6).all()
 
 
+def test_autocast_does_not_round_the_similarities():
+    feature = torch.randn(2, 40, 8)
+    expected = match_tokens(feature, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        matching = match_tokens(feature, 12)
+    assert matching.similarity.dtype == torch.float32
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(matching, expected, strict=True))
+
+
 def test_matching_carries_no_gradient():
     x = torch.randn(1, 6, 4, requires_grad=True)
     assert not match_tokens(x, 2).similarity.requires_grad

@@ -264,6 +264,14 @@ def test_a_run_that_another_process_trains_is_refused():
             train.fit(smoke(), seed=0)
 
 
+def test_bf16_trains_and_stays_near_fp32(undisturbed):
+    run = train.fit(smoke(epochs=3, precision="bf16"), seed=1)
+    assert run.token_counts == undisturbed.token_counts
+    assert run.history != undisturbed.history
+    losses = [[row["train_loss"] for row in history] for history in (run.history, undisturbed.history)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
