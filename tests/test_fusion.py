@@ -1,10 +1,10 @@
 """Fusion: worked by hand, against the independent reference, and what must hold for any input."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from famba.errors import InputError
 from famba.fusion import Matching, fuse, match_tokens, plan
 
+GOLDEN = Path(__file__).parent / "golden"
 TENSORS = load_file(GOLDEN / "fusion.safetensors")
 CASES = json.loads((GOLDEN / "fusion.json").read_text())
 SINGLE = [name for name, case in CASES.items() if f"{name}/metric" in TENSORS and not case["no_op"]]

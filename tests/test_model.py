@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from conftest import GOLDEN
 from famba import FusionOptions, InputError, VisionMamba, create_model
 
+GOLDEN = Path(__file__).parent / "golden"
 PAPER = FusionOptions(order="append", weighting="mean", feature="normed", position="before_mixer")
 VIM_CASES = ["vim_tiny", "vim_tiny_odd_nodiv", "vim_tiny_overlap_meanpool", "vim_tiny_clshead"]
 FUSED_CASES = json.loads((GOLDEN / "fambav_tiny.json").read_text())["cases"]
