@@ -21,7 +21,7 @@ export OMP_WAIT_POLICY := passive
 
 IN_VENV := . $(VENV)/bin/activate &&
 
-.PHONY: help env repro test test-fast lint lab bench clean
+.PHONY: help env repro test test-fast lint lab bench sanitize clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -47,8 +47,11 @@ lint: env  ## style and types
 lab: env  ## explore in JupyterLab
 	$(IN_VENV) jupyter lab --notebook-dir=.
 
-bench: env  ## measure the backends of the scan on this machine
+bench: env  ## measure speed and memory on this machine: minutes, in which nothing else should run
 	$(IN_VENV) python -m famba bench
+
+sanitize: env  ## the tests of the kernels under the address and undefined-behaviour sanitizers: minutes
+	$(IN_VENV) python -m famba.native.sanitize
 
 clean:  ## remove build/ and the caches of tools; results, figures, the DVC cache and .venv stay
 	rm -rf build .pytest_cache .ruff_cache .hypothesis

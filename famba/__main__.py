@@ -97,8 +97,11 @@ def _parser() -> argparse.ArgumentParser:
 
     command("readme", _readme, "bring the table in README.md up to date with results/summary.csv")
 
-    sub = command("bench", _bench, "time the backends of the scan against each other on this machine", add_help=False)
-    sub.add_argument("rest", nargs=argparse.REMAINDER)
+    sub = command("bench", _bench, "time scans, training steps and fusion; this machine should do nothing else")
+    sub.add_argument("parts", nargs="*", metavar="part", help="scan, model, fusion, memory; all if none is given")
+    sub.add_argument("--quick", action="store_true", help="small sizes: seconds, to see that it works")
+    sub.add_argument("--json", type=Path, help="write the result there; results/benchmark.json if it is whole")
+    sub.add_argument("--figure", type=Path, help="draw it there; figures/benchmark.png if it is whole")
     return parser
 
 
@@ -146,9 +149,16 @@ def _readme(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from famba import bench
+    from famba import bench, figures
 
-    bench.main(options.rest)
+    parts = options.parts or bench.PARTS
+    result = bench.run(parts, quick=options.quick)
+    print(bench.text(result))
+    whole = set(parts) == set(bench.PARTS) and not options.quick
+    if path := options.json or ("results/benchmark.json" if whole else None):
+        bench.write(result, Path(path).absolute() if options.json else path)
+    if path := options.figure or ("figures/benchmark.png" if whole else None):
+        figures.save(figures.benchmark(bench.frames(result)), Path(path).absolute() if options.figure else path)
     return 0
 
 

@@ -13,7 +13,7 @@ import functools
 import io
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -422,6 +422,105 @@ def image_grid(images: UInt8[np.ndarray, "b h w 3"], labels: Sequence[str], *, c
         _show(axes, image)
         axes.set_title(textwrap.shorten(str(label), 14, placeholder="…"), fontsize=9, pad=3)
     return figure
+
+
+@_styled
+def benchmark(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """What is fast and what is not: scans, parts of a training step, what fusing gains, and memory.
+
+    Args:
+        tables: by name, as from `bench.frames`; a panel for each of `scan`, `profile`, `schedules` and `memory` that is
+            there. `schedules` needs `lengths` beside it.
+
+    Raises:
+        InputError: none of them is there.
+    """
+    panels = {name: draw for name, draw in _BENCHMARKS.items() if name in tables}
+    if not panels:
+        raise InputError(f"tables: {', '.join(tables) or 'none'}; at least one of {', '.join(_BENCHMARKS)}")
+    across = min(2, len(panels))
+    down = math.ceil(len(panels) / across)
+    figure = Figure(figsize=(5.6 * across, 3.9 * down), layout="constrained")
+    places = figure.subplots(down, across, squeeze=False)
+    for axes in places.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, draw in zip(places.flat, panels.values(), strict=False):
+        draw(axes, tables)
+    _caption(figure, "Medians of times taken in turn in one process.", width=100 * across)
+    return figure
+
+
+def _scan_times(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
+    table = tables["scan"]
+    names, shapes = (list(dict.fromkeys(table[column])) for column in ("contestant", "shape"))
+    look = {"palette": seaborn.color_palette("crest", len(shapes)), "saturation": 1, "width": 0.75, "linewidth": 0}
+    order = {"order": names, "hue_order": shapes}
+    seaborn.barplot(table, y="contestant", x="matmuls", hue="shape", **order, **look, ax=axes)
+    times = table.pivot(index="contestant", columns="shape", values="times")
+    for bars, shape in zip(axes.containers, shapes, strict=True):
+        written = [f" {times.loc[name, shape]:,.3g}×" for name in names]
+        axes.bar_label(bars, written, fontsize=7.5)  # pyright: ignore[reportArgumentType]
+    axes.set(xscale="log", ylabel="", xlabel=f"time, in units of one {names[-1]}; labels: in units of {names[0]}")
+    axes.set_title("selective scan, forward and backward")
+    axes.margins(x=0.18)
+    axes.grid(False, axis="y")
+    axes.legend(title="(b, e, t, n)", fontsize=8, title_fontsize=8)
+
+
+def _step_parts(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
+    table = tables["profile"]
+    steps, parts = (list(dict.fromkeys(table[column])) for column in ("step", "part"))
+    shares = table.pivot(index="step", columns="part", values="share").loc[steps, parts]
+    left = np.zeros(len(steps))
+    for part, colour in zip(parts, seaborn.color_palette("colorblind", len(parts)), strict=True):
+        share = 100 * shares[part].to_numpy(float)
+        bars = axes.barh(steps, share, left=left, color=colour, height=0.6, linewidth=0, label=part)
+        axes.bar_label(bars, [f"{x:.0f}" if x >= 4 else "" for x in share], label_type="center", fontsize=8)
+        left += share
+    for row, step in enumerate(steps):
+        axes.text(101, row, f"{table.loc[table['step'] == step, 'ms'].sum():,.0f} ms", va="center", fontsize=8.5)
+    axes.set(xlabel="share of the step (%)", xlim=(0, 116), title="where a training step spends its time")
+    axes.set_yticks(range(len(steps)), [textwrap.fill(step, 15) for step in steps])
+    axes.set_xticks(range(0, 101, 20))
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.14), ncols=5, fontsize=8, handlelength=1, columnspacing=1)
+
+
+def _step_times(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
+    lengths, table = tables["lengths"], tables["schedules"]
+    axes.plot(lengths["tokens"], lengths["median_ms"], color=_GREY, marker=".", linewidth=1.2, label="nothing fused")
+    for name in _strategies(table):
+        (row,) = _of(table, name).to_dict("records")
+        label, at = f"{name}: {row['of_predicted']:.2f}× predicted", row["mean_tokens"]
+        point = {"marker": _MARKERS[name], "s": 60, "edgecolor": "white", "zorder": 3}
+        axes.scatter(at, row["median_ms"], color=STRATEGY_COLOURS[name], **point, label=label)
+        axes.scatter(at, row["predicted_median_ms"], color=STRATEGY_COLOURS[name], marker="_", s=260, zorder=2)
+    axes.set(xlabel="tokens, mean over layers", ylabel="training step (ms)", title="fused against shorter sequences")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8, title="dash: what its tokens predict", title_fontsize=8)
+
+
+def _peak_memory(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
+    table = tables["memory"]
+    labels = (table["strategy"] + ", " + table["backend"]).tolist()
+    bars = axes.barh(labels, table["peak_mib"], height=0.6, color=[STRATEGY_COLOURS[x] for x in table["strategy"]])
+    axes.bar_label(bars, [f" {x:.2f}×" for x in table["of_torch"]], fontsize=8)
+    axes.plot(table["predicted_mib"], range(len(labels)), "k|", markersize=17, markeredgewidth=1.5, label="by formula")
+    axes.set_xlabel("peak memory of a training step (MiB); labels: in units of the first")
+    axes.set_title("memory, measured and by formula")
+    axes.margins(x=0.15)
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    axes.legend(loc="lower right", fontsize=8)
+
+
+_BENCHMARKS: dict[str, Callable[[Axes, Mapping[str, pd.DataFrame]], None]] = {
+    "scan": _scan_times,
+    "profile": _step_parts,
+    "schedules": _step_times,
+    "memory": _peak_memory,
+}
 
 
 def _rendered(figure: _MatplotlibFigure, kind: str, dpi: int = 150) -> bytes:

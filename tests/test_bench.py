@@ -1,17 +1,26 @@
-"""The benchmark measures what it says: every contestant scans the same, rounds are interleaved, names are checked."""
+"""The benchmark measures what it says; nothing here depends on how long anything takes."""
 
 import json
+import math
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 
-from famba import bench
+from famba import bench, cost, fusion, mixer
+from famba.__main__ import main
+from famba.bench import fusing, model, scan, timing
+from famba.bench.model import Training, able
+from famba.bench.setting import FULL, QUICK
 from famba.errors import InputError
 from famba.scan import selective_scan_ref
 
+BACKENDS = able("torch", "native")
 
-@pytest.mark.parametrize("name", bench._OTHERS)
+
+@pytest.mark.parametrize("name", scan._OTHERS)
 @pytest.mark.parametrize("t", [1, 2, 7, 8, 33])
 def test_the_other_ways_to_scan_are_right(name, t):
     generator = torch.Generator().manual_seed(0)
@@ -19,7 +28,7 @@ def test_the_other_ways_to_scan_are_right(name, t):
     B, C = torch.randn(2, 2, 4, t, generator=generator, dtype=torch.float64).unbind()
     A = -torch.rand(3, 4, generator=generator, dtype=torch.float64)
     tensors = [x.requires_grad_() for x in (u, F.softplus(delta), A, B, C)]
-    found, expected = bench._OTHERS[name](*tensors), selective_scan_ref(*tensors)
+    found, expected = scan._OTHERS[name](*tensors), selective_scan_ref(*tensors)
     assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
     grads = zip(*(torch.autograd.grad(y, tensors, cotangent) for y in (found, expected)), strict=True)
     assert [torch.allclose(x, y, rtol=1e-10, atol=1e-12) for x, y in grads] == [True] * 5
@@ -27,22 +36,203 @@ def test_the_other_ways_to_scan_are_right(name, t):
 
 def test_rounds_are_interleaved_and_warm_up_is_dropped():
     seen = []
-    times = bench.interleaved({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, rounds=2, warmup=1)
+    times = timing.interleaved({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, rounds=2, warmup=1)
     assert "".join(seen) == "ababab"
     assert {name: len(x) for name, x in times.items()} == {"a": 2, "b": 2}
 
 
-def test_the_command_prints_and_writes_one_row_each(tmp_path, capsys):
-    names = ["reference", "torch", "kind loop"]
-    bench.main(["--shapes", "1,2,3,4", "--rounds", "2", "--names", *names, "--json", str(tmp_path / "rows.json")])
-    rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["contestant"] for row in rows] == [*names, bench.UNIT]
-    assert rows[0]["speedup"] == 1
-    assert rows[1]["speedup"] == pytest.approx(rows[0]["median_ms"] / rows[1]["median_ms"])
-    assert rows[-1]["matmuls"] == 1
-    assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
+def test_what_has_used_up_its_time_sits_out_but_is_measured_twice(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    calls = {"slow": lambda: clock.__setitem__(0, clock[0] + 9), "fast": lambda: clock.__setitem__(0, clock[0] + 1)}
+    assert timing.interleaved(calls, rounds=4, budget_s=3.0) == {"slow": [9, 9], "fast": [1, 1, 1, 1]}
+
+
+def test_medians_are_compared_with_medians_and_least_with_least():
+    one, other = timing.summary([0.003, 0.001, 0.005]), timing.summary([0.002, 0.001])
+    assert one == {"median_ms": 3.0, "least_ms": 1.0, "rounds": 3}
+    assert timing.ratio(one, other, "times") == {"times": pytest.approx(2.0), "times_least": 1.0}
+
+
+def test_a_scans_time_is_in_units_of_the_first_contestant_and_of_a_matrix_product():
+    names = ["torch", "reference", "kind loop"]
+    rows = scan.bench_scan([(1, 2, 3, 4), (1, 2, 5, 4)], names, rounds=2)
+    assert [row["contestant"] for row in rows] == 2 * [*names, scan.UNIT]
+    assert [row["shape"] for row in rows] == 4 * ["(1, 2, 3, 4)"] + 4 * ["(1, 2, 5, 4)"]
+    for first, row, product in ((rows[0], rows[1], rows[3]), (rows[4], rows[6], rows[7])):
+        assert first["times"] == product["matmuls"] == product["matmuls_least"] == 1
+        assert row["times"] == pytest.approx(row["median_ms"] / first["median_ms"])
+        assert row["matmuls_least"] == pytest.approx(row["least_ms"] / product["least_ms"])
 
 
 def test_a_contestant_that_does_not_exist_is_named():
-    with pytest.raises(InputError, match="contestant: 'fast' is unknown or cannot run here; allowed: reference, torch"):
-        bench.bench_scan(names=["fast"])
+    with pytest.raises(InputError, match="contestant: 'fast' is unknown or cannot run here; allowed: "):
+        scan.bench_scan(QUICK.scans, ["fast"], rounds=1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_products_replayed_are_exactly_the_models_flops(backend):
+    training = Training(QUICK, backend)
+    config, tokens = training.model.config, training.model.tokens
+    found = cost.analyse(config, [0] * config["depth"], batch=QUICK.batch)
+    convolutions = config["depth"] * 2 * QUICK.batch * tokens * 2 * config["d_model"] * 4 * 2
+    forward = found.flops - convolutions
+    products = model.products_of(training.step)
+    assert model.flops_of(products) == 3 * forward - found.stem.flops  # the images need no gradient
+    with torch.no_grad():
+        once = model.products_of(lambda: training.model(training.images))
+    assert model.flops_of(once) == forward
+    assert products[: len(once)] == once
+
+
+def test_a_product_is_replayed_as_it_lay_in_memory():
+    x, w = torch.randn(6, 8)[:, :3], torch.randn(5, 3)
+    (product,) = model.products_of(lambda: F.linear(x, w))
+    assert product.arguments == (((6, 3), (8, 1), torch.float32), ((3, 5), (1, 3), torch.float32))
+    again = model.products_of(model.replay([product]))
+    assert again == [product]
+    (added,) = model.products_of(lambda: F.linear(x, w, torch.zeros(5)))
+    model.replay([added])()
+
+
+def test_a_depthwise_convolution_is_no_matrix_product():
+    x = torch.randn(1, 4, 9)
+    assert model.products_of(lambda: F.conv1d(x, torch.randn(4, 1, 3), groups=4)) == []
+    assert len(model.products_of(lambda: F.conv1d(x, torch.randn(4, 4, 3)))) == 1
+
+
+def events(*rows):
+    """name, start, duration and node; in ns and on one thread."""
+    return [model._Event(name, start, duration, node, 7) for name, start, duration, node in rows]
+
+
+def test_own_times_by_hand():
+    backward = model._BACKWARD
+    rows = events(
+        ("part: Python", 0, 100, -1),
+        ("part: scan", 5, 20, -1),  # 20, with all inside
+        ("aten::mm", 10, 10, 3),
+        ("aten::linear", 30, 20, 4),  # 5 beside the product
+        ("aten::mm", 32, 15, 4),
+        (backward + "MmBackward0", 50, 10, 4),  # 2 beside the product
+        ("aten::mm", 51, 8, -1),
+        (backward + "ScanBackward", 60, 15, 3),
+        ("aten::mm", 61, 8, -1),
+        ("Optimizer.step#AdamW.step", 80, 10, -1),
+        ("aten::_fused_adamw_", 81, 5, -1),
+        ("aten::mm", 200, 50, -1),  # after the step
+    )
+    other = model._Event("aten::mm", 10, 5, -1, 8)  # on another thread
+    found = model._own_times([other, *reversed(rows)])
+    assert list(found) == list(model.PARTS)
+    assert {part: x for part, x in found.items() if x} == {
+        "scan": 35,
+        "matrix products": 23,
+        "elementwise": 7,
+        "optimiser": 10,
+        "Python": 25,
+    }
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_part_of_a_step_is_found(backend):
+    training = Training(QUICK, backend)
+    before = mixer.selective_scan, fusion.apply
+    unfused = model.parts_of(training.step)
+    schedule = QUICK.schedules(training.model.depth)["all"]
+    fused = model.parts_of(lambda: training.step(schedule))
+    assert (mixer.selective_scan, fusion.apply) == before
+    assert unfused.pop("fusion") == 0 < fused.pop("fusion")
+    assert all(x > 0 for x in [*unfused.values(), *fused.values()])
+
+
+def test_the_gradient_counts_where_its_operation_does():
+    """Nearly all of this backward is a scan's, whatever it is made of."""
+    u = torch.randn(4, 64, 40, requires_grad=True)
+    A, B = -torch.ones(64, 16), torch.randn(4, 16, 40)
+    step = lambda: mixer.selective_scan(u, u, A, B, B, backend="reference").backward(torch.ones(4, 64, 40))  # noqa: E731
+    found = model.parts_of(step)
+    assert found["scan"] > 0.8 * math.fsum(found.values())
+
+
+def test_shares_of_a_step_sum_to_one():
+    table = pd.DataFrame(model.bench_profile(QUICK))
+    assert set(table["part"]) == set(model.PARTS)
+    assert table["step"].nunique() == len(BACKENDS) + ("native" in BACKENDS)
+    np.testing.assert_allclose(table.groupby("step")["share"].sum(), 1)
+
+
+def test_a_steps_time_is_predicted_layer_by_layer():
+    unfused_ms = {10: 20.0, 20: 30.0, 40: 70.0}
+    assert fusing.predicted_ms([20, 20, 20], unfused_ms) == 30
+    assert fusing.predicted_ms([40, 20, 10], unfused_ms) == 40
+    assert fusing.predicted_ms([30, 15], unfused_ms) == (50 + 25) / 2
+    with pytest.raises(InputError, match=r"counts: 9 tokens; measured were 10\.\.40"):
+        fusing.predicted_ms([20, 9], unfused_ms)
+
+
+def test_the_least_r_that_wins_is_the_break_even():
+    rows = [{"r": r, "of_unfused": x} for r, x in ((5, 0.8), (2, 0.99), (1, 1.0))]
+    assert fusing.break_even(rows) == 2
+    assert fusing.break_even(rows[2:]) is None
+
+
+@pytest.mark.parametrize("setting", [FULL, QUICK])
+def test_the_lengths_measured_cover_every_schedule(setting):
+    tokens = sorted(setting.create(img_size=size).tokens for size in setting.img_sizes)
+    whole = setting.create()
+    uniform = [[r] * whole.depth for r in setting.uniform]
+    for schedule in [*setting.schedules(whole.depth).values(), *uniform]:
+        whole.set_fusion(schedule, whole.options)
+        assert tokens[0] <= min(whole.token_counts) <= max(whole.token_counts) == tokens[-1]
+    assert set(setting.removed) == {"all", "interleaved", "lower", "upper"}
+
+
+def test_the_full_setting_is_that_of_the_paper():
+    whole = FULL.create()
+    assert (whole.depth, whole.tokens, whole.head.in_features) == (24, 197, 192)
+    assert dict(FULL.removed) == {"all": 7, "interleaved": 14, "lower": 9, "upper": 9}
+
+
+def test_fusing_is_in_units_of_its_layer():
+    table = pd.DataFrame(fusing.bench_layer(QUICK)).set_index("what")
+    assert table.loc["layer", "layer"] == 1
+    row = table.loc["all of it, r = 6"]
+    assert row["layer"] == pytest.approx(row["median_ms"] / table.loc["layer", "median_ms"])
+    assert len(table) == 1 + 4 * len(set(QUICK.removed.values()))
+
+
+def test_an_unknown_part_is_named():
+    with pytest.raises(InputError, match="part: 'speed' is unknown; allowed: scan, model, fusion, memory"):
+        bench.run(["scan", "speed"], quick=True)
+    with pytest.raises(InputError, match="part: 'none' is unknown"):
+        bench.run([], quick=True)
+
+
+def test_the_command_prints_and_writes_the_parts_it_is_asked_for(tmp_path, capsys):
+    written, drawn = tmp_path / "new" / "memory.json", tmp_path / "memory.png"
+    asked = ["bench", "memory", "--quick", "--json", str(written), "--figure", str(drawn)]
+    assert main(asked) == 0
+    result = json.loads(written.read_text())
+    assert result["command"] == "python -m famba bench memory --quick"
+    assert {"device", "instruction_set", "kernels", "threads", "versions", "setting"} <= set(result)
+    assert set(bench.frames(result)) == {"memory"}
+    assert {row["strategy"] for row in result["memory"]} == {"none", *QUICK.removed}
+    for row in result["memory"]:
+        assert row["of_predicted"] == pytest.approx(row["peak_mib"] / row["predicted_mib"])
+    assert result["memory"][0]["of_torch"] == 1
+    assert drawn.stat().st_size > 1000
+    printed = capsys.readouterr().out
+    assert bench.TABLES["memory"] in printed
+    assert result["device"] in printed
+
+
+def test_fusion_is_measured_against_lengths_and_every_table_has_its_title():
+    result = bench.run(["fusion"], quick=True)
+    assert set(bench.frames(result)) == {"layer", "lengths", "schedules", "uniform"} < set(bench.TABLES)
+    unfused = {row["tokens"]: row["median_ms"] for row in result["lengths"]}
+    for row in result["schedules"]:
+        assert row["of_predicted"] == pytest.approx(row["median_ms"] / row["predicted_median_ms"])
+        assert min(unfused.values()) <= row["predicted_median_ms"] <= max(unfused.values())
+        assert row["of_unfused"] == pytest.approx(row["median_ms"] / unfused[37])
+    assert result["break_even_r"] in (None, *QUICK.uniform)

@@ -43,6 +43,30 @@ def history():
     return pd.DataFrame(rows)
 
 
+@pytest.fixture
+def benchmarks():
+    """Tables of a benchmark, with numbers that are easy to follow."""
+    scans = itertools.product(
+        ["(1, 2, 3, 4)", "(5, 6, 7, 8)"], {"native": 0.5, "reference": 100.0, "matmul": 1.0}.items()
+    )
+    parts = itertools.product(["torch", "native, fused"], {"scan": 0.5, "norm": 0.2, "Python": 0.3}.items())
+    memory = {("torch", "none"): 400.0, ("native", "none"): 200.0, ("native", "upper"): 100.0}
+    tables = {
+        "scan": [{"shape": shape, "contestant": name, "matmuls": x, "times": 2 * x} for shape, (name, x) in scans],
+        "profile": [{"step": step, "part": part, "share": x, "ms": 1000 * x} for step, (part, x) in parts],
+        "lengths": [{"tokens": 37, "median_ms": 80.0}, {"tokens": 17, "median_ms": 40.0}],
+        "schedules": [
+            {"strategy": name, "mean_tokens": t, "median_ms": ms, "predicted_median_ms": 60.0, "of_predicted": ms / 60}
+            for name, t, ms in (("upper", 27, 63.0), ("all", 22, 60.0))
+        ],
+        "memory": [
+            {"backend": backend, "strategy": strategy, "peak_mib": x, "predicted_mib": x + 1, "of_torch": x / 400}
+            for (backend, strategy), x in memory.items()
+        ],
+    }
+    return {name: pd.DataFrame(rows) for name, rows in tables.items()}
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left_with_pyplot():
     before = dict(matplotlib.rcParams)
@@ -293,13 +317,40 @@ def test_a_notebook_can_show_a_figure_without_pyplot(schedules):
     assert figures.tokens_per_layer(schedules)._repr_png_().startswith(PNG)
 
 
-def test_no_text_of_the_saved_figures_overlaps_another(runs, schedules, history):
+def test_a_benchmark_draws_the_numbers_of_its_tables(benchmarks):
+    scan, parts, steps, memory = figures.benchmark(benchmarks).axes
+    assert scan.get_xscale() == "log"
+    assert [[bar.get_width() for bar in bars] for bars in scan.containers] == 2 * [[0.5, 100, 1]]
+    assert {text.get_text() for text in scan.texts} == {" 1×", " 200×", " 2×"}
+    assert [bar.get_width() for bar in parts.containers[1]] == pytest.approx([20, 20])
+    assert [bar.get_x() for bar in parts.containers[1]] == pytest.approx([50, 50])
+    assert [text.get_text() for text in parts.texts][-2:] == ["1,000 ms", "1,000 ms"]
+    (unfused,) = steps.get_lines()
+    assert unfused.get_xydata().tolist() == [[37, 80], [17, 40]]
+    points = {dots.get_label(): dots.get_offsets().tolist() for dots in steps.collections}
+    assert points["upper: 1.05× predicted"] == [[27, 63]]
+    assert points["all: 1.00× predicted"] == [[22, 60]]
+    assert [[27, 60]] in points.values()
+    assert [bar.get_width() for bar in memory.containers[0]] == [400, 200, 100]
+    assert memory.get_lines()[0].get_xdata().tolist() == [401, 201, 101]
+    assert [text.get_text() for text in memory.texts] == [" 1.00×", " 0.50×", " 0.25×"]
+
+
+def test_a_benchmark_of_some_parts_has_their_panels_alone(benchmarks):
+    figure = figures.benchmark({"memory": benchmarks["memory"]})
+    assert titles(figure) == ["memory, measured and by formula"]
+    with pytest.raises(InputError, match="tables: lengths; at least one of scan, profile, schedules, memory"):
+        figures.benchmark({"lengths": benchmarks["lengths"]})
+
+
+def test_no_text_of_the_saved_figures_overlaps_another(runs, schedules, history, benchmarks):
     drawn = [
         figures.accuracy_against(runs),
         figures.tokens_per_layer(schedules),
         figures.training_curves(history),
         figures.strategies_overview(schedules),
         figures.paper_beside_ours(metrics.beside_paper(metrics.summary(runs))),
+        figures.benchmark(benchmarks),
     ]
     for figure in drawn:
         figure.draw_without_rendering()

@@ -1,48 +1,45 @@
-"""The scan's backends timed against each other and against what else there is: `python -m famba.bench --help`.
+"""The scan's backends timed against each other and against what else there is, forward and backward.
 
-All run in turn in one process, forward and backward, round after round, so that a busy machine slows all alike. Two
-more ways to scan stand beside the backends: a loop written kindly (time steps unbound once, so that its backward
+Two more ways to scan stand beside the backends: a loop written kindly (time steps unbound once, so that its backward
 indexes nothing), and a parallel scan of logarithmic depth in torch. A float32 product of two 2048 x 2048 matrices,
 measured in the same rounds, is the unit that carries over to other machines.
 
 Axes: b batch, e channels, t tokens, n states.
 """
 
-import argparse
-import json
-import statistics
-import time
+import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from famba.bench.timing import interleaved, ratio, summary
 from famba.errors import InputError
 from famba.scan import backends, selective_scan
 
-# (b, e, t, n): Vim-Ti's scan at 224 px, and two small ones
-SHAPES = ((32, 384, 197, 16), (64, 192, 65, 16), (64, 128, 65, 16))
 UNIT = "matmul 2048^3"
 
 
 def bench_scan(
-    shapes: Sequence[Sequence[int]] = SHAPES, names: Sequence[str] | None = None, *, rounds: int = 7
-) -> list[dict[str, object]]:
-    """One row per shape and contestant: median and least milliseconds, and two ratios.
+    shapes: Sequence[Sequence[int]], names: Sequence[str] | None = None, *, rounds: int, slow_s: float = math.inf
+) -> list[dict[str, Any]]:
+    """One row per shape and contestant, its time in units of two others.
 
-    `speedup` is the time of the first contestant over this one's, `matmuls` this one's in units of the matrix product;
-    both compare medians. `..._least` compares the least times, which a busy machine disturbs less.
+    `times` is in units of the first contestant's time, `matmuls` in units of the matrix product.
 
     Args:
-        names: contestants by name, the first the yardstick; all that can run here when absent.
+        shapes: (b, e, t, n) of each scan.
+        names: contestants by name, the first the yardstick; all that can run here when absent, the fastest backend
+            first.
+        slow_s: seconds after which a slow contestant is measured no further.
 
     Raises:
         InputError: a contestant that does not exist or cannot run here.
     """
-    able = [name for name, missing in backends().items() if not missing] + list(_OTHERS)
+    able = [name for name, missing in reversed(backends().items()) if not missing] + list(_OTHERS)
     names = able if names is None else list(names)
     for name in names:
         if name not in able:
@@ -52,36 +49,18 @@ def bench_scan(
     for shape in shapes:
         calls: dict[str, Callable[[], object]] = {name: scan_call(shape, name) for name in names}
         calls[UNIT] = lambda: left @ right
-        times = interleaved(calls, rounds=rounds)
-        median, least = ({name: f(x) for name, x in times.items()} for f in (statistics.median, min))
+        found = {name: summary(x) for name, x in interleaved(calls, rounds=rounds, budget_s=slow_s).items()}
         rows += [
             {
-                "shape": list(shape),
+                "shape": str(tuple(shape)),
                 "contestant": name,
-                "median_ms": median[name] * 1e3,
-                "least_ms": least[name] * 1e3,
-                "speedup": median[names[0]] / median[name],
-                "speedup_least": least[names[0]] / least[name],
-                "matmuls": median[name] / median[UNIT],
-                "matmuls_least": least[name] / least[UNIT],
-                "rounds": rounds,
-                "threads": torch.get_num_threads(),
+                **row,
+                **ratio(row, found[names[0]], "times"),
+                **ratio(row, found[UNIT], "matmuls"),
             }
-            for name in times
+            for name, row in found.items()
         ]
     return rows
-
-
-def interleaved(calls: dict[str, Callable[[], object]], *, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of every call in every round: each round makes all calls once, in the order given."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(warmup + rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if i >= warmup:
-                times[name].append(time.perf_counter() - start)
-    return times
 
 
 def scan_call(shape: Sequence[int], name: str, *, seed: int = 0) -> Callable[[], None]:
@@ -168,27 +147,3 @@ def _sweep(decay: Tensor, entry: Tensor) -> Tensor:
 
 
 _OTHERS: dict[str, Callable[..., Tensor]] = {"kind loop": _kind_loop, "parallel scan": _parallel_scan}
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Time ways to scan against each other, in turn in one process.")
-    parser.add_argument("--names", nargs="+", metavar="NAME", help="contestants; the first is the yardstick")
-    parser.add_argument("--shapes", nargs="+", metavar="b,e,t,n", default=[",".join(map(str, x)) for x in SHAPES])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
-    given = parser.parse_args(arguments)
-    shapes = [tuple(int(x) for x in shape.split(",")) for shape in given.shapes]
-    rows = bench_scan(shapes, given.names, rounds=given.rounds)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {given.rounds} interleaved rounds")
-    print(f"{'(b, e, t, n)':>20} {'':>14} {'median ms':>10} {'least ms':>9} {'speed-up':>14} {UNIT + 's':>15}")
-    for row in rows:
-        print(
-            f"{row['shape']!s:>20} {row['contestant']:>14} {row['median_ms']:10.2f} {row['least_ms']:9.2f}"
-            f" {row['speedup']:6.1f} ({row['speedup_least']:5.1f}) {row['matmuls']:7.3f} ({row['matmuls_least']:5.3f})"
-        )
-    if given.json:
-        given.json.write_text(json.dumps(rows, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

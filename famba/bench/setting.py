@@ -1,0 +1,66 @@
+"""What is measured: the sizes of the benchmark, and small ones that show within seconds that it works."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from famba import strategies
+from famba.model import VisionMamba, create_model
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One benchmark.
+
+    Attributes:
+        scans: (b, e, t, n) of the scans that are timed alone.
+        model, depth: of what is trained, as for `create_model`.
+        batch: images of a training step.
+        img_sizes: pixels; the largest is the model's, the others give it fewer tokens.
+        removed: by strategy, the tokens that each of its fusing layers removes.
+        uniform: tokens removed by every layer alike, where fusing might begin to win.
+        rounds: times that each thing is measured, after one for warming up.
+        slow_s: seconds after which something slow is measured no further, two times apart.
+    """
+
+    scans: tuple[tuple[int, int, int, int], ...]
+    model: str
+    batch: int
+    img_sizes: tuple[int, ...]
+    removed: Mapping[str, int]
+    uniform: tuple[int, ...]
+    rounds: int
+    slow_s: float
+    depth: int | None = None
+
+    def create(self, backend: str = "auto", *, img_size: int | None = None) -> VisionMamba:
+        """The model, which fuses nothing yet."""
+        size = max(self.img_sizes) if img_size is None else img_size
+        return create_model(self.model, num_classes=100, img_size=size, backend=backend, depth=self.depth)
+
+    def schedules(self, depth: int) -> dict[str, list[int]]:
+        """Tokens removed by each layer, by strategy."""
+        return {name: strategies.schedule(name, depth=depth, r=r) for name, r in self.removed.items()}
+
+
+# Vim-Ti's scan at 224 px, and two small ones; Vim-Ti and the four schedules of Famba-V's Table 1.
+FULL = Setting(
+    scans=((32, 384, 197, 16), (64, 192, 65, 16), (64, 128, 65, 16)),
+    model="vim_tiny",
+    batch=16,
+    img_sizes=(224, 192, 160, 128, 96, 80),
+    removed={"all": 7, "interleaved": 14, "lower": 9, "upper": 9},
+    uniform=(1, 2, 3, 5),
+    rounds=5,
+    slow_s=10.0,
+)
+QUICK = Setting(
+    scans=((2, 32, 19, 8),),
+    model="vim_nano",
+    depth=4,
+    batch=4,
+    img_sizes=(8, 6, 5),
+    removed={"all": 6, "interleaved": 10, "lower": 8, "upper": 8},
+    uniform=(1, 6),
+    rounds=2,
+    slow_s=1.0,
+)

@@ -1,0 +1,43 @@
+"""Times of calls that take turns, so that a busy machine slows all alike; and what is reported of them."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1, budget_s: float = math.inf
+) -> dict[str, list[float]]:
+    """Seconds of every call in every round: each round makes all calls once, in the order given.
+
+    Args:
+        budget_s: a call that has used up this much, the warm-up apart, sits out the rounds after its second.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(warmup + rounds):
+        for name, call in calls.items():
+            if len(times[name]) >= 2 and sum(times[name]) > budget_s:
+                continue
+            start = time.perf_counter()
+            call()
+            if i >= warmup:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def summary(seconds: Sequence[float]) -> dict[str, float | int]:
+    """Median, least and number of times; the least is what a busy machine disturbs less."""
+    return {
+        "median_ms": statistics.median(seconds) * 1e3,
+        "least_ms": min(seconds) * 1e3,
+        "rounds": len(seconds),
+    }
+
+
+def ratio(one: Mapping[str, float | int], other: Mapping[str, float | int], name: str) -> dict[str, float]:
+    """One summary in units of another, under this name: of the medians, and of the least times."""
+    return {
+        name: one["median_ms"] / other["median_ms"],
+        f"{name}_least": one["least_ms"] / other["least_ms"],
+    }
