@@ -25,7 +25,7 @@ from famba.native import runtime
 
 _Tables = dict[str, list[dict[str, Any]]]
 _PARTS: dict[str, Callable[[Setting], _Tables]] = {
-    "scan": lambda s: {"scan": bench_scan(s.scans, rounds=s.rounds, slow_s=s.slow_s)},
+    "scan": lambda s: {"scan": bench_scan(s.scans, rounds=3 * s.rounds, slow_s=s.slow_s)},
     "model": lambda s: {"model": bench_model(s), "profile": bench_profile(s)},
     "fusion": lambda s: {"layer": bench_layer(s), **bench_schedules(s)},
     "memory": lambda s: {"memory": bench_memory(s)},

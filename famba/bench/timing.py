@@ -9,14 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 def interleaved(
     calls: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1, budget_s: float = math.inf
 ) -> dict[str, list[float]]:
-    """Seconds of every call in every round: each round makes all calls once, in the order given.
+    """Seconds of every call in every round: each round makes all calls once, every other one in reverse order.
+
+    What runs before a call leaves its mark on caches and heap; in reverse it is another.
 
     Args:
         budget_s: a call that has used up this much, the warm-up apart, sits out the rounds after its second.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(warmup + rounds):
-        for name, call in calls.items():
+        for name, call in list(calls.items())[:: -1 if i % 2 else 1]:
             if len(times[name]) >= 2 and sum(times[name]) > budget_s:
                 continue
             start = time.perf_counter()
