@@ -30,6 +30,7 @@ MEASURED = ("train_time_s", "step_time_ms", "peak_memory_mib", "throughput_img_s
 REPORTED = (*DETERMINISTIC, *MEASURED)
 # Less of these is better, so that accuracy can be weighed against them.
 COSTS = ("train_time_s", "step_time_ms", "peak_memory_mib", "flops_per_image")
+_SHOWN = ("top1_percent", "train_time_s", "peak_memory_mib")  # by `dvc metrics`
 # What all runs of a summary have in common, or what it must say if they do not.
 _SETTING = ("profile", "dataset", "img_size", "model", "device", "threads", "versions")
 _HEADINGS = {
@@ -202,7 +203,7 @@ def write_summary(frame: pd.DataFrame, folder: str | Path) -> pd.DataFrame:
     table, folder = summary(frame), params.root() / folder
     write_atomic(folder / "summary.csv", table.to_csv(index=False, lineterminator="\n").encode())
     write_atomic(folder / "summary.md", markdown(table).encode())
-    write_atomic(folder / "summary.json", json_bytes(_nested(table)))
+    write_atomic(folder / "summary.json", json_bytes(_means(table)))
     return table
 
 
@@ -411,19 +412,10 @@ def _columns(metric: str) -> list[str]:
     return [f"{metric}_mean", f"{metric}_sd", *_difference_columns(metric)]
 
 
-def _nested(summary: pd.DataFrame) -> dict[str, Any]:
-    """Deterministic results apart from measurements, so that a comparison of the former is exact."""
-    nested: dict[str, Any] = {"deterministic": {}, "measured": {}}
-    for row in summary.to_dict("records"):
-        for kind, metrics in {"deterministic": DETERMINISTIC, "measured": MEASURED}.items():
-            nested[kind][row["strategy"]] = {"n": row["n"]} | {
-                metric: {
-                    column.removeprefix(f"{metric}_"): None if math.isnan(row[column]) else row[column]
-                    for column in _columns(metric)
-                }
-                for metric in metrics
-            }
-    return nested
+def _means(summary: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Means by strategy of the few numbers that `dvc metrics` compares; all others are in summary.csv."""
+    by_strategy = summary.set_index("strategy")
+    return {metric: by_strategy[f"{metric}_mean"].to_dict() for metric in _SHOWN}
 
 
 def _spread(row: Mapping[Any, Any], metric: str) -> str:
