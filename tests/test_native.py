@@ -23,16 +23,6 @@ NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(params=runtime.INSTRUCTION_SETS)
-def instruction_set(request):
-    try:
-        runtime.use_instruction_set(request.param)
-    except BackendError as error:
-        pytest.skip(str(error))
-    yield request.param
-    runtime.use_instruction_set("auto")
-
-
 @pytest.fixture
 def threads():
     """Sets torch's thread count; put back afterwards."""

@@ -10,23 +10,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from famba.errors import BackendError, InputError
-from famba.native import build, runtime
+from famba.native import build
 from famba.ops import _check, add_rms_norm, causal_conv1d_silu, gated_sum
 
 GOLDEN = Path(__file__).parent / "golden"
 FAST = ["torch"] if build.unavailable() else ["torch", "native"]
-
-
-@pytest.fixture(params=runtime.INSTRUCTION_SETS)
-def instruction_set(request):
-    if build.unavailable():
-        pytest.skip(build.unavailable())
-    try:
-        runtime.use_instruction_set(request.param)
-    except BackendError as error:
-        pytest.skip(str(error))
-    yield request.param
-    runtime.use_instruction_set("auto")
 
 
 def draw(b, e, t, k, *, seed=0, layout="channels", bias=True, dtype=torch.float32):
