@@ -48,6 +48,19 @@ def test_what_has_used_up_its_time_sits_out_but_is_measured_twice(monkeypatch):
     assert timing.interleaved(calls, rounds=4, budget_s=3.0) == {"slow": [9, 9], "fast": [1, 1, 1, 1]}
 
 
+def test_a_short_call_is_repeated_until_its_turn_is_over_and_its_mean_counts(monkeypatch):
+    clock, made = [0.0], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+
+    def call(seconds: float) -> None:
+        made.append(seconds)
+        clock[0] += seconds
+
+    calls = {"long": lambda: call(5.0), "short": lambda: call(1.0)}
+    assert timing.interleaved(calls, rounds=1, warmup=0, turn_s=2.5) == {"long": [5.0], "short": [1.0]}
+    assert made == [5.0, 1.0, 1.0, 1.0]
+
+
 def test_medians_are_compared_with_medians_and_least_with_least():
     one, other = timing.summary([0.003, 0.001, 0.005]), timing.summary([0.002, 0.001])
     assert one == {"median_ms": 3.0, "least_ms": 1.0, "rounds": 3}

@@ -7,13 +7,20 @@ from collections.abc import Callable, Mapping, Sequence
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1, budget_s: float = math.inf
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int = 1,
+    turn_s: float = 0.0,
+    budget_s: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Seconds of every call in every round: each round makes all calls once, every other one in reverse order.
+    """Seconds of every call in every round: in each round all calls have a turn, every other round in reverse order.
 
     What runs before a call leaves its mark on caches and heap; in reverse it is another.
 
     Args:
+        turn_s: a call that is over sooner is made again until its turn has lasted this long, and its mean counts:
+            what is called over and over in use does not start with another's caches and heap each time.
         budget_s: a call that has used up this much, the warm-up apart, sits out the rounds after its second.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -21,10 +28,12 @@ def interleaved(
         for name, call in list(calls.items())[:: -1 if i % 2 else 1]:
             if len(times[name]) >= 2 and sum(times[name]) > budget_s:
                 continue
-            start = time.perf_counter()
-            call()
+            start, made, lasted = time.perf_counter(), 0, 0.0
+            while not made or lasted < turn_s:
+                call()
+                made, lasted = made + 1, time.perf_counter() - start
             if i >= warmup:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(lasted / made)
     return times
 
 
