@@ -296,8 +296,7 @@ def _kept(w: _Width, t: int, s: int, m: int, scans: _ScanMemory, *, late: bool) 
         kept["selection"] = 2 * (wide + _FLOAT * w.b * m * w.selected)  # the step's factor, but not the step
         kept["gate"] = wide  # the scans' sum
     if s < t:
-        r, widths = t - s, (w.e if late else w.d) + w.d  # of the two fused tensors
-        kept["fusion"] = w.b * (2 * _INDEX * (s + 2 * r) + _FLOAT * (s + r) + _FLOAT * r * widths)
+        kept["fusion"] = w.b * t * (_INDEX + _FLOAT)  # each token's destination and weight
     return kept
 
 
@@ -319,12 +318,13 @@ def _head(w: _Width, config: Mapping[str, Any], s: int, options: FusionOptions) 
 def flops_counted(model: nn.Module, images: Tensor) -> int:
     """FLOPs of one forward pass as torch's own counter sees them, the selective scan left out.
 
-    The counter knows matrix products and convolutions, and is told of the native one. A scan backend may or may not
+    The counter knows matrix products and convolutions, and is told of the native ones. A scan backend may or may not
     be made of those, and would then count or not count; so whatever famba.scan computes is left out, and the number
     is the same for all backends. Compare with `Cost.flops`.
     """
     products = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
-    known = {op: _outside_scan(flop_registry[op]) for op in products} | {torch.ops.famba.conv: _native_conv_flops}
+    native = {torch.ops.famba.conv: _native_conv_flops, torch.ops.famba.match: _native_match_flops}
+    known = {op: _outside_scan(flop_registry[op]) for op in products} | native
     counter = FlopCounterMode(display=False, custom_mapping=known)
     with torch.no_grad(), counter:
         model(images)
@@ -334,6 +334,12 @@ def flops_counted(model: nn.Module, images: Tensor) -> int:
 def _native_conv_flops(x_shape, weight_shape, *_, out_shape=None, **__) -> int:
     """A multiplication and an addition for each tap of each output, as the counter has it for torch's own."""
     return 2 * math.prod(x_shape) * weight_shape[1]
+
+
+def _native_match_flops(feature_shape, *_, out_shape=None, **__) -> int:
+    """A product of the even positions with the odd ones, as in torch."""
+    b, t, c = feature_shape
+    return 2 * b * (t - t // 2) * (t // 2) * c
 
 
 def _outside_scan(formula: Callable[..., int]) -> Callable[..., int]:

@@ -3,10 +3,13 @@
 `b` batch, `t` tokens in sequence order, `r` tokens removed, `s` = t - r tokens left, `d` width. The matching is
 bipartite soft matching (Token Merging, arXiv:2210.09461, section 3); fusing it inside Vision Mamba is
 Famba-V (arXiv:2409.09808, section 3.1). Written from the papers.
+
+Every function has a backend, as those of famba.ops have: "native" kernels for a CPU, plain "torch", or "auto", the
+first of them that can run.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from famba.errors import InputError
+from famba.native import fuse as fusing
+from famba.native import match as pairing
+from famba.ops import runs_native
 
 
 class Matching(NamedTuple):
@@ -31,7 +37,11 @@ class Matching(NamedTuple):
 
 
 def match_tokens(
-    feature: Float[Tensor, "b t c"], r: int, *, protected: Sequence[int] | Int[Tensor, "b"] = ()
+    feature: Float[Tensor, "b t c"],
+    r: int,
+    *,
+    protected: Sequence[int] | Int[Tensor, "b"] = (),
+    backend: str = "auto",
 ) -> Matching:
     """Pair each sequence's r most similar tokens.
 
@@ -43,23 +53,31 @@ def match_tokens(
         r: tokens removed from every sequence.
         protected: positions that neither disappear nor absorb: the same for all sequences, or a (b,) tensor with
             one for each.
+        backend: "native" compares float32 on a CPU.
 
     Raises:
         InputError: r is negative or exceeds (t - protected) // 2 (or what the protected positions leave on one
             side). Never clamped, unlike in Token Merging: a clamped r is another experiment under the same name.
+        BackendError: the backend asked for cannot run here or on this feature.
     """
     b, t, _ = feature.shape
-    guard = _protected_mask(protected, b, t, feature.device)
+    _check_protected(protected, t)
     _check_r(r, t, protected)
+    native = runs_native(backend, pairing.unsuited, feature)
     if r == 0:
         empty = torch.empty(b, 0, dtype=torch.int64, device=feature.device)
         return Matching(empty, empty, feature.new_empty(b, 0))
+    if native:
+        return Matching(*pairing.match_tokens(feature, _positions(protected, b), r))
 
     # Under autocast the product would be rounded to bf16, and similarities that differ would tie.
     with torch.no_grad(), torch.autocast(feature.device.type, enabled=False):
         unit = functional.normalize(feature.detach(), dim=-1)
         scores = unit[:, ::2] @ unit[:, 1::2].mT
-        if guard is not None:
+        positions = _positions(protected, b)
+        if positions is not None:
+            none = torch.zeros(b, t, dtype=torch.bool, device=feature.device)
+            guard = none.scatter_(1, positions.to(feature.device, torch.int64), True)
             scores = scores.masked_fill(guard[:, ::2, None] | guard[:, None, 1::2], -torch.inf)
         best, odd = scores.max(dim=-1)
         best, even = best.sort(dim=-1, descending=True, stable=True)
@@ -73,24 +91,36 @@ class Plan(NamedTuple):
     Attributes:
         survivors: input position of each output token.
         destination: output position of each input token: the two of a pair share one.
-        keep: weight of the survivor in its group's mean.
-        join: weight of each source in its group's mean.
+        weight: of each input token in its group's mean; 1 where it is alone.
         source: positions of the tokens that disappear.
         size: patches that each output token stands for.
     """
 
     survivors: Int[Tensor, "b s"]
     destination: Int[Tensor, "b t"]
-    keep: Float[Tensor, "b s"]
-    join: Float[Tensor, "b r"]
+    weight: Float[Tensor, "b t"]
     source: Int[Tensor, "b r"]
     size: Float[Tensor, "b s"]
 
 
-def plan(matching: Matching, size: Float[Tensor, "b t"], *, order: str = "scan", weighting: str = "size") -> Plan:
+def plan(
+    matching: Matching,
+    size: Float[Tensor, "b t"],
+    *,
+    order: str = "scan",
+    weighting: str = "size",
+    backend: str = "auto",
+) -> Plan:
     """Where every token goes and with which weight, for at least one pair. Arguments as in `fuse`."""
     source, target, _ = matching
     b, t = size.shape
+    if source.shape != target.shape or source.shape[0] != b:
+        raise InputError(
+            f"matching: {tuple(source.shape)} and {tuple(target.shape)}; allowed: ({b}, r), twice the same"
+        )
+    if runs_native(backend, fusing.unsuited_plan, source, target, size):
+        survivors, destination, weight, total = fusing.plan(source, target, size, order, weighting)
+        return Plan(survivors, destination, weight, source, total)
     stays = torch.ones(b, t, dtype=torch.bool, device=size.device).scatter_(1, source, False)
     if order == "scan":
         place = stays.cumsum(1) - 1
@@ -108,23 +138,57 @@ def plan(matching: Matching, size: Float[Tensor, "b t"], *, order: str = "scan",
     survivors = positions.new_empty(b, left + 1).scatter_(1, place.masked_fill(~stays, left), positions)[:, :left]
 
     total = size.gather(1, survivors).scatter_add(1, into, size.gather(1, source))
-    weight = size if weighting == "size" else torch.ones_like(size)
-    kept = weight.gather(1, survivors)
-    joined = weight.gather(1, source)
-    whole = kept.scatter_add(1, into, joined)
-    return Plan(survivors, destination, kept / whole, joined / whole.gather(1, into), source, total)
+    if weighting == "size":
+        return Plan(survivors, destination, size / total.gather(1, destination), source, total)
+    count = torch.ones_like(total).scatter_add(1, into, torch.ones_like(source, dtype=size.dtype))
+    return Plan(survivors, destination, 1 / count.gather(1, destination), source, total)
 
 
-def apply(plan: Plan, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b s d"]:
+def apply(plan: Plan, x: Float[Tensor, "b t d"], *, backend: str = "auto") -> Float[Tensor, "b s d"]:
     """Each group's weighted mean. A token that nothing joins comes through bit for bit."""
-    b, t, d = x.shape
-    s = plan.survivors.shape[1]
-    row = torch.arange(b, device=x.device)[:, None]
-    rows = x.reshape(b * t, d)
-    kept = rows.index_select(0, (row * t + plan.survivors).flatten()) * plan.keep.to(x.dtype).reshape(-1, 1)
-    joined = rows.index_select(0, (row * t + plan.source).flatten()) * plan.join.to(x.dtype).reshape(-1, 1)
-    into = (row * s + plan.destination.gather(1, plan.source)).flatten()
-    return kept.index_add(0, into, joined).view(b, s, d)
+    _check_planned(plan, x)
+    if runs_native(backend, fusing.unsuited, plan.weight, x):
+        return fusing.fuse(x, None, plan.destination, plan.weight, plan.survivors.shape[1])[0]
+    return _Mean.apply(x, *plan[:4])
+
+
+def apply_both(
+    plan: Plan, x: Float[Tensor, "b t d"], other: Float[Tensor, "b t e"], *, backend: str = "auto"
+) -> tuple[Float[Tensor, "b s d"], Float[Tensor, "b s e"]]:
+    """`apply` to two tensors, natively in one call."""
+    _check_planned(plan, x, other)
+    if runs_native(backend, fusing.unsuited, plan.weight, x, other):
+        return fusing.fuse(x, other, plan.destination, plan.weight, plan.survivors.shape[1])
+    return _Mean.apply(x, *plan[:4]), _Mean.apply(other, *plan[:4])
+
+
+class _Mean(torch.autograd.Function):
+    """Weighted means by torch. Every token has one destination, so its gradient is one row: a gather, no sum."""
+
+    @staticmethod
+    def forward(x: Tensor, survivors: Tensor, destination: Tensor, weight: Tensor, source: Tensor) -> Tensor:
+        def weighted(positions: Tensor) -> Tensor:
+            share = weight.gather(1, positions).to(x.dtype)
+            return x.reshape(b * t, d).index_select(0, (row * t + positions).flatten()) * share.reshape(-1, 1)
+
+        b, t, d = x.shape
+        s = survivors.shape[1]
+        row = torch.arange(b, device=x.device)[:, None]
+        into = (row * s + destination.gather(1, source)).flatten()
+        return weighted(survivors).index_add_(0, into, weighted(source)).view(b, s, d)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, _, destination, weight, _ = inputs
+        ctx.save_for_backward(destination, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (grad,), (destination, weight) = grads, ctx.saved_tensors
+        b, s, d = grad.shape
+        row = torch.arange(b, device=grad.device)[:, None]
+        rows = grad.reshape(b * s, d).index_select(0, (row * s + destination).flatten())
+        return (rows * weight.to(grad.dtype).reshape(-1, 1)).view(b, -1, d), None, None, None, None
 
 
 def fuse(
@@ -134,6 +198,7 @@ def fuse(
     size: Float[Tensor, "b t"] | Float[Tensor, "b t 1"] | None = None,
     order: str = "scan",
     weighting: str = "size",
+    backend: str = "auto",
 ) -> tuple[Float[Tensor, "b s d"], Float[Tensor, "b s"] | Float[Tensor, "b s 1"]]:
     """A token and all that join it become their mean, in one step (not pair by pair).
 
@@ -149,6 +214,7 @@ def fuse(
 
     Raises:
         InputError: unknown order or weighting.
+        BackendError: the backend asked for cannot run here or on these tensors.
     """
     b, t, _ = x.shape
     ones = torch.ones(b, t, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
@@ -157,9 +223,9 @@ def fuse(
     _known_option("weighting", weighting, ("size", "mean"))
     if matching.source.shape[1] == 0:
         return x, flat if size is None else size
-    worked_out = plan(matching, flat, order=order, weighting=weighting)
+    worked_out = plan(matching, flat, order=order, weighting=weighting, backend=backend)
     fused = worked_out.size if size is None or size.dim() == 2 else worked_out.size[..., None]
-    return apply(worked_out, x), fused
+    return apply(worked_out, x, backend=backend), fused
 
 
 def _check_r(r: int, t: int, protected: Sequence[int] | Tensor) -> None:
@@ -178,17 +244,24 @@ def _check_r(r: int, t: int, protected: Sequence[int] | Tensor) -> None:
         raise InputError(f"r = {r} of t = {t} tokens, {fixed} of them protected; allowed: 0..{most}")
 
 
-def _protected_mask(protected, b: int, t: int, device: torch.device) -> Tensor | None:
-    if isinstance(protected, Tensor):
-        return torch.zeros(b, t, dtype=torch.bool, device=device).scatter_(1, protected.view(b, 1), True)
-    if not protected:
-        return None
-    for position in protected:
+def _check_protected(protected: Sequence[int] | Tensor, t: int) -> None:
+    for position in () if isinstance(protected, Tensor) else protected:
         if not 0 <= position < t:
             raise InputError(f"protected: position {position}; must be in 0..{t - 1}")
-    mask = torch.zeros(b, t, dtype=torch.bool, device=device)
-    mask[:, list(protected)] = True
-    return mask
+
+
+def _positions(protected: Sequence[int] | Tensor, b: int) -> Int[Tensor, "b k"] | None:
+    """The protected positions of each sequence; None if there are none."""
+    if isinstance(protected, Tensor):
+        return protected.view(b, 1)
+    return torch.tensor(list(protected)).expand(b, -1) if protected else None
+
+
+def _check_planned(plan: Plan, *tensors: Tensor) -> None:
+    b, t = plan.destination.shape
+    for x in tensors:
+        if x.ndim != 3 or x.shape[:2] != (b, t):
+            raise InputError(f"x: shape {tuple(x.shape)}; allowed: ({b}, {t}, d), what the plan was made for")
 
 
 def _known_option(name: str, value: str, allowed: tuple[str, ...]) -> None:

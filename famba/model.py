@@ -299,6 +299,7 @@ class _Block(nn.Module):
         super().__init__()
         self.mixer = BidirectionalMixer(d_model, d_state, average_directions=average_directions, backend=backend)
         self.norm = _AddNorm(d_model, backend)
+        self._backend = elementwise_backend(backend)
 
     def forward(self, at: _Stream, r: int, options: FusionOptions, trace: Trace | None) -> _Stream:
         normed, residual = self.norm(at.hidden, at.residual)
@@ -308,15 +309,15 @@ class _Block(nn.Module):
         selected = mixer.select(normed) if late else None
         if r:
             feature = self._feature(options.feature, normed, residual, selected)
-            matching = fusion.match_tokens(feature, r, protected=() if cls_index is None else cls_index)
-            plan = fusion.plan(matching, size, order=options.order, weighting=options.weighting)
-            residual, size = fusion.apply(plan, residual), plan.size
+            guard, backend = () if cls_index is None else cls_index, self._backend
+            matching = fusion.match_tokens(feature, r, protected=guard, backend=backend)
+            plan = fusion.plan(matching, size, order=options.order, weighting=options.weighting, backend=backend)
+            size = plan.size
             cls_index = None if cls_index is None else plan.destination.gather(1, cls_index[:, None])[:, 0]
-        if selected is not None:
-            mixed = mixer.scan(*selected)
-            hidden = mixer.out_proj(mixed if plan is None else fusion.apply(plan, mixed))
-        else:
-            hidden = mixer(normed if plan is None else fusion.apply(plan, normed))
+        mixed = normed if selected is None else mixer.scan(*selected)
+        if plan is not None:
+            mixed, residual = fusion.apply_both(plan, mixed, residual, backend=self._backend)
+        hidden = mixer(mixed) if selected is None else mixer.out_proj(mixed)
 
         if trace is not None:
             b, before = normed.shape[:2]

@@ -39,7 +39,7 @@ def causal_conv1d_silu(
         BackendError: the backend asked for cannot run here or on these tensors.
     """
     _check(x, weight, bias)
-    if _runs_native(backend, conv.unsuited, x, weight, bias):
+    if runs_native(backend, conv.unsuited, x, weight, bias):
         return conv.causal_conv1d_silu(x, weight, bias, reverse)
     e, k = weight.shape
     padded = F.pad(x, (0, k - 1) if reverse else (k - 1, 0))
@@ -64,7 +64,7 @@ def gated_sum(
             raise InputError(f"{name}: shape {tuple(x.shape)}; allowed: {tuple(left.shape)}, that of left")
     if left.ndim != 3 or 0 in left.shape:
         raise InputError(f"left: shape {tuple(left.shape)}; allowed: (b, e, t), none of them zero")
-    if _runs_native(backend, gating.unsuited, left, right, gate):
+    if runs_native(backend, gating.unsuited, left, right, gate):
         return gating.gated_sum(left, right, gate, scale)
     return (left + right) * F.silu(gate) * scale
 
@@ -115,7 +115,7 @@ def add_rms_norm(
         raise InputError(f"residual: shape {tuple(residual.shape)}; allowed: {tuple(x.shape)}, that of x")
     if tuple(weight.shape) != (x.shape[2],):
         raise InputError(f"weight: shape {tuple(weight.shape)}; allowed: ({x.shape[2]},)")
-    if _runs_native(backend, norm.unsuited, x, residual, weight):
+    if runs_native(backend, norm.unsuited, x, residual, weight):
         return norm.add_rms_norm(x, residual, weight, eps)
     total = x if residual is None else x + residual
     return F.rms_norm(total, weight.shape, weight, eps), total
@@ -126,7 +126,16 @@ def elementwise_backend(scan_backend: str) -> str:
     return scan_backend if scan_backend in ("auto", "native") else "torch"
 
 
-def _runs_native(backend: str, unsuited: Callable[..., str], *tensors: Tensor | None) -> bool:
+def runs_native(backend: str, unsuited: Callable[..., str], *tensors: Tensor | None) -> bool:
+    """Whether the native kernel is what runs on these tensors, by the backend that is asked for.
+
+    Args:
+        unsuited: says why the kernel cannot run on the tensors ("": it can).
+
+    Raises:
+        InputError: an unknown backend.
+        BackendError: "native" cannot run here or on these tensors.
+    """
     if backend not in _BACKENDS:
         raise InputError(f"backend: {backend!r} is unknown; allowed: {', '.join(_BACKENDS)}")
     reason = "" if backend == "torch" else unavailable() or unsuited(*tensors)

@@ -153,11 +153,11 @@ def test_own_times_by_hand():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_part_of_a_step_is_found(backend):
     training = Training(QUICK, backend)
-    before = mixer.projected_scan, fusion.apply
+    before = mixer.projected_scan, fusion.apply_both
     unfused = model.parts_of(training.step)
     schedule = QUICK.schedules(training.model.depth)["all"]
     fused = model.parts_of(lambda: training.step(schedule))
-    assert (mixer.projected_scan, fusion.apply) == before
+    assert (mixer.projected_scan, fusion.apply_both) == before
     assert unfused.pop("fusion") == 0 < fused.pop("fusion")
     assert all(x > 0 for x in [*unfused.values(), *fused.values()])
 

@@ -11,7 +11,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
-from famba import FusionOptions, InputError, backends, cost, create_model, schedule
+from famba import FusionOptions, InputError, backends, cost, create_model, fusion, schedule
 
 MIB = 2**20
 LATE = FusionOptions(order="append", weighting="mean", feature="delta", position="after_scan")
@@ -121,6 +121,23 @@ def test_activation_bytes_are_those_that_autograd_keeps(changes, removed, option
     model = nano(changes, removed, options, backend)
     found = cost.analyse(model.config, removed, batch=batch, options=options, backend=backend)
     assert found.activation_bytes == pytest.approx(saved_bytes(model, images_for(model, batch)), rel=0.05)
+
+
+@pytest.mark.parametrize("backend", SCANS)
+def test_fusing_keeps_each_tokens_destination_and_weight_and_nothing_else(backend):
+    x, other = torch.randn(2, 3, 11, 8, requires_grad=True).unbind()
+    plan = fusion.plan(fusion.match_tokens(x, 4), torch.ones(3, 11))
+    kept: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        fused = fusion.apply_both(plan, x, other, backend=backend)
+    assert all(x.requires_grad for x in fused)
+    width = cost._Width(b=3, d=8, e=16, n=2, rank=1)
+    assert sum(kept.values()) == cost._kept(width, 11, 7, 7, cost._SCANS[backend], late=False)["fusion"]
 
 
 @pytest.mark.parametrize("backend", SCANS)

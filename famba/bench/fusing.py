@@ -39,7 +39,7 @@ def bench_layer(setting: Setting) -> list[dict[str, Any]]:
             return fusion.match_tokens(hidden, r, protected=() if cls_index is None else cls_index)
 
         def apply(plan: fusion.Plan) -> None:
-            fused = [fusion.apply(plan, x) for x in inputs]
+            fused = fusion.apply_both(plan, hidden, residual)
             torch.autograd.grad(fused, inputs, (to_hidden[:, r:], to_residual[:, r:]))
 
         def whole() -> None:

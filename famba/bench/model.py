@@ -208,7 +208,7 @@ _FUNCTIONS = (
     ("norm", model, "add_rms_norm"),
     ("fusion", fusion, "match_tokens"),
     ("fusion", fusion, "plan"),
-    ("fusion", fusion, "apply"),
+    ("fusion", fusion, "apply_both"),
 )
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from famba.errors import BackendError
 
 SOURCES = Path(__file__).parent
-KERNELS = ("scan", "conv", "gate", "norm")
+KERNELS = ("scan", "conv", "gate", "norm", "match", "fuse")
 _FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 _VARIANTS = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),

@@ -10,7 +10,9 @@
 #include <vector>
 
 #include "conv.h"
+#include "fuse.h"
 #include "gate.h"
+#include "match.h"
 #include "norm.h"
 #include "scan.h"
 #if defined(__x86_64__)
@@ -147,6 +149,14 @@ bool share_out(Body body, const void* job, int64_t units, int64_t scratch_floats
     extern "C" void norm_forward_##set(const void*, int64_t, float*);  \
     extern "C" void norm_backward_##set(const void*, int64_t, float*); \
     extern "C" void norm_sum_blocks_##set(const void*, int64_t, float*);
+#define DECLARE_MATCH(set)                              \
+    extern "C" int64_t match_scratch_##set(const Match*); \
+    extern "C" void match_sequence_##set(const void*, int64_t, float*);
+#define DECLARE_FUSE(set)                                             \
+    extern "C" int64_t fuse_scratch_##set(const Fuse*);               \
+    extern "C" void plan_sequence_##set(const void*, int64_t, float*); \
+    extern "C" void fuse_forward_##set(const void*, int64_t, float*); \
+    extern "C" void fuse_backward_##set(const void*, int64_t, float*);
 DECLARE_SCAN(avx512)
 DECLARE_SCAN(avx2)
 DECLARE_SCAN(baseline)
@@ -159,6 +169,12 @@ DECLARE_GATE(baseline)
 DECLARE_NORM(avx512)
 DECLARE_NORM(avx2)
 DECLARE_NORM(baseline)
+DECLARE_MATCH(avx512)
+DECLARE_MATCH(avx2)
+DECLARE_MATCH(baseline)
+DECLARE_FUSE(avx512)
+DECLARE_FUSE(avx2)
+DECLARE_FUSE(baseline)
 
 #define POINTER(name, set) name##_##set
 #define TABLE(name) {FOR_EACH_VARIANT(POINTER, name)}
@@ -183,6 +199,12 @@ const Body gate_backward[] = TABLE(gate_backward);
 const Body norm_forward[] = TABLE(norm_forward);
 const Body norm_backward[] = TABLE(norm_backward);
 const Body norm_sum_blocks[] = TABLE(norm_sum_blocks);
+int64_t (*const match_scratch[])(const Match*) = TABLE(match_scratch);
+const Body match_sequence[] = TABLE(match_sequence);
+int64_t (*const fuse_scratch[])(const Fuse*) = TABLE(fuse_scratch);
+const Body plan_sequence[] = TABLE(plan_sequence);
+const Body fuse_forward[] = TABLE(fuse_forward);
+const Body fuse_backward[] = TABLE(fuse_backward);
 
 int64_t padded(int64_t e) { return (e + 15) / 16 * 16; }
 int64_t vectors(int64_t e) { return (e + scan_width[instruction_set()]() - 1) / scan_width[instruction_set()](); }
@@ -292,4 +314,22 @@ extern "C" int famba_norm_backward(Norm* p, int64_t threads, Parallel parallel) 
     p->part = part.memory;
     return share_out(norm_backward[set], p, blocks, 16, threads, parallel) &&
            share_out(norm_sum_blocks[set], p, vectors(p->d), 16, threads, parallel);
+}
+
+extern "C" int famba_match(Match* p, int64_t threads, Parallel parallel) {
+    int set = instruction_set();
+    return share_out(match_sequence[set], p, p->b, match_scratch[set](p), threads, parallel);
+}
+
+extern "C" int famba_plan(Plan* p, int64_t threads, Parallel parallel) {
+    return share_out(plan_sequence[instruction_set()], p, p->b, p->t, threads, parallel);
+}
+
+extern "C" int famba_fuse_forward(Fuse* p, int64_t threads, Parallel parallel) {
+    int set = instruction_set();
+    return share_out(fuse_forward[set], p, 2 * p->b, fuse_scratch[set](p), threads, parallel);
+}
+
+extern "C" int famba_fuse_backward(Fuse* p, int64_t threads, Parallel parallel) {
+    return share_out(fuse_backward[instruction_set()], p, 2 * p->b, 16, threads, parallel);
 }

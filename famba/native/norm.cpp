@@ -11,13 +11,6 @@ namespace {
 
 constexpr int64_t ROWS = 64;
 
-INLINE void store_lanes(float* x, int64_t from, int lanes, vf v) {
-    if (lanes == W)
-        store(x + from, v);
-    else
-        for (int l = 0; l < lanes; l++) x[from + l] = v[l];
-}
-
 #define FOR_VECTORS(from, lanes)                                                                \
     for (int64_t from = 0, lanes##_; from < p.d; from += W)                                     \
         if (lanes##_ = least(W, p.d - from); const int lanes = (int)lanes##_)

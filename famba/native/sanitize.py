@@ -13,7 +13,7 @@ from pathlib import Path
 from famba.native import build
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = ("tests/test_native.py", "tests/test_ops.py")
+TESTS = ("tests/test_native.py", "tests/test_ops.py", "tests/test_fusion.py")
 _FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1"
 
 

@@ -70,6 +70,13 @@ INLINE vf load_lanes(const float* x, int64_t e0, int lanes) {
     return v;
 }
 
+INLINE void store_lanes(float* x, int64_t e0, int lanes, vf v) {
+    if (lanes == W)
+        store(x + e0, v);
+    else
+        for (int l = 0; l < lanes; l++) x[e0 + l] = v[l];
+}
+
 INLINE float* take(float*& memory, int64_t count) {
     float* taken = memory;
     memory += ceil_div(count, 16) * 16;

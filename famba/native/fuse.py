@@ -1,0 +1,147 @@
+"""Fusing as torch operators over fuse.cpp: `famba::plan`, where tokens go; `famba::fuse`, their means.
+
+Axes: b batch, t tokens, r pairs, s = t - r tokens left, d width. What is fused is float32 or bfloat16, weights and
+sizes float32.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from famba.errors import InputError
+from famba.native import runtime
+
+
+class _Plan(ctypes.Structure):
+    """fuse.h's Plan."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("b", "t", "r", "in_order", "by_size")),
+        *((name, ctypes.c_void_p) for name in ("source", "target", "size")),
+        *((name, ctypes.c_void_p) for name in ("survivors", "destination", "weight", "total", "refused")),
+    )
+
+
+class _Fuse(ctypes.Structure):
+    """fuse.h's Fuse."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("b", "t", "s")),
+        *((name, ctypes.c_int64 * 2) for name in ("d", "type")),
+        *((name, ctypes.c_void_p * 2) for name in ("x", "out")),
+        *((name, ctypes.c_void_p) for name in ("destination", "weight", "refused")),
+    )
+
+
+def unsuited_plan(source: Tensor, target: Tensor, size: Tensor) -> str:
+    """Why `plan` cannot run on these tensors ("": it can)."""
+    for tensor in (source, target, size):
+        if tensor.device.type != "cpu":
+            return f"it runs on cpu tensors, got {tensor.device}"
+    return "" if size.dtype == torch.float32 else f"it runs on float32 sizes, got {size.dtype}"
+
+
+def unsuited(weight: Tensor, *tensors: Tensor) -> str:
+    """Why `fuse` cannot run on these tensors ("": it can)."""
+    for tensor in (weight, *tensors):
+        if tensor.device.type != "cpu":
+            return f"it runs on cpu tensors, got {tensor.device}"
+    for tensor in tensors:
+        if tensor.dtype not in runtime.DTYPES:
+            return f"it runs on float32 and bfloat16, got {tensor.dtype}"
+    return "" if weight.dtype == torch.float32 else f"it runs on float32 weights, got {weight.dtype}"
+
+
+def plan(source: Tensor, target: Tensor, size: Tensor, order: str, weighting: str) -> tuple[Tensor, ...]:
+    """`famba.fusion.plan` by the native kernel: survivors, destination, weight, size."""
+    source, target = source.to(torch.int64), target.to(torch.int64)
+    return torch.ops.famba.plan(source, target, size.detach(), order == "scan", weighting == "size")
+
+
+def fuse(x: Tensor, other: Tensor | None, destination: Tensor, weight: Tensor, s: int) -> tuple[Tensor, Tensor]:
+    """`famba.fusion.apply` by the native kernel, to one tensor or two."""
+    return torch.ops.famba.fuse(x, other, destination, weight, s)
+
+
+_library = torch.library.Library("famba", "FRAGMENT")
+_library.define(
+    "plan(Tensor source, Tensor target, Tensor size, bool in_order, bool by_size) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define("fuse(Tensor x, Tensor? other, Tensor destination, Tensor weight, SymInt s) -> (Tensor, Tensor)")
+_library.define(
+    "fuse_backward(Tensor? grad, Tensor? other, Tensor destination, Tensor weight) -> (Tensor, Tensor)"
+)  # what is absent has no elements in the result
+
+
+def _plan_fake(source, target, size, in_order, by_size):
+    (b, t), s = size.shape, size.shape[1] - source.shape[1]
+    return source.new_empty(b, s), source.new_empty(b, t), size.new_empty(b, t), size.new_empty(b, s)
+
+
+def _plan(source: Tensor, target: Tensor, size: Tensor, in_order: bool, by_size: bool) -> tuple[Tensor, ...]:
+    made = _plan_fake(source, target, size, in_order, by_size)
+    given, refused = [x.contiguous() for x in (source, target, size)], ctypes.c_int64()
+    pointers = [x.data_ptr() for x in (*given, *made)]
+    job = _Plan(*size.shape, source.shape[1], in_order, by_size, *pointers, ctypes.addressof(refused))
+    runtime.call("famba_plan", job)
+    if refused.value:
+        raise InputError(f"matching: a source or target is outside 0..{size.shape[1] - 1}, or a source comes up twice")
+    return made
+
+
+def _fuse_fake(x, other, destination, weight, s):
+    b, _, d = x.shape
+    return x.new_empty(b, s, d), x.new_empty(0) if other is None else other.new_empty(b, s, other.shape[2])
+
+
+def _fuse_backward_fake(grad, other, destination, weight):
+    return tuple(weight.new_empty(0) if x is None else x.new_empty(*weight.shape, x.shape[2]) for x in (grad, other))
+
+
+def _fuse(x: Tensor, other: Tensor | None, destination: Tensor, weight: Tensor, s: int) -> tuple[Tensor, Tensor]:
+    made = _fuse_fake(x, other, destination, weight, s)
+    _run("famba_fuse_forward", (x, other), made, destination, weight, s)
+    return made
+
+
+def _fuse_backward(grad: Tensor | None, other: Tensor | None, destination: Tensor, weight: Tensor):
+    made = _fuse_backward_fake(grad, other, destination, weight)
+    s = next((x.shape[1] for x in (grad, other) if x is not None), 0)
+    _run("famba_fuse_backward", (grad, other), made, destination, weight, s)
+    return made
+
+
+def _run(name: str, given, made: tuple[Tensor, ...], destination: Tensor, weight: Tensor, s: int) -> None:
+    given = [x if x is None else x.contiguous() for x in given]
+    destination, weight, refused = destination.contiguous(), weight.contiguous(), ctypes.c_int64()
+    job = _Fuse(
+        *weight.shape, s, tuple(x.shape[-1] for x in made),
+        tuple(0 if x is None else runtime.DTYPES.index(x.dtype) for x in given),
+        tuple(None if x is None else x.data_ptr() for x in given), tuple(x.data_ptr() for x in made),
+        destination.data_ptr(), weight.data_ptr(), ctypes.addressof(refused),
+    )  # fmt: skip
+    runtime.call(name, job)
+    if refused.value:
+        raise InputError(f"destination: not all places are in 0..{s - 1}")
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, other, destination, weight, _ = inputs
+    ctx.two = other is not None
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(destination, weight)
+
+
+def _backward(ctx, grad, other):
+    to_x, to_other = torch.ops.famba.fuse_backward(grad, other if ctx.two else None, *ctx.saved_tensors)
+    return None if grad is None else to_x, None if other is None or not ctx.two else to_other, None, None, None
+
+
+_library.impl("plan", _plan, "CPU")
+_library.impl("fuse", _fuse, "CPU")
+_library.impl("fuse_backward", _fuse_backward, "CPU")
+torch.library.register_fake("famba::plan", _plan_fake, lib=_library)
+torch.library.register_fake("famba::fuse", _fuse_fake, lib=_library)
+torch.library.register_fake("famba::fuse_backward", _fuse_backward_fake, lib=_library)
+torch.library.register_autograd("famba::fuse", _backward, setup_context=_setup_context, lib=_library)

@@ -1,0 +1,67 @@
+"""Bipartite soft matching as one torch operator, `famba::match`, over match.cpp. float32 only, and no gradient.
+
+Axes: b batch, t tokens, c numbers compared, r pairs.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from famba.errors import InputError
+from famba.native import runtime
+
+
+class _Job(ctypes.Structure):
+    """match.h's Match."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("b", "t", "c", "r", "guards")),
+        *((name, ctypes.c_void_p) for name in ("feature", "guarded", "source", "target", "similarity", "refused")),
+    )
+
+
+def unsuited(feature: Tensor) -> str:
+    """Why the kernel cannot run on these tensors ("": it can)."""
+    if feature.device.type != "cpu":
+        return f"it runs on cpu tensors, got {feature.device}"
+    return "" if feature.dtype == torch.float32 else f"it runs on float32, got {feature.dtype}"
+
+
+def match_tokens(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`famba.fusion.match_tokens` by the native kernel: source, target, similarity.
+
+    Args:
+        protected: (b, k) positions.
+    """
+    positions = None if protected is None else protected.to(torch.int64)
+    return torch.ops.famba.match(feature.detach(), positions, r)
+
+
+_library = torch.library.Library("famba", "FRAGMENT")
+_library.define("match(Tensor feature, Tensor? protected, SymInt r) -> (Tensor, Tensor, Tensor)")
+
+
+def _match_fake(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    b = feature.shape[0]
+    source, target = (feature.new_empty(b, r, dtype=torch.int64) for _ in range(2))
+    return source, target, feature.new_empty(b, r)
+
+
+def _match(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    found = source, target, similarity = _match_fake(feature, protected, r)
+    feature, refused = feature.contiguous(), ctypes.c_int64()
+    protected = None if protected is None else protected.contiguous()
+    job = _Job(
+        *feature.shape, r, 0 if protected is None else protected.shape[1], feature.data_ptr(),
+        None if protected is None else protected.data_ptr(), source.data_ptr(), target.data_ptr(),
+        similarity.data_ptr(), ctypes.addressof(refused),
+    )  # fmt: skip
+    runtime.call("famba_match", job)
+    if refused.value:
+        raise InputError(f"protected: not all positions are in 0..{feature.shape[1] - 1}, or not {r} pairs are left")
+    return found
+
+
+_library.impl("match", _match, "CPU")
+torch.library.register_fake("famba::match", _match_fake, lib=_library)
