@@ -120,7 +120,9 @@ class TrainParams:
     """The optimisation.
 
     Attributes:
-        epochs: passes over the training images.
+        init_from: file of the weights to start from, relative to the repository root, `{seed}` standing for the run's
+            seed: the model.safetensors of a run, or a released Vim checkpoint. Null draws new ones.
+        epochs: passes over the training images; 0 evaluates the weights of `init_from` as they are.
         batch_size: images per step.
         lr: peak learning rate, after warm-up.
         min_lr: learning rate at the end of the cosine.
@@ -136,7 +138,8 @@ class TrainParams:
         threads: CPU threads; part of what makes a run repeatable bit for bit. Null takes torch's choice.
     """
 
-    epochs: PositiveInt
+    init_from: Annotated[str, Field(min_length=1)] | None
+    epochs: Annotated[int, Field(ge=0)]
     batch_size: PositiveInt
     lr: Annotated[float, Field(gt=0)]
     min_lr: Annotated[float, Field(ge=0)]
@@ -180,6 +183,23 @@ class Params:
         """Hexadecimal name of this configuration with this seed: another value anywhere is another name."""
         text = json.dumps(self.as_dict() | {"seed": seed}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+    def init_path(self, seed: int) -> Path | None:
+        """The file of the weights that a run starts from."""
+        name = self.train.init_from
+        return None if name is None else root() / name.replace("{seed}", str(seed))
+
+    def init_sha256(self, seed: int) -> str | None:
+        """What that file holds, in hexadecimal: the weights are part of what determines a run, not their name alone.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        path = self.init_path(seed)
+        if path is None:
+            return None
+        stat = _stat(path)
+        return _sha256(path, stat.st_mtime_ns, stat.st_size)
 
 
 # The sections that a profile may change, and the type of each. `fusion` holds one rule for each strategy.
@@ -239,7 +259,9 @@ def load(profile: str | None = None, *, strategy: str, path: Path | None = None)
         where = dict.fromkeys(change, f"profiles.{chosen}.{section}")
         resolved[section] = _validated(kind, {**base, **change}, name, section, where)
     train: TrainParams = resolved["train"]
-    if train.warmup_epochs > train.epochs:
+    if train.epochs == 0 and train.init_from is None:
+        raise InputError(f"{name}: train.epochs: 0 trains nothing; give train.init_from, the weights to evaluate")
+    if train.warmup_epochs > train.epochs > 0:
         raise InputError(
             f"{name}: train.warmup_epochs: {train.warmup_epochs}: must be at most train.epochs, {train.epochs}"
         )
@@ -288,6 +310,16 @@ def _read(path: Path | None) -> dict[str, Any]:
 def _stat(path: Path):
     try:
         return path.stat()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+@functools.lru_cache(maxsize=16)
+def _sha256(path: Path, mtime_ns: int, size: int) -> str:
+    del mtime_ns, size  # they key the cache
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 

@@ -60,10 +60,13 @@ class RunRecord:
         token_counts: tokens at the input and after each layer, from the trace; one more than layers.
         metrics: `top1_percent`, `top5_percent`, `loss` on the test split with the chosen weights, `chosen`
             (`weights`: raw or ema, `epoch`), `validation` (`raw` and `ema`: `last` and `best` epoch; ema may be None).
+            A run that started from a file of weights: `init_sha256`, that file's content.
         cost: `train_time_s`, `step_time_ms`, `data_time_ms`, `peak_memory_mib`, `throughput_img_s`,
             `flops_per_image` (formula), `flops_per_image_counted` (torch's counter), `params_count`, `threads`,
             `device`, `versions`, `command`, `nondeterministic` (what was, by name), `epoch_time_s` (one per epoch).
-        history: one dict of `HISTORY_COLUMNS` per epoch; None in the ema columns of a run without.
+            Where nothing was trained (`train.epochs` 0), a step is a forward pass, and the epoch is number 0.
+        history: one dict of `HISTORY_COLUMNS` per epoch; None in the ema columns of a run without. Empty where nothing
+            was trained.
         params: the resolved configuration, `Params.as_dict()`.
     """
 
@@ -183,10 +186,16 @@ def _check(run: RunRecord, metrics: Mapping[str, Any], folder: Path) -> None:
         raise InputError(f"{folder / 'metrics.json'}: strategy: {run.strategy!r} is not one of {allowed}")
     _check_metrics(metrics, folder / "metrics.json")
     _check_cost(run.cost, folder / "cost.json")
-    _check_history(run.history, folder / "history.csv")
+    if run.history or not _trains_nothing(run):
+        _check_history(run.history, folder / "history.csv")
     for key, value in {"strategy": run.strategy, "profile": run.profile}.items():
         if _value(run.params, key, str, folder / "params.json") != value:
             raise InputError(f"{folder / 'params.json'}: {key}: {run.params[key]!r}; metrics.json says {value!r}")
+
+
+def _trains_nothing(run: RunRecord) -> bool:
+    train = run.params.get("train")
+    return isinstance(train, Mapping) and train.get("epochs") == 0
 
 
 def _check_metrics(metrics: Mapping[str, Any], path: Path) -> None:

@@ -60,4 +60,6 @@ def _why_not(folder: Path, p: params.Params, seed: int) -> str:
         return f"{folder / 'metrics.json'}: seed: {run.seed}; asked for {seed}"
     if run.params != p.as_dict():
         return f"{folder / 'params.json'}: other parameters than params.yaml gives for {p.strategy} in {p.profile}"
+    if run.metrics.get("init_sha256") != p.init_sha256(seed):
+        return f"{folder / 'metrics.json'}: init_sha256: started from other weights than {p.init_path(seed)} holds now"
     return ""

@@ -7,9 +7,11 @@ the run's seed and the epoch's number, so a run that was killed goes on from its
 
 import contextlib
 import copy
+import dataclasses
 import fcntl
 import functools
 import hashlib
+import itertools
 import logging
 import math
 import shutil
@@ -25,7 +27,7 @@ from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from famba import checkpoint, cost, data, params, strategies
+from famba import checkpoint, cost, data, params, pretrained, strategies
 from famba.data import Dataset, Split
 from famba.errors import InputError, TrainingError
 from famba.model import VisionMamba, create_model
@@ -34,7 +36,9 @@ from famba.records import Run
 
 _log = logging.getLogger(__name__)
 _MIB = 2**20
-CODE = ("data", "scan", "ops", "fusion", "strategies", "mixer", "model", "train")  # with native/, what makes a result
+# With native/, what makes a result.
+CODE = ("data", "scan", "ops", "fusion", "strategies", "mixer", "model", "pretrained", "train")
+_FORWARD_PASSES = 50  # timed, where nothing is trained
 _KEPT = 2  # checkpoints: the newest, and the one before in case the newest cannot be read
 
 
@@ -44,13 +48,16 @@ def fit(p: Params, *, seed: int, progress: bool = False) -> Run:
     A checkpoint is kept for each epoch under build/checkpoints, named by all parameters and the seed. A run that
     was killed goes on from there, and ends with the same metrics, bit for bit on a CPU. `forget` removes them.
 
+    With `train.init_from` the weights of that file are where it starts, and their normalisation of the images is kept.
+    With `train.epochs` 0 as well they are evaluated as they are, fused by the strategy's schedule.
+
     Args:
         seed: of the initial weights, the order of the images and their augmentation.
         progress: show a bar for each epoch on stderr.
 
     Raises:
-        InputError: parameters that do not fit each other or the data, before anything is trained; another process
-            that is training this very run.
+        InputError: parameters that do not fit each other, the data, or the weights to start from, before anything is
+            trained; another process that is training this very run.
         TrainingError: a loss or gradient that is not finite (names step, learning rate and the last good
             checkpoint), or tokens that were not fused as the schedule promises.
     """
@@ -60,10 +67,16 @@ def fit(p: Params, *, seed: int, progress: bool = False) -> Run:
     torch.set_flush_denormal(True)  # a decaying scan makes denormals, which a CPU is slow at
     images = data.load(p.data)
     model = build(p, classes=len(images.classes), seed=seed).to(device)
-    with _claimed(folder(p, seed=seed)):
+    with _claimed(folder(p, seed=seed)) as claimed:
+        images = _start(p, seed, model, images)
         session = _Session(p, seed, model, _on(images, device), device, progress)
+        if session.folder != claimed:
+            raise InputError(f"{p.init_path(seed)}: changed while it was read")
         session.restore()
-        session.measure_memory()
+        if p.train.epochs:
+            session.measure_memory()
+        else:
+            session.only_evaluate()
         while session.epoch < p.train.epochs:
             session.run_epoch()
         return session.finish()
@@ -95,8 +108,10 @@ def build(p: Params, *, classes: int, seed: int) -> VisionMamba:
 
 
 def folder(p: Params, *, seed: int) -> Path:
-    """Where the checkpoints of a run are: a change of any parameter, or of code that trains, is another folder."""
-    return params.root() / "build" / "checkpoints" / f"{p.digest(seed)}-{_code_digest()}"
+    """Where the checkpoints of a run are: other parameters, weights to start from or code are another folder."""
+    start = p.init_sha256(seed)
+    name = f"{p.digest(seed)}-{_code_digest()}" + ("" if start is None else f"-{start[:12]}")
+    return params.root() / "build" / "checkpoints" / name
 
 
 def forget(p: Params, *, seed: int) -> None:
@@ -153,11 +168,12 @@ class _Session:
     ) -> None:
         self.p, self.seed, self.model, self.images, self.device = p, seed, model, images, device
         self.progress = progress
+        self.folder, self.init_sha256 = folder(p, seed=seed), p.init_sha256(seed)
         t = p.train
         groups = parameter_groups(model, t.weight_decay)
         self.optimiser = torch.optim.AdamW(groups, lr=t.lr, betas=t.betas, fused=True)
         self.ema = None
-        if t.ema_decay is not None:
+        if t.ema_decay is not None and t.epochs:
             self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(t.ema_decay))
         if t.batch_size > len(images.train):
             raise InputError(f"train.batch_size: {t.batch_size}; there are {len(images.train)} training images")
@@ -198,8 +214,25 @@ class _Session:
         self.step_time_ms += clock.step_time_ms
         self.data_time_ms += clock.data_time_ms
         self.epoch = epoch
-        self._validate(loss_sum / seen, 100 * hits / seen, lr)
+        learned = {"lr": lr, "train_loss": loss_sum / seen, "train_top1_percent": 100 * hits / seen}
+        self.history.append({"epoch": epoch, **learned, **self._validate()})
         self._save()
+
+    @torch.no_grad()
+    def only_evaluate(self) -> None:
+        """Instead of epochs: the weights as they came, and what a forward pass costs in place of a training step."""
+        self._validate()
+        size, count = self.p.train.batch_size, min(self.steps_per_epoch, _FORWARD_PASSES)
+        clock = cost.StepClock(self.device, warmup_steps=int(count > 1))
+        batches = data.batches(self.images.train, size, drop_last=True)
+        for batch, _ in clock.batches(itertools.islice(batches, count)):
+            shown = data.normalise(batch, self.images.mean, self.images.std)
+            with clock.step():
+                self._logits(shown)
+        self.step_time_ms, self.data_time_ms = clock.step_time_ms, clock.data_time_ms
+        shown = data.normalise(self.images.train.images[:size], self.images.mean, self.images.std)
+        resident = [shown, *self.model.state_dict().values()]
+        self.peak_memory_mib = cost.peak_memory(lambda: self._logits(shown), resident, self.device) / _MIB
 
     def finish(self) -> Run:
         """Read the test split, once, with the weights that validation chose."""
@@ -209,12 +242,14 @@ class _Session:
         self.model.load_state_dict(self.best)
         tested = evaluate(self.model, self.images.test, self.images, batch_size=_eval_batch(t), precision=t.precision)
         metrics = {**tested, "chosen": self.chosen, "validation": self.validation}
+        if self.init_sha256 is not None:
+            metrics["init_sha256"] = self.init_sha256
         step_ms, data_ms = statistics.median(self.step_time_ms), statistics.median(self.data_time_ms)
         analysed = cost.analyse(self.model.config, self.model.schedule, options=self.model.options)
         one = data.normalise(self.images.val.images[:1], self.images.mean, self.images.std)
         assert self.peak_memory_mib is not None
         measured = {
-            "train_time_s": sum(self.epoch_time_s),
+            "train_time_s": math.fsum(self.epoch_time_s),
             "step_time_ms": step_ms,
             "data_time_ms": data_ms,
             "epoch_time_s": self.epoch_time_s,
@@ -251,7 +286,7 @@ class _Session:
 
     def restore(self) -> None:
         """Go on from the newest checkpoint that can be read, if there is one."""
-        for path in sorted(self._folder().glob("epoch-*.safetensors"), reverse=True):
+        for path in sorted(self.folder.glob("epoch-*.safetensors"), reverse=True):
             try:
                 tensors, described = checkpoint.unpack(path, "training state")
                 checkpoint.check_state(path, tensors, self._tensors(blank=True))
@@ -290,15 +325,14 @@ class _Session:
         for group in self.optimiser.param_groups:
             group["lr"] = lr
         self.optimiser.zero_grad(set_to_none=True)
-        with _autocast(self.device, t.precision):
-            logits = self.model(images).float()
+        logits = self._logits(images)
         loss = functional.cross_entropy(logits, labels, label_smoothing=t.label_smoothing)
         loss.backward()
         limit = math.inf if t.clip_grad_norm is None else t.clip_grad_norm
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         value = loss.item()
         if not (math.isfinite(value) and math.isfinite(norm.item())):
-            newest = max(self._folder().glob("epoch-*.safetensors"), default=None)
+            newest = max(self.folder.glob("epoch-*.safetensors"), default=None)
             kept = f"the last good checkpoint is {newest}" if newest else "no checkpoint was written yet"
             raise TrainingError(
                 f"step {step + 1} (epoch {self.epoch + 1}): loss {value}, gradient norm {norm.item()} at learning rate "
@@ -309,15 +343,13 @@ class _Session:
             self.ema.update_parameters(self.model)
         return value, int((logits.argmax(-1) == labels).sum())
 
-    def _validate(self, train_loss: float, train_top1_percent: float, lr: float) -> None:
-        row: dict[str, Any] = {
-            "epoch": self.epoch,
-            "lr": lr,
-            "train_loss": train_loss,
-            "train_top1_percent": train_top1_percent,
-            "ema_val_loss": None,
-            "ema_val_top1_percent": None,
-        }
+    def _logits(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b classes"]:
+        with _autocast(self.device, self.p.train.precision):
+            return self.model(images).float()
+
+    def _validate(self) -> dict[str, Any]:
+        """Evaluate on the validation split, keep the weights if none before were better; what history says of it."""
+        row: dict[str, Any] = {"ema_val_loss": None, "ema_val_top1_percent": None}
         averaged = None if self.ema is None else self.ema.module
         for kind, model in {"raw": self.model, "ema": averaged}.items():
             if model is None:
@@ -336,7 +368,7 @@ class _Session:
             row |= {f"{prefix}val_loss": scores["loss"], f"{prefix}val_top1_percent": scores["top1_percent"]}
             if kind == "raw":
                 row["val_top5_percent"] = scores["top5_percent"]
-        self.history.append(row)
+        return row
 
     def _traced(self) -> list[int]:
         """Token counts that a forward pass shows, which must be those that the schedule promises."""
@@ -365,8 +397,8 @@ class _Session:
             "data_time_ms": self.data_time_ms,
             "peak_memory_mib": self.peak_memory_mib,
         }
-        checkpoint.save_file(self._folder() / f"epoch-{self.epoch:05d}.safetensors", self._tensors(), described)
-        for old in sorted(self._folder().glob("epoch-*.safetensors"))[:-_KEPT]:
+        checkpoint.save_file(self.folder / f"epoch-{self.epoch:05d}.safetensors", self._tensors(), described)
+        for old in sorted(self.folder.glob("epoch-*.safetensors"))[:-_KEPT]:
             old.unlink()
 
     def _tensors(self, *, blank: bool = False) -> dict[str, Tensor]:
@@ -405,8 +437,25 @@ class _Session:
     def _moments(self) -> list[Tensor]:
         return [t for state in self.optimiser.state.values() for t in state.values() if isinstance(t, Tensor)]
 
-    def _folder(self) -> Path:
-        return folder(self.p, seed=self.seed)
+
+def _start(p: Params, seed: int, model: VisionMamba, images: Dataset) -> Dataset:
+    """Put the weights to start from into the model, if there are any; the images, normalised as those know them.
+
+    Raises:
+        InputError: a file that does not fit the model; nothing to train, and a head that is not for these classes.
+    """
+    path = p.init_path(seed)
+    if path is None:
+        return images
+    origin = pretrained.take_weights(model, path)
+    if p.train.epochs == 0 and origin.num_classes != len(images.classes):
+        raise InputError(
+            f"{path}: its head tells {origin.num_classes} classes apart, data.dataset {p.data.dataset!r} has "
+            f"{len(images.classes)}, and train.epochs 0 trains no new head"
+        )
+    if p.train.epochs == 0 and origin.classes not in (None, images.classes):
+        raise InputError(f"{path}: trained on other classes than data.dataset {p.data.dataset!r} has: {origin.classes}")
+    return dataclasses.replace(images, mean=origin.mean, std=origin.std)
 
 
 @functools.cache
@@ -459,7 +508,7 @@ def _on(images: Dataset, device: torch.device) -> Dataset:
 
 
 @contextlib.contextmanager
-def _claimed(folder: Path) -> Iterator[None]:
+def _claimed(folder: Path) -> Iterator[Path]:
     """Hold the run's folder; a second process that wants it is refused, and a killed one leaves nothing behind."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
@@ -467,4 +516,4 @@ def _claimed(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(f"{folder}: another process is training this run") from None
-        yield
+        yield folder

@@ -160,6 +160,17 @@ def test_training_curves_draw_mean_and_spread_over_seeds(history):
     assert not any(np.isfinite(path.vertices).any() for band in one.axes[0].collections for path in band.get_paths())
 
 
+def test_runs_that_trained_nothing_are_drawn_and_said(runs, history):
+    figure = figures.training_curves(history[:0])
+    assert figure.axes == []
+    assert figure.get_supxlabel() == "Nothing was trained: the runs evaluate the weights that they were given."
+    runs["train_time_s"] = 0.0
+    against = figures.accuracy_against(runs, "train_time_s")
+    assert {line.get_xydata()[0, 0] for line, *_ in against.axes[0].containers} == {0.0}
+    beside = figures.paper_beside_ours(metrics.beside_paper(metrics.summary(runs)))
+    assert any("not\nmeasured\nhere" in text.get_text() for text in beside.axes[9].texts)
+
+
 def test_beside_the_paper_bars_are_changes_and_texts_are_values(runs):
     figure = figures.paper_beside_ours(metrics.beside_paper(metrics.summary(runs)))
     assert len(figure.axes) == 3 * 5

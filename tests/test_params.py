@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 import re
 import subprocess
@@ -162,6 +163,7 @@ OTHER: dict[tuple[str, str], Any] = {
     ("options", "weighting"): "mean",
     ("options", "feature"): "delta",
     ("options", "position"): "after_scan",
+    ("train", "init_from"): "weights.safetensors",
     ("train", "betas"): (0.8, 0.999),
     ("train", "clip_grad_norm"): 2.0,
     ("train", "ema_decay"): 0.99,
@@ -231,6 +233,10 @@ def test_the_digest_of_the_same_values_is_the_same_in_another_process():
         (("train", "lr"), float("inf"), ("train.lr", "inf", "finite")),
         (("train", "min_lr"), 1.0, ("train.min_lr", "1.0", "at most train.lr")),
         (("train", "warmup_epochs"), 999, ("train.warmup_epochs", "999", "at most train.epochs")),
+        (("train", "epochs"), 0, ("train.epochs", "0 trains nothing", "train.init_from")),
+        (("train", "epochs"), -1, ("train.epochs", "-1", "greater than or equal to 0")),
+        (("train", "init_from"), "", ("train.init_from", "''", "at least 1 character")),
+        (("train", "init_from"), 3, ("train.init_from", "3", "string")),
         (("train", "betas"), [0.9], ("train.betas", "[0.9]", "too few")),
         (("train", "betas"), [0.9, 0.9, 0.9], ("train.betas", "[0.9, 0.9, 0.9]", "at most 2")),
         (("train", "betas"), [0.9, 1.0], ("train.betas", "[0.9, 1.0]", "less than 1")),
@@ -349,6 +355,34 @@ def test_a_file_that_is_no_yaml_mapping_is_named_in_one_line(tmp_path: Path, raw
 def test_a_file_that_is_not_there_is_named(tmp_path: Path):
     path = tmp_path / "none.yaml"
     assert said(lambda: params.load(strategy="all", path=path)) == f"{path}: cannot be read (No such file or directory)"
+
+
+# weights to start from
+
+
+def test_nothing_is_trained_where_there_are_weights_whatever_the_warm_up(edited: Callable[..., Path]):
+    changes = {"epochs": 0, "init_from": "weights.safetensors", "warmup_epochs": 3}
+    train = params.load("default", strategy="all", path=edited("profiles", "default", to={"train": changes})).train
+    assert (train.epochs, train.init_from) == (0, "weights.safetensors")
+
+
+def test_the_weights_to_start_from_are_a_file_in_the_repository_known_by_its_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("params.yaml", "dvc.yaml"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    p = params.load("finetune", strategy="all", path=FILE)
+    assert p.train.init_from is not None
+    own = dataclasses.replace(p, train=dataclasses.replace(p.train, init_from="runs/of {seed}/{name}"))
+    path = tmp_path / "runs" / "of 4" / "{name}"
+    assert own.init_path(4) == path
+    assert said(lambda: own.init_sha256(4)) == f"{path}: cannot be read (No such file or directory)"
+    path.parent.mkdir(parents=True)
+    for content in (b"weights", b"other weights"):
+        path.write_bytes(content)
+        assert own.init_sha256(4) == hashlib.sha256(content).hexdigest()
+    assert params.load("default", strategy="all", path=FILE).init_sha256(4) is None
 
 
 # dataclasses and the root

@@ -231,6 +231,15 @@ def test_a_run_without_epochs_or_weights_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_trained_nothing_has_no_epochs_and_says_what_it_started_from(tmp_path):
+    run = make_run(history=[])
+    run.params["train"]["epochs"] = 0
+    run.metrics["init_sha256"] = "0" * 64
+    record = records.read(records.write(run, tmp_path / "run"))
+    assert record.history == []
+    assert record.metrics["init_sha256"] == "0" * 64
+
+
 def test_a_history_with_another_column_is_refused(tmp_path):
     history = [{**make_run().history[0], "epoch_time_s": 1.0}]
     with pytest.raises(InputError, match="unknown column 'epoch_time_s'; allowed: epoch, lr"):

@@ -1,5 +1,6 @@
 """Runs that are there are taken; runs that are not are trained only where that is allowed."""
 
+import dataclasses
 import json
 import sys
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ def trained(monkeypatch) -> list[tuple[str, int]]:
         made.append((p.strategy, seed))
         scores = {"top1_percent": 95.0, "top5_percent": 99.5, "loss": 0.25}
         history = dict.fromkeys(records.HISTORY_COLUMNS, 1.0) | {"epoch": 1}
+        start = p.init_sha256(seed)
         history |= {"ema_val_loss": None, "ema_val_top1_percent": None}
         numbers = "train_time_s step_time_ms data_time_ms peak_memory_mib throughput_img_s"
         counted = "flops_per_image flops_per_image_counted params_count threads"
@@ -34,7 +36,8 @@ def trained(monkeypatch) -> list[tuple[str, int]]:
             | {
                 "chosen": {"weights": "raw", "epoch": 1},
                 "validation": {"raw": {"last": scores | {"epoch": 1}, "best": scores | {"epoch": 1}}, "ema": None},
-            },
+            }
+            | ({} if start is None else {"init_sha256": start}),
             cost=dict.fromkeys(numbers.split(), 1.0)
             | dict.fromkeys(counted.split(), 2)
             | {"device": "none", "versions": {}, "command": "none", "nondeterministic": [], "epoch_time_s": [1.0]},
@@ -75,6 +78,26 @@ def test_a_run_of_other_parameters_is_trained_again(tmp_path, trained):
     sweep.ensure_run(folder, strategy="none", seed=0, profile="smoke", train_missing=True)
     assert len(trained) == 2
     assert json.loads((folder / "params.json").read_text()) == params.load("smoke", strategy="none").as_dict()
+
+
+def test_a_run_that_started_from_other_weights_is_refused_or_trained_again(tmp_path, trained, monkeypatch):
+    load, weights = params.load, tmp_path / "weights.safetensors"
+    weights.write_bytes(b"some")
+
+    def started(profile=None, **asked):
+        p = load(profile, **asked)
+        return dataclasses.replace(p, train=dataclasses.replace(p.train, init_from=str(weights)))
+
+    monkeypatch.setattr(params, "load", started)
+    run = {"strategy": "none", "seed": 0, "profile": "smoke"}
+    for content in (b"some", b"other"):
+        weights.write_bytes(content)
+        sweep.ensure_run(tmp_path / "run", **run, train_missing=True)
+        sweep.ensure_run(tmp_path / "run", **run, train_missing=False)
+    assert len(trained) == 2
+    weights.write_bytes(b"yet others")
+    with pytest.raises(InputError, match=r"init_sha256: started from other weights than .*weights\.safetensors holds"):
+        sweep.ensure_run(tmp_path / "run", **run, train_missing=False)
 
 
 def test_where_training_is_not_allowed_a_missing_run_is_an_error(tmp_path, trained):

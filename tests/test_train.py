@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import hashlib
 import math
 import os
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from famba import InputError, params, records, train
+from famba import InputError, apply, checkpoint, params, records, train
 from famba.errors import TrainingError
 from famba.params import Params
 
@@ -307,6 +308,171 @@ def test_evaluation_counts_what_is_right():
     log_sum = math.log(9 + math.e**2)
     share = (labels == 3).float().mean().item()
     assert scores["loss"] == pytest.approx(log_sum - 2 * share, rel=1e-5)
+
+
+# runs that start from weights
+
+
+@pytest.fixture
+def weights(undisturbed, repository) -> Path:
+    """The weights of a finished run of strategy `upper`, in the repository."""
+    path = repository / "weights.safetensors"
+    path.write_bytes(undisturbed.model_bytes)
+    return path
+
+
+def evaluated(strategy: str = "upper", **changes) -> records.Run:
+    return train.fit(smoke(strategy, **{"init_from": "weights.safetensors", "epochs": 0, **changes}), seed=1)
+
+
+def test_weights_that_are_only_evaluated_give_their_own_accuracy_fused_or_not(undisturbed, weights):
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    images = train.data.load(smoke().data)
+    run = evaluated()
+    scores = {key: undisturbed.metrics[key] for key in ("top1_percent", "top5_percent", "loss")}
+    assert run.metrics == {
+        **scores,
+        "chosen": {"weights": "raw", "epoch": 0},
+        "validation": {
+            "raw": dict.fromkeys(("last", "best"), run.metrics["validation"]["raw"]["last"]),
+            "ema": None,
+        },
+        "init_sha256": digest,
+    }
+    assert run.metrics["validation"]["raw"]["best"]["loss"] == undisturbed.metrics["validation"]["raw"]["best"]["loss"]
+    assert (run.history, run.token_counts) == ([], [37, 37, 29, 21, 13])
+    assert checkpoint.load_model(weights)[0].head.weight.equal(_saved(run).head.weight)
+
+    model = apply(checkpoint.load_model(weights)[0], None)
+    unfused = evaluated("none", ema_decay=0.9)
+    expected = train.evaluate(model, images.test, images, batch_size=2 * smoke().train.batch_size)
+    assert {key: unfused.metrics[key] for key in expected} == expected
+    assert unfused.token_counts == [37] * 5
+    assert unfused.metrics["loss"] != run.metrics["loss"]
+    assert unfused.metrics["validation"]["ema"] is None
+
+
+def test_a_run_that_trains_nothing_is_written_with_the_cost_of_a_forward_pass(weights, undisturbed, tmp_path):
+    run = evaluated()
+    record = records.read(records.write(run, tmp_path / "run"))
+    assert (record.history, record.cost["epoch_time_s"], record.cost["train_time_s"]) == ([], [], 0.0)
+    assert 0 < record.cost["peak_memory_mib"] < undisturbed.cost["peak_memory_mib"]
+    assert record.cost["step_time_ms"] > 0
+    assert deterministic(evaluated()) == deterministic(run)
+    assert not list(train.folder(smoke(init_from="weights.safetensors", epochs=0), seed=1).glob("epoch-*"))
+
+
+def test_fine_tuning_starts_at_the_weights_with_a_learning_rate_of_its_own(weights, undisturbed):
+    p = smoke(init_from="weights.safetensors", epochs=1, lr=1e-3)
+    run = train.fit(p, seed=1)
+    steps = 64 // p.train.batch_size
+    assert run.history[0]["lr"] == train.learning_rate(p.train, steps - 1, steps)
+    assert run.history[0]["train_loss"] < undisturbed.history[1]["train_loss"]
+    assert not _saved(run).head.weight.equal(checkpoint.load_model(weights)[0].head.weight)
+    assert run.metrics["init_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert "init_sha256" not in undisturbed.metrics
+
+
+def test_images_are_normalised_as_the_weights_know_them(weights, undisturbed):
+    model, described = checkpoint.load_model(weights)
+    described["mean"], described["std"] = [0.5, 0.25, 0.125], [1.0, 0.5, 0.25]
+    weights.write_bytes(checkpoint.model_bytes(model, model.state_dict(), described))
+    run = evaluated()
+    assert run.metrics["loss"] != undisturbed.metrics["loss"]
+    made = checkpoint.read(_written(run))[1]
+    assert made is not None
+    assert (made["mean"], made["std"]) == (described["mean"], described["std"])
+
+
+def test_a_seed_in_the_name_of_the_weights_is_the_runs_own(weights):
+    weights.rename(weights.with_name("of-1.safetensors"))
+    p = smoke(init_from="of-{seed}.safetensors", epochs=0)
+    assert train.fit(p, seed=1).seed == 1
+    with pytest.raises(InputError, match=r"of-2\.safetensors: cannot be read \(No such file or directory\)"):
+        train.fit(p, seed=2)
+
+
+def test_a_run_is_never_continued_from_one_that_started_from_other_weights(weights, monkeypatch):
+    p = smoke(init_from="weights.safetensors", epochs=2)
+    save, run_epoch = train._Session._save, train._Session.run_epoch
+    epochs: list[int] = []
+
+    def stop(session):
+        save(session)
+        if session.epoch == 1:
+            raise KeyboardInterrupt
+
+    def interrupted() -> Path:
+        with monkeypatch.context() as patched:
+            patched.setattr(train._Session, "_save", stop)
+            with pytest.raises(KeyboardInterrupt):
+                train.fit(p, seed=1)
+        return train.folder(p, seed=1)
+
+    before, content = interrupted(), weights.read_bytes()
+    model, described = checkpoint.load_model(weights)
+    weights.write_bytes(checkpoint.model_bytes(model, {k: t + 0.01 for k, t in model.state_dict().items()}, described))
+    monkeypatch.setattr(train._Session, "run_epoch", lambda s: (run_epoch(s), epochs.append(s.epoch)))
+    other = train.fit(p, seed=1)
+    assert train.folder(p, seed=1) != before
+    weights.write_bytes(content)
+    assert train.folder(p, seed=1) == before
+    back = train.fit(p, seed=1)
+    assert epochs == [1, 2, 2]
+    assert back.history != other.history
+
+
+def test_weights_that_change_while_they_are_read_stop_the_run(weights, monkeypatch):
+    take = train.pretrained.take_weights
+
+    def late(model, path):
+        origin = take(model, path)
+        path.write_bytes(path.read_bytes() + b"more")
+        return origin
+
+    monkeypatch.setattr(train.pretrained, "take_weights", late)
+    with pytest.raises(InputError, match=r"weights\.safetensors: changed while it was read"):
+        evaluated()
+
+
+def test_released_weights_start_a_run_too_and_only_training_may_have_a_new_head(repository):
+    p = smoke(init_from="vim.pth", epochs=0)
+    trained = train.build(p, classes=1000, seed=7)
+    torch.save({"model": trained.state_dict()}, repository / "vim.pth")
+    with pytest.raises(InputError, match=r"its head tells 1000 classes apart, data\.dataset 'digits' has 10, and"):
+        train.fit(p, seed=0)
+    run = train.fit(smoke(init_from="vim.pth", epochs=1, lr=1e-8, min_lr=0.0), seed=0)
+    model = _saved(run)
+    assert model.head.weight.shape[0] == 10
+    torch.testing.assert_close(model.pos_embed, trained.pos_embed, rtol=0, atol=1e-5)
+    made = checkpoint.read(_written(run))[1]
+    assert made is not None
+    assert tuple(made["mean"]) == train.pretrained.IMAGENET_MEAN
+
+
+def test_weights_of_other_classes_are_not_evaluated(weights):
+    model, described = checkpoint.load_model(weights)
+    described["classes"] = list("abcdefghij")
+    weights.write_bytes(checkpoint.model_bytes(model, model.state_dict(), described))
+    with pytest.raises(InputError, match=r"trained on other classes than data\.dataset 'digits' has"):
+        evaluated()
+
+
+def test_weights_of_another_architecture_are_refused_in_one_line_before_training(weights):
+    p = smoke(init_from="weights.safetensors")
+    with pytest.raises(InputError, match=r"weights\.safetensors: cls_token has shape \(1, 1, 16\); expected") as error:
+        train.fit(dataclasses.replace(p, model=dataclasses.replace(p.model, d_model=32)), seed=1)
+    assert "\n" not in str(error.value)
+
+
+def _written(run: records.Run) -> Path:
+    path = Path("written.safetensors")
+    path.write_bytes(run.model_bytes)
+    return path
+
+
+def _saved(run: records.Run) -> train.VisionMamba:
+    return checkpoint.load_model(_written(run))[0]
 
 
 @pytest.mark.slow
