@@ -21,6 +21,8 @@ _HOME = {
     "token_counts": "strategies",
     "VisionMamba": "model",
     "create_model": "model",
+    "load_vim": "pretrained",
+    "apply": "pretrained",
     "fit": "train",
 }
 

@@ -75,6 +75,19 @@ def unpack(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         InputError: a file that is missing, truncated, or not of that kind.
     """
+    tensors, described = read(path)
+    if described is None or described.get("kind") != kind:
+        found = None if described is None else described.get("kind")
+        raise InputError(f"{path}: holds {found or 'tensors that famba did not write'}; expected a famba {kind}")
+    return tensors, described
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """The tensors of any safetensors file, on the CPU, and famba's JSON object; None if famba did not write it.
+
+    Raises:
+        InputError: a file that is missing or truncated.
+    """
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
@@ -84,10 +97,7 @@ def unpack(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({' '.join(str(error).split())})") from None
-    if not isinstance(described, dict) or described.get("kind") != kind:
-        found = described.get("kind") if isinstance(described, dict) else None
-        raise InputError(f"{path}: holds {found or 'tensors that famba did not write'}; expected a famba {kind}")
-    return tensors, described
+    return tensors, described if isinstance(described, dict) else None
 
 
 def check_state(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -248,7 +248,7 @@ class VisionMamba(nn.Module):
         if self.pool == "cls":
             assert at.cls_index is not None
             return x[torch.arange(b, device=x.device), at.cls_index]
-        if self.options.weighting == "mean":
+        if self.options.weighting == "mean" or not any(self.schedule):  # unfused, no option may matter to a bit
             return x.mean(1)
         return (x * (at.size / t)[..., None]).sum(1)
 

@@ -26,7 +26,8 @@ STAGE_NOTEBOOKS = ("train", "compare", "tokens")
 # fmt: off
 ORDER = [
     "errors", "params", "files", "data", "native", "scan", "ops", "fusion", "strategies", "mixer", "model",
-    "checkpoint", "cost", "records", "train", "sweep", "metrics", "tokens", "figures", "bench", "__main__",
+    "checkpoint", "pretrained", "cost", "records", "train", "sweep", "metrics", "tokens", "figures", "bench",
+    "__main__",
 ]
 # fmt: on
 NO_TORCH = ("errors", "params", "files", "strategies", "records", "metrics", "figures")

@@ -1,0 +1,294 @@
+"""Weights that were trained before: released Vim checkpoints and famba's own, fitted to a model, and fused as they are.
+
+    model = load_vim("vim_t_midclstok_76p1acc.pth")
+    apply(model, schedule("upper", depth=24, r=9))  # and apply(model, None) takes it back
+
+`t` tokens at the size that the weights were trained at, `s` at another, `d` d_model. The form of the checkpoints is
+that of the public Vim code (Vim: arXiv:2401.09417): a torch file whose entries `model` and `model_ema` are state
+dicts, or one of these as safetensors. Torch files are read with `weights_only`, so that reading one runs nothing.
+"""
+
+import argparse
+import math
+import operator
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from famba import checkpoint
+from famba.errors import InputError
+from famba.model import VisionMamba
+from famba.params import FusionOptions
+
+# Of the images that the released models were trained on, per channel, 0 black and 1 white; `data.normalise` takes them.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_STATES = ("model_ema", "model")  # the first is taken where there is a choice
+
+
+class Origin(NamedTuple):
+    """What the images were like that the weights of a file were trained on.
+
+    Attributes:
+        mean, std: per channel, what the images were normalised by.
+        num_classes: those that the file's head tells apart.
+        classes: their names; None where the file does not say.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    num_classes: int
+    classes: tuple[str, ...] | None
+
+
+def load_vim(
+    path: str | Path,
+    *,
+    num_classes: int | None = None,
+    img_size: int | None = None,
+    stride: int | None = None,
+    state: str | None = None,
+    trained_at: int = 224,
+    cls_position: str = "middle",
+    average_directions: bool = True,
+    schedule: Sequence[int] | None = None,
+    fusion: FusionOptions | None = None,
+    backend: str = "auto",
+) -> VisionMamba:
+    """A Vision Mamba with the weights of a checkpoint in the released form; its sizes are read off the shapes.
+
+    Images are to be normalised by `IMAGENET_MEAN` and `IMAGENET_STD`, as the released models' were.
+
+    Args:
+        path: a .safetensors file, or a torch file that holds `model` or `model_ema`.
+        num_classes: None keeps the head; another number than the file's gives a new one, drawn by torch's generator.
+        img_size, stride: pixels; None is what the weights were trained with. If they change the number of patches,
+            position embeddings are interpolated (`resize_positions`).
+        state: which of a torch file's state dicts; None takes the moving average, `model_ema`, where there is one.
+        trained_at: pixels of the images that the weights were trained on. No shape tells it; 224 for all released.
+        cls_position, average_directions: as trained. No shape tells them; the defaults are the released models'.
+        schedule, fusion, backend: as in `create_model`.
+
+    Raises:
+        InputError: a file that is missing, broken, or holds anything but tensors and plain values; a tensor that is
+            missing, foreign, or of another shape (names the first); sizes that do not fit each other.
+    """
+    path = Path(path)
+    tensors = _read_vim(path, state)
+    sizes = _sizes(path, tensors, with_cls=cls_position != "none")
+    if stride is None:
+        stride = _trained_stride(path, sizes, trained_at)
+    model = VisionMamba(
+        **{key: sizes[key] for key in ("patch_size", "depth", "d_model", "d_state")},
+        num_classes=sizes["num_classes"] if num_classes is None else num_classes,
+        img_size=trained_at if img_size is None else img_size,
+        stride=stride,
+        cls_position=cls_position,
+        pool="mean" if cls_position == "none" else "cls",
+        average_directions=average_directions,
+        schedule=schedule,
+        fusion=fusion,
+        backend=backend,
+    )
+    _take(path, tensors, model)
+    return model
+
+
+def apply(model: VisionMamba, schedule: Sequence[int] | None, options: FusionOptions | None = None) -> VisionMamba:
+    """Fuse by a schedule from now on, in a model as it is: no weight changes, and nothing is trained.
+
+    Args:
+        model: changed in place, and returned.
+        schedule: tokens removed by each layer, as `famba.schedule` makes it; None fuses nothing, and the model gives
+            what it gave before it was first fused, bit for bit.
+        options: how tokens are fused; None is the default `FusionOptions`.
+
+    Raises:
+        InputError: a schedule that is no list of whole numbers, has another length than the model has layers, or
+            removes more tokens than there are; the model is as it was.
+    """
+    if schedule is None:
+        schedule = [0] * model.depth
+    try:
+        removed = [int(operator.index(r)) for r in schedule]
+    except TypeError:
+        raise InputError(
+            f"schedule: {schedule!r}; must be {model.depth} whole numbers, such as "
+            f"famba.schedule('upper', depth={model.depth}, r=..) gives"
+        ) from None
+    model.set_fusion(removed, FusionOptions() if options is None else options)
+    return model
+
+
+def take_weights(model: VisionMamba, path: Path) -> Origin:
+    """Put the weights of a run's model.safetensors, or of a checkpoint in the released form, into a model.
+
+    Position embeddings are interpolated if the model has another number of patches. A head for another number of
+    classes is not taken: the model keeps its own.
+
+    Raises:
+        InputError: a file that cannot be read, or weights of another architecture (names the first difference).
+    """
+    described: dict[str, Any] | None = None
+    if path.suffix == ".safetensors":
+        tensors, described = checkpoint.read(path)
+    else:
+        tensors = _read_vim(path, None)
+    if described is None:
+        num_classes = _take(path, tensors, model)
+        return Origin(IMAGENET_MEAN, IMAGENET_STD, num_classes, None)
+    try:
+        config, classes = described["model"], tuple(described["classes"])
+        mean, std = tuple(described["mean"]), tuple(described["std"])
+        # What no shape tells.
+        for key in ("cls_position", "pool", "average_directions"):
+            if config[key] != model.config[key]:
+                raise InputError(f"{path}: model.{key}: trained with {config[key]!r}; here it is {model.config[key]!r}")
+    except (KeyError, TypeError):
+        raise InputError(f"{path}: does not describe a run's model; expected the model.safetensors of a run") from None
+    return Origin(mean, std, _take(path, tensors, model), classes)
+
+
+def resize_positions(
+    pos_embed: Float[Tensor, "1 t d"], grid: int, *, cls_position: str = "middle"
+) -> Float[Tensor, "1 s d"]:
+    """Position embeddings for another number of patches: bicubic over the image; the class token's row stays as it is.
+
+    As ViT's (arXiv:2010.11929, section 3.2) and DeiT's are, with the class token wherever it stands.
+
+    Args:
+        grid: patches along one side, from now on. As many as before gives the same tensor.
+        cls_position: where the class token's row stands: `middle`, `head`, or `none`.
+
+    Raises:
+        InputError: rows that are not a square of patches (and a class token).
+    """
+    before = _side(pos_embed.shape[1], with_cls=cls_position != "none")
+    if before == grid:
+        return pos_embed
+    at = {"middle": before**2 // 2, "head": 0, "none": None}[cls_position]
+    patches = pos_embed if at is None else torch.cat([pos_embed[:, :at], pos_embed[:, at + 1 :]], dim=1)
+    image = patches.float().mT.unflatten(2, (before, before))
+    patches = functional.interpolate(image, size=(grid, grid), mode="bicubic", align_corners=False).flatten(2).mT
+    patches = patches.to(pos_embed.dtype)
+    if at is None:
+        return patches
+    after = grid**2 // 2 if cls_position == "middle" else 0
+    return torch.cat([patches[:, :after], pos_embed[:, at : at + 1], patches[:, after:]], dim=1)
+
+
+def _take(path: Path, tensors: Mapping[str, Tensor], model: VisionMamba) -> int:
+    """Check all tensors, fit those that may differ, and put them into the model; the classes of the file's head."""
+    sizes = _sizes(path, tensors, with_cls=model.cls_token is not None)
+    own = model.state_dict()
+    with torch.device("meta"):
+        as_trained = {
+            "pos_embed": torch.empty(1, sizes["tokens"], model.config["d_model"]),
+            "head.weight": torch.empty(sizes["num_classes"], model.config["d_model"]),
+            "head.bias": torch.empty(sizes["num_classes"]),
+        }
+    checkpoint.check_state(path, tensors, own | as_trained)
+    fitted = dict(tensors)
+    fitted["pos_embed"] = resize_positions(tensors["pos_embed"], model.grid, cls_position=model.cls_position)
+    if sizes["num_classes"] != model.config["num_classes"]:
+        fitted |= {key: own[key] for key in ("head.weight", "head.bias")}
+    model.load_state_dict(fitted)
+    return sizes["num_classes"]
+
+
+def _sizes(path: Path, tensors: Mapping[str, Tensor], *, with_cls: bool) -> dict[str, int]:
+    """What the shapes say of a model: `tokens` and `grid` are those that it was trained with."""
+
+    def shape(key: str, dims: int) -> torch.Size:
+        if key not in tensors:
+            raise InputError(f"{path}: lacks {key}; expected the tensors of a Vision Mamba")
+        if tensors[key].dim() != dims:
+            raise InputError(f"{path}: {key} has shape {tuple(tensors[key].shape)}; expected {dims} dimensions")
+        return tensors[key].shape
+
+    tokens = shape("pos_embed", 3)[1]
+    try:
+        grid = _side(tokens, with_cls=with_cls)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    d_model, _, _, patch_size = shape("patch_embed.proj.weight", 4)
+    return {
+        "tokens": tokens,
+        "grid": grid,
+        "d_model": d_model,
+        "patch_size": patch_size,
+        "d_state": shape("layers.0.mixer.A_log", 2)[1],
+        "depth": len({match[1] for key in tensors if (match := re.match(r"layers\.(\d+)\.", key))}),
+        "num_classes": shape("head.weight", 2)[0],
+    }
+
+
+def _side(rows: int, *, with_cls: bool) -> int:
+    """Patches along one side."""
+    side = math.isqrt(max(0, rows - with_cls))
+    if side < 1 or side**2 != rows - with_cls:
+        token = " and a class token" if with_cls else ""
+        raise InputError(f"pos_embed: {rows} rows; must be a square number of patches{token}")
+    return side
+
+
+def _trained_stride(path: Path, sizes: Mapping[str, int], trained_at: int) -> int:
+    """The stride at which patches of this size make this grid of the images that the weights were trained on."""
+    patch_size, steps = sizes["patch_size"], sizes["grid"] - 1
+    stride, rest = divmod(trained_at - patch_size, steps) if steps else (patch_size, trained_at - patch_size)
+    if rest or not 1 <= stride <= patch_size:
+        raise InputError(
+            f"{path}: trained_at: {trained_at} pixels; no stride of patches of {patch_size} makes {sizes['grid']} of "
+            "them along a side of that; give the size that the weights were trained at"
+        )
+    return stride
+
+
+def _read_vim(path: Path, state: str | None) -> dict[str, Tensor]:
+    """The state dict of a checkpoint in the released form."""
+    if state is not None and state not in _STATES:
+        raise InputError(f"state: {state!r} is not one of {', '.join(_STATES)}")
+    if path.suffix == ".safetensors":
+        if state is not None:
+            raise InputError(f"{path}: state: {state!r}; a safetensors file holds one state, leave it out")
+        return checkpoint.read(path)[0]
+    content = _read_torch(path)
+    held = content if isinstance(content, Mapping) else {}
+    for key in _STATES if state is None else (state,):
+        tensors = held.get(key)
+        if isinstance(tensors, Mapping):
+            wrong = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
+            if wrong:
+                raise InputError(f"{path}: {key}.{wrong[0]} is no tensor")
+            return dict(tensors)
+    found = ", ".join(map(str, list(held)[:8])) or "nothing by name"
+    raise InputError(f"{path}: holds {found}; expected a state dict under {state or ' or '.join(_STATES)}")
+
+
+def _read_torch(path: Path) -> Any:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    with torch.serialization.safe_globals([argparse.Namespace]):  # where the Vim code keeps its command line
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a broken pickle raises whatever its bytes come to mean
+            foreign = _foreign(path)
+            if foreign:
+                raise InputError(f"{path}: holds {foreign}; only tensors and plain values are read") from None
+            said = str(error).split(". ")[0] or type(error).__name__
+            raise InputError(f"{path}: not a whole torch file ({' '.join(said.split())})") from None
+
+
+def _foreign(path: Path) -> str:
+    """The classes that a torch file would have to run to be read whole; empty if none, or if it is broken."""
+    try:
+        return ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)))
+    except Exception:  # as above
+        return ""
