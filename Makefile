@@ -25,7 +25,7 @@ IN_VENV := . $(VENV)/bin/activate &&
 JOBS ?= 2
 at_once = dvc stage list --name-only | grep -E '$(1)' | xargs -r -P $(JOBS) -n 4 dvc --wait-for-lock repro -s
 
-.PHONY: help env repro test test-fast lint lab bench sanitize clean
+.PHONY: help env repro ablation test test-fast lint lab bench sanitize clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -40,6 +40,9 @@ repro: env  ## train every strategy and draw the answer: what `dvc repro` does, 
 	$(IN_VENV) $(call at_once,^train@)
 	$(IN_VENV) $(call at_once,^(compare$$|tokens@))
 	$(IN_VENV) dvc repro
+
+ablation: env  ## train every option of fusion with several seeds: results/ablation.md, a quarter of an hour
+	$(IN_VENV) dvc repro ablation/dvc.yaml
 
 test: env  ## every test: style, types, units, notebooks, the pipeline
 	$(IN_VENV) pytest --nbval notebooks/method.ipynb

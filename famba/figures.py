@@ -640,3 +640,75 @@ def _colour_groups(axes: Axes, groups: Int[np.ndarray, "rows columns"], patch_si
     axes.add_collection(LineCollection(lines, colors="#222222", linewidths=1.5, capstyle="round"))
     axes.add_collection(LineCollection(lines, colors="white", linewidths=0.7, capstyle="round"))
     axes.set(xlim=limits[0], ylim=limits[1])
+
+
+@_styled
+def ablation(effects: pd.DataFrame, runs: pd.DataFrame) -> Figure:
+    """What each option of fusion is worth, with 95% intervals, beside the mean accuracy of every cell of the grid.
+
+    Args:
+        effects: as from `effects.effects`.
+        runs: what they were made from, as from `ablation.run`.
+    """
+    pairs = effects[["factor", "kept", "instead"]].drop_duplicates()
+    cells = _grid_of_means(_of(runs, _of_grid(effects)))
+    height = max(3.6, 0.85 * len(pairs) + 1.2)
+    figure = Figure(figsize=(7.4 + 0.75 * cells.shape[1], height), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[5.2, 1.2 + 0.75 * cells.shape[1]])
+    _effects(left, effects, [f"{kept} \N{MINUS SIGN} {instead}" for _, kept, instead in pairs.to_numpy()])
+    right.set_title(f"{_of_grid(effects)}: mean top-1 accuracy (%)", loc="left", fontsize=10)
+    look = {"cmap": "viridis", "annot": True, "fmt": ".1f", "cbar": False, "linewidths": 1}
+    seaborn.heatmap(cells, **look, ax=right)
+    right.tick_params(rotation=0, labelsize=8.5, length=0)
+    right.set(xlabel="", ylabel=cells.index.name)
+    n = " or ".join(str(count) for count in sorted(set(effects["n"])))
+    _caption(
+        figure,
+        f"Left: top-1 with the first value minus top-1 with the second, mean and 95% t-interval over n = {n} seeds, "
+        "pairs of one seed averaged first; right of zero, the first is better. Over the grid: the mean over every "
+        "combination of the other options. The others: only this option changed. "
+        f"Right: mean over {_seeds(runs)}.",
+        width=round(16 * figure.get_figwidth()),
+    )
+    return figure
+
+
+def _effects(axes: Axes, effects: pd.DataFrame, labels: list[str]) -> None:
+    """A row for each pair of values, in it a mark for the grid and one for each strategy."""
+    series = list(effects.groupby(["strategy", "over"], sort=False))
+    offsets = np.linspace(-0.3, 0.3, len(series)) if len(series) > 1 else [0.0]
+    for offset, (_, rows) in zip(offsets, series, strict=True):
+        strategy, whole = rows["strategy"].iloc[0], rows["over"].iloc[0] == "grid"
+        mean, low, high = rows[["mean", "low", "high"]].to_numpy(float).T
+        axes.errorbar(
+            mean,
+            np.arange(len(labels)) + offset,
+            xerr=None if np.isnan(low).all() else (mean - low, high - mean),
+            fmt=_MARKERS[strategy],
+            color="black" if whole else STRATEGY_COLOURS[strategy],
+            markersize=8 if whole else 5,
+            linewidth=2.2 if whole else 1.2,
+            capsize=0,
+            label=f"{strategy}, over the grid" if whole else strategy,
+        )
+    axes.axvline(0, color="0.4", linewidth=0.9, zorder=0)
+    for row in range(1, len(labels)):
+        axes.axhline(row - 0.5, color="0.9", linewidth=0.8, zorder=0)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set(ylim=(len(labels) - 0.5, -0.5), xlabel="difference in top-1 accuracy (points)")
+    axes.grid(False, axis="y")
+    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=len(series))
+
+
+def _of_grid(effects: pd.DataFrame) -> str:
+    return str(effects.loc[effects["over"] == "grid", "strategy"].iloc[0])
+
+
+def _grid_of_means(runs: pd.DataFrame) -> pd.DataFrame:
+    """Mean accuracy by what is compared (down) and the other options that vary (across)."""
+    varied = [factor for factor in ("feature", "order", "weighting", "position") if len(set(runs[factor])) > 1]
+    down, across = varied[0], varied[1:]
+    rows = list(dict.fromkeys(runs[down]))
+    table = runs.assign(column=["\n".join(values) for values in runs[across].to_numpy(str)] if across else "")
+    columns = list(dict.fromkeys(table["column"]))
+    return table.pivot_table(index=down, columns="column", values="top1_percent").loc[rows, columns]

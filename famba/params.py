@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
@@ -20,6 +20,8 @@ from famba.errors import InputError
 
 Strategy = Literal["none", "all", "interleaved", "lower", "upper"]
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
+
+Factor = Literal["order", "weighting", "feature", "position"]
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -163,6 +165,27 @@ class SweepParams:
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1, strict=False)]
 
 
+@dataclass(frozen=True, config=_strict)
+class AblationParams:
+    """Which options of fusion are varied, and for whom; what is not varied stays as the profile has it.
+
+    Attributes:
+        strategy: trained with every combination of the factors' values.
+        strategies: trained with one factor changed at a time.
+        factors: fields of `FusionOptions`.
+        seeds: of each of those runs.
+        epochs: instead of the profile's, to end sooner; null keeps them.
+        jobs: runs trained at the same time, each on one thread.
+    """
+
+    strategy: Strategy
+    strategies: Annotated[tuple[Strategy, ...], Field(strict=False)]
+    factors: Annotated[tuple[Factor, ...], Field(min_length=1, strict=False)]
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1, strict=False)]
+    epochs: PositiveInt | None
+    jobs: PositiveInt
+
+
 @dataclass(frozen=True)
 class Params:
     """Everything that determines one run but its seed."""
@@ -209,7 +232,7 @@ _SECTIONS: dict[str, Any] = {
     "options": FusionOptions,
     "train": TrainParams,
 }
-_TOP_LEVEL = {"profile", "profiles", "sweep", "fusion", *_SECTIONS}
+_TOP_LEVEL = {"profile", "profiles", "sweep", "ablation", "fusion", *_SECTIONS}
 
 
 def root() -> Path:
@@ -275,10 +298,38 @@ def load_sweep(path: Path | None = None) -> SweepParams:
     """The runs that params.yaml asks for; errors as in `load`."""
     name = "params.yaml" if path is None else path.name
     sweep = _validated(SweepParams, _mapping(_read(path).get("sweep"), f"{name}: sweep"), name, "sweep", {})
-    for key, values in {"strategies": sweep.strategies, "seeds": sweep.seeds}.items():
-        if len(set(values)) < len(values):
-            raise InputError(f"{name}: sweep.{key}: {list(values)}: each may be named only once")
+    _once(sweep, ("strategies", "seeds"), f"{name}: sweep")
     return sweep
+
+
+def load_ablation(path: Path | None = None, **changes: Any) -> AblationParams:
+    """The ablation that params.yaml asks for; errors as in `load`.
+
+    Args:
+        changes: values to have instead of the file's, under the same keys.
+    """
+    name = "params.yaml" if path is None else path.name
+    values = _mapping(_read(path).get("ablation"), f"{name}: ablation") | changes
+    ablation = _validated(AblationParams, values, name, "ablation", {})
+    _once(ablation, ("strategies", "factors", "seeds"), f"{name}: ablation")
+    for key, strategies in {"strategy": (ablation.strategy,), "strategies": ablation.strategies}.items():
+        if "none" in strategies:
+            raise InputError(f"{name}: ablation.{key}: 'none' fuses nothing, so that no option of fusion matters to it")
+    if ablation.strategy in ablation.strategies:
+        raise InputError(f"{name}: ablation.strategies: {ablation.strategy!r} is ablation.strategy already")
+    return ablation
+
+
+def levels(factor: Factor) -> tuple[str, ...]:
+    """The values that an option of fusion can take."""
+    return get_args(get_type_hints(FusionOptions)[factor])
+
+
+def _once(section: Any, keys: tuple[str, ...], where: str) -> None:
+    for key in keys:
+        values = getattr(section, key)
+        if len(set(values)) < len(values):
+            raise InputError(f"{where}.{key}: {list(values)}: each may be named only once")
 
 
 def _rule(document: dict, changes: dict, name: str, profile: str, strategy: str) -> FusionRule:

@@ -4,6 +4,7 @@ The pipeline trains runs in stages of their own and only checks them here. A not
 checkout without runs, trains the small ones that it shows.
 """
 
+import dataclasses
 from pathlib import Path
 
 from famba import params, records
@@ -36,21 +37,37 @@ def ensure_run(run_dir: str | Path, *, strategy: str, seed: int, profile: str, t
     Raises:
         InputError: the run is not what was asked for, and must not be trained; says why.
     """
-    p = params.load(profile, strategy=strategy)
+    return ensure(run_dir, params.load(profile, strategy=strategy), seed=seed, train_missing=train_missing)
+
+
+def ensure(
+    run_dir: str | Path, p: params.Params, *, seed: int, train_missing: bool, command: str | None = None
+) -> Path:
+    """The folder of the run of any parameters, checked; arguments and errors as in `ensure_run`.
+
+    A run that was trained here says by what code, and is trained again by other code where that is allowed. The
+    pipeline, which must not train here, sees to that itself.
+
+    Args:
+        command: what to type for this run, where it is more than a strategy and a seed of a profile.
+    """
     folder = params.root() / run_dir
-    wrong = _why_not(folder, p, seed)
-    if not wrong:
-        return folder
     if not train_missing:
-        raise InputError(wrong)
+        if wrong := _why_not(folder, p, seed):
+            raise InputError(wrong)
+        return folder
     from famba import train
 
-    records.write(train.fit(p, seed=seed), folder)
-    train.forget(p, seed=seed)
+    made_of = train.folder(p, seed=seed).name  # parameters, seed and code
+    if _why_not(folder, p, seed, made_of):
+        run = train.fit(p, seed=seed)
+        cost = {**run.cost, "made_of": made_of, "command": command or run.cost["command"]}
+        records.write(dataclasses.replace(run, cost=cost), folder)
+        train.forget(p, seed=seed)
     return folder
 
 
-def _why_not(folder: Path, p: params.Params, seed: int) -> str:
+def _why_not(folder: Path, p: params.Params, seed: int, made_of: str | None = None) -> str:
     """Empty if the folder holds the run of these parameters and this seed, else the reason."""
     try:
         run = records.read(folder)
@@ -62,4 +79,6 @@ def _why_not(folder: Path, p: params.Params, seed: int) -> str:
         return f"{folder / 'params.json'}: other parameters than params.yaml gives for {p.strategy} in {p.profile}"
     if run.metrics.get("init_sha256") != p.init_sha256(seed):
         return f"{folder / 'metrics.json'}: init_sha256: started from other weights than {p.init_path(seed)} holds now"
+    if made_of is not None and run.cost.get("made_of", made_of) != made_of:
+        return f"{folder / 'cost.json'}: made_of: {run.cost['made_of']}, other code than today's"
     return ""

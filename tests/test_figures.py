@@ -10,9 +10,9 @@ from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import to_hex, to_rgb
 from test_metrics import runs_frame
 
-from famba import figures, metrics
+from famba import effects, figures, metrics
 from famba.errors import InputError
-from famba.params import STRATEGIES
+from famba.params import STRATEGIES, FusionOptions
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -393,3 +393,56 @@ def ticks_out_of_view(figure):
             ticks = [tick for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high]
             unseen |= {id(label) for tick in ticks for label in (tick.label1, tick.label2)}
     return unseen
+
+
+@pytest.fixture
+def ablated():
+    """Runs of a grid of two by five options with three seeds, and of one strategy more."""
+    rows = []
+    for strategy, order, feature, seed in itertools.product(
+        ["upper", "lower"], ["scan", "append"], ["normed", "residual", "delta", "B", "C"], [0, 1, 2]
+    ):
+        if strategy == "upper" or feature == "normed" or order == "scan":
+            top1 = 90.0 - 2 * (order == "append") - 3 * (feature == "delta") + 0.5 * seed * (feature != "normed")
+            options = {"order": order, "weighting": "size", "feature": feature, "position": "before_mixer"}
+            rows.append({"strategy": strategy, **options, "seed": seed, "top1_percent": top1})
+    return pd.DataFrame(rows)
+
+
+def test_an_ablation_shows_every_effect_with_its_interval_and_every_cell_with_its_mean(ablated):
+    table = effects.effects(ablated, grid="upper", reference=FusionOptions())
+    figure = figures.ablation(table, ablated)
+    left, right = figure.axes
+    labels = [text.get_text() for text in left.get_yticklabels()]
+    assert (
+        labels
+        == [f"{pair[0]} \N{MINUS SIGN} {pair[1]}" for pair in zip(table["kept"], table["instead"], strict=True)][:5]
+    )
+    drawn = {container.get_label(): container for container in left.containers}
+    assert list(drawn) == ["upper, over the grid", "upper", "lower"]
+    for (_, rows), container in zip(table.groupby(["strategy", "over"], sort=False), drawn.values(), strict=True):
+        np.testing.assert_allclose(container.lines[0].get_xdata(), rows["mean"])
+        ends = np.array([segment[:, 0] for segment in container.lines[2][0].get_segments()])
+        np.testing.assert_allclose(ends, rows[["low", "high"]].to_numpy())
+    assert drawn["lower"].lines[0].get_color() == figures.STRATEGY_COLOURS["lower"]
+    heights = [np.round(container.lines[0].get_ydata()) for container in drawn.values()]
+    assert all((height == range(5)).all() for height in heights)
+    assert [text.get_text() for text in right.get_yticklabels()] == ["normed", "residual", "delta", "B", "C"]
+    assert [text.get_text() for text in right.get_xticklabels()] == ["scan", "append"]
+    assert [text.get_text() for text in right.texts][:4] == ["90.0", "88.0", "90.5", "88.5"]
+    assert "n = 3 seeds" in figure.get_supxlabel()
+
+
+def test_an_ablation_of_one_option_and_one_seed_has_marks_without_intervals(ablated):
+    runs = ablated[(ablated["seed"] == 0) & (ablated["feature"] == "normed")]
+    table = effects.effects(runs, grid="upper", reference=FusionOptions())
+    figure = figures.ablation(table, runs)
+    left, right = figure.axes
+    assert not any(container.lines[2] for container in left.containers)
+    assert [text.get_text() for text in right.texts] == ["90.0", "88.0"]
+
+
+def test_an_ablation_is_the_same_bytes_again(ablated, tmp_path):
+    table = effects.effects(ablated, grid="upper", reference=FusionOptions())
+    first, second = (figures.save(figures.ablation(table, ablated), tmp_path / f"{i}.png") for i in range(2))
+    assert first.read_bytes() == second.read_bytes()

@@ -21,16 +21,17 @@ import famba
 from famba import metrics, params, train
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGE_NOTEBOOKS = ("train", "compare", "tokens")
+PIPELINES = ("dvc.yaml", "ablation/dvc.yaml")
+STAGE_NOTEBOOKS = ("train", "compare", "tokens", "ablation")
 # A module imports only from those before it.
 # fmt: off
 ORDER = [
     "errors", "params", "files", "data", "native", "scan", "ops", "fusion", "strategies", "mixer", "model",
-    "checkpoint", "pretrained", "cost", "records", "train", "sweep", "metrics", "tokens", "figures", "bench",
-    "__main__",
+    "checkpoint", "pretrained", "cost", "records", "train", "sweep", "workers", "ablation", "metrics", "effects", "tokens",
+    "figures", "bench", "__main__",
 ]
 # fmt: on
-NO_TORCH = ("errors", "params", "files", "strategies", "records", "metrics", "figures")
+NO_TORCH = ("errors", "params", "files", "strategies", "records", "workers", "metrics", "effects", "figures")
 
 
 def modules() -> dict[str, str]:
@@ -86,9 +87,14 @@ def defaults(notebook: nbformat.NotebookNode) -> dict[str, object]:
 
 
 def stages() -> dict[str, dict]:
-    """Each stage of dvc.yaml by its name, the body of a foreach for its items."""
-    document = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())
-    return {name: stage.get("do", stage) for name, stage in document["stages"].items()}
+    """Each stage of the pipelines by its name, the body of a foreach for its items."""
+    found: dict[str, dict] = {}
+    for file in PIPELINES:
+        document = YAML(typ="safe", pure=True).load((ROOT / file).read_text())
+        assert not set(found) & set(document["stages"])
+        assert document["stages"]
+        found |= {name: stage.get("do", stage) for name, stage in document["stages"].items()}
+    return found
 
 
 def command(stage: dict) -> str:
@@ -157,7 +163,8 @@ def test_the_resolved_parameters_depend_on_what_makes_them():
     stage = stages()["resolve"]
     assert set(stage["deps"]) == files_of(closure({"params"}))
     sections = set(YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text()))
-    assert set(stage["params"]) == sections - {"sweep"}
+    assert set(stage["params"]) == sections - {"sweep", "ablation"}
+    assert set(stages()["ablation"]["params"]) == sections - {"sweep"}
 
 
 def test_each_stage_gives_its_notebook_every_parameter_and_no_other():

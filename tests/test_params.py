@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from ruamel.yaml import YAML
@@ -15,6 +15,7 @@ from famba import params
 from famba.errors import InputError
 from famba.params import (
     STRATEGIES,
+    AblationParams,
     DataParams,
     FusionOptions,
     FusionRule,
@@ -81,6 +82,22 @@ def test_the_sweep_comes_back_as_it_was():
     assert json.loads(json.dumps(dataclasses.asdict(params.load_sweep(FILE)))) == written
 
 
+def test_the_ablation_comes_back_as_it_was_and_changes_replace_its_values():
+    written = document()["ablation"]
+    assert list(written) == [field.name for field in dataclasses.fields(AblationParams)]
+    assert json.loads(json.dumps(dataclasses.asdict(params.load_ablation(FILE)))) == written
+    changed = params.load_ablation(FILE, seeds=[5], epochs=None)
+    assert (changed.seeds, changed.epochs) == ((5,), None)
+    assert dataclasses.replace(changed, seeds=(0,), epochs=1) == params.load_ablation(FILE, seeds=[0], epochs=1)
+
+
+def test_the_levels_of_a_factor_are_the_values_that_its_option_can_take():
+    assert params.levels("feature") == ("normed", "residual", "delta", "B", "C")
+    assert get_args(params.Factor) == tuple(field.name for field in dataclasses.fields(FusionOptions))
+    for factor in get_args(params.Factor):
+        assert getattr(FusionOptions(), factor) in params.levels(factor)
+
+
 def test_the_fusion_section_has_one_rule_for_each_strategy_and_each_comes_back_as_it_was():
     written = document()["fusion"]
     assert tuple(written) == STRATEGIES
@@ -90,7 +107,7 @@ def test_the_fusion_section_has_one_rule_for_each_strategy_and_each_comes_back_a
 
 
 def test_no_section_is_left_untested():
-    assert {*SECTIONS, "sweep", "fusion", "profile", "profiles"} == set(document())
+    assert {*SECTIONS, "sweep", "ablation", "fusion", "profile", "profiles"} == set(document())
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -316,6 +333,35 @@ def test_a_bad_sweep_is_named_in_one_line(edited: Callable[..., Path], key: str,
 def test_what_is_missing_is_named(edited: Callable[..., Path], keys: tuple[str, ...], expected: str):
     path = edited(*keys, delete=True)
     assert said(lambda: params.load(strategy="all", path=path)) == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "parts"),
+    [
+        ("strategy", "most", ("ablation.strategy", "'most'", "'interleaved'")),
+        ("strategy", "none", ("ablation.strategy", "'none' fuses nothing")),
+        ("strategies", ["all", "none"], ("ablation.strategies", "'none' fuses nothing")),
+        ("strategies", ["all", "all"], ("ablation.strategies", "only once")),
+        ("strategies", ["upper"], ("ablation.strategies", "'upper' is ablation.strategy already")),
+        ("factors", [], ("ablation.factors", "at least 1")),
+        ("factors", ["colour"], ("ablation.factors", "'colour'", "'weighting'")),
+        ("factors", ["order", "order"], ("ablation.factors", "only once")),
+        ("seeds", [], ("ablation.seeds", "at least 1")),
+        ("seeds", [3, 3], ("ablation.seeds", "only once")),
+        ("epochs", 0, ("ablation.epochs", "0", "greater than or equal to 1")),
+        ("jobs", None, ("ablation.jobs", "None", "integer")),
+        ("threads", 2, ("ablation", "'threads'", "epochs, factors, jobs")),
+    ],
+)
+def test_a_bad_ablation_is_named_in_one_line(edited: Callable[..., Path], key: str, value: Any, parts: tuple[str, ...]):
+    path = edited("ablation", key, to=value)
+    in_file = said(lambda: params.load_ablation(path))
+    assert all(part in in_file for part in ("params.yaml", *parts))
+    assert said(lambda: params.load_ablation(FILE, **{key: value})) == in_file
+
+
+def test_an_ablation_of_one_strategy_needs_no_others():
+    assert params.load_ablation(FILE, strategies=[]).strategies == ()
 
 
 def test_a_missing_sweep_is_named(edited: Callable[..., Path]):

@@ -34,6 +34,8 @@ def copy(tmp_path_factory) -> Path:
         old.unlink()
     edit(folder, lambda document: document.update(profile="smoke"))
     edit(folder, lambda document: document["sweep"].update(strategies=["none", "upper"], seeds=[0]))
+    less = {"strategies": ["lower"], "factors": ["order"], "seeds": [0, 1], "epochs": None}
+    edit(folder, lambda document: document["ablation"].update(less))
     run(folder, "git", "init", "-q")
     commit(folder)
     return folder
@@ -80,6 +82,7 @@ def first(copy: Path) -> dict[str, bytes]:
     assert len(commands) == 4
     done = ran("".join(run(copy, "bash", "-c", command) for command in commands))
     assert {"train@none-0", "train@upper-0", "compare", "tokens@none", "tokens@upper"} <= done
+    assert not [stage for stage in done if "ablation" in stage]
     commit(copy)
     return outputs(copy)
 
@@ -148,3 +151,38 @@ def test_a_value_that_the_profile_replaces_anyway_runs_nothing_again(copy, first
     (copy / "params.yaml").write_text(text)
     run(copy, "dvc", "repro")
     assert {stage.split("@")[0] for stage in planned} <= {"resolve"}
+
+
+ABLATION = "ablation/dvc.yaml"
+
+
+def test_the_ablation_is_a_pipeline_of_its_own_that_keeps_its_runs(copy, first):
+    done = ran(run(copy, "dvc", "repro", ABLATION))
+    assert done == {f"{ABLATION}:strip_ablation", f"{ABLATION}:ablation"}
+    results = {name: copy / name for name in ("results/ablation.csv", "results/ablation.md", "figures/ablation.png")}
+    made = {name: path.read_bytes() for name, path in results.items()}
+    assert b"Keeping scan order instead of" in made["results/ablation.md"]
+    with Image.open(results["figures/ablation.png"]) as image:
+        assert min(image.size) > 200
+    assert (copy / "ablation" / "dvc.lock").is_file()
+    commit(copy)
+    assert ran(run(copy, "dvc", "repro", ABLATION)) == set()
+    assert ran(run(copy, "dvc", "repro")) == set()
+
+    runs = {path: path.stat().st_mtime_ns for path in copy.glob("build/ablation/smoke/*/metrics.json")}
+    assert len(runs) == 2 * 2 * 2
+    module = copy / "famba" / "effects.py"
+    text = module.read_text()
+    module.write_text(text + "\n# touched\n")
+    again = ran(run(copy, "dvc", "repro", ABLATION))
+    module.write_text(text)
+    assert again == {f"{ABLATION}:ablation"}
+    assert {path: path.stat().st_mtime_ns for path in runs} == runs
+    assert {name: path.read_bytes() for name, path in results.items()} == made
+    run(copy, "dvc", "repro", ABLATION)
+
+
+def test_an_ablation_of_another_profile_is_asked_for_as_the_sweep_is(copy, first):
+    planned = run(copy, "dvc", "exp", "run", "--dry", ABLATION, "-S", "profile=default", "-S", "ablation.epochs=1")
+    assert "-p profile default" in planned
+    assert "-p runs_dir build/ablation/default" in planned

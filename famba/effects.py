@@ -1,0 +1,215 @@
+"""From the runs of an ablation to what each option of fusion is worth, in points of accuracy, and how sure that is.
+
+An effect is the top-1 accuracy of the runs with the profile's own value of one option, minus that of the runs with
+another value. A pair is two runs that differ in that option alone: same strategy, same other options, same seed.
+
+Pairs of one seed are not independent: they share initial weights and the order of images. So the pairs of a seed
+become one number, their mean, and the interval is Student's over the seeds' means, n of them. Over the grid a seed has
+many pairs, which takes noise out of its mean; it does not make n larger.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from famba import metrics, params
+from famba.errors import InputError
+from famba.files import write_atomic
+from famba.params import STRATEGIES, FusionOptions
+
+FACTORS: tuple[str, ...] = tuple(asdict(FusionOptions()))
+# What is in the file for others to work with; the rest of a run's row is the setting, which all runs share.
+_WRITTEN = ("profile", "strategy", *FACTORS, "seed", "epochs", "top1_percent", "loss", "flops_per_image")
+_SETTING = ("profile", "dataset", "img_size", "model", "epochs", "profile_epochs", "device", "versions")
+_DOING = {
+    "order": {"scan": "keeping scan order", "append": "putting even tokens first, then odd ones"},
+    "weighting": {"size": "weighting tokens by size", "mean": "weighting all tokens alike"},
+    "feature": {
+        "normed": "comparing the normed tokens",
+        "residual": "comparing the residual stream",
+        "delta": "comparing the scan's step",
+        "B": "comparing the scan's B",
+        "C": "comparing the scan's C",
+    },
+    "position": {"before_mixer": "fusing before the mixer", "after_scan": "fusing after the scan"},
+}
+
+
+def effects(runs: pd.DataFrame, *, grid: str, reference: FusionOptions) -> pd.DataFrame:
+    """What the reference's value of each option is worth against every other value.
+
+    Args:
+        runs: as from `ablation.run`.
+        grid: the strategy whose effects are means over every combination of the other options, too.
+        reference: the options that the others are compared with.
+
+    Returns:
+        One row per effect: strategy, over (`grid`: every combination of the other options; `reference`: the others as
+        in the reference), factor, kept (the reference's value), instead (the other value), mean, low and high (points,
+        95%), n (seeds), pairs (of runs, of each seed). Without a spread over seeds, low and high are NaN.
+
+    Raises:
+        InputError: a run that comes twice; a pair that lacks one of its runs; no runs of the grid's strategy.
+    """
+    if grid not in set(runs["strategy"]):
+        raise InputError(f"strategy: {grid!r} has no runs; there are runs of {', '.join(runs['strategy'].unique())}")
+    rows = []
+    for strategy in [grid, *(name for name in STRATEGIES if name in set(runs["strategy"]) and name != grid)]:
+        own = runs.loc[runs["strategy"] == strategy]
+        for over in ("grid", "reference") if strategy == grid else ("reference",):
+            for factor in FACTORS:
+                kept = getattr(reference, factor)
+                compared = own if over == "grid" else _at(own, reference, but=factor)
+                for instead in [level for level in _DOING[factor] if level in set(own[factor]) and level != kept]:
+                    by_seed = list(_paired(compared, factor, kept, instead).values())
+                    mean, low, high = metrics.interval([statistics.mean(pairs) for pairs in by_seed])
+                    rows.append(
+                        {"strategy": strategy, "over": over, "factor": factor, "kept": kept, "instead": instead}
+                        | {"mean": mean, "low": low, "high": high, "n": len(by_seed), "pairs": len(by_seed[0])}
+                    )
+    return pd.DataFrame(rows)
+
+
+def sentence(effect: Mapping[Any, Any]) -> str:
+    """One effect in words: what was done instead of what, the difference with its interval, and whether it counts."""
+    doing = _DOING[effect["factor"]]
+    claim = f"{doing[effect['kept']]} instead of {doing[effect['instead']]}"
+    pairs = f"with {effect['pairs']} pairs of runs each" if effect["pairs"] > 1 else "with a pair of runs each"
+    n = f"n = {effect['n']} seeds {pairs}"
+    if math.isnan(effect["low"]):
+        n = n.replace("seeds", "seed", 1).removesuffix(" each")
+        return f"{_first_upper(claim)}: {_points(effect['mean'])} points, {n}: without an interval, so nothing is told."
+    interval = f"95% interval {_points(effect['low'])} to {_points(effect['high'])}"
+    verdict = "" if told(effect) else "no difference could be told: "
+    return f"{_first_upper(claim)}: {verdict}{_points(effect['mean'])} points, {interval}, {n}."
+
+
+def told(effect: Mapping[Any, Any]) -> bool:
+    """Whether there is an interval and it excludes zero."""
+    return bool(effect["low"] > 0 or effect["high"] < 0)
+
+
+def markdown(table: pd.DataFrame, runs: pd.DataFrame) -> str:
+    """The ablation as a reader wants it: a sentence per effect, a table over the strategies, what was run and where.
+
+    Args:
+        table: as from `effects`.
+        runs: what it was made from.
+    """
+    rows = table.to_dict("records")
+    of_grid = [row for row in rows if row["over"] == "grid"]
+    strategy = of_grid[0]["strategy"]
+    cells = runs[runs["strategy"] == strategy].groupby(list(FACTORS)).ngroups
+    lines = [
+        "# What each option of fusion is worth",
+        "",
+        f"In points of top-1 accuracy, strategy `{strategy}`, over every combination of the other options ({cells} "
+        "cells):",
+        "",
+        *(f"- {sentence(row)}" for row in of_grid),
+        "",
+        "One option changed at a time, the others as in the profile; bold where the interval excludes zero:",
+        "",
+        *_table(rows),
+        "",
+        _caption(table, runs),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write(table: pd.DataFrame, runs: pd.DataFrame, folder: str | Path) -> None:
+    """Write ablation.csv (one line per run) and ablation.md (the effects, for readers).
+
+    Args:
+        table: as from `effects`.
+        runs: what it was made from.
+        folder: if relative, from the repository root.
+    """
+    folder = params.root() / folder
+    content = runs[list(_WRITTEN)].to_csv(index=False, lineterminator="\n")
+    write_atomic(folder / "ablation.csv", content.encode())
+    write_atomic(folder / "ablation.md", markdown(table, runs).encode())
+
+
+def _at(runs: pd.DataFrame, reference: FusionOptions, *, but: str) -> pd.DataFrame:
+    """The runs that have the reference's value in every option but one."""
+    for factor in FACTORS:
+        if factor != but:
+            runs = runs.loc[runs[factor] == getattr(reference, factor)]
+    return runs
+
+
+def _paired(runs: pd.DataFrame, factor: str, kept: str, instead: str) -> dict[int, list[float]]:
+    """The differences of each seed's pairs."""
+    others = [other for other in FACTORS if other != factor]
+    sides: dict[str, dict[tuple, float]] = {kept: {}, instead: {}}
+    for run in runs.to_dict("records"):
+        side, key = sides.get(run[factor], {}), (run["seed"], *(run[other] for other in others))
+        if key in side:
+            raise InputError(f"{factor} {run[factor]}: the run {_named(key)} comes twice")
+        side[key] = run["top1_percent"]
+    alone = sides[kept].keys() ^ sides[instead].keys()
+    if alone:
+        raise InputError(f"{factor}: {kept} against {instead}: the run {_named(min(alone))} has no counterpart")
+    differences: dict[int, list[float]] = {}
+    for key, score in sides[kept].items():
+        differences.setdefault(key[0], []).append(score - sides[instead][key])
+    counts = {seed: len(pairs) for seed, pairs in differences.items()}
+    if len(set(counts.values())) != 1:
+        raise InputError(f"{factor}: {kept} against {instead}: another number of pairs from seed to seed: {counts}")
+    return differences
+
+
+def _named(key: tuple) -> str:
+    return f"{'-'.join(key[1:])} of seed {key[0]}"
+
+
+def _table(rows: Sequence[Mapping[Any, Any]]) -> list[str]:
+    columns = list(dict.fromkeys((row["strategy"], row["over"]) for row in rows))
+    found = {(row["factor"], row["instead"], row["strategy"], row["over"]): row for row in rows}
+    heads = [f"{strategy}, over the grid" if over == "grid" else strategy for strategy, over in columns]
+    lines = [["option", *heads], ["---", *["---:"] * len(heads)]]
+    for factor, instead in dict.fromkeys((row["factor"], row["instead"]) for row in rows):
+        effects = [found[factor, instead, *column] for column in columns]
+        lines.append([f"{factor}: {effects[0]['kept']} − {instead}", *map(_entry, effects)])
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _entry(effect: Mapping[Any, Any]) -> str:
+    mean = _points(effect["mean"])
+    if math.isnan(effect["low"]):
+        return mean
+    text = f"{mean} ({_points(effect['low'])} to {_points(effect['high'])})"
+    return f"**{text}**" if told(effect) else text
+
+
+def _caption(table: pd.DataFrame, runs: pd.DataFrame) -> str:
+    at = {key: "; ".join(str(value) for value in runs[key].unique()) for key in _SETTING}
+    instead = "" if at["epochs"] == at["profile_epochs"] else f" (the profile's own are {at['profile_epochs']})"
+    intervals = [row for row in table.to_dict("records") if not math.isnan(row["low"])]
+    clear = sum(map(told, intervals))
+    counted = (
+        f"Of {len(intervals)} intervals, {clear} {'excludes' if clear == 1 else 'exclude'} zero; "
+        f"{len(intervals) / 20:.1f} would by chance alone if no option mattered."
+    )
+    return (
+        f"{len(runs)} runs of {at['epochs']} epochs{instead} with the seeds "
+        f"{', '.join(map(str, runs['seed'].unique()))}, by `make ablation`. Profile `{at['profile']}`: `{at['model']}` "
+        f"on {at['dataset']} at {at['img_size']} px. {at['device']}, 1 thread; {at['versions']}. A pair is two runs "
+        "that differ in one option alone. Pairs of one seed share its initial weights, so they are averaged first, and "
+        "the t-interval is over the n seeds; it says nothing about other images. "
+        f"{counted if intervals else 'One seed has no interval.'} Every run is a line of ablation.csv."
+    )
+
+
+def _points(value: float) -> str:
+    return f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")  # + 0.0: there is no negative zero
+
+
+def _first_upper(text: str) -> str:
+    return text[0].upper() + text[1:]
