@@ -182,7 +182,12 @@ def test_the_ablation_is_a_pipeline_of_its_own_that_keeps_its_runs(copy, first):
     run(copy, "dvc", "repro", ABLATION)
 
 
-def test_an_ablation_of_another_profile_is_asked_for_as_the_sweep_is(copy, first):
-    planned = run(copy, "dvc", "exp", "run", "--dry", ABLATION, "-S", "profile=default", "-S", "ablation.epochs=1")
+def test_an_ablation_of_other_seeds_or_another_profile_is_asked_for_as_the_sweep_is(copy, first):
+    run(copy, "dvc", "exp", "run", ABLATION, "-S", "ablation.seeds=[3]")
+    lines = (copy / "results" / "ablation.csv").read_text().splitlines()
+    assert [line.split(",")[6] for line in lines] == ["seed", "3", "3", "3", "3"]
+    edit(copy, lambda document: document.update(profile="default"))
+    planned = run(copy, "dvc", "repro", "--dry", ABLATION)
+    edit(copy, lambda document: document.update(profile="smoke"))
     assert "-p profile default" in planned
     assert "-p runs_dir build/ablation/default" in planned
