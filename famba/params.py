@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
@@ -20,11 +20,14 @@ from famba.errors import InputError
 
 Strategy = Literal["none", "all", "interleaved", "lower", "upper"]
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
+ADAPTIVE = "adaptive"  # made from calibration data, so no strategy that a name alone gives a schedule to
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy's generators take
 
+_Rule = TypeVar("_Rule", "FusionRule", "AdaptiveRule")
 _strict = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
@@ -113,6 +116,21 @@ class FusionRule:
     schedule: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] | None = None
     first_layer: PositiveInt | None = None
     last_layer: PositiveInt | None = None
+
+
+@dataclass(frozen=True, config=_strict)
+class AdaptiveRule:
+    """The budget of the schedule that calibration makes; exactly one of the three.
+
+    Attributes:
+        total: tokens removed by all layers together.
+        memory: peak memory of a training step, at most this share of the unfused model's; by formula.
+        flops: FLOPs of a forward pass, scans included, at most this share of the unfused model's; they stand for time.
+    """
+
+    total: Annotated[int, Field(ge=0)] | None = None
+    memory: Share | None = None
+    flops: Share | None = None
 
 
 @dataclass(frozen=True, config=_strict)
@@ -221,16 +239,7 @@ def load(profile: str | None = None, *, strategy: str, path: Path | None = None)
     """
     if strategy not in STRATEGIES:
         raise InputError(f"strategy: {strategy!r} is not one of {', '.join(STRATEGIES)}")
-    document, name = _read(path), "params.yaml" if path is None else path.name
-    chosen = document.get("profile") if profile is None else profile
-    profiles = _mapping(document.get("profiles"), f"{name}: profiles")
-    if not all(isinstance(key, str) for key in profiles):
-        raise InputError(f"{name}: profiles: {list(profiles)}: every name of a profile must be a string; quote it")
-    if not isinstance(chosen, str) or chosen not in profiles:
-        raise InputError(f"{name}: profile: {chosen!r} is not one of {', '.join(profiles)}")
-    changes = _mapping(profiles[chosen], f"{name}: profiles.{chosen}")
-    _known(changes, {"fusion", *_SECTIONS}, f"{name}: profiles.{chosen}")
-
+    document, name, chosen, changes = _under_profile(profile, path)
     resolved: dict[str, Any] = {}
     for section, kind in _SECTIONS.items():
         base = _mapping(document.get(section), f"{name}: {section}")
@@ -245,8 +254,13 @@ def load(profile: str | None = None, *, strategy: str, path: Path | None = None)
         )
     if train.min_lr > train.lr:
         raise InputError(f"{name}: train.min_lr: {train.min_lr}: must be at most train.lr, {train.lr}")
-    rule = _rule(document, changes, name, chosen, strategy)
+    rule = _rule(document, name, chosen, changes, strategy, FusionRule)
     return Params(profile=chosen, strategy=strategy, fusion=rule, **resolved)
+
+
+def load_adaptive(profile: str | None = None, *, path: Path | None = None) -> AdaptiveRule:
+    """The budget of the adaptive schedule under a profile: `fusion.adaptive`; arguments and errors as in `load`."""
+    return _rule(*_under_profile(profile, path), ADAPTIVE, AdaptiveRule)
 
 
 def load_sweep(path: Path | None = None) -> SweepParams:
@@ -259,21 +273,44 @@ def load_sweep(path: Path | None = None) -> SweepParams:
     return sweep
 
 
-def _rule(document: dict, changes: dict, name: str, profile: str, strategy: str) -> FusionRule:
-    """One strategy's rule; a profile's rule replaces the default's whole, since r and total exclude each other."""
+def _under_profile(profile: str | None, path: Path | None) -> tuple[dict[str, Any], str, str, dict[str, Any]]:
+    """The file's content and name, the profile that holds, and what that changes."""
+    document, name = _read(path), "params.yaml" if path is None else path.name
+    chosen = document.get("profile") if profile is None else profile
+    profiles = _mapping(document.get("profiles"), f"{name}: profiles")
+    if not all(isinstance(key, str) for key in profiles):
+        raise InputError(f"{name}: profiles: {list(profiles)}: every name of a profile must be a string; quote it")
+    if not isinstance(chosen, str) or chosen not in profiles:
+        raise InputError(f"{name}: profile: {chosen!r} is not one of {', '.join(profiles)}")
+    changes = _mapping(profiles[chosen], f"{name}: profiles.{chosen}")
+    _known(changes, {"fusion", *_SECTIONS}, f"{name}: profiles.{chosen}")
+    return document, name, chosen, changes
+
+
+# What a rule is given by: exactly one of these.
+_WAYS: dict[type, tuple[str, ...]] = {
+    FusionRule: ("r", "total", "schedule"),
+    AdaptiveRule: ("total", "memory", "flops"),
+}
+
+
+def _rule(
+    document: dict[str, Any], name: str, profile: str, changes: dict[str, Any], strategy: str, kind: type[_Rule]
+) -> _Rule:
+    """One strategy's rule; a profile's rule replaces the default's whole, since its ways exclude each other."""
     rules = _mapping(document.get("fusion"), f"{name}: fusion")
     changed = _mapping(changes.get("fusion", {}), f"{name}: profiles.{profile}.fusion")
-    _known(rules, set(STRATEGIES), f"{name}: fusion")
-    _known(changed, set(STRATEGIES), f"{name}: profiles.{profile}.fusion")
+    _known(rules, {*STRATEGIES, ADAPTIVE}, f"{name}: fusion")
+    _known(changed, {*STRATEGIES, ADAPTIVE}, f"{name}: profiles.{profile}.fusion")
+    ways = _WAYS[kind]
     if strategy in changed:
         section, rule = f"profiles.{profile}.fusion.{strategy}", changed[strategy]
     elif strategy in rules:
         section, rule = f"fusion.{strategy}", rules[strategy]
     else:
-        raise InputError(f"{name}: fusion.{strategy}: missing; give {{r: ...}} or {{total: ...}}")
-    rule = _validated(FusionRule, _mapping(rule, f"{name}: {section}"), name, section, {})
-    ways = {key: getattr(rule, key) for key in ("r", "total", "schedule")}
-    given = {key: value for key, value in ways.items() if value is not None}
+        raise InputError(f"{name}: fusion.{strategy}: missing; give {' or '.join(f'{{{way}: ...}}' for way in ways)}")
+    rule = _validated(kind, _mapping(rule, f"{name}: {section}"), name, section, {})
+    given = {key: getattr(rule, key) for key in ways if getattr(rule, key) is not None}
     if len(given) != 1:
         raise InputError(f"{name}: {section}: {given or 'nothing'} given; exactly one of {', '.join(ways)} is allowed")
     return rule

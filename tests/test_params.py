@@ -82,10 +82,35 @@ def test_the_sweep_comes_back_as_it_was():
 
 def test_the_fusion_section_has_one_rule_for_each_strategy_and_each_comes_back_as_it_was():
     written = document()["fusion"]
-    assert tuple(written) == STRATEGIES
-    for strategy, rule in written.items():
+    assert tuple(written) == (*STRATEGIES, "adaptive")
+    for strategy in STRATEGIES:
         loaded = dataclasses.asdict(params.load("default", strategy=strategy, path=FILE).fusion)
-        assert {key: value for key, value in loaded.items() if value is not None} == rule
+        assert {key: value for key, value in loaded.items() if value is not None} == written[strategy]
+    budget = dataclasses.asdict(params.load_adaptive("default", path=FILE))
+    assert {key: value for key, value in budget.items() if value is not None} == written["adaptive"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ({}, ("fusion.adaptive", "nothing given", "total, memory, flops")),
+        ({"total": 3, "memory": 0.5}, ("fusion.adaptive", "'total': 3, 'memory': 0.5", "exactly one")),
+        ({"memory": 0}, ("fusion.adaptive.memory", "0", "greater than 0")),
+        ({"flops": 1.5}, ("fusion.adaptive.flops", "1.5", "less than or equal to 1")),
+        ({"memory": "60%"}, ("fusion.adaptive.memory", "'60%'", "number")),
+        ({"r": 3}, ("fusion.adaptive", "'r'", "allowed: flops, memory, total")),
+    ],
+)
+def test_a_budget_that_is_none_is_refused(edited: Callable[..., Path], rule: dict, expected: tuple[str, ...]):
+    path = edited("fusion", "adaptive", to=rule)
+    message = said(lambda: params.load_adaptive("default", path=path))
+    assert all(part in message for part in expected)
+
+
+def test_a_profile_replaces_the_budget_whole(edited: Callable[..., Path]):
+    path = edited("profiles", "smoke", "fusion", to={"adaptive": {"memory": 0.5}})
+    assert params.load_adaptive("smoke", path=path) == params.AdaptiveRule(memory=0.5)
+    assert params.load_adaptive("default", path=path).memory is None
 
 
 def test_no_section_is_left_untested():
@@ -302,7 +327,7 @@ def test_a_bad_sweep_is_named_in_one_line(edited: Callable[..., Path], key: str,
         (("data", "shift"), "params.yaml: data.shift: missing"),
         (("train", "lr"), "params.yaml: train.lr: missing"),
         (("model", "name"), "params.yaml: model.name: missing"),
-        (("fusion", "all"), "params.yaml: fusion.all: missing; give {r: ...} or {total: ...}"),
+        (("fusion", "all"), "params.yaml: fusion.all: missing; give {r: ...} or {total: ...} or {schedule: ...}"),
         (("data",), "params.yaml: data: None is not a section of `key: value` lines"),
         (("profiles",), "params.yaml: profiles: None is not a section of `key: value` lines"),
     ],

@@ -1,12 +1,16 @@
 """Strategy names become schedules: the paper's own, the same at other depths, and what is refused."""
 
+import itertools
+import math
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from famba.errors import InputError
 from famba.params import FusionRule
-from famba.strategies import STRATEGIES, from_rule, fused_layers, schedule, token_counts
+from famba.strategies import STRATEGIES, adaptive, from_rule, frontier, fused_layers, schedule, token_counts
 
 PAPER = {"none": None, "all": 7, "interleaved": 14, "lower": 9, "upper": 9}
 
@@ -83,6 +87,15 @@ def test_first_and_last_layer_narrow_every_strategy():
         ({"strategy": "all", "depth": 4, "r": 2, "first_layer": 3, "last_layer": 2}, "no layer to fuse in among 3..2"),
         ({"strategy": "interleaved", "depth": 1, "r": 1}, "no layer to fuse in"),
         ({"strategy": "all", "depth": 0, "r": 1}, "depth: 0"),
+        ({"strategy": "adaptive", "depth": 1, "total": 1}, "costs: missing; it needs total, costs and tokens"),
+        ({"strategy": "adaptive", "depth": 1, "costs": [[0]], "tokens": 3}, "total: missing"),
+        ({"strategy": "adaptive", "depth": 1, "costs": [[0]], "total": 1}, "tokens: missing"),
+        ({"strategy": "adaptive", "depth": 1, "r": 1}, "r = 1; its layers and r follow from costs"),
+        ({"strategy": "adaptive", "depth": 2, "costs": [[0]], "tokens": 3, "total": 0}, "1 rows; must be one for each"),
+        ({"strategy": "adaptive", "depth": 1, "costs": [[0, 1]], "tokens": 9, "total": 2}, "at most 1 go"),
+        ({"strategy": "adaptive", "depth": 1, "costs": [[0, 1]], "tokens": 9, "total": -1}, "-1; must be 0 or more"),
+        ({"strategy": "adaptive", "depth": 1, "costs": [[0, math.nan]], "tokens": 9, "total": 1}, "layer 1"),
+        ({"strategy": "upper", "depth": 1, "r": 1, "costs": [[0, 1]]}, "only 'adaptive' takes them"),
     ],
 )
 def test_what_makes_no_schedule_is_refused_in_one_line(arguments, said):
@@ -104,3 +117,75 @@ def test_a_schedule_can_be_given_outright():
         from_rule("upper", FusionRule(schedule=(0, 2, 5)), depth=4)
     assert from_rule("upper", FusionRule(r=2, first_layer=2), depth=3) == [0, 2, 2]
     assert from_rule("all", FusionRule(total=9), depth=3) == [3, 3, 3]
+
+
+TABLES = st.lists(st.lists(st.integers(0, 9), min_size=4, max_size=4), min_size=1, max_size=4)
+
+
+def possible(costs, tokens: int) -> list[list[int]]:
+    """Every schedule that the rows and the tokens allow, by trying them all."""
+    found = []
+    for plan in itertools.product(*(range(len(row)) for row in costs)):
+        try:
+            token_counts(plan, tokens)
+        except InputError:
+            continue
+        found.append(list(plan))
+    return found
+
+
+def price(costs, plan) -> float:
+    return sum(row[r] for row, r in zip(costs, plan, strict=True))
+
+
+def work(plan, tokens: int) -> int:
+    return sum(token_counts(plan, tokens)[1:])
+
+
+def test_adaptive_spends_its_tokens_where_they_cost_least():
+    costs = [[0, 5, 10, 15], [0, 1, 2, 9], [0, 2, 4, 6]]
+    assert adaptive(costs, total=3, tokens=20) == [0, 2, 1]
+    assert schedule("adaptive", depth=3, total=3, costs=costs, tokens=20) == [0, 2, 1]
+
+
+def test_adaptive_sees_what_a_greedy_choice_does_not():
+    # layer 1's first token is the cheapest of all; taking it leaves layer 2 too few tokens for its cheap pair
+    assert adaptive([[0, 1], [0, 9, 3]], total=2, tokens=5) == [0, 2]
+    assert adaptive([[0, 1], [0, 9, 3]], total=3, tokens=6) == [1, 2]
+
+
+def test_of_equally_cheap_schedules_the_one_that_fuses_earlier_is_taken():
+    assert adaptive([[0, 1, 2]] * 3, total=3, tokens=20) == [2, 1, 0]
+
+
+@given(TABLES, st.integers(2, 12), st.integers(0, 8))
+def test_no_schedule_of_as_many_tokens_is_cheaper_than_the_adaptive_one(costs, tokens, total):
+    allowed = [plan for plan in possible(costs, tokens) if sum(plan) == total]
+    if not allowed:
+        with pytest.raises(InputError, match="at most"):
+            adaptive(costs, total=total, tokens=tokens)
+        return
+    plan = adaptive(costs, total=total, tokens=tokens)
+    assert plan in allowed
+    assert price(costs, plan) == min(price(costs, other) for other in allowed)
+
+
+@given(TABLES, st.integers(2, 12))
+def test_the_frontier_is_what_no_schedule_beats_in_cost_and_work(costs, tokens):
+    points = {(price(costs, plan), work(plan, tokens)) for plan in possible(costs, tokens)}
+    front = {(c, w) for c, w in points if not any(a <= c and b <= w and (a, b) != (c, w) for a, b in points)}
+    plans = list(frontier(costs, tokens=tokens))
+    found = [(price(costs, plan), work(plan, tokens)) for plan in plans]
+    assert set(found) == front
+    assert len(found) == len(front)
+    assert found == sorted(found)
+
+
+def test_a_table_of_a_released_models_size_is_worked_out_in_seconds():
+    rises = np.arange(99)
+    costs = [list((rises * (1 + layer / 24)) ** 1.5) for layer in range(24)]
+    plan = adaptive(costs, total=171, tokens=197)
+    assert sum(plan) == 171
+    assert token_counts(plan, 197)[-1] == 26
+    assert plan == sorted(plan, reverse=True)  # later layers cost more in this table
+    assert plan[0] > plan[-1]
