@@ -21,7 +21,7 @@ export OMP_WAIT_POLICY := passive
 
 IN_VENV := . $(VENV)/bin/activate &&
 
-.PHONY: help env repro test test-fast lint lab bench sanitize clean
+.PHONY: help env repro adaptive test test-fast lint lab bench sanitize clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -33,6 +33,9 @@ $(READY): ; .ci/setup $(VENV) $(READY)
 
 repro: env  ## train every strategy and draw the answer: the same as `dvc repro` in the activated environment
 	$(IN_VENV) dvc repro
+
+adaptive: env  ## make schedules from what fusing costs, train them, compare: the same as `dvc repro adaptive/dvc.yaml`
+	$(IN_VENV) dvc repro adaptive/dvc.yaml
 
 test: env  ## every test: style, types, units, notebooks, the pipeline
 	$(IN_VENV) pytest --nbval notebooks/method.ipynb

@@ -636,3 +636,58 @@ def _colour_groups(axes: Axes, groups: Int[np.ndarray, "rows columns"], patch_si
     axes.add_collection(LineCollection(lines, colors="#222222", linewidths=1.5, capstyle="round"))
     axes.add_collection(LineCollection(lines, colors="white", linewidths=0.7, capstyle="round"))
     axes.set(xlim=limits[0], ylim=limits[1])
+
+
+# In the order in which they are drawn, below the named strategies.
+_ADAPTIVE_COLOURS = {"adaptive-logits": _PALETTE[3], "adaptive-similarity": _PALETTE[6]}
+
+
+@_styled
+def adaptive_schedules(schedules: pd.DataFrame, runs: pd.DataFrame) -> Figure:
+    """What each strategy removes where, as bars by layer, and the accuracy that it reaches, the adaptive ones below.
+
+    Args:
+        schedules: as from `adaptive.schedules`.
+        runs: as from `adaptive.runs`.
+
+    Raises:
+        InputError: a strategy that has no colour.
+    """
+    colours = STRATEGY_COLOURS | _ADAPTIVE_COLOURS
+    present = list(dict.fromkeys(runs["strategy"]))
+    if unknown := [name for name in present if name not in colours]:
+        raise InputError(f"strategy: {unknown[0]!r} is not one of {', '.join(colours)}")
+    names = [name for name in colours if name in present]
+    figure = Figure(figsize=(9.6, 0.9 + 0.72 * len(names)), layout="constrained")
+    grid = figure.add_gridspec(len(names), 2, width_ratios=[3, 2])
+    score = figure.add_subplot(grid[:, 1])
+    bars, most = None, schedules["removed"].max()
+    for row, name in enumerate(names):
+        own = _of(schedules, name)
+        bars = figure.add_subplot(grid[row, 0], sharex=bars)
+        drawn = bars.bar(own["layer"], own["removed"], color=colours[name], width=0.75)
+        bars.bar_label(drawn, [str(r) if r else "" for r in own["removed"]], fontsize=8)
+        bars.set(ylim=(0, 1.35 * most), yticks=[], ylabel=f"{name}\n{own['removed'].sum()} in all")
+        bars.yaxis.label.set(rotation=0, ha="right", va="center", fontsize=9)
+        bars.grid(False)
+        bars.tick_params(labelbottom=row == len(names) - 1)
+        points = _of(runs, name)["top1_percent"].to_numpy(float)
+        mean, low, high = metrics.interval(points.tolist())
+        score.scatter(points, [row] * len(points), s=20, color=colours[name], alpha=0.5)
+        error = None if math.isnan(low) else [[mean - low], [high - mean]]
+        style: dict[str, Any] = {"color": colours[name], "markeredgecolor": "white", "markersize": 9, "capsize": 3}
+        score.errorbar(mean, row, xerr=error, fmt="o", **style)
+    assert bars is not None
+    bars.set_xlabel("layer")
+    bars.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
+    score.set(xlabel=_LABELS["top1_percent"], yticks=range(len(names)), yticklabels=[])
+    score.set_ylim(len(names) - 0.5, -0.5)
+    score.grid(False, axis="y")
+    n = sorted({len(_of(runs, name)) for name in names})
+    _caption(
+        figure,
+        f"Bars: tokens removed by each layer. Right: single runs, small; their mean and its 95% t-interval, large; "
+        f"n = {' or '.join(map(str, n))} seed{'' if n == [1] else 's'}.",
+        width=130,
+    )
+    return figure

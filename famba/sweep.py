@@ -4,6 +4,7 @@ The pipeline trains runs in stages of their own and only checks them here. A not
 checkout without runs, trains the small ones that it shows.
 """
 
+import dataclasses
 from pathlib import Path
 
 from famba import params, records
@@ -36,7 +37,17 @@ def ensure_run(run_dir: str | Path, *, strategy: str, seed: int, profile: str, t
     Raises:
         InputError: the run is not what was asked for, and must not be trained; says why.
     """
-    p = params.load(profile, strategy=strategy)
+    return ensure(run_dir, params.load(profile, strategy=strategy), seed=seed, train_missing=train_missing)
+
+
+def ensure(
+    run_dir: str | Path, p: params.Params, *, seed: int, train_missing: bool, command: str | None = None
+) -> Path:
+    """`ensure_run` of any parameters, also such as params.yaml does not hold.
+
+    Args:
+        command: what trains the run again, for its record; None is `python -m famba train` with its strategy.
+    """
     folder = params.root() / run_dir
     wrong = _why_not(folder, p, seed)
     if not wrong:
@@ -45,7 +56,10 @@ def ensure_run(run_dir: str | Path, *, strategy: str, seed: int, profile: str, t
         raise InputError(wrong)
     from famba import train
 
-    records.write(train.fit(p, seed=seed), folder)
+    run = train.fit(p, seed=seed)
+    if command is not None:
+        run = dataclasses.replace(run, cost={**run.cost, "command": command})
+    records.write(run, folder)
     train.forget(p, seed=seed)
     return folder
 
@@ -59,5 +73,5 @@ def _why_not(folder: Path, p: params.Params, seed: int) -> str:
     if run.seed != seed:
         return f"{folder / 'metrics.json'}: seed: {run.seed}; asked for {seed}"
     if run.params != p.as_dict():
-        return f"{folder / 'params.json'}: other parameters than params.yaml gives for {p.strategy} in {p.profile}"
+        return f"{folder / 'params.json'}: other parameters than {p.strategy} has in {p.profile} today"
     return ""

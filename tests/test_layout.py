@@ -21,12 +21,13 @@ import famba
 from famba import metrics, params, train
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGE_NOTEBOOKS = ("train", "compare", "tokens")
+STAGE_NOTEBOOKS = ("train", "compare", "tokens", "adaptive")
 # A module imports only from those before it.
 # fmt: off
 ORDER = [
     "errors", "params", "files", "data", "native", "scan", "ops", "fusion", "strategies", "mixer", "model",
-    "checkpoint", "cost", "records", "train", "sweep", "metrics", "tokens", "figures", "bench", "__main__",
+    "checkpoint", "cost", "records", "train", "calibrate", "sweep", "metrics", "tokens", "adaptive", "figures", "bench",
+    "__main__",
 ]
 # fmt: on
 NO_TORCH = ("errors", "params", "files", "strategies", "records", "metrics", "figures")
@@ -85,9 +86,14 @@ def defaults(notebook: nbformat.NotebookNode) -> dict[str, object]:
 
 
 def stages() -> dict[str, dict]:
-    """Each stage of dvc.yaml by its name, the body of a foreach for its items."""
-    document = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())
-    return {name: stage.get("do", stage) for name, stage in document["stages"].items()}
+    """Each stage by its name as DVC has it, `folder/dvc.yaml:name` below the root; of a foreach, the body."""
+    found = {}
+    for path in [ROOT / "dvc.yaml", *sorted(ROOT.glob("*/dvc.yaml"))]:
+        file = "" if path.parent == ROOT else f"{path.relative_to(ROOT)}:"
+        document = YAML(typ="safe", pure=True).load(path.read_text())
+        found |= {f"{file}{name}": stage.get("do", stage) for name, stage in document["stages"].items()}
+        assert all((stage.get("wdir") == "..") == bool(file) for stage in document["stages"].values()), path
+    return found
 
 
 def command(stage: dict) -> str:
@@ -95,7 +101,8 @@ def command(stage: dict) -> str:
 
 
 def notebook_stages() -> dict[str, dict]:
-    return {name: stage for name, stage in stages().items() if "famba notebook" in command(stage)}
+    """The stages that run a notebook, by the notebook's name, which is the stage's own."""
+    return {name.split(":")[-1]: stage for name, stage in stages().items() if "famba notebook" in command(stage)}
 
 
 def tracked() -> list[Path]:
