@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from famba import calibrate, metrics, params, records, sweep, train
+from famba import calibrate, metrics, params, records, sweep
 from famba.calibrate import Plan
 from famba.errors import InputError
 from famba.files import json_bytes, write_atomic
 from famba.params import ADAPTIVE, STRATEGIES, FusionRule, SweepParams
 
-_COMMAND = f"dvc repro {ADAPTIVE}/dvc.yaml"
+_COMMAND = "make adaptive"
 _COLUMNS = ["strategy", "seed", "top1_percent", "train_time_s", "peak_memory_mib", "flops_per_image", "tokens_removed"]
 
 
@@ -51,8 +51,7 @@ def runs(
 
     Args:
         runs_dir: folder of the sweep's runs, which must be there.
-        trained_dir: folder of the plans' runs. Like checkpoints, they are named by parameters, seed and code, so that
-            a change of either trains again.
+        trained_dir: folder of the plans' runs; one is trained again if its parameters or the code have changed.
 
     Raises:
         InputError: as from `metrics.load_runs`; or a sweep in which no named strategy fuses.
@@ -64,7 +63,7 @@ def runs(
     for plan in plans:
         p = dataclasses.replace(base, strategy=ADAPTIVE, fusion=FusionRule(schedule=tuple(plan.schedule)))
         for seed in asked.seeds:
-            folder = Path(trained_dir) / train.folder(p, seed=seed).name
+            folder = Path(trained_dir) / records.run_name(name(plan), seed)
             run = records.read(sweep.ensure(folder, p, seed=seed, train_missing=True, command=_COMMAND))
             measured = {key: run.cost[key] for key in ("train_time_s", "peak_memory_mib", "flops_per_image")}
             score = {"top1_percent": run.metrics["top1_percent"], "tokens_removed": sum(run.schedule)}

@@ -43,28 +43,31 @@ def ensure_run(run_dir: str | Path, *, strategy: str, seed: int, profile: str, t
 def ensure(
     run_dir: str | Path, p: params.Params, *, seed: int, train_missing: bool, command: str | None = None
 ) -> Path:
-    """`ensure_run` of any parameters, also such as params.yaml does not hold.
+    """The folder of the run of any parameters, checked; arguments and errors as in `ensure_run`.
+
+    A run that was trained here says by what code, and is trained again by other code where that is allowed. The
+    pipeline, which must not train here, sees to that itself.
 
     Args:
-        command: what trains the run again, for its record; None is `python -m famba train` with its strategy.
+        command: what to type for this run, where it is more than a strategy and a seed of a profile.
     """
     folder = params.root() / run_dir
-    wrong = _why_not(folder, p, seed)
-    if not wrong:
-        return folder
     if not train_missing:
-        raise InputError(wrong)
+        if wrong := _why_not(folder, p, seed):
+            raise InputError(wrong)
+        return folder
     from famba import train
 
-    run = train.fit(p, seed=seed)
-    if command is not None:
-        run = dataclasses.replace(run, cost={**run.cost, "command": command})
-    records.write(run, folder)
-    train.forget(p, seed=seed)
+    made_of = train.folder(p, seed=seed).name  # parameters, seed and code
+    if _why_not(folder, p, seed, made_of):
+        run = train.fit(p, seed=seed)
+        cost = {**run.cost, "made_of": made_of, "command": command or run.cost["command"]}
+        records.write(dataclasses.replace(run, cost=cost), folder)
+        train.forget(p, seed=seed)
     return folder
 
 
-def _why_not(folder: Path, p: params.Params, seed: int) -> str:
+def _why_not(folder: Path, p: params.Params, seed: int, made_of: str | None = None) -> str:
     """Empty if the folder holds the run of these parameters and this seed, else the reason."""
     try:
         run = records.read(folder)
@@ -73,5 +76,7 @@ def _why_not(folder: Path, p: params.Params, seed: int) -> str:
     if run.seed != seed:
         return f"{folder / 'metrics.json'}: seed: {run.seed}; asked for {seed}"
     if run.params != p.as_dict():
-        return f"{folder / 'params.json'}: other parameters than {p.strategy} has in {p.profile} today"
+        return f"{folder / 'params.json'}: other parameters than params.yaml gives for {p.strategy} in {p.profile}"
+    if made_of is not None and run.cost.get("made_of", made_of) != made_of:
+        return f"{folder / 'cost.json'}: made_of: {run.cost['made_of']}, other code than today's"
     return ""

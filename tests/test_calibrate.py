@@ -1,6 +1,7 @@
 """Costs of fusing are those that a forward pass shows, and budgets are kept by the cheapest schedule."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_similarity_costs_are_what_the_best_pairs_lack_of_being_alike(model, ima
             assert costs[layer][r] == pytest.approx(lacking, abs=1e-5)
     assert all(row[0] == 0 for row in costs)
     for row in costs:
-        rises = [b - a for a, b in zip(row, row[1:], strict=False)]
+        rises = [b - a for a, b in itertools.pairwise(row)]
         assert rises == sorted(rises)
 
 
@@ -98,7 +99,9 @@ def test_a_share_of_the_memory_is_kept_by_the_cheapest_schedule_of_the_frontier(
         return cost.analyse(model.config, removed, batch=4).peak_bytes
 
     kept = [
-        plan for plan in strategies.frontier(COSTS, tokens=TOKENS) if peak(plan) <= share * peak([0, 0, 0]) * (1 + 1e-12)
+        plan
+        for plan in strategies.frontier(COSTS, tokens=TOKENS)
+        if peak(plan) <= share * peak([0, 0, 0]) * (1 + 1e-12)
     ]
     assert schedule in kept
     assert price(schedule) == min(map(price, kept))
@@ -113,7 +116,9 @@ def test_a_share_of_the_flops_counts_the_scans_too(model):
 
 
 def test_a_share_that_no_schedule_keeps_is_refused_with_the_nearest(model):
-    with pytest.raises(InputError, match=r"fusion\.adaptive\.memory: 0\.01; the least that fusing can reach here is 0\.\d"):
+    with pytest.raises(
+        InputError, match=r"fusion\.adaptive\.memory: 0\.01; the least that fusing can reach here is 0\.\d"
+    ):
         within(AdaptiveRule(memory=0.01), model)
 
 

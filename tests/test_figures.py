@@ -382,3 +382,33 @@ def ticks_out_of_view(figure):
             ticks = [tick for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high]
             unseen |= {id(label) for tick in ticks for label in (tick.label1, tick.label2)}
     return unseen
+
+
+def test_adaptive_schedules_show_every_layers_tokens_and_the_mean_with_its_interval():
+    removed = {"none": [0, 0, 0], "upper": [0, 2, 2], "adaptive-logits": [0, 1, 3]}
+    layers = [
+        {"strategy": name, "layer": layer, "removed": r}
+        for name, plan in removed.items()
+        for layer, r in enumerate(plan, start=1)
+    ]
+    scores = {"none": [96.0, 98.0], "adaptive-logits": [94.0, 95.0], "upper": [93.0, 97.0]}
+    rows = [
+        {"strategy": name, "seed": seed, "top1_percent": x}
+        for name, runs in scores.items()
+        for seed, x in enumerate(runs)
+    ]
+    figure = figures.adaptive_schedules(pd.DataFrame(layers), pd.DataFrame(rows))
+    score, *bars = figure.axes
+    assert [axes.get_ylabel().split("\n") for axes in bars] == [
+        [name, f"{sum(plan)} in all"] for name, plan in removed.items()
+    ]
+    assert [[bar.get_height() for bar in axes.patches] for axes in bars] == list(removed.values())
+    assert len({to_hex(axes.patches[-1].get_facecolor()) for axes in bars}) == 3
+    means = [container[0].get_xydata()[0].tolist() for container in score.containers]
+    assert means == [[97.0, 0], [95.0, 1], [94.5, 2]]
+    (spread,) = score.containers[2][2]
+    low, high = spread.get_segments()[0][:, 0]
+    assert (low, high) == pytest.approx(metrics.interval([94.0, 95.0])[1:])
+    assert "n = 2 seeds" in figure._supxlabel.get_text()
+    with pytest.raises(InputError, match="'adaptive-luck' is not one of"):
+        figures.adaptive_schedules(pd.DataFrame(layers), pd.DataFrame(rows).assign(strategy="adaptive-luck"))

@@ -86,13 +86,13 @@ def defaults(notebook: nbformat.NotebookNode) -> dict[str, object]:
 
 
 def stages() -> dict[str, dict]:
-    """Each stage by its name as DVC has it, `folder/dvc.yaml:name` below the root; of a foreach, the body."""
-    found = {}
+    """Each stage of the root's pipeline and of those in folders, by its name; of a foreach, the body."""
+    found: dict[str, dict] = {}
     for path in [ROOT / "dvc.yaml", *sorted(ROOT.glob("*/dvc.yaml"))]:
-        file = "" if path.parent == ROOT else f"{path.relative_to(ROOT)}:"
         document = YAML(typ="safe", pure=True).load(path.read_text())
-        found |= {f"{file}{name}": stage.get("do", stage) for name, stage in document["stages"].items()}
-        assert all((stage.get("wdir") == "..") == bool(file) for stage in document["stages"].values()), path
+        assert not set(found) & set(document["stages"])
+        assert all((stage.get("wdir") == "..") == (path.parent != ROOT) for stage in document["stages"].values()), path
+        found |= {name: stage.get("do", stage) for name, stage in document["stages"].items()}
     return found
 
 
@@ -101,8 +101,7 @@ def command(stage: dict) -> str:
 
 
 def notebook_stages() -> dict[str, dict]:
-    """The stages that run a notebook, by the notebook's name, which is the stage's own."""
-    return {name.split(":")[-1]: stage for name, stage in stages().items() if "famba notebook" in command(stage)}
+    return {name: stage for name, stage in stages().items() if "famba notebook" in command(stage)}
 
 
 def tracked() -> list[Path]:
@@ -164,6 +163,7 @@ def test_the_resolved_parameters_depend_on_what_makes_them():
     assert set(stage["deps"]) == files_of(closure({"params"}))
     sections = set(YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text()))
     assert set(stage["params"]) == sections - {"sweep"}
+    assert set(stages()["adaptive"]["params"]) == sections
 
 
 def test_each_stage_gives_its_notebook_every_parameter_and_no_other():

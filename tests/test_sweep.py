@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -47,7 +48,10 @@ def trained(monkeypatch) -> list[tuple[str, int]]:
         assert made[-1] == (p.strategy, seed)
         made[-1] = (f"{p.strategy}, forgotten", seed)
 
-    fake = SimpleNamespace(fit=fit, forget=forget)
+    def folder(p, *, seed):
+        return Path(f"{p.digest(seed)}-{fake.code}")
+
+    fake = SimpleNamespace(fit=fit, forget=forget, folder=folder, code="code")
     monkeypatch.setitem(sys.modules, "famba.train", fake)
     monkeypatch.setattr(famba, "train", fake, raising=False)
     return made
@@ -75,6 +79,34 @@ def test_a_run_of_other_parameters_is_trained_again(tmp_path, trained):
     sweep.ensure_run(folder, strategy="none", seed=0, profile="smoke", train_missing=True)
     assert len(trained) == 2
     assert json.loads((folder / "params.json").read_text()) == params.load("smoke", strategy="none").as_dict()
+
+
+def test_a_run_of_other_code_is_trained_again_where_that_is_allowed(tmp_path, trained, monkeypatch):
+    run = {"strategy": "none", "seed": 0, "profile": "smoke"}
+    sweep.ensure_run(tmp_path, **run, train_missing=True)
+    monkeypatch.setattr(sys.modules["famba.train"], "code", "changed")
+    sweep.ensure_run(tmp_path, **run, train_missing=False)
+    assert len(trained) == 1
+    sweep.ensure_run(tmp_path, **run, train_missing=True)
+    assert len(trained) == 2
+    assert records.read(tmp_path).cost["made_of"].endswith("-changed")
+
+
+def test_a_run_that_was_trained_elsewhere_and_does_not_say_by_what_code_is_taken(tmp_path, trained):
+    run = {"strategy": "none", "seed": 0, "profile": "smoke"}
+    sweep.ensure_run(tmp_path, **run, train_missing=True)
+    cost = json.loads((tmp_path / "cost.json").read_text())
+    del cost["made_of"]
+    (tmp_path / "cost.json").write_text(json.dumps(cost))
+    sweep.ensure_run(tmp_path, **run, train_missing=True)
+    assert len(trained) == 1
+
+
+def test_a_run_records_the_command_that_was_given_for_it(tmp_path, trained):
+    p = params.load("smoke", strategy="upper")
+    sweep.ensure(tmp_path / "given", p, seed=0, train_missing=True, command="make something")
+    sweep.ensure(tmp_path / "own", p, seed=0, train_missing=True)
+    assert [records.read(tmp_path / name).cost["command"] for name in ("given", "own")] == ["make something", "none"]
 
 
 def test_where_training_is_not_allowed_a_missing_run_is_an_error(tmp_path, trained):
