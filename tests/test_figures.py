@@ -412,3 +412,20 @@ def test_adaptive_schedules_show_every_layers_tokens_and_the_mean_with_its_inter
     assert "n = 2 seeds" in figure._supxlabel.get_text()
     with pytest.raises(InputError, match="'adaptive-luck' is not one of"):
         figures.adaptive_schedules(pd.DataFrame(layers), pd.DataFrame(rows).assign(strategy="adaptive-luck"))
+
+
+def test_paper_memory_draws_the_papers_points_and_both_formulas_against_layer_and_r():
+    at = [(2, 6, 9), (2, 2, 7), (3, 6, 9), (3, 6, 1)]
+    sides = {("vim_tiny", "paper"): 0.1, ("vim_tiny", "formula"): 0.0, ("vim_small", "formula"): 0.01}
+    rows = [
+        {"model": model, "table": table, "first_layer": layer, "r": r, "source": source, "memory_share": 1 - r / 20 + x}
+        for table, layer, r in at
+        for (model, source), x in sides.items()
+    ]
+    figure = figures.paper_memory(pd.DataFrame(rows))
+    assert legend(figure) == ["Vim-Ti, paper", "Vim-Ti, formula", "Vim-S, formula"]
+    by_layer, by_r = figure.axes
+    assert by_layer.lines[0].get_xydata().tolist() == pytest.approx(np.array([[2, 0.75], [6, 0.65]]))
+    assert by_r.lines[1].get_xydata().tolist() == pytest.approx(np.array([[1, 0.95], [9, 0.55]]))
+    assert by_r.lines[0].get_linestyle() == "None"
+    assert [len(axes.lines) for axes in figure.axes] == [4, 4]  # and the line at 1

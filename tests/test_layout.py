@@ -26,8 +26,8 @@ STAGE_NOTEBOOKS = ("train", "compare", "tokens", "adaptive")
 # fmt: off
 ORDER = [
     "errors", "params", "files", "data", "native", "scan", "ops", "fusion", "strategies", "mixer", "model",
-    "checkpoint", "cost", "records", "train", "calibrate", "sweep", "metrics", "tokens", "adaptive", "figures", "bench",
-    "__main__",
+    "checkpoint", "cost", "records", "train", "calibrate", "sweep", "metrics", "paper_memory", "tokens", "adaptive",
+    "figures", "bench", "__main__",
 ]
 # fmt: on
 NO_TORCH = ("errors", "params", "files", "strategies", "records", "metrics", "figures")
