@@ -201,7 +201,7 @@ def _native_kept(w: _Width, t: int) -> int:
 
 
 def _native_transient(w: _Width, t: int) -> int:
-    return _FLOAT * w.b * t * (2 * w.e + 2 * w.n)
+    return _FLOAT * w.b * t * (3 * w.e + 2 * w.n)  # delta, made again, and gradients
 
 
 # A backend of the scan that keeps something else is one more entry.
@@ -227,12 +227,14 @@ def _stem(w: _Width, config: Mapping[str, Any], patches: int, tokens: int) -> Pa
 def _layer(w: _Width, t: int, s: int, options: FusionOptions, scans: _ScanMemory, *, average: bool) -> Part:
     late = options.position == "after_scan"
     m = t if late else s  # tokens that are scanned
-    flops = _select_flops(w, m) + 2 * w.b * s * w.e * w.d
+    flops = _select_flops(w, m) + _project_flops(w, m) + 2 * w.b * s * w.e * w.d
     if s < t:
         compared = {"normed": w.d, "residual": w.d, "delta": 2 * w.e, "B": 2 * w.n, "C": 2 * w.n}[options.feature]
         flops += 2 * w.b * ((t + 1) // 2) * (t // 2) * compared
         if not late and options.feature not in ("normed", "residual"):
             flops += _select_flops(w, t)  # the selection before fusion, made for the comparison alone
+        if options.feature == "delta":
+            flops += _project_flops(w, t)
     return Part(
         tokens=s,
         flops=flops,
@@ -254,18 +256,24 @@ def _mixer_transient(w: _Width, m: int, scans: _ScanMemory, *, average: bool) ->
 
     In plain torch the product with the gate is undone first: three (b, m, e) gradients when one kept tensor is gone;
     then one scan after the other, when five are gone and two gradients are alive. The native gate makes two gradients
-    of one; at the second scan six are alive, and four kept tensors and the first scan's own are gone.
+    of one; after it two kept tensors are gone, and two gradients are alive at the first scan; at the second, three are,
+    and what the first scan kept is gone.
     """
     wide = _FLOAT * w.b * m * w.e
     if scans.fused:
-        return max(3 * wide - wide, 2 * wide + scans.transient(w, m) - 2 * wide - scans.kept(w, m))
+        first = scans.transient(w, m)
+        return max(3 * wide - wide, first, first + wide - scans.kept(w, m))
     return max((2 + average) * wide - wide, scans.transient(w, m) - 3 * wide)
 
 
 def _select_flops(w: _Width, t: int) -> int:
-    """in_proj, then convolution, x_proj and dt_proj of both directions."""
-    one = _CONV * w.e + w.e * w.selected + w.rank * w.e
-    return 2 * w.b * t * (2 * w.d * w.e + 2 * one)
+    """in_proj, then convolution and x_proj of both directions."""
+    return 2 * w.b * t * (2 * w.d * w.e + 2 * w.e * (_CONV + w.selected))
+
+
+def _project_flops(w: _Width, t: int) -> int:
+    """dt_proj of both directions."""
+    return 2 * w.b * t * 2 * w.rank * w.e
 
 
 def _kept(w: _Width, t: int, s: int, m: int, scans: _ScanMemory, *, late: bool) -> dict[str, int]:
@@ -277,7 +285,7 @@ def _kept(w: _Width, t: int, s: int, m: int, scans: _ScanMemory, *, late: bool) 
         "convolution": 2 * (2 * wide + _FLOAT * w.b * (_CONV - 1) * w.e) + _FLOAT * _CONV * w.e,  # padded input, output
         # u, the step, B and C; and, since torch's convolution lays u out otherwise than x_proj reads it, a copy of u
         # (one image needs none)
-        "selection": 2 * ((3 if w.b > 1 and not scans.fused else 2) * wide + _FLOAT * w.b * m * w.selected),
+        "selection": 2 * ((3 if w.b > 1 else 2) * wide + _FLOAT * w.b * m * w.selected),
         "scan": 2 * (scans.kept(w, m) + 2 * _FLOAT * w.e * w.n),  # and exp(A_log), A
         "gate": 2 * wide,  # the scans' sum and silu(gate)
         "out_proj": _FLOAT * w.b * s * w.e,
@@ -285,6 +293,8 @@ def _kept(w: _Width, t: int, s: int, m: int, scans: _ScanMemory, *, late: bool) 
     if scans.fused:
         kept["norm"] = _FLOAT * w.b * t * (w.d + 1)  # the sum, and its scale
         kept["convolution"] = 0  # its input is in_proj's output
+        kept["selection"] = 2 * (wide + _FLOAT * w.b * m * w.selected)  # the step's factor, but not the step
+        kept["gate"] = wide  # the scans' sum
     if s < t:
         r, widths = t - s, (w.e if late else w.d) + w.d  # of the two fused tensors
         kept["fusion"] = w.b * (2 * _INDEX * (s + 2 * r) + _FLOAT * (s + r) + _FLOAT * r * widths)

@@ -1,9 +1,9 @@
 """The bidirectional Mamba mixer of Vision Mamba (Vim, arXiv:2401.09417, algorithm 1; Mamba: arXiv:2312.00752).
 
-`b` batch, `t` tokens in scan order, `d` d_model, `e` d_inner, `n` d_state. One input projection and one output
-projection serve both directions; each direction has its own convolution, its own selection (step, B, C) and its own
-A and D. Activations stay channel-last, (b, t, e), and are handed to the scan as transposed views, without copies.
-Parameter names and shapes are those of the released weights.
+`b` batch, `t` tokens in scan order, `d` d_model, `e` d_inner, `n` d_state, `m` dt_rank. One input projection and
+one output projection serve both directions; each direction has its own convolution, its own selection (step, B, C) and
+its own A and D. Activations stay channel-last, (b, t, e), and are handed to the scan as transposed views, without
+copies. Parameter names and shapes are those of the released weights.
 """
 
 import math
@@ -14,18 +14,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from famba.ops import causal_conv1d_silu, elementwise_backend, gated_sum
-from famba.scan import selective_scan
+from famba.ops import causal_conv1d_silu, elementwise_backend, gated_sum, projected_scan
 
 _STEP_RANGE = (1e-3, 1e-1)  # initial steps are drawn log-uniformly from this range
 _STEP_FLOOR = 1e-4
 
 
 class Selection(NamedTuple):
-    """What one direction scans, and how its input selects (Mamba section 3.2)."""
+    """What one direction scans, and how its input selects (Mamba section 3.2); dt_proj makes delta of step."""
 
     u: Float[Tensor, "b e t"]
-    delta: Float[Tensor, "b e t"]
+    step: Float[Tensor, "b m t"]
     B: Float[Tensor, "b n t"]
     C: Float[Tensor, "b n t"]
 
@@ -92,8 +91,8 @@ class BidirectionalMixer(nn.Module):
     def select(self, x: Float[Tensor, "b t d"]) -> tuple[Selection, Selection, Float[Tensor, "b t e"]]:
         """Both directions' input and selection, and the gate."""
         u, gate = self.in_proj(x).chunk(2, dim=-1)
-        forward = self._select(u, self.conv1d, self.x_proj, self.dt_proj, reverse=False)
-        backward = self._select(u, self.conv1d_b, self.x_proj_b, self.dt_proj_b, reverse=True)
+        forward = self._select(u, self.conv1d, self.x_proj, reverse=False)
+        backward = self._select(u, self.conv1d_b, self.x_proj_b, reverse=True)
         return forward, backward, gate
 
     def scan(self, forward: Selection, backward: Selection, gate: Float[Tensor, "b t e"]) -> Float[Tensor, "b t e"]:
@@ -106,27 +105,26 @@ class BidirectionalMixer(nn.Module):
     def feature(self, forward: Selection, backward: Selection, kind: str) -> Float[Tensor, "b t c"]:
         """What of the selection fusion may compare, both directions side by side: the step `delta`, `B` or `C`."""
         if kind == "delta":
-            steps = (forward.delta.mT + self.dt_proj.bias, backward.delta.mT + self.dt_proj_b.bias)
-            return functional.softplus(torch.cat(steps, dim=-1))
+            made = ((forward.step.mT, self.dt_proj), (backward.step.mT, self.dt_proj_b))
+            deltas = [functional.linear(step, proj.weight) + proj.bias for step, proj in made]
+            return functional.softplus(torch.cat(deltas, dim=-1))
         return torch.cat([getattr(forward, kind).mT, getattr(backward, kind).mT], dim=-1)
 
-    def _select(
-        self, u: Float[Tensor, "b t e"], conv: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, *, reverse: bool
-    ) -> Selection:
+    def _select(self, u: Float[Tensor, "b t e"], conv: nn.Conv1d, x_proj: nn.Linear, *, reverse: bool) -> Selection:
         u = causal_conv1d_silu(u.mT, conv.weight[:, 0], conv.bias, reverse=reverse, backend=self._elementwise)
-        dt, B, C = x_proj(u.mT).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        return Selection(u, functional.linear(dt, dt_proj.weight).mT, B.mT, C.mT)
+        step, B, C = x_proj(u.mT).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        return Selection(u, step.mT, B.mT, C.mT)
 
     def _scan(self, s: Selection, A_log: Tensor, D: Tensor, dt_proj: nn.Linear, *, reverse: bool) -> Tensor:
-        return selective_scan(
+        return projected_scan(
             s.u,
-            s.delta,
+            s.step,
+            dt_proj.weight,
             -torch.exp(A_log.float() if A_log.dtype != torch.float64 else A_log),
             s.B,
             s.C,
             D,
             delta_bias=dt_proj.bias,
-            delta_softplus=True,
             reverse=reverse,
             backend=self.backend,
         )

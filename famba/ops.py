@@ -1,6 +1,6 @@
-"""Elementwise parts of a Mamba mixer that cost more than they compute: fused on the CPU, plain torch elsewhere.
+"""Parts of a Mamba block that cost more time or memory than they compute: fused on the CPU, plain torch elsewhere.
 
-Axes: b batch, e channels (d_inner), t tokens in scan order, k taps.
+Axes: b batch, e channels (d_inner), t tokens in scan order, k taps, n states per channel, m dt_rank.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from famba.errors import BackendError, InputError
 from famba.native import conv, norm
 from famba.native import gate as gating
 from famba.native.scan import unavailable
+from famba.scan import check, choose
 
 _BACKENDS = ("auto", "torch", "native")
 
@@ -68,6 +69,33 @@ def gated_sum(
     return (left + right) * F.silu(gate) * scale
 
 
+def projected_scan(
+    u: Float[Tensor, "b e t"],
+    step: Float[Tensor, "b m t"],
+    weight: Float[Tensor, "e m"],
+    A: Float[Tensor, "e n"],
+    B: Float[Tensor, "b n t"],
+    C: Float[Tensor, "b n t"],
+    D: Float[Tensor, "e"] | None = None,
+    delta_bias: Float[Tensor, "e"] | None = None,
+    *,
+    reverse: bool = False,
+    backend: str = "auto",
+) -> Float[Tensor, "b e t"]:
+    """The selective scan whose delta is weight times step, after bias and softplus (Mamba, section 3.6).
+
+    The native scan keeps step for backward, m numbers of a token, and projects it once more there; others keep delta,
+    e numbers of a token. Other arguments, backends and errors are those of `famba.scan.selective_scan`.
+    """
+    check(u, u, A, B, C, D, None, delta_bias)  # delta will be as u is
+    _check_projection(u, step, weight)
+    chosen = choose(backend, u, step, A, B, C, D, None, delta_bias)
+    if chosen.run_projected is not None:
+        return chosen.run_projected(u, step, weight, A, B, C, D, delta_bias, reverse)
+    delta = F.linear(step.mT, weight).mT
+    return chosen.run(u, delta, A, B, C, D, None, delta_bias, True, reverse)
+
+
 def add_rms_norm(
     x: Float[Tensor, "b t d"],
     residual: Float[Tensor, "b t d"] | None,
@@ -114,3 +142,11 @@ def _check(x, weight, bias) -> None:
         raise InputError(f"weight: shape {tuple(weight.shape)}; allowed: ({x.shape[1]}, k), k at least 1")
     if bias is not None and tuple(bias.shape) != (x.shape[1],):
         raise InputError(f"bias: shape {tuple(bias.shape)}; allowed: ({x.shape[1]},)")
+
+
+def _check_projection(u, step, weight) -> None:
+    b, e, t = u.shape
+    if weight.ndim != 2 or weight.shape[0] != e:
+        raise InputError(f"weight: shape {tuple(weight.shape)}; allowed: ({e}, m), from u")
+    if tuple(step.shape) != (b, weight.shape[1], t):
+        raise InputError(f"step: shape {tuple(step.shape)}; allowed: {(b, weight.shape[1], t)}, from u and weight")

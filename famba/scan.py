@@ -60,9 +60,9 @@ def selective_scan(
         InputError: shapes or dtypes that do not fit together, or an unknown backend.
         BackendError: the backend asked for cannot run here or on these tensors.
     """
-    _check(u, delta, A, B, C, D, z, delta_bias)
-    run = _choose(backend, u, delta, A, B, C, D, z, delta_bias)
-    return run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+    check(u, delta, A, B, C, D, z, delta_bias)
+    chosen = choose(backend, u, delta, A, B, C, D, z, delta_bias)
+    return chosen.run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
 
 
 def selective_scan_ref(
@@ -271,35 +271,43 @@ def _state_dtype(*tensors: Tensor | None) -> torch.dtype:
 class _Backend:
     """How one implementation is run, and what may stand in its way.
 
-    `run` takes the arguments of `selective_scan_ref`. `unavailable` says why this machine cannot run it ("": it can),
-    `unsuited` the same of these tensors (u first, then the others; None for those that are absent).
+    `run` takes the arguments of `selective_scan_ref`; `run_projected`, if there is one, those of
+    `famba.ops.projected_scan`, and keeps no delta for backward. `unavailable` says why this machine cannot run it
+    ("": it can), `unsuited` the same of these tensors (u first, then the others; None for those that are absent).
     """
 
     run: Callable[..., Tensor]
     unavailable: Callable[[], str] = lambda: ""
     unsuited: Callable[..., str] = lambda *tensors: ""
+    run_projected: Callable[..., Tensor] | None = None
 
 
 # Slowest first: "auto" takes the last that can run. A new backend is one more entry.
 _BACKENDS: dict[str, _Backend] = {
     "reference": _Backend(selective_scan_ref),
     "torch": _Backend(_ChunkedScan.apply),  # pyright: ignore[reportArgumentType]
-    "native": _Backend(native.selective_scan, native.unavailable, native.unsuited),
+    "native": _Backend(native.selective_scan, native.unavailable, native.unsuited, native.projected_scan),
 }
 
 
-def _choose(name: str, *tensors: Tensor | None) -> Callable[..., Tensor]:
+def choose(name: str, *tensors: Tensor | None) -> _Backend:
+    """The backend of that name, or the fastest ("auto"), for these tensors: u first, then the others, None if absent.
+
+    Raises:
+        InputError: an unknown backend.
+        BackendError: it cannot run here or on these tensors.
+    """
     if name == "auto":
-        return next(x.run for x in reversed(_BACKENDS.values()) if not (x.unavailable() or x.unsuited(*tensors)))
+        return next(x for x in reversed(_BACKENDS.values()) if not (x.unavailable() or x.unsuited(*tensors)))
     if name not in _BACKENDS:
         raise InputError(f"backend: {name!r} is unknown; allowed: auto, {', '.join(_BACKENDS)}")
     chosen = _BACKENDS[name]
     if reason := chosen.unavailable() or chosen.unsuited(*tensors):
         raise BackendError(f"backend {name!r} cannot run here: {reason}")
-    return chosen.run
+    return chosen
 
 
-def _check(u, delta, A, B, C, D, z, delta_bias) -> None:
+def check(u, delta, A, B, C, D, z, delta_bias) -> None:
     """Raise InputError naming the first argument that does not fit."""
     if u.ndim != 3 or 0 in u.shape:
         raise InputError(f"u: shape {tuple(u.shape)}; allowed: (b, e, t), none of them zero")

@@ -153,6 +153,13 @@ def test_fusing_early_saves_more_memory_than_fusing_late():
     assert peaks[0] < peaks[-1] < cost.analyse(config, [0] * 24, batch=128).peak_bytes
 
 
+def test_the_native_backend_needs_at_most_three_fifths_of_torchs_memory():
+    """By formula, which other tests hold to the allocator within 5%."""
+    config = create_model("vim_tiny").config
+    native, torchs = (cost.analyse(config, [0] * 24, batch=16, backend=name).peak_bytes for name in ("native", "torch"))
+    assert native < 0.57 * torchs
+
+
 def test_a_schedule_that_does_not_fit_and_an_unknown_backend_are_refused():
     config = create_model("vim_nano", depth=8).config
     with pytest.raises(InputError, match=r"layer 1: r = 19 of t = 37"):

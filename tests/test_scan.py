@@ -264,4 +264,4 @@ def test_a_backend_that_cannot_run_says_why_and_auto_passes_it_over(monkeypatch)
 def test_arguments_that_do_not_fit_are_named(name, change, message):
     inputs = draw(2, 3, 4, 5)
     with pytest.raises(InputError, match=message):
-        scan._check(**inputs | {name: change(inputs[name].detach())})
+        scan.check(**inputs | {name: change(inputs[name].detach())})

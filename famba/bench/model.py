@@ -2,7 +2,8 @@
 
 The products are those that one step of the fastest backend makes, forward and both of backward, written down with
 their shapes and strides and made again by themselves. Operands of the same shape are one tensor there, so that they are
-in a cache more often than in the step: the products alone are, if anything, a little too fast.
+in a cache more often than in the step: the products alone are, if anything, a little too fast. Among the native
+backend's is the projection of the step, which backward makes again, 1% of all.
 """
 
 import contextlib
@@ -201,7 +202,7 @@ _BACKWARD = "autograd::engine::evaluate_function: "
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::convolution", "aten::convolution_backward")
 # The functions that a block calls, by the names that it calls them by.
 _FUNCTIONS = (
-    ("scan", mixer, "selective_scan"),
+    ("scan", mixer, "projected_scan"),
     ("convolution", mixer, "causal_conv1d_silu"),
     ("gate", mixer, "gated_sum"),
     ("norm", model, "add_rms_norm"),
