@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from famba import checkpoint, cost, data, params, records, strategies
+from famba.cost import Cost
 from famba.errors import InputError
 from famba.model import VisionMamba
 from famba.params import ADAPTIVE, AdaptiveRule, DataParams, FusionOptions
@@ -51,6 +52,34 @@ class Plan:
     costs: list[list[float]]
     runs: list[str]
     images: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step, as far as its memory and FLOPs go.
+
+    Attributes:
+        config: a model's `VisionMamba.config`.
+        batch: images.
+        options: how tokens are fused.
+        precision: `fp32` or `bf16`.
+    """
+
+    config: Mapping[str, Any]
+    batch: int
+    options: FusionOptions
+    precision: str
+
+    def cost(self, schedule: Sequence[int]) -> Cost:
+        """By formula, with the memory of the plain torch scan, so that every machine makes the same schedule."""
+        return cost.analyse(self.config, schedule, batch=self.batch, options=self.options, precision=self.precision)
+
+    def share(self, key: str, schedule: Sequence[int]) -> float:
+        """Of the unfused step's peak `memory`, or of its forward `flops`, scans included, what a schedule leaves."""
+        fused, unfused = self.cost(schedule), self.cost([0] * self.config["depth"])
+        if key == "memory":
+            return fused.peak_bytes / unfused.peak_bytes
+        return (fused.flops + fused.scan_flops) / (unfused.flops + unfused.scan_flops)
 
 
 def plan(run_dirs: Sequence[str | Path], rule: AdaptiveRule, *, kind: str, count: int) -> Plan:
@@ -86,13 +115,15 @@ def plan(run_dirs: Sequence[str | Path], rule: AdaptiveRule, *, kind: str, count
         tables.append(fusing_costs(model, images, kind=kind))
         config = model.config
     costs = np.mean(tables, axis=0).tolist()
-    options, batch = FusionOptions(**first.params["options"]), first.params["train"]["batch_size"]
-    schedule = within(rule, costs, config, batch=batch, options=options)
+    asked = first.params["train"]
+    step = Step(config, asked["batch_size"], FusionOptions(**first.params["options"]), asked["precision"])
+    schedule = within(rule, costs, step)
     return Plan(
         kind=kind,
         rule=rule,
         schedule=schedule,
-        **{f"{key}_share": _share(key, config, schedule, batch, options) for key in _PREDICTED},
+        memory_share=step.share("memory", schedule),
+        flops_share=step.share("flops", schedule),
         costs=costs,
         runs=[Path(run_dir).name for run_dir in run_dirs],
         images=len(chosen),
@@ -121,29 +152,28 @@ def fusing_costs(model: VisionMamba, images: Float[Tensor, "b 3 h w"], *, kind: 
     return [[0.0, *_KINDS[kind](model, images, layer)] for layer in range(model.depth)]
 
 
-def within(
-    rule: AdaptiveRule, costs: strategies.Costs, config: Mapping[str, Any], *, batch: int, options: FusionOptions
-) -> list[int]:
+def within(rule: AdaptiveRule, costs: strategies.Costs, step: Step) -> list[int]:
     """The cheapest schedule within a budget.
 
     Tokens are spent to the last one. A share of memory or FLOPs is kept by the cheapest schedule of
-    `strategies.frontier` whose share, predicted by `cost.analyse` with the memory of the plain torch scan, is within.
+    `strategies.frontier` whose predicted share is within it.
 
     Args:
-        config: a model's `VisionMamba.config`.
-        batch: images of a training step.
+        costs: as from `fusing_costs`.
+        step: whose memory and FLOPs are shared.
 
     Raises:
         InputError: a budget that no schedule keeps; names it and the nearest.
     """
-    protected = int(config["cls_position"] != "none")
-    tokens = cost.analyse(config, [0] * config["depth"]).token_counts[0]
+    protected = int(step.config["cls_position"] != "none")
+    tokens = step.cost([0] * step.config["depth"]).token_counts[0]
     if rule.total is not None:
         return strategies.adaptive(costs, total=rule.total, tokens=tokens, protected=protected)
-    ((key, share),) = ((key, getattr(rule, key)) for key in _PREDICTED if getattr(rule, key) is not None)
+    key, share = ("memory", rule.memory) if rule.memory is not None else ("flops", rule.flops)
+    assert share is not None
     least = 1.0
     for schedule in strategies.frontier(costs, tokens=tokens, protected=protected):
-        predicted = _share(key, config, schedule, batch, options)
+        predicted = step.share(key, schedule)
         if predicted <= share:
             return schedule
         least = min(least, predicted)
@@ -192,18 +222,3 @@ def _most(model: VisionMamba) -> int:
 def _fuse_at(model: VisionMamba, layer: int, r: int) -> int:
     model.set_fusion([r if at == layer else 0 for at in range(model.depth)], model.options)
     return r
-
-
-def _flops(found: cost.Cost) -> int:
-    return found.flops + found.scan_flops
-
-
-_PREDICTED: dict[str, Callable[[cost.Cost], int]] = {"memory": lambda found: found.peak_bytes, "flops": _flops}
-
-
-def _share(key: str, config: Mapping[str, Any], schedule: Sequence[int], batch: int, options: FusionOptions) -> float:
-    fused, unfused = (
-        _PREDICTED[key](cost.analyse(config, removed, batch=batch, options=options))
-        for removed in (schedule, [0] * config["depth"])
-    )
-    return fused / unfused

@@ -1,8 +1,8 @@
 """The memory of the paper's Tables 2 and 3 beside the formula: how it moves with the layer and with r.
 
 Everything is in units of the same model without fusion, so that only the direction and the share that is saved compare:
-the paper trains with other kernels and in another precision. Its runs save less than the formula says that fewer
-tokens can save, and with r = 1 and 2 they take more memory than without fusion.
+the paper trains with other kernels. Its runs save less than the formula says that fewer tokens can save, and with r = 1
+and 2 they take more memory than without fusion.
 """
 
 import functools

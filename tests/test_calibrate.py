@@ -78,7 +78,7 @@ COSTS = [[r * (1 + layer) ** 0.5 + r * r / 50 for r in range(1 + MOST)] for laye
 
 
 def within(rule: AdaptiveRule, model) -> list[int]:
-    return calibrate.within(rule, COSTS, model.config, batch=4, options=FusionOptions())
+    return calibrate.within(rule, COSTS, calibrate.Step(model.config, 4, FusionOptions(), "fp32"))
 
 
 def price(schedule) -> float:
@@ -120,6 +120,19 @@ def test_a_share_that_no_schedule_keeps_is_refused_with_the_nearest(model):
         InputError, match=r"fusion\.adaptive\.memory: 0\.01; the least that fusing can reach here is 0\.\d"
     ):
         within(AdaptiveRule(memory=0.01), model)
+
+
+def test_the_precision_of_training_counts_for_a_share_of_the_memory(model):
+    schedule = [10, 5, 0]
+    shares = [
+        calibrate.Step(model.config, 4, FusionOptions(), precision).share("memory", schedule)
+        for precision in ("fp32", "bf16")
+    ]
+    peaks = [
+        cost.analyse(model.config, removed, batch=4, precision="bf16").peak_bytes for removed in (schedule, [0, 0, 0])
+    ]
+    assert shares[1] == peaks[0] / peaks[1]
+    assert shares[0] != shares[1]
 
 
 @pytest.fixture(scope="module")
