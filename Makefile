@@ -25,7 +25,7 @@ IN_VENV := . $(VENV)/bin/activate &&
 JOBS ?= 2
 at_once = dvc stage list --name-only | grep -E '$(1)' | xargs -r -P $(JOBS) -n 4 dvc --wait-for-lock repro -s
 
-.PHONY: help env repro ablation test test-fast lint lab bench sanitize clean
+.PHONY: help env repro ablation adaptive test test-fast lint lab bench sanitize clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -43,6 +43,9 @@ repro: env  ## train every strategy and draw the answer: what `dvc repro` does, 
 
 ablation: env  ## train every option of fusion with several seeds: results/ablation.md, a quarter of an hour
 	$(IN_VENV) dvc repro ablation/dvc.yaml
+
+adaptive: env  ## make schedules from what fusing costs, train them, compare: the same as `dvc repro adaptive/dvc.yaml`
+	$(IN_VENV) dvc repro adaptive/dvc.yaml
 
 test: env  ## every test: style, types, units, notebooks, the pipeline
 	$(IN_VENV) pytest --nbval notebooks/method.ipynb

@@ -36,6 +36,7 @@ _T = TypeVar("_T")
 
 _EXPAND, _CONV = 2, 4  # d_inner / d_model and the convolutions' taps, as released
 _FLOAT, _INDEX = 4, 8  # bytes of a float32 and of a position
+_PRODUCT = {"fp32": 4, "bf16": 2}  # bytes of a number that a matrix product or a convolution reads or makes
 _SCAN_FLOPS = 9  # per token, channel and state, in one direction
 
 
@@ -126,27 +127,32 @@ def analyse(
     batch: int = 1,
     options: FusionOptions = FusionOptions(),  # noqa: B008 (frozen)
     backend: str = "torch",
+    precision: str = "fp32",
 ) -> Cost:
-    """The cost of a model that trains in float32 with a fusion schedule, by formula.
+    """The cost of a model that trains with a fusion schedule, by formula.
 
     Args:
         config: a model's `VisionMamba.config`.
         schedule: tokens removed by each layer, layer 1 first.
         batch: images; FLOPs and activation bytes are for all of them together.
         backend: of the scan: `torch` or `native`. It decides what is kept for backward, and nothing else here.
+        precision: `fp32`, or `bf16` as autocast has it: products and convolutions in bfloat16, with copies of their
+            weights; norms, the residual stream, the scan's states, weights, gradients and moments in float32.
 
     Raises:
-        InputError: a backend whose memory is not known here, a schedule of another length than the depth, or one that
-            removes more tokens than there are (names layer, t and r).
+        InputError: another precision, a backend whose memory is not known here, a schedule of another length than the
+            depth, or one that removes more tokens than there are (names layer, t and r).
     """
     if backend not in _SCANS:
         raise InputError(f"backend: {backend!r}; the memory of {', '.join(_SCANS)} is known")
+    if precision not in _PRODUCT:
+        raise InputError(f"precision: {precision!r} is not one of {', '.join(_PRODUCT)}")
     if len(schedule) != config["depth"]:
         raise InputError(f"schedule: {len(schedule)} entries; must be one for each of {config['depth']} layers")
     has_cls = config["cls_position"] != "none"
     patches = ((config["img_size"] - config["patch_size"]) // config["stride"] + 1) ** 2
     counts = strategies.token_counts(schedule, patches + has_cls, protected=int(has_cls))
-    width = _Width.of(config, batch)
+    width = _Width.of(config, batch, _PRODUCT[precision])
     layers = [
         _layer(width, t, s, options, _SCANS[backend], average=config["average_directions"])
         for t, s in itertools.pairwise(counts)
@@ -162,11 +168,16 @@ class _Width(NamedTuple):
     e: int
     n: int
     rank: int  # of the step's projection
+    product: int  # bytes of a number that a product reads or makes
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], batch: int) -> "_Width":
+    def of(cls, config: Mapping[str, Any], batch: int, product: int) -> "_Width":
         d = config["d_model"]
-        return cls(batch, d, _EXPAND * d, config["d_state"], math.ceil(d / 16))
+        return cls(batch, d, _EXPAND * d, config["d_state"], math.ceil(d / 16), product)
+
+    def copied(self, numbers: int) -> int:
+        """Bytes of the copies of that many weights that are kept beside them: none if products read the weights."""
+        return self.product * numbers if self.product < _FLOAT else 0
 
     @property
     def selected(self) -> int:
@@ -219,7 +230,7 @@ def _stem(w: _Width, config: Mapping[str, Any], patches: int, tokens: int) -> Pa
         scan_flops=0,
         parameter_bytes=_FLOAT * w.d * (patch + 1 + tokens + (tokens - patches)),
         largest_weight_bytes=_FLOAT * w.d * max(patch, tokens),
-        activation_bytes=_FLOAT * w.b * 3 * config["img_size"] ** 2,  # the images
+        activation_bytes=w.product * w.b * 3 * config["img_size"] ** 2 + w.copied(w.d * patch),  # the images
         transient_bytes=_FLOAT * w.b * (tokens + patches) * w.d,
     )
 
@@ -259,7 +270,7 @@ def _mixer_transient(w: _Width, m: int, scans: _ScanMemory, *, average: bool) ->
     of one; after it two kept tensors are gone, and two gradients are alive at the first scan; at the second, three are,
     and what the first scan kept is gone.
     """
-    wide = _FLOAT * w.b * m * w.e
+    wide = w.product * w.b * m * w.e
     if scans.fused:
         first = scans.transient(w, m)
         return max(3 * wide - wide, first, first + wide - scans.kept(w, m))
@@ -278,22 +289,26 @@ def _project_flops(w: _Width, t: int) -> int:
 
 def _kept(w: _Width, t: int, s: int, m: int, scans: _ScanMemory, *, late: bool) -> dict[str, int]:
     """Bytes that one layer keeps for backward, by what keeps them."""
-    wide = _FLOAT * w.b * m * w.e
+    wide, selected = w.product * w.b * m * w.e, w.product * w.b * m * w.selected
+    padded = wide + w.product * w.b * (_CONV - 1) * w.e
+    reversed_taps = w.copied(2 * _CONV * w.e) or _FLOAT * _CONV * w.e
     kept = {
         "norm": _FLOAT * w.b * t * (2 * w.d + 1),  # its input, the same over its length, and that length
-        "in_proj": _FLOAT * w.b * m * w.d + 2 * wide,  # input; output, whose half is the gate
-        "convolution": 2 * (2 * wide + _FLOAT * w.b * (_CONV - 1) * w.e) + _FLOAT * _CONV * w.e,  # padded input, output
+        "in_proj": w.product * w.b * m * w.d
+        + 2 * wide
+        + w.copied(2 * w.d * w.e),  # input; output, whose half is the gate
+        "convolution": 2 * (padded + wide) + reversed_taps,  # padded input, output
         # u, the step, B and C; and, since torch's convolution lays u out otherwise than x_proj reads it, a copy of u
         # (one image needs none)
-        "selection": 2 * ((3 if w.b > 1 else 2) * wide + _FLOAT * w.b * m * w.selected),
+        "selection": 2 * ((3 if w.b > 1 else 2) * wide + selected + w.copied(w.e * (w.selected + w.rank))),
         "scan": 2 * (scans.kept(w, m) + 2 * _FLOAT * w.e * w.n),  # and exp(A_log), A
         "gate": 2 * wide,  # the scans' sum and silu(gate)
-        "out_proj": _FLOAT * w.b * s * w.e,
+        "out_proj": w.product * w.b * s * w.e + w.copied(w.d * w.e),
     }
     if scans.fused:
         kept["norm"] = _FLOAT * w.b * t * (w.d + 1)  # the sum, and its scale
         kept["convolution"] = 0  # its input is in_proj's output
-        kept["selection"] = 2 * (wide + _FLOAT * w.b * m * w.selected)  # the step's factor, but not the step
+        kept["selection"] = 2 * (wide + selected + w.copied(w.e * w.selected))  # the step's factor, but not the step
         kept["gate"] = wide  # the scans' sum
     if s < t:
         kept["fusion"] = w.b * t * (_INDEX + _FLOAT)  # each token's destination and weight
@@ -310,7 +325,7 @@ def _head(w: _Width, config: Mapping[str, Any], s: int, options: FusionOptions) 
         scan_flops=0,
         parameter_bytes=_FLOAT * (w.d + (w.d + 1) * classes),
         largest_weight_bytes=_FLOAT * w.d * classes,
-        activation_bytes=_FLOAT * w.b * (s * (2 * w.d + 1) + w.d) + pooling,
+        activation_bytes=_FLOAT * w.b * s * (2 * w.d + 1) + w.product * w.b * w.d + pooling + w.copied(w.d * classes),
         transient_bytes=_FLOAT * w.b * (2 * s * w.d + 4 * classes),  # logits, log-probabilities, two gradients
     )
 

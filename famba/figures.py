@@ -712,3 +712,95 @@ def _grid_of_means(runs: pd.DataFrame) -> pd.DataFrame:
     table = runs.assign(column=["\n".join(values) for values in runs[across].to_numpy(str)] if across else "")
     columns = list(dict.fromkeys(table["column"]))
     return table.pivot_table(index=down, columns="column", values="top1_percent").loc[rows, columns]
+
+
+# In the order in which they are drawn, below the named strategies.
+_ADAPTIVE_COLOURS = {"adaptive-logits": _PALETTE[3], "adaptive-similarity": _PALETTE[6]}
+
+
+@_styled
+def adaptive_schedules(schedules: pd.DataFrame, runs: pd.DataFrame) -> Figure:
+    """What each strategy removes where, as bars by layer, and the accuracy that it reaches, the adaptive ones below.
+
+    Args:
+        schedules: as from `adaptive.schedules`.
+        runs: as from `adaptive.runs`.
+
+    Raises:
+        InputError: a strategy that has no colour.
+    """
+    colours = STRATEGY_COLOURS | _ADAPTIVE_COLOURS
+    present = list(dict.fromkeys(runs["strategy"]))
+    if unknown := [name for name in present if name not in colours]:
+        raise InputError(f"strategy: {unknown[0]!r} is not one of {', '.join(colours)}")
+    names = [name for name in colours if name in present]
+    figure = Figure(figsize=(9.6, 0.9 + 0.72 * len(names)), layout="constrained")
+    grid = figure.add_gridspec(len(names), 2, width_ratios=[3, 2])
+    score = figure.add_subplot(grid[:, 1])
+    bars, most = None, schedules["removed"].max()
+    for row, name in enumerate(names):
+        own = _of(schedules, name)
+        bars = figure.add_subplot(grid[row, 0], sharex=bars)
+        drawn = bars.bar(own["layer"], own["removed"], color=colours[name], width=0.75)
+        bars.bar_label(drawn, [str(r) if r else "" for r in own["removed"]], fontsize=8)
+        bars.set(ylim=(0, 1.35 * most), yticks=[], ylabel=f"{name}\n{own['removed'].sum()} in all")
+        bars.yaxis.label.set(rotation=0, ha="right", va="center", fontsize=9)
+        bars.grid(False)
+        bars.tick_params(labelbottom=row == len(names) - 1)
+        points = _of(runs, name)["top1_percent"].to_numpy(float)
+        mean, low, high = metrics.interval(points.tolist())
+        score.scatter(points, [row] * len(points), s=20, color=colours[name], alpha=0.5)
+        error = None if math.isnan(low) else [[mean - low], [high - mean]]
+        style: dict[str, Any] = {"color": colours[name], "markeredgecolor": "white", "markersize": 9, "capsize": 3}
+        score.errorbar(mean, row, xerr=error, fmt="o", **style)
+    assert bars is not None
+    bars.set_xlabel("layer")
+    bars.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
+    score.set(xlabel=_LABELS["top1_percent"], yticks=range(len(names)), yticklabels=[])
+    score.set_ylim(len(names) - 0.5, -0.5)
+    score.grid(False, axis="y")
+    n = sorted({len(_of(runs, name)) for name in names})
+    _caption(
+        figure,
+        f"Bars: tokens removed by each layer. Right: single runs, small; their mean and its 95% t-interval, large; "
+        f"n = {' or '.join(map(str, n))} seed{'' if n == [1] else 's'}.",
+        width=130,
+    )
+    return figure
+
+
+@_styled
+def paper_memory(shares: pd.DataFrame) -> Figure:
+    """The paper's memory against the first fusing layer and against r, with what the formula says.
+
+    Args:
+        shares: as from `paper_memory.beside_formula`.
+    """
+    figure = Figure(figsize=(9.0, 3.8), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    charts = {2: ("first_layer", "first fusing layer (Table 2)"), 3: ("r", "tokens fused by each layer (Table 3)")}
+    series: list[tuple[Any, pd.DataFrame]] = list(shares.groupby(["source", "model"], sort=False))
+    colour = STRATEGY_COLOURS["upper"]
+    looks: dict[tuple[str, str], dict[str, Any]] = {
+        ("paper", "vim_tiny"): {"color": colour, "marker": "o", "linestyle": "none"},
+        ("formula", "vim_tiny"): {"color": colour, "marker": ".", "linewidth": 1.2},
+        ("formula", "vim_small"): {"color": _SKY, "linewidth": 7, "alpha": 0.4, "zorder": 1},  # they lie on each other
+    }
+    for axes, (table, (column, label)) in zip(panels, charts.items(), strict=True):
+        for (source, model), rows in series:
+            own = rows.loc[rows["table"] == table].sort_values(column)
+            name = f"{_MODELS[model]}, {source}"
+            axes.plot(own[column], own["memory_share"], label=name, **looks[source, model])
+        axes.axhline(1, color="0.4", linewidth=0.9, linestyle="--")
+        axes.set(xlabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
+    panels[0].set_ylabel("peak memory of training\n(1 is the same model without fusion)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(series))
+    _caption(
+        figure,
+        "Points: Famba-V, Tables 2 and 3, one run each. Lines: the analytic memory of a training step here. Left, r "
+        "falls as more layers fuse, so that about as many tokens go; right, layers 6 to 24 fuse. The direction is the "
+        "same; the paper's runs save less, and with r of 1 and 2 they take more memory than without fusion.",
+        width=130,
+    )
+    return figure

@@ -181,9 +181,9 @@ def read(run_dir: str | Path) -> RunRecord:
 
 def _check(run: RunRecord, metrics: Mapping[str, Any], folder: Path) -> None:
     """What must hold of a run, written or read; `metrics` is metrics.json whole."""
-    if run.strategy not in params.STRATEGIES:
-        allowed = ", ".join(params.STRATEGIES)
-        raise InputError(f"{folder / 'metrics.json'}: strategy: {run.strategy!r} is not one of {allowed}")
+    allowed = (*params.STRATEGIES, params.ADAPTIVE)
+    if run.strategy not in allowed:
+        raise InputError(f"{folder / 'metrics.json'}: strategy: {run.strategy!r} is not one of {', '.join(allowed)}")
     _check_metrics(metrics, folder / "metrics.json")
     _check_cost(run.cost, folder / "cost.json")
     if run.history or not _trains_nothing(run):

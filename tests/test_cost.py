@@ -40,7 +40,11 @@ def images_for(model, batch: int) -> torch.Tensor:
     return torch.rand(batch, 3, model.img_size, model.img_size, generator=torch.Generator().manual_seed(0))
 
 
-def saved_bytes(model, images: torch.Tensor) -> int:
+def autocast(precision: str):
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+
+
+def saved_bytes(model, images: torch.Tensor, precision: str) -> int:
     """What autograd keeps after one forward pass, every storage once, the weights apart."""
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     storages: dict[int, int] = {}
@@ -51,18 +55,20 @@ def saved_bytes(model, images: torch.Tensor) -> int:
         storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    with saved_tensors_hooks(pack, lambda x: x):
+    with saved_tensors_hooks(pack, lambda x: x), autocast(precision):
         model(images)
     return sum(size for address, size in storages.items() if address not in weights)
 
 
-def training(model, images: torch.Tensor):
+def training(model, images: torch.Tensor, precision: str):
     """One training step, and what stays alive around it."""
     labels = torch.zeros(len(images), dtype=torch.int64)
     optimiser = torch.optim.AdamW(model.parameters())
 
     def step() -> None:
-        functional.cross_entropy(model(images), labels).backward()
+        with autocast(precision):
+            logits = model(images)
+        functional.cross_entropy(logits.float(), labels).backward()
         optimiser.step()
         optimiser.zero_grad()
 
@@ -114,15 +120,17 @@ def test_parameter_bytes_are_the_models(changes, removed, options):
     assert found.layers[0].parameter_bytes == 4 * one
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("backend", SCANS)
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize(("changes", "removed", "options"), CASES)
-def test_activation_bytes_are_those_that_autograd_keeps(changes, removed, options, batch, backend):
+def test_activation_bytes_are_those_that_autograd_keeps(changes, removed, options, batch, backend, precision):
     model = nano(changes, removed, options, backend)
-    found = cost.analyse(model.config, removed, batch=batch, options=options, backend=backend)
-    assert found.activation_bytes == pytest.approx(saved_bytes(model, images_for(model, batch)), rel=0.05)
+    found = cost.analyse(model.config, removed, batch=batch, options=options, backend=backend, precision=precision)
+    assert found.activation_bytes == pytest.approx(saved_bytes(model, images_for(model, batch), precision), rel=0.05)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("backend", SCANS)
 def test_fusing_keeps_each_tokens_destination_and_weight_and_nothing_else(backend):
     x, other = torch.randn(2, 3, 11, 8, requires_grad=True).unbind()
@@ -151,11 +159,11 @@ def test_fusing_keeps_each_tokens_destination_and_weight_and_nothing_else(backen
     ],
     ids=["unfused", "fused", "after the scan", "mostly weights"],
 )
-def test_peak_bytes_are_those_that_a_training_step_reaches(changes, removed, options, batch, backend):
+def test_peak_bytes_are_those_that_a_training_step_reaches(changes, removed, options, batch, backend, precision):
     model = nano(changes, removed, options, backend)
-    step, resident = training(model, images_for(model, batch))
+    step, resident = training(model, images_for(model, batch), precision)
     measured = cost.peak_memory(step, resident, "cpu")
-    found = cost.analyse(model.config, removed, batch=batch, options=options, backend=backend)
+    found = cost.analyse(model.config, removed, batch=batch, options=options, backend=backend, precision=precision)
     assert found.peak_bytes == pytest.approx(measured, rel=0.05)
 
 
@@ -185,6 +193,8 @@ def test_a_schedule_that_does_not_fit_and_an_unknown_backend_are_refused():
         cost.analyse(config, [0, 0])
     with pytest.raises(InputError, match="backend: 'reference'"):
         cost.analyse(config, [0] * 8, backend="reference")
+    with pytest.raises(InputError, match="precision: 'fp16' is not one of fp32, bf16"):
+        cost.analyse(config, [0] * 8, precision="fp16")
 
 
 def mib(n: int) -> torch.Tensor:

@@ -446,3 +446,50 @@ def test_an_ablation_is_the_same_bytes_again(ablated, tmp_path):
     table = effects.effects(ablated, grid="upper", reference=FusionOptions())
     first, second = (figures.save(figures.ablation(table, ablated), tmp_path / f"{i}.png") for i in range(2))
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_adaptive_schedules_show_every_layers_tokens_and_the_mean_with_its_interval():
+    removed = {"none": [0, 0, 0], "upper": [0, 2, 2], "adaptive-logits": [0, 1, 3]}
+    layers = [
+        {"strategy": name, "layer": layer, "removed": r}
+        for name, plan in removed.items()
+        for layer, r in enumerate(plan, start=1)
+    ]
+    scores = {"none": [96.0, 98.0], "adaptive-logits": [94.0, 95.0], "upper": [93.0, 97.0]}
+    rows = [
+        {"strategy": name, "seed": seed, "top1_percent": x}
+        for name, runs in scores.items()
+        for seed, x in enumerate(runs)
+    ]
+    figure = figures.adaptive_schedules(pd.DataFrame(layers), pd.DataFrame(rows))
+    score, *bars = figure.axes
+    assert [axes.get_ylabel().split("\n") for axes in bars] == [
+        [name, f"{sum(plan)} in all"] for name, plan in removed.items()
+    ]
+    assert [[bar.get_height() for bar in axes.patches] for axes in bars] == list(removed.values())
+    assert len({to_hex(axes.patches[-1].get_facecolor()) for axes in bars}) == 3
+    means = [container[0].get_xydata()[0].tolist() for container in score.containers]
+    assert means == [[97.0, 0], [95.0, 1], [94.5, 2]]
+    (spread,) = score.containers[2][2]
+    low, high = spread.get_segments()[0][:, 0]
+    assert (low, high) == pytest.approx(metrics.interval([94.0, 95.0])[1:])
+    assert "n = 2 seeds" in figure._supxlabel.get_text()
+    with pytest.raises(InputError, match="'adaptive-luck' is not one of"):
+        figures.adaptive_schedules(pd.DataFrame(layers), pd.DataFrame(rows).assign(strategy="adaptive-luck"))
+
+
+def test_paper_memory_draws_the_papers_points_and_both_formulas_against_layer_and_r():
+    at = [(2, 6, 9), (2, 2, 7), (3, 6, 9), (3, 6, 1)]
+    sides = {("vim_tiny", "paper"): 0.1, ("vim_tiny", "formula"): 0.0, ("vim_small", "formula"): 0.01}
+    rows = [
+        {"model": model, "table": table, "first_layer": layer, "r": r, "source": source, "memory_share": 1 - r / 20 + x}
+        for table, layer, r in at
+        for (model, source), x in sides.items()
+    ]
+    figure = figures.paper_memory(pd.DataFrame(rows))
+    assert legend(figure) == ["Vim-Ti, paper", "Vim-Ti, formula", "Vim-S, formula"]
+    by_layer, by_r = figure.axes
+    assert by_layer.lines[0].get_xydata().tolist() == pytest.approx(np.array([[2, 0.75], [6, 0.65]]))
+    assert by_r.lines[1].get_xydata().tolist() == pytest.approx(np.array([[1, 0.95], [9, 0.55]]))
+    assert by_r.lines[0].get_linestyle() == "None"
+    assert [len(axes.lines) for axes in figure.axes] == [4, 4]  # and the line at 1

@@ -21,14 +21,13 @@ import famba
 from famba import metrics, params, train
 
 ROOT = Path(__file__).resolve().parent.parent
-PIPELINES = ("dvc.yaml", "ablation/dvc.yaml")
-STAGE_NOTEBOOKS = ("train", "compare", "tokens", "ablation")
+STAGE_NOTEBOOKS = ("train", "compare", "tokens", "ablation", "adaptive")
 # A module imports only from those before it.
 # fmt: off
 ORDER = [
     "errors", "params", "files", "data", "native", "scan", "ops", "fusion", "strategies", "mixer", "model",
-    "checkpoint", "pretrained", "cost", "records", "train", "sweep", "workers", "ablation", "metrics", "effects", "tokens",
-    "figures", "bench", "__main__",
+    "checkpoint", "pretrained", "cost", "records", "train", "calibrate", "sweep", "workers", "ablation", "metrics",
+    "effects", "paper_memory", "tokens", "adaptive", "figures", "bench", "__main__",
 ]
 # fmt: on
 NO_TORCH = ("errors", "params", "files", "strategies", "records", "workers", "metrics", "effects", "figures")
@@ -87,12 +86,12 @@ def defaults(notebook: nbformat.NotebookNode) -> dict[str, object]:
 
 
 def stages() -> dict[str, dict]:
-    """Each stage of the pipelines by its name, the body of a foreach for its items."""
+    """Each stage of the root's pipeline and of those in folders, by its name; of a foreach, the body."""
     found: dict[str, dict] = {}
-    for file in PIPELINES:
-        document = YAML(typ="safe", pure=True).load((ROOT / file).read_text())
+    for path in [ROOT / "dvc.yaml", *sorted(ROOT.glob("*/dvc.yaml"))]:
+        document = YAML(typ="safe", pure=True).load(path.read_text())
         assert not set(found) & set(document["stages"])
-        assert document["stages"]
+        assert all((stage.get("wdir") == "..") == (path.parent != ROOT) for stage in document["stages"].values()), path
         found |= {name: stage.get("do", stage) for name, stage in document["stages"].items()}
     return found
 
@@ -165,6 +164,7 @@ def test_the_resolved_parameters_depend_on_what_makes_them():
     sections = set(YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text()))
     assert set(stage["params"]) == sections - {"sweep", "ablation"}
     assert set(stages()["ablation"]["params"]) == sections - {"sweep"}
+    assert set(stages()["adaptive"]["params"]) == sections - {"ablation"}
 
 
 def test_each_stage_gives_its_notebook_every_parameter_and_no_other():

@@ -1,0 +1,224 @@
+"""What fusing costs at each layer of a trained model, and the schedule that a budget buys there.
+
+`b` images, `t` tokens, `r` tokens fused by one layer. Costs are measured on models that were trained without fusion,
+each layer alone: its tokens are fused, all other layers' are not. What a layer costs when those before it have fused
+too is not known from that; the schedule takes the costs to add up. Nothing here is random.
+
+Two measures: how unlike the matched tokens are (Token Merging, arXiv:2210.09461, fuses the most similar ones), and what
+fusing them does to the model's answer.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from famba import checkpoint, cost, data, params, records, strategies
+from famba.cost import Cost
+from famba.errors import InputError
+from famba.model import VisionMamba
+from famba.params import ADAPTIVE, AdaptiveRule, DataParams, FusionOptions
+
+_BATCH = 128  # images at a time
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A schedule and where it comes from.
+
+    Attributes:
+        kind: the measure of what fusing costs, one of `KINDS`.
+        rule: the budget.
+        schedule: tokens removed by each layer, layer 1 first.
+        memory_share, flops_share: predicted peak memory of a training step, and FLOPs of a forward pass with its scans,
+            in units of the unfused model's.
+        costs: by layer and r, the mean over the runs.
+        runs: names of the folders of the runs that it was measured on.
+        images: how many of their validation images.
+    """
+
+    kind: str
+    rule: AdaptiveRule
+    schedule: list[int]
+    memory_share: float
+    flops_share: float
+    costs: list[list[float]]
+    runs: list[str]
+    images: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step, as far as its memory and FLOPs go.
+
+    Attributes:
+        config: a model's `VisionMamba.config`.
+        batch: images.
+        options: how tokens are fused.
+        precision: `fp32` or `bf16`.
+    """
+
+    config: Mapping[str, Any]
+    batch: int
+    options: FusionOptions
+    precision: str
+
+    def cost(self, schedule: Sequence[int]) -> Cost:
+        """By formula, with the memory of the plain torch scan, so that every machine makes the same schedule."""
+        return cost.analyse(self.config, schedule, batch=self.batch, options=self.options, precision=self.precision)
+
+    def share(self, key: str, schedule: Sequence[int]) -> float:
+        """Of the unfused step's peak `memory`, or of its forward `flops`, scans included, what a schedule leaves."""
+        fused, unfused = self.cost(schedule), self.cost([0] * self.config["depth"])
+        if key == "memory":
+            return fused.peak_bytes / unfused.peak_bytes
+        return (fused.flops + fused.scan_flops) / (unfused.flops + unfused.scan_flops)
+
+
+def plan(run_dirs: Sequence[str | Path], rule: AdaptiveRule, *, kind: str, count: int) -> Plan:
+    """The schedule that a budget buys by the costs of finished runs, which differ in their seeds alone.
+
+    The images are of the runs' own validation split; the test split is not touched.
+
+    Args:
+        run_dirs: if relative, from the repository root.
+        kind: one of `KINDS`; `fusing_costs` says what they are.
+        count: images, evenly spread over the split; the whole split if it has fewer.
+
+    Raises:
+        InputError: a run that is missing or spoilt, was trained with fusion, or differs from the first in more than its
+            seed; no run or no image; an unknown kind; a budget that no schedule keeps.
+    """
+    if not run_dirs or count < 1:
+        raise InputError(f"run_dirs: {len(run_dirs)}, count: {count}; both must be 1 or more")
+    first = records.read(run_dirs[0])
+    if threads := first.params["train"]["threads"]:
+        torch.set_num_threads(threads)  # sums in another order could tip a choice
+    split = data.load(DataParams(**first.params["data"])).val
+    chosen = torch.linspace(0, len(split) - 1, min(count, len(split))).round().long()
+    tables, config = [], {}
+    for run_dir in run_dirs:
+        run, folder = records.read(run_dir), params.root() / run_dir
+        if any(run.schedule):
+            raise InputError(f"{folder}: strategy {run.strategy!r} fuses tokens; calibration needs a run of 'none'")
+        if run.params != first.params:
+            raise InputError(f"{folder}: other parameters than {run_dirs[0]}; only their seeds may differ")
+        model, described = checkpoint.load_model(folder / records.MODEL_FILE)
+        images = data.normalise(split.images[chosen], described["mean"], described["std"])
+        tables.append(fusing_costs(model, images, kind=kind))
+        config = model.config
+    costs = np.mean(tables, axis=0).tolist()
+    asked = first.params["train"]
+    step = Step(config, asked["batch_size"], FusionOptions(**first.params["options"]), asked["precision"])
+    schedule = within(rule, costs, step)
+    return Plan(
+        kind=kind,
+        rule=rule,
+        schedule=schedule,
+        memory_share=step.share("memory", schedule),
+        flops_share=step.share("flops", schedule),
+        costs=costs,
+        runs=[Path(run_dir).name for run_dir in run_dirs],
+        images=len(chosen),
+    )
+
+
+@torch.no_grad()
+def fusing_costs(model: VisionMamba, images: Float[Tensor, "b 3 h w"], *, kind: str) -> list[list[float]]:
+    """For each layer, what fusing r = 0, 1, .. of the unfused sequence's tokens there costs, mean over images.
+
+    `similarity`: the sum over the r best pairs of 1 - cosine similarity, so that a pair's own is the price of one token
+    more; one forward pass for each layer. `logits`: the Kullback-Leibler divergence, in nats, of the class
+    probabilities from those without fusion; r = 1, 2, 3, 4, 6, 8, 11, 16, .. and the most are measured, those between
+    interpolated.
+
+    Args:
+        model: its weights, and how it fuses (`options`); its schedule does not matter. It is left as it is.
+        images: normalised, and not those that it was trained on.
+
+    Raises:
+        InputError: an unknown kind.
+    """
+    if kind not in _KINDS:
+        raise InputError(f"kind: {kind!r} is not one of {', '.join(_KINDS)}")
+    model = copy.deepcopy(model).eval()
+    return [[0.0, *_KINDS[kind](model, images, layer)] for layer in range(model.depth)]
+
+
+def within(rule: AdaptiveRule, costs: strategies.Costs, step: Step) -> list[int]:
+    """The cheapest schedule within a budget.
+
+    Tokens are spent to the last one. A share of memory or FLOPs is kept by the cheapest schedule of
+    `strategies.frontier` whose predicted share is within it.
+
+    Args:
+        costs: as from `fusing_costs`.
+        step: whose memory and FLOPs are shared.
+
+    Raises:
+        InputError: a budget that no schedule keeps; names it and the nearest.
+    """
+    protected = int(step.config["cls_position"] != "none")
+    tokens = step.cost([0] * step.config["depth"]).token_counts[0]
+    if rule.total is not None:
+        return strategies.adaptive(costs, total=rule.total, tokens=tokens, protected=protected)
+    key, share = ("memory", rule.memory) if rule.memory is not None else ("flops", rule.flops)
+    assert share is not None
+    least = 1.0
+    for schedule in strategies.frontier(costs, tokens=tokens, protected=protected):
+        predicted = step.share(key, schedule)
+        if predicted <= share:
+            return schedule
+        least = min(least, predicted)
+    raise InputError(f"fusion.{ADAPTIVE}.{key}: {share}; the least that fusing can reach here is {least:.3f}")
+
+
+def _unlike(model: VisionMamba, images: Tensor, layer: int) -> list[float]:
+    """1 - similarity, summed over the 1, 2, .. best pairs: fusing as many as there are shows them all, best first."""
+    most = _fuse_at(model, layer, _most(model))
+    total = torch.zeros(most, dtype=torch.float64)
+    for batch in images.split(_BATCH):
+        _, trace = model.forward_with_trace(batch)
+        matching = trace.matchings[layer]
+        assert matching is not None
+        assert matching.similarity is not None
+        total += (1 - matching.similarity.double()).sum(0).cpu()
+    return (total.cumsum(0) / len(images)).tolist()
+
+
+def _answer_changes(model: VisionMamba, images: Tensor, layer: int) -> list[float]:
+    most = _most(model)
+    measured = sorted({min(most, round(2 ** (power / 2))) for power in range(2 * most.bit_length() + 1)})
+    unfused, divergence = _log_probabilities(model, images, layer, 0), [0.0]
+    for r in measured:
+        fused = _log_probabilities(model, images, layer, r)
+        divergence.append(functional.kl_div(fused, unfused, reduction="batchmean", log_target=True).item())
+    return np.interp(range(1, most + 1), [0, *measured], divergence).tolist()
+
+
+_KINDS: dict[str, Callable[[VisionMamba, Tensor, int], list[float]]] = {
+    "similarity": _unlike,
+    "logits": _answer_changes,
+}
+KINDS = tuple(_KINDS)
+
+
+def _log_probabilities(model: VisionMamba, images: Tensor, layer: int, r: int) -> Float[Tensor, "b classes"]:
+    _fuse_at(model, layer, r)
+    return torch.cat([model(batch).double().log_softmax(-1) for batch in images.split(_BATCH)])
+
+
+def _most(model: VisionMamba) -> int:
+    return (model.tokens - int(model.cls_index is not None)) // 2
+
+
+def _fuse_at(model: VisionMamba, layer: int, r: int) -> int:
+    model.set_fusion([r if at == layer else 0 for at in range(model.depth)], model.options)
+    return r
