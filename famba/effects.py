@@ -79,14 +79,14 @@ def sentence(effect: Mapping[Any, Any]) -> str:
     """One effect in words: what was done instead of what, the difference with its interval, and whether it counts."""
     doing = _DOING[effect["factor"]]
     claim = f"{doing[effect['kept']]} instead of {doing[effect['instead']]}"
-    pairs = f"with {effect['pairs']} pairs of runs each" if effect["pairs"] > 1 else "with a pair of runs each"
-    n = f"n = {effect['n']} seeds {pairs}"
+    claim = claim[0].upper() + claim[1:]
+    pairs = f"{effect['pairs']} pairs" if effect["pairs"] > 1 else "a pair"
     if math.isnan(effect["low"]):
-        n = n.replace("seeds", "seed", 1).removesuffix(" each")
-        return f"{_first_upper(claim)}: {_points(effect['mean'])} points, {n}: without an interval, so nothing is told."
+        said = f"{_points(effect['mean'])} points, n = 1 seed with {pairs} of runs"
+        return f"{claim}: {said}: without an interval, so nothing is told."
     interval = f"95% interval {_points(effect['low'])} to {_points(effect['high'])}"
-    verdict = "" if told(effect) else "no difference could be told: "
-    return f"{_first_upper(claim)}: {verdict}{_points(effect['mean'])} points, {interval}, {n}."
+    said = f"{_points(effect['mean'])} points, {interval}, n = {effect['n']} seeds with {pairs} of runs each"
+    return f"{claim}: {said}." if told(effect) else f"{claim}: no difference could be told ({said})."
 
 
 def told(effect: Mapping[Any, Any]) -> bool:
@@ -209,7 +209,3 @@ def _caption(table: pd.DataFrame, runs: pd.DataFrame) -> str:
 
 def _points(value: float) -> str:
     return f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")  # + 0.0: there is no negative zero
-
-
-def _first_upper(text: str) -> str:
-    return text[0].upper() + text[1:]
