@@ -21,15 +21,27 @@ import famba
 from famba import metrics, params, train
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGE_NOTEBOOKS = ("train", "compare", "tokens")
+STAGE_NOTEBOOKS = ("train", "compare", "tokens", "evidence")
 # A module imports only from those before it.
 # fmt: off
 ORDER = [
     "errors", "params", "files", "data", "native", "scan", "ops", "fusion", "strategies", "mixer", "model",
-    "checkpoint", "cost", "records", "train", "sweep", "metrics", "tokens", "figures", "bench", "__main__",
+    "checkpoint", "cost", "records", "train", "sweep", "metrics", "evidence", "tokens", "alike",
+    "canvas", "pictures", "figures", "explore", "bench", "__main__",
 ]
 # fmt: on
-NO_TORCH = ("errors", "params", "files", "strategies", "records", "metrics", "figures")
+NO_TORCH = (
+    "errors",
+    "params",
+    "files",
+    "strategies",
+    "records",
+    "metrics",
+    "evidence",
+    "canvas",
+    "pictures",
+    "figures",
+)
 
 
 def modules() -> dict[str, str]:

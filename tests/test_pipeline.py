@@ -68,14 +68,15 @@ def ran(output: str) -> set[str]:
 
 
 def outputs(folder: Path) -> dict[str, bytes]:
-    found = [*folder.glob("figures/*"), *folder.glob("results/summary.*"), *folder.glob("results/runs/*/*")]
+    found = [*folder.glob("figures/*"), *folder.glob("results/*.*"), *folder.glob("results/runs/*/*")]
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
 @pytest.fixture(scope="module")
 def first(copy: Path) -> dict[str, bytes]:
     """What the first `dvc repro` leaves."""
-    assert {"train@none-0", "train@upper-0", "compare", "tokens@none", "tokens@upper"} <= ran(run(copy, "dvc", "repro"))
+    gathered = {"compare", "evidence", "tokens@none", "tokens@upper"}
+    assert {"train@none-0", "train@upper-0", *gathered} <= ran(run(copy, "dvc", "repro"))
     commit(copy)
     return outputs(copy)
 
@@ -122,13 +123,13 @@ def test_a_new_seed_runs_the_new_runs_only(copy, first):
     edit(copy, lambda document: document["sweep"].update(seeds=[0, 1]))
     planned = ran(run(copy, "dvc", "repro", "--dry"))
     edit(copy, lambda document: document["sweep"].update(seeds=[0]))
-    assert planned == {"train@none-1", "train@upper-1", "compare"}
+    assert planned == {"train@none-1", "train@upper-1", "compare", "evidence"}
 
 
 def test_another_r_of_one_strategy_reruns_that_strategy_and_the_gathering(copy, first):
     done = ran(run(copy, "dvc", "exp", "run", "-S", "profiles.smoke.fusion.upper.r=6"))
     rerun = {stage for stage in done if not stage.startswith("resolve")}
-    assert rerun == {"train@upper-0", "compare", "tokens@upper", "readme"}
+    assert rerun == {"train@upper-0", "compare", "evidence", "tokens@upper", "readme"}
     after = outputs(copy)
     assert {name for name in first if name.startswith("results/runs/none-0/") and after[name] != first[name]} == set()
     assert after["results/runs/upper-0/schedule.json"] != first["results/runs/upper-0/schedule.json"]
