@@ -428,7 +428,7 @@ def alike_similarity(frame: pd.DataFrame) -> Figure:
     for row, weights in enumerate(evidence.WEIGHTS):
         values = rises[weights].to_numpy()
         mean, low, high = evidence.bootstrap(values)
-        _box(right, values, row, _WEIGHTS_COLOURS[weights])
+        _box(right, values, float(row), _WEIGHTS_COLOURS[weights])
         style = {"color": _PALETTE[3], "capsize": 4, "markersize": 5, "zorder": 4}
         right.errorbar(mean, row, xerr=[[mean - low], [high - mean]], fmt="o", **style)
     right.axvline(0, color="0.6", linewidth=0.9)

@@ -189,8 +189,10 @@ def fusion_closer(
     maps = _maps(image[None], batch, patch_size, stride, cls_index, [layer] if layer else [])
     shape = _grid_shape(image, patch_size, stride)
     salient = saliency(batch[:layer], cls_index=cls_index)[0].reshape(shape) if layer else np.ones(shape)
-    figure = Figure(figsize=(9.6, 2.7), layout="constrained")
-    whole, fused, heat, left = figure.subplots(1, 4, width_ratios=[2.1, 2.1, 2.1, 2.6])
+    figure = Figure(figsize=(9.6, 2.7))  # fixed places: to lay it out takes as long as to draw it, and sliders wait
+    places = {"left": 0.01, "right": 0.99, "bottom": 0.17, "top": 0.9, "wspace": 0.0}
+    grid = figure.add_gridspec(1, 5, width_ratios=[2.2, 2.2, 2.2, 0.45, 2.55], **places)
+    whole, fused, heat, left = (figure.add_subplot(grid[column]) for column in (0, 1, 2, 4))
     for axes in (whole, fused):
         _show(axes, image)
     for groups in maps.values():
