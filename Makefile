@@ -38,7 +38,7 @@ $(READY): ; .ci/setup $(VENV) $(READY)
 repro: env  ## train every strategy and draw the answer: what `dvc repro` does, JOBS stages at a time
 	$(IN_VENV) dvc repro strip resolve
 	$(IN_VENV) $(call at_once,^train@)
-	$(IN_VENV) $(call at_once,^(compare$$|tokens@))
+	$(IN_VENV) $(call at_once,^(compare$$|evidence$$|tokens@))
 	$(IN_VENV) dvc repro
 
 ablation: env  ## train every option of fusion with several seeds: results/ablation.md, a quarter of an hour

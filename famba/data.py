@@ -125,6 +125,26 @@ def batches(
     return ((split.images[chosen], split.labels[chosen]) for chosen in order.split(batch_size))
 
 
+def read_image(source: str | Path | np.ndarray, img_size: int) -> UInt8[Tensor, "3 h w"]:
+    """One image of any size, brought to img_size pixels as `load` does it.
+
+    Args:
+        source: a file of any format that Pillow reads, relative paths from the repository root; or an image as an array
+            of 8-bit numbers, (h, w) or (h, w, 3).
+
+    Raises:
+        InputError: a file that is missing or not a whole image; an array of another type or shape.
+    """
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or not (source.ndim == 2 or source.shape[2:] == (3,)) or 0 in source.shape:
+            raise InputError(f"image: {source.dtype} of shape {source.shape}; must be uint8 of (h, w) or (h, w, 3)")
+        return torch.from_numpy(_fit(Image.fromarray(source), img_size).copy())
+    path = params.root() / source
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    return torch.from_numpy(_read_file(path, img_size).copy())
+
+
 def normalise(
     images: UInt8[Tensor, "b 3 h w"], mean: Sequence[float], std: Sequence[float]
 ) -> Float32[Tensor, "b 3 h w"]:
@@ -239,12 +259,7 @@ def _decoded(files: list[os.DirEntry[str]], img_size: int, name: str) -> UInt8[T
     images = np.empty((len(files), 3, img_size, img_size), dtype=np.uint8)
 
     def decode(i: int) -> None:
-        try:
-            with Image.open(files[i].path) as image:
-                images[i] = _fit(image, img_size)
-        except Exception as error:  # Pillow's decoders raise anything from OSError to SyntaxError and struct.error
-            said = "no known format" if isinstance(error, PIL.UnidentifiedImageError) else " ".join(str(error).split())
-            raise InputError(f"{files[i].path}: not a whole image that Pillow can read ({said})") from None
+        images[i] = _read_file(files[i].path, img_size)
 
     # Threads gain on large images; on tiny ones, which hardly leave the interpreter, more than a few get in each
     # other's way. map keeps the order, so of several broken files it is always the first that is named.
@@ -254,6 +269,15 @@ def _decoded(files: list[os.DirEntry[str]], img_size: int, name: str) -> UInt8[T
     result = torch.from_numpy(images)
     write_atomic(path, save({"images": result}, metadata={"crc32": str(zlib.crc32(images.data))}))
     return result
+
+
+def _read_file(path: str | Path, img_size: int) -> UInt8[np.ndarray, "3 h w"]:
+    try:
+        with Image.open(path) as image:
+            return _fit(image, img_size)
+    except Exception as error:  # Pillow's decoders raise anything from OSError to SyntaxError and struct.error
+        said = "no known format" if isinstance(error, PIL.UnidentifiedImageError) else " ".join(str(error).split())
+        raise InputError(f"{path}: not a whole image that Pillow can read ({said})") from None
 
 
 def _fit(image: Image.Image, size: int) -> UInt8[np.ndarray, "3 h w"]:

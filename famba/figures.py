@@ -1,41 +1,41 @@
 """Tidy frame or arrays in, Figure out: no reading, no show, no global state, no torch.
 
 A strategy has one colour and one marker everywhere, and always the same place in the order. Spread is +-1 standard
-deviation over seeds, and the caption says over how many. Here `b` images, `h` by `w` pixels, `t` tokens.
+deviation over seeds, and the caption says over how many. Here `t` tokens. Charts are drawn here; what is drawn over an
+image is in `pictures`, what all have in common in `canvas`, and the names of both are at hand here too.
 
 Statistical charts are seaborn's, drawn into figures that pyplot never hears of; matplotlib does what seaborn has no
 chart for. Sources: the colours are seaborn's for colour-blind readers; the heat-map of token similarity is the picture
-of Famba-V (arXiv:2409.09808); a fusion map colours patches as ToMe (arXiv:2210.09461) does.
+of Famba-V (arXiv:2409.09808).
 """
 
-import colorsys
-import functools
-import io
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
-import matplotlib
-import matplotlib.style
 import numpy as np
 import pandas as pd
 import seaborn
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
-from matplotlib.figure import Figure as _MatplotlibFigure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from famba import metrics, params
+from famba import evidence, metrics
+from famba.canvas import GREY, Figure, caption, styled
+from famba.canvas import save as save
 from famba.errors import InputError
-from famba.files import write_atomic
 from famba.params import STRATEGIES
+from famba.pictures import fusion_animation as fusion_animation
+from famba.pictures import fusion_closer as fusion_closer
+from famba.pictures import fusion_map as fusion_map
+from famba.pictures import image_grid as image_grid
+from famba.pictures import patch_grid as patch_grid
+from famba.pictures import saliency as saliency
+from famba.pictures import saliency_map as saliency_map
 
 _PALETTE = seaborn.color_palette("colorblind").as_hex()
-_GREY, _ORANGE, _SKY = "0.4", _PALETTE[1], _PALETTE[9]
 STRATEGY_COLOURS = {
     "none": _PALETTE[7],
     "all": _PALETTE[0],
@@ -43,6 +43,8 @@ STRATEGY_COLOURS = {
     "lower": _PALETTE[4],
     "upper": _PALETTE[2],
 }
+# Beside each other in one panel; no strategy's.
+_WEIGHTS_COLOURS = {"trained": "0.2", "untrained": _PALETTE[9]}
 _MARKERS = {"none": "o", "all": "s", "interleaved": "D", "lower": "v", "upper": "^"}
 _LABELS = {
     "top1_percent": "top-1 accuracy (%)",
@@ -53,13 +55,6 @@ _LABELS = {
 }
 _MODELS = {"vim_tiny": "Vim-Ti", "vim_small": "Vim-S"}
 _DATASETS = {"cifar100": "CIFAR-100", "cifar10": "CIFAR-10", "digits": "digits"}
-# The same on every machine: nothing of the session's style, and the one font that matplotlib brings along.
-_STYLE: list[Any] = [
-    "default",
-    seaborn.axes_style("whitegrid", {"axes.spines.top": False, "axes.spines.right": False, "grid.color": "0.9"}),
-    seaborn.plotting_context("paper", rc={"lines.linewidth": 1.8}),
-    {"font.sans-serif": ["DejaVu Sans"], "legend.frameon": False, "svg.hashsalt": "famba"},
-]
 _BY_STRATEGY: dict[str, Any] = {
     "hue": "strategy",
     "hue_order": STRATEGIES,
@@ -67,50 +62,8 @@ _BY_STRATEGY: dict[str, Any] = {
     "legend": False,
 }
 
-P = ParamSpec("P")
 
-
-class Figure(_MatplotlibFigure):
-    """A figure that a notebook shows without pyplot, and that is the same bytes whenever it is drawn."""
-
-    def _repr_png_(self) -> bytes:
-        return _rendered(self, "png", dpi=100)
-
-
-def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Draw in the package's own style, whatever the session has set, and lay out once.
-
-    Another layout at every save moves things by rounding errors, which change the names inside an SVG.
-    """
-
-    @functools.wraps(draw)
-    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        with matplotlib.style.context(_STYLE):
-            figure = draw(*args, **kwargs)
-            figure.draw_without_rendering()
-            figure.set_layout_engine("none")
-            return figure
-
-    return drawn
-
-
-def save(figure: _MatplotlibFigure, path: str | Path) -> Path:
-    """Write a figure as PNG or SVG, the same bytes for the same figure: no date, no version inside.
-
-    Args:
-        path: if relative, from the repository root; its folder is made if need be.
-
-    Raises:
-        InputError: another suffix than .png or .svg, or a folder that cannot be written to.
-    """
-    path = params.root() / path
-    if path.suffix not in (".png", ".svg"):
-        raise InputError(f"{path}: figures are saved as .png or .svg")
-    write_atomic(path, _rendered(figure, path.suffix[1:]))
-    return path
-
-
-@_styled
+@styled
 def accuracy_against(frame: pd.DataFrame, cost: str = "train_time_s") -> Figure:
     """Top-1 accuracy against a cost: each strategy's mean with its spread, its runs, and the Pareto front.
 
@@ -143,7 +96,7 @@ def accuracy_against(frame: pd.DataFrame, cost: str = "train_time_s") -> Figure:
     figure.legend(handles.values(), handles, loc="outside right upper", handlelength=1.6)
     alone = _seeds(frame) == "n = 1 seed"
     spread = "one run each, so without spread" if alone else f"mean over {_seeds(frame)}, bars ± 1 sd"
-    _caption(
+    caption(
         figure,
         f"Large: {spread}. Small: single runs. Up and left is better; no strategy beats one on the Pareto front in "
         "both means.",
@@ -151,7 +104,7 @@ def accuracy_against(frame: pd.DataFrame, cost: str = "train_time_s") -> Figure:
     return figure
 
 
-@_styled
+@styled
 def tokens_per_layer(schedules: pd.DataFrame) -> Figure:
     """Tokens that each layer passes on, by strategy; what all strategies compute less of.
 
@@ -173,23 +126,20 @@ def tokens_per_layer(schedules: pd.DataFrame) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def training_curves(history: pd.DataFrame) -> Figure:
     """Training loss, validation loss and validation accuracy by epoch: mean over seeds with its spread.
 
     Args:
-        history: as from `metrics.load_history`; without a row where nothing was trained, and the figure says so.
+        history: as from `metrics.load_history`.
     """
     columns = {
         "train_loss": "training loss",
         "val_loss": "validation loss",
         "val_top1_percent": "validation top-1 accuracy (%)",
     }
-    figure = Figure(figsize=(9.6, 3.7), layout="constrained")
-    if history.empty:
-        _caption(figure, "Nothing was trained: the runs evaluate the weights that they were given.", width=130)
-        return figure
     names = _strategies(history)
+    figure = Figure(figsize=(9.6, 3.7), layout="constrained")
     panels = figure.subplots(1, len(columns))
     for axes, (column, label) in zip(panels, columns.items(), strict=True):
         seaborn.lineplot(history, x="epoch", y=column, **_BY_STRATEGY, errorbar=("sd", 1), ax=axes)
@@ -197,11 +147,11 @@ def training_curves(history: pd.DataFrame) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     figure.legend(panels[0].get_lines(), names, loc="outside upper center", ncols=len(names))
     band = "" if _seeds(history) == "n = 1 seed" else "; the band is ± 1 sd"
-    _caption(figure, f"Mean over {_seeds(history)}{band}.", width=130)
+    caption(figure, f"Mean over {_seeds(history)}{band}.", width=130)
     return figure
 
 
-@_styled
+@styled
 def paper_beside_ours(table: pd.DataFrame) -> Figure:
     """The paper's Table 1 and what was measured here, each as a change from its own `none`, with its value beside it.
 
@@ -231,7 +181,7 @@ def paper_beside_ours(table: pd.DataFrame) -> Figure:
         row[0].set_ylabel(label)
     n = sorted(set(table.loc[table["source"] == "here", "n"]) - {0})
     ours = f"mean ± 1 sd over n = {', '.join(map(str, n))} seeds" if n else "nothing yet"
-    _caption(
+    caption(
         figure,
         "Bars: change from `none`; numbers: the value itself. Paper: Famba-V, Table 1, single runs on another machine. "
         f"Here: {ours}. Only changes compare across columns, and columns of different images only in direction.",
@@ -240,7 +190,7 @@ def paper_beside_ours(table: pd.DataFrame) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def strategies_overview(schedules: pd.DataFrame) -> Figure:
     """Which layers fuse how much: one row per strategy, one cell per layer, the tokens it removes written in.
 
@@ -273,103 +223,7 @@ def strategies_overview(schedules: pd.DataFrame) -> Figure:
     return figure
 
 
-@_styled
-def fusion_map(
-    images: UInt8[np.ndarray, "b h w 3"],
-    groups_by_layer: Sequence[Int[np.ndarray, "b t"]],
-    *,
-    patch_size: int,
-    stride: int,
-    cls_index: int | None = None,
-    layers: Sequence[int] | None = None,
-) -> Figure:
-    """Where fusion happened: patches that became one token share a colour and an outline, all others stay bare.
-
-    One row per image, one picture per layer after the image itself. A token keeps the colour of its first patch. The
-    class token is not counted.
-
-    Args:
-        groups_by_layer: for each layer, layer 1 first, the token that each input token has ended in
-            (`Trace.groups`).
-        patch_size, stride: pixels; where patches overlap, each is drawn as the stride-sized cell in its middle.
-        cls_index: the class token's position at the input, which is no patch; None without one.
-        layers: those to draw, counted from 1; None is all.
-
-    Raises:
-        InputError: groups that do not fit the images' patches, or a layer that is not there.
-    """
-    chosen = list(range(1, len(groups_by_layer) + 1)) if layers is None else list(layers)
-    wrong = [layer for layer in chosen if not 1 <= layer <= len(groups_by_layer)]
-    if wrong:
-        raise InputError(f"layers: {wrong[0]} is not within 1..{len(groups_by_layer)}")
-    b, h, w, _ = images.shape
-    grid_shape = ((h - patch_size) // stride + 1, (w - patch_size) // stride + 1)
-    maps = {layer: _patch_groups(groups_by_layer[layer - 1], b, grid_shape, cls_index, layer) for layer in chosen}
-
-    across = min(1 + len(chosen), 13)
-    down = math.ceil((1 + len(chosen)) / across)
-    size = 1.35 if across > 5 else 1.9
-    figure = Figure(
-        figsize=(size * across, (size + (0.38 if down > 1 else 0.12)) * b * down + 0.4), layout="constrained"
-    )
-    panels = figure.subplots(b * down, across, squeeze=False)
-    for axes in panels.flat:
-        axes.set_axis_off()
-    for row, image in enumerate(images):
-        places = panels[row * down : (row + 1) * down].flat
-        axes = next(places)
-        _show(axes, image)
-        if row == 0 or down > 1:
-            axes.set_title(f"image\n{grid_shape[0] * grid_shape[1]} patches", fontsize=9)
-        for layer, axes in zip(chosen, places, strict=False):
-            groups = maps[layer][row]
-            _show(axes, image)
-            _colour_groups(axes, groups, patch_size, stride)
-            if row == 0 or down > 1:
-                axes.set_title(f"layer {layer}\n{len(np.unique(groups))} tokens", fontsize=9)
-    return figure
-
-
-@_styled
-def patch_grid(image: UInt8[np.ndarray, "h w 3"], *, patch_size: int, stride: int) -> Figure:
-    """An image and its patches in scan order: the sequence that the two scans read, forwards and backwards.
-
-    Where patches overlap (a stride below the patch size), each is drawn as the stride-sized cell in its middle.
-    """
-    h, w, _ = image.shape
-    down, across = (h - patch_size) // stride + 1, (w - patch_size) // stride + 1
-    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for axes in panels:
-        _show(axes, image)
-    panels[0].set_title(f"image, {h} × {w} px", fontsize=10)
-    panels[1].set_title(f"{down * across} patches in scan order", fontsize=10)
-    if patch_size > stride:
-        first = Rectangle((-0.5, -0.5), patch_size, patch_size, facecolor="none", edgecolor=_SKY, zorder=3)
-        first.set(linestyle="--", linewidth=2, clip_on=False)
-        panels[1].add_patch(first)
-        panels[1].set_title(
-            f"{down * across} patches in scan order\n(dashed: all of patch 0, {patch_size} × {patch_size} px)",
-            fontsize=10,
-        )
-    margin = (patch_size - stride) / 2 - 0.5
-    for index in range(down * across):
-        x, y = margin + index % across * stride, margin + index // across * stride
-        panels[1].add_patch(Rectangle((x, y), stride, stride, facecolor="none", edgecolor=_ORANGE, linewidth=0.9))
-        panels[1].text(
-            x + stride / 2,
-            y + stride / 2,
-            str(index),
-            ha="center",
-            va="center",
-            fontsize=min(9, 70 / max(down, across)),
-            color="#222222",
-            bbox={"boxstyle": "round,pad=0.12", "facecolor": "white", "alpha": 0.75, "linewidth": 0},
-        )
-    return figure
-
-
-@_styled
+@styled
 def similarity_heatmaps(matrices: Sequence[Float[np.ndarray, "_ _"]], *, layers: Sequence[int] | None = None) -> Figure:
     """Cosine similarity of every token with every other, one heat-map per layer on one scale of colours.
 
@@ -406,28 +260,7 @@ def similarity_heatmaps(matrices: Sequence[Float[np.ndarray, "_ _"]], *, layers:
     return figure
 
 
-@_styled
-def image_grid(images: UInt8[np.ndarray, "b h w 3"], labels: Sequence[str], *, columns: int = 10) -> Figure:
-    """Images with their labels above, row by row.
-
-    Raises:
-        InputError: another number of labels than of images, or no images.
-    """
-    if len(labels) != len(images) or not len(images):
-        raise InputError(f"labels: {len(labels)} for {len(images)} images")
-    across = min(columns, len(images))
-    down = math.ceil(len(images) / across)
-    figure = Figure(figsize=(0.95 * across, 1.15 * down), layout="constrained")
-    panels = figure.subplots(down, across, squeeze=False)
-    for axes in panels.flat:
-        axes.set_axis_off()
-    for axes, image, label in zip(panels.flat, images, labels, strict=False):
-        _show(axes, image)
-        axes.set_title(textwrap.shorten(str(label), 14, placeholder="…"), fontsize=9, pad=3)
-    return figure
-
-
-@_styled
+@styled
 def benchmark(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """What is fast and what is not: scans, parts of a training step, what fusing gains, and memory.
 
@@ -449,7 +282,7 @@ def benchmark(tables: Mapping[str, pd.DataFrame]) -> Figure:
         axes.set_axis_off()
     for axes, draw in zip(places.flat, panels.values(), strict=False):
         draw(axes, tables)
-    _caption(figure, "Medians of times taken in turn in one process.", width=100 * across)
+    caption(figure, "Medians of times taken in turn in one process.", width=100 * across)
     return figure
 
 
@@ -492,7 +325,7 @@ def _step_parts(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
 
 def _step_times(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
     lengths, table = tables["lengths"], tables["schedules"]
-    axes.plot(lengths["tokens"], lengths["median_ms"], color=_GREY, marker=".", linewidth=1.2, label="nothing fused")
+    axes.plot(lengths["tokens"], lengths["median_ms"], color=GREY, marker=".", linewidth=1.2, label="nothing fused")
     for name in _strategies(table):
         (row,) = _of(table, name).to_dict("records")
         label, at = f"{name}: {row['of_predicted']:.2f}× predicted", row["mean_tokens"]
@@ -526,14 +359,6 @@ _BENCHMARKS: dict[str, Callable[[Axes, Mapping[str, pd.DataFrame]], None]] = {
 }
 
 
-def _rendered(figure: _MatplotlibFigure, kind: str, dpi: int = 150) -> bytes:
-    metadata = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}[kind]
-    target = io.BytesIO()
-    with matplotlib.style.context(_STYLE):
-        figure.savefig(target, format=kind, metadata=metadata, dpi=dpi, facecolor="white")
-    return target.getvalue()
-
-
 def _strategies(frame: pd.DataFrame) -> list[str]:
     """Those present, in the fixed order; one that has no colour is an error, not left out."""
     present = list(dict.fromkeys(frame["strategy"]))
@@ -552,19 +377,12 @@ def _seeds(frame: pd.DataFrame) -> str:
     return f"n = {' or '.join(map(str, counts))} seed{'' if counts == [1] else 's'}"
 
 
-def _caption(figure: _MatplotlibFigure, text: str, width: int = 100) -> None:
-    # A number stays beside its sign and unit.
-    lines = textwrap.wrap(text.replace("± 1 sd", "±\u00a01\u00a0sd"), width)
-    figure.supxlabel("\n".join(lines).replace("\u00a0", " "), x=0.01, ha="left", fontsize=8.5, color=_GREY)
-
-
 def _change(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
     """By strategy: change from `none`, its sd, and the value; NaN where nothing was measured."""
     runs = rows.set_index("strategy").reindex(STRATEGIES)
     base = runs.loc["none", metric]
-    relative = not metric.endswith("_percent")
-    scale = 100 / base if relative and base else 1.0
-    value = runs[metric] if base or not relative else runs[metric] * math.nan  # nothing is a percentage of zero
+    scale = 1.0 if metric.endswith("_percent") else 100 / base
+    value = runs[metric]
     return pd.DataFrame({"change": (value - base) * scale, "sd": runs[f"{metric}_sd"] * scale, "value": value})
 
 
@@ -581,68 +399,139 @@ def _bars(axes: Axes, change: pd.DataFrame, unit: str, low: float, high: float) 
         axes.spines["bottom"].set_visible(False)
         axes.tick_params(labelbottom=False)
         axes.set_facecolor("0.96")
-        axes.text(0.5, 0.5, "not\nmeasured\nhere", transform=axes.transAxes, ha="center", va="center", color=_GREY)
+        axes.text(0.5, 0.5, "not\nmeasured\nhere", transform=axes.transAxes, ha="center", va="center", color=GREY)
         return
     style = {"fmt": "none", "ecolor": "0.15", "elinewidth": 1.2, "capsize": 2.5}
     spread = change.dropna()
     axes.errorbar(spread["change"], spread.index.to_numpy(), xerr=spread["sd"], **style)
     for row, value in enumerate(change["value"].to_numpy(float)):
         written = "not measured" if math.isnan(value) else (f"{value:,.0f}" if value >= 100 else f"{value:.1f}") + unit
-        colour = _GREY if math.isnan(value) else "black"
+        colour = GREY if math.isnan(value) else "black"
         axes.text(high + 0.06 * span, row, written, va="center", fontsize=8.5, color=colour)
     axes.axvline(0, color="0.6", linewidth=0.9)
 
 
-def _patch_groups(
-    groups: np.ndarray, b: int, grid_shape: tuple[int, int], cls_index: int | None, layer: int
-) -> np.ndarray:
-    """(b, rows, columns): for each patch the token it ended in."""
-    patches = groups if cls_index is None else np.delete(groups, cls_index, axis=1)
-    if patches.shape != (b, grid_shape[0] * grid_shape[1]):
-        raise InputError(
-            f"groups_by_layer: layer {layer} has the shape {groups.shape}; {b} images of {grid_shape[0]} x "
-            f"{grid_shape[1]} patches{'' if cls_index is None else ' and a class token'} are expected"
-        )
-    return patches.reshape(b, *grid_shape)
+@styled
+def alike_similarity(frame: pd.DataFrame) -> Figure:
+    """How alike each token is with the one most like it, by layer, trained and untrained, and how that changes upwards.
+
+    Args:
+        frame: as from `alike.in_runs`.
+    """
+    table = evidence.quantiles(frame.loc[frame["quantity"] == "similarity"])
+    figure = Figure(figsize=(9.6, 3.9), layout="constrained")
+    axes, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    _bands(axes, _of(table, metrics.BASELINE))
+    axes.set(xlabel="layer", ylabel="cosine similarity with the best match", title="unfused tokens (none)")
+    axes.legend(loc="best")
+    rises = evidence.rise(frame)
+    for row, weights in enumerate(evidence.WEIGHTS):
+        values = rises[weights].to_numpy()
+        mean, low, high = evidence.bootstrap(values)
+        _box(right, values, float(row), _WEIGHTS_COLOURS[weights])
+        style = {"color": _PALETTE[3], "capsize": 4, "markersize": 5, "zorder": 4}
+        right.errorbar(mean, row, xerr=[[mean - low], [high - mean]], fmt="o", **style)
+    right.axvline(0, color="0.6", linewidth=0.9)
+    right.set_yticks(range(len(evidence.WEIGHTS)), evidence.WEIGHTS)
+    right.set(ylim=(len(evidence.WEIGHTS) - 0.5, -0.5), xlabel="difference in cosine similarity")
+    right.set_title("upper third minus lower third of the layers")
+    right.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    right.grid(False, axis="y")
+    caption(
+        figure,
+        f"Left: median, middle half and 5 to 95% of the tokens of {len(rises)} images. Right: each image's difference "
+        "of medians, as box (5 to 95%); in red their mean with its 95% bootstrap interval over images. Right of "
+        "zero, tokens are more alike in the upper layers.",
+        width=130,
+    )
+    return figure
 
 
-def _show(axes: Axes, image: np.ndarray) -> None:
-    axes.imshow(image, interpolation="nearest")
-    axes.set_axis_off()
+@styled
+def alike_distance(frame: pd.DataFrame) -> Figure:
+    """How far apart in the image the tokens lie that each layer fuses, one panel for each strategy.
+
+    Args:
+        frame: as from `alike.in_runs`.
+
+    Raises:
+        InputError: no strategy that fuses.
+    """
+    table = evidence.quantiles(frame.loc[frame["quantity"] == "distance"])
+    names, chance = _strategies(table), evidence.chance_distance(frame)
+    figure = Figure(figsize=(2.5 * len(names) + 1.0, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(names), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=True):
+        _bands(axes, _of(table, name))
+        axes.axhline(chance, color=GREY, linestyle="--", linewidth=1, label="two patches at random")
+        axes.set_title(name, color=STRATEGY_COLOURS[name])
+        axes.set(xlabel="layer", ylim=(0, None))
+    panels[0].set_ylabel("distance of fused tokens (patches)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    n = frame["image"].nunique()
+    text = f"Median, middle half and 5 to 95% over the pairs of {n} images; between the centres of the patches of each."
+    caption(figure, text, width=130)
+    return figure
 
 
-def _colour_groups(axes: Axes, groups: Int[np.ndarray, "rows columns"], patch_size: int, stride: int) -> None:
-    """Tint the patches of each token that stands for more than one, and outline all tokens."""
-    rows, columns = groups.shape
-    _, first, inverse, count = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
-    tints = np.zeros((rows, columns, 4))
-    fused = (count > 1)[inverse.reshape(groups.shape)]
-    for token, patch in enumerate(first):
-        if count[token] > 1:
-            # Steps of the golden ratio keep neighbours' hues apart; two levels of value tell more tokens apart.
-            hue = colorsys.hsv_to_rgb(patch * 0.618034 % 1, 0.85, 0.95 if patch % 2 else 0.75)
-            tints[inverse.reshape(groups.shape) == token] = (*hue, 0.7)
-    start = (patch_size - stride) / 2 - 0.5
-    extent = (start, start + columns * stride, start + rows * stride, start)
-    limits = axes.get_xlim(), axes.get_ylim()
-    axes.imshow(tints, extent=extent, interpolation="nearest")
-    lines = []
-    ids, own = np.pad(groups, 1, constant_values=-1), np.pad(fused, 1)
-    for row in range(rows + 1):
-        for column in range(columns + 1):
-            x, y = start + column * stride, start + row * stride
-            here, left, above = (row + 1, column + 1), (row + 1, column), (row, column + 1)
-            if ids[here] != ids[left] and (own[here] or own[left]):
-                lines.append([(x, y), (x, y + stride)])
-            if ids[here] != ids[above] and (own[here] or own[above]):
-                lines.append([(x, y), (x + stride, y)])
-    # White with a dark rim: seen on any image.
-    axes.add_collection(LineCollection(lines, colors="#222222", linewidths=1.5, capstyle="round"))
-    axes.add_collection(LineCollection(lines, colors="white", linewidths=0.7, capstyle="round"))
-    axes.set(xlim=limits[0], ylim=limits[1])
+@styled
+def alike_size(frame: pd.DataFrame) -> Figure:
+    """How many patches a token stands for at the end, by strategy, trained and untrained.
+
+    Args:
+        frame: as from `alike.in_runs`.
+
+    Raises:
+        InputError: a strategy that has no colour.
+    """
+    sizes = frame.loc[(frame["quantity"] == "size") & (frame["strategy"] != metrics.BASELINE)]
+    names = _strategies(sizes)
+    figure = Figure(figsize=(7.2, 1.2 + 0.75 * len(names)), layout="constrained")
+    axes = figure.add_subplot()
+    for row, name in enumerate(names):
+        for offset, weights in zip((-0.19, 0.19), evidence.WEIGHTS, strict=True):
+            values = _of(sizes, name).loc[sizes["weights"] == weights, "value"].to_numpy()
+            _box(axes, values, row + offset, _WEIGHTS_COLOURS[weights], width=0.3)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(ylim=(len(names) - 0.5, -0.5), xlabel="patches of a token, after the last layer")
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
+    axes.grid(False, axis="y")
+    handles = [Rectangle((0, 0), 1, 1, color=_WEIGHTS_COLOURS[weights], alpha=0.6) for weights in evidence.WEIGHTS]
+    figure.legend(handles, evidence.WEIGHTS, loc="outside upper center", ncols=2)
+    text = f"Tokens of {sizes['image'].nunique()} images, class token apart: median, middle half, whiskers 5 to 95%."
+    caption(figure, text, width=110)
+    return figure
 
 
-@_styled
+def _bands(axes: Axes, table: pd.DataFrame) -> None:
+    """Median, middle half and 5 to 95% by layer, for both kinds of weights."""
+    for weights in evidence.WEIGHTS:
+        own, colour = table.loc[table["weights"] == weights], _WEIGHTS_COLOURS[weights]
+        for low, high, alpha in (("q05", "q95", 0.13), ("q25", "q75", 0.25)):
+            axes.fill_between(own["layer"], own[low], own[high], color=colour, alpha=alpha, linewidth=0)
+        axes.plot(own["layer"], own["median"], color=colour, marker=".", label=weights)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
+
+
+def _box(axes: Axes, values: np.ndarray, row: float, colour: str, width: float = 0.5) -> None:
+    """A lying box: median, middle half, whiskers from 5 to 95%."""
+    look = {"facecolor": colour, "alpha": 0.6, "linewidth": 0}
+    axes.boxplot(
+        values,
+        positions=[row],
+        widths=width,
+        whis=(5, 95),
+        showfliers=False,
+        orientation="horizontal",
+        manage_ticks=False,
+        patch_artist=True,
+        boxprops=look,
+        medianprops={"color": "white", "linewidth": 1.6},
+    )
+
+
+@styled
 def ablation(effects: pd.DataFrame, runs: pd.DataFrame) -> Figure:
     """What each option of fusion is worth, with 95% intervals, beside the mean accuracy of every cell of the grid.
 
@@ -662,7 +551,7 @@ def ablation(effects: pd.DataFrame, runs: pd.DataFrame) -> Figure:
     right.tick_params(rotation=0, labelsize=8.5, length=0)
     right.set(xlabel="", ylabel=cells.index.name)
     n = " or ".join(str(count) for count in sorted(set(effects["n"])))
-    _caption(
+    caption(
         figure,
         f"Left: top-1 with the first value minus top-1 with the second, mean and 95% t-interval over n = {n} seeds, "
         "pairs of one seed averaged first; right of zero, the first is better. Over the grid: the mean over every "
@@ -718,7 +607,7 @@ def _grid_of_means(runs: pd.DataFrame) -> pd.DataFrame:
 _ADAPTIVE_COLOURS = {"adaptive-logits": _PALETTE[3], "adaptive-similarity": _PALETTE[6]}
 
 
-@_styled
+@styled
 def adaptive_schedules(schedules: pd.DataFrame, runs: pd.DataFrame) -> Figure:
     """What each strategy removes where, as bars by layer, and the accuracy that it reaches, the adaptive ones below.
 
@@ -760,7 +649,7 @@ def adaptive_schedules(schedules: pd.DataFrame, runs: pd.DataFrame) -> Figure:
     score.set_ylim(len(names) - 0.5, -0.5)
     score.grid(False, axis="y")
     n = sorted({len(_of(runs, name)) for name in names})
-    _caption(
+    caption(
         figure,
         f"Bars: tokens removed by each layer. Right: single runs, small; their mean and its 95% t-interval, large; "
         f"n = {' or '.join(map(str, n))} seed{'' if n == [1] else 's'}.",
@@ -769,7 +658,7 @@ def adaptive_schedules(schedules: pd.DataFrame, runs: pd.DataFrame) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def paper_memory(shares: pd.DataFrame) -> Figure:
     """The paper's memory against the first fusing layer and against r, with what the formula says.
 
@@ -784,7 +673,7 @@ def paper_memory(shares: pd.DataFrame) -> Figure:
     looks: dict[tuple[str, str], dict[str, Any]] = {
         ("paper", "vim_tiny"): {"color": colour, "marker": "o", "linestyle": "none"},
         ("formula", "vim_tiny"): {"color": colour, "marker": ".", "linewidth": 1.2},
-        ("formula", "vim_small"): {"color": _SKY, "linewidth": 7, "alpha": 0.4, "zorder": 1},  # they lie on each other
+        ("formula", "vim_small"): {"color": _PALETTE[9], "linewidth": 7, "alpha": 0.4, "zorder": 1},  # they lie on each other
     }
     for axes, (table, (column, label)) in zip(panels, charts.items(), strict=True):
         for (source, model), rows in series:
@@ -796,7 +685,7 @@ def paper_memory(shares: pd.DataFrame) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
     panels[0].set_ylabel("peak memory of training\n(1 is the same model without fusion)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(series))
-    _caption(
+    caption(
         figure,
         "Points: Famba-V, Tables 2 and 3, one run each. Lines: the analytic memory of a training step here. Left, r "
         "falls as more layers fuse, so that about as many tokens go; right, layers 6 to 24 fuse. The direction is the "

@@ -560,3 +560,29 @@ def test_without_flip_no_image_is_mirrored():
 def test_a_negative_shift_is_refused():
     with pytest.raises(InputError, match="shift: -1"):
         data.augment(numbered(2).images, shift=-1, flip=False, generator=torch.Generator())
+
+
+def test_one_image_is_read_from_a_file_or_an_array_as_a_folder_reads_it(folder: Path):
+    path = folder / "train" / "cat" / "0.png"
+    loaded = data.load(DataParams(**{**DIGITS, "dataset": "folder", "root": str(folder)}))
+    read = data.read_image(path, 8)
+    assert any(torch.equal(read, image) for image in torch.cat([loaded.train.images, loaded.val.images]))
+    with Image.open(path) as image:
+        pixels = np.asarray(image)
+    assert torch.equal(data.read_image(pixels, 8), read)
+    assert data.read_image(pixels[:5, :, 0], 8).shape == (3, 8, 8), "grey, and of another shape"
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("nowhere.png", "nowhere.png: no such file"),
+        ("params.yaml", "params.yaml: not a whole image that Pillow can read"),
+        (np.zeros((4, 4), np.float32), r"image: float32 of shape \(4, 4\); must be uint8 of \(h, w\) or \(h, w, 3\)"),
+        (np.zeros((4, 4, 4), np.uint8), r"image: uint8 of shape \(4, 4, 4\)"),
+        (np.zeros((0, 4, 3), np.uint8), r"image: uint8 of shape \(0, 4, 3\)"),
+    ],
+)
+def test_what_is_no_image_is_refused_by_name(checkout: Path, source: object, said: str):
+    with pytest.raises(InputError, match=said):
+        data.read_image(source, 8)

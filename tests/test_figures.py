@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import seaborn
-from matplotlib.collections import LineCollection, PathCollection
+from matplotlib.collections import PathCollection
 from matplotlib.colors import to_hex, to_rgb
 from test_metrics import runs_frame
 
@@ -204,72 +204,6 @@ def test_the_overview_writes_what_each_layer_removes(schedules):
     ]
 
 
-def tints(axes):
-    return np.asarray(axes.images[1].get_array())
-
-
-def test_patches_of_one_token_share_a_colour_and_an_outline():
-    images = np.full((1, 4, 4, 3), 100, np.uint8)
-    # 2 x 2 patches and the class token in the middle (index 2); the left column becomes one token in layer 2.
-    groups = [np.array([[0, 1, 2, 3, 4]]), np.array([[0, 1, 2, 0, 3]])]
-    figure = figures.fusion_map(images, groups, patch_size=2, stride=2, cls_index=2)
-    assert titles(figure) == ["image\n4 patches", "layer 1\n4 tokens", "layer 2\n3 tokens"]
-    _, before, after = figure.axes
-    assert not tints(before).any()
-    assert len(before.collections[0].get_segments()) == 0
-    left, right = tints(after)[:, 0], tints(after)[:, 1]
-    assert left[0].tolist() == left[1].tolist()
-    assert left[0, 3] > 0
-    assert not right.any()
-    # Round the left column: 2 edges left, 2 right, 1 above, 1 below, and none inside.
-    outline = next(item for item in after.collections if isinstance(item, LineCollection))
-    edges = {tuple(map(tuple, segment.tolist())) for segment in outline.get_segments()}
-    assert edges == {
-        *(((-0.5, -0.5), (-0.5, 1.5)), ((-0.5, 1.5), (-0.5, 3.5)), ((1.5, -0.5), (1.5, 1.5)), ((1.5, 1.5), (1.5, 3.5))),
-        *(((-0.5, -0.5), (1.5, -0.5)), ((-0.5, 3.5), (1.5, 3.5))),
-    }
-
-
-def test_two_tokens_differ_in_colour_and_a_token_keeps_its_own():
-    images = np.zeros((1, 2, 4, 3), np.uint8)
-    groups = [np.array([[0, 0, 1, 1, 2, 3, 4, 5]]), np.array([[0, 0, 1, 1, 0, 2, 3, 4]])]
-    _, one, two = figures.fusion_map(images, groups, patch_size=1, stride=1).axes
-    assert tints(one)[0, 0].tolist() != tints(one)[0, 2].tolist()
-    assert tints(one)[0, 0].tolist() == tints(two)[0, 0].tolist() == tints(two)[1, 0].tolist()
-
-
-def test_overlapping_patches_are_drawn_as_their_middles():
-    images = np.zeros((2, 8, 8, 3), np.uint8)
-    groups = [np.tile(np.repeat(np.arange(18), 2), (2, 1))]
-    figure = figures.fusion_map(images, groups, patch_size=3, stride=1)
-    assert figure.axes[1].images[1].get_extent() == [0.5, 6.5, 6.5, 0.5]
-    assert tints(figure.axes[3]).shape == (6, 6, 4), "a second row for the second image"
-
-
-def test_a_fusion_map_refuses_groups_of_other_images_and_layers_that_are_not_there():
-    images = np.zeros((1, 4, 4, 3), np.uint8)
-    with pytest.raises(InputError, match=r"layer 1 has the shape \(1, 5\); 1 images of 2 x 2 patches are expected"):
-        figures.fusion_map(images, [np.zeros((1, 5), int)], patch_size=2, stride=2)
-    with pytest.raises(InputError, match=r"layers: 3 is not within 1\.\.1"):
-        figures.fusion_map(images, [np.zeros((1, 4), int)], patch_size=2, stride=2, layers=[3])
-
-
-def test_only_the_layers_asked_for_are_drawn():
-    images = np.zeros((1, 2, 2, 3), np.uint8)
-    figure = figures.fusion_map(images, [np.arange(4)[None]] * 24, patch_size=1, stride=1, layers=[2, 24])
-    assert titles(figure) == ["image\n4 patches", "layer 2\n4 tokens", "layer 24\n4 tokens"]
-    assert len(titles(figures.fusion_map(images, [np.arange(4)[None]] * 24, patch_size=1, stride=1))) == 25
-
-
-def test_patches_are_numbered_in_scan_order():
-    axes = figures.patch_grid(np.zeros((8, 6, 3), np.uint8), patch_size=2, stride=2).axes[1]
-    at = {text.get_text(): text.get_position() for text in axes.texts}
-    assert at["0"] == (0.5, 0.5)
-    assert at["2"] == (4.5, 0.5)
-    assert at["3"] == (0.5, 2.5)
-    assert len(at) == 12
-
-
 def test_heatmaps_show_the_matrices_on_one_scale():
     matrices = [np.array([[1.0, -0.33], [-0.33, 1.0]]), np.ones((1, 1)), np.eye(5)]
     figure = figures.similarity_heatmaps(matrices, layers=[1, 4, 9])
@@ -287,13 +221,46 @@ def test_heatmaps_show_the_matrices_on_one_scale():
         figures.similarity_heatmaps([np.ones((2, 3))])
 
 
-def test_an_image_grid_shows_each_image_under_its_label():
-    images = np.arange(3 * 2 * 2 * 3, dtype=np.uint8).reshape(3, 2, 2, 3)
-    figure = figures.image_grid(images, ["a", "b", "c"], columns=2)
-    assert titles(figure) == ["a", "b", "c"]
-    assert np.array_equal(figure.axes[2].images[0].get_array(), images[2])
-    with pytest.raises(InputError, match="labels: 1 for 3 images"):
-        figures.image_grid(images, ["a"])
+@pytest.fixture
+def likeness():
+    """Two images of 2 x 2 patches and six layers; with trained weights tokens grow less alike, layer by layer."""
+    rows = []
+    for image, layer, token in itertools.product([0, 1], range(1, 7), range(4)):
+        for weights, slope in (("trained", -0.1), ("untrained", 0.0)):
+            value = 0.9 + slope * layer + 0.01 * image
+            rows.append(("none", weights, "similarity", image, layer, value))
+            if token == 0:
+                rows.append(("upper", weights, "distance", image, layer, 1.0 + image + (weights == "untrained")))
+    for image, weights in itertools.product([0, 1], ["trained", "untrained"]):
+        rows += [("none", weights, "size", image, 6, 1.0)] * 4
+        rows += [("upper", weights, "size", image, 6, size) for size in (1.0, 3.0)]
+    return pd.DataFrame(rows, columns=["strategy", "weights", "quantity", "image", "layer", "value"])
+
+
+def test_likeness_is_drawn_by_layer_beside_its_change_towards_the_upper_layers(likeness):
+    left, right = figures.alike_similarity(likeness).axes
+    trained, untrained = left.get_lines()
+    np.testing.assert_allclose(trained.get_ydata(), 0.905 - 0.1 * np.arange(1, 7))
+    np.testing.assert_allclose(untrained.get_ydata(), [0.905] * 6)
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["trained", "untrained"]
+    means = [bar.lines[0].get_xdata()[0] for bar in right.containers]
+    np.testing.assert_allclose(means, [-0.4, 0.0], atol=1e-12, err_msg="layers 5, 6 less layers 1, 2")
+
+
+def test_distances_have_a_panel_for_each_strategy_that_fuses_and_say_what_chance_would_do(likeness):
+    figure = figures.alike_distance(likeness)
+    assert titles(figure) == ["upper"]
+    trained, untrained, chance = figure.axes[0].get_lines()
+    assert set(trained.get_ydata()) == {1.5}
+    assert set(untrained.get_ydata()) == {2.5}
+    assert set(chance.get_ydata()) == {1.0}, "of a 2 x 2 grid's six pairs four are neighbours"
+
+
+def test_sizes_at_the_end_are_drawn_for_the_strategies_that_fuse(likeness):
+    axes = figures.alike_size(likeness).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["upper"]
+    medians = [line.get_xdata().tolist() for line in axes.get_lines() if line.get_color() == "white"]
+    assert medians == [[2.0, 2.0]] * 2
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
@@ -354,7 +321,7 @@ def test_a_benchmark_of_some_parts_has_their_panels_alone(benchmarks):
         figures.benchmark({"lengths": benchmarks["lengths"]})
 
 
-def test_no_text_of_the_saved_figures_overlaps_another(runs, schedules, history, benchmarks):
+def test_no_text_of_the_saved_figures_overlaps_another(runs, schedules, history, benchmarks, likeness):
     drawn = [
         figures.accuracy_against(runs),
         figures.tokens_per_layer(schedules),
@@ -362,6 +329,9 @@ def test_no_text_of_the_saved_figures_overlaps_another(runs, schedules, history,
         figures.strategies_overview(schedules),
         figures.paper_beside_ours(metrics.beside_paper(metrics.summary(runs))),
         figures.benchmark(benchmarks),
+        figures.alike_similarity(likeness),
+        figures.alike_distance(likeness),
+        figures.alike_size(likeness),
     ]
     for figure in drawn:
         figure.draw_without_rendering()

@@ -21,16 +21,20 @@ import famba
 from famba import metrics, params, train
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGE_NOTEBOOKS = ("train", "compare", "tokens", "ablation", "adaptive")
+STAGE_NOTEBOOKS = ("train", "compare", "tokens", "evidence", "ablation", "adaptive")
 # A module imports only from those before it.
 # fmt: off
 ORDER = [
     "errors", "params", "files", "data", "native", "scan", "ops", "fusion", "strategies", "mixer", "model",
     "checkpoint", "pretrained", "cost", "records", "train", "calibrate", "sweep", "workers", "ablation", "metrics",
-    "effects", "paper_memory", "tokens", "adaptive", "figures", "bench", "__main__",
+    "effects", "paper_memory", "evidence", "tokens", "alike", "adaptive", "canvas", "pictures", "figures", "explore",
+    "bench", "__main__",
+]
+NO_TORCH = [
+    "errors", "params", "files", "strategies", "records", "workers", "metrics", "effects", "evidence", "canvas",
+    "pictures", "figures",
 ]
 # fmt: on
-NO_TORCH = ("errors", "params", "files", "strategies", "records", "workers", "metrics", "effects", "figures")
 
 
 def modules() -> dict[str, str]:

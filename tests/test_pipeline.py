@@ -70,7 +70,7 @@ def ran(output: str) -> set[str]:
 
 
 def outputs(folder: Path) -> dict[str, bytes]:
-    found = [*folder.glob("figures/*"), *folder.glob("results/summary.*"), *folder.glob("results/runs/*/*")]
+    found = [*folder.glob("figures/*"), *folder.glob("results/*.*"), *folder.glob("results/runs/*/*")]
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
@@ -81,7 +81,7 @@ def first(copy: Path) -> dict[str, bytes]:
     commands = [line.partition(" && ")[2] for line in recipe.splitlines() if "activate && " in line]
     assert len(commands) == 4
     done = ran("".join(run(copy, "bash", "-c", command) for command in commands))
-    assert {"train@none-0", "train@upper-0", "compare", "tokens@none", "tokens@upper"} <= done
+    assert {"train@none-0", "train@upper-0", "compare", "evidence", "tokens@none", "tokens@upper"} <= done
     assert not [stage for stage in done if "ablation" in stage]
     commit(copy)
     return outputs(copy)
@@ -129,13 +129,13 @@ def test_a_new_seed_runs_the_new_runs_only(copy, first):
     edit(copy, lambda document: document["sweep"].update(seeds=[0, 1]))
     planned = ran(run(copy, "dvc", "repro", "--dry"))
     edit(copy, lambda document: document["sweep"].update(seeds=[0]))
-    assert planned == {"train@none-1", "train@upper-1", "compare"}
+    assert planned == {"train@none-1", "train@upper-1", "compare", "evidence"}
 
 
 def test_another_r_of_one_strategy_reruns_that_strategy_and_the_gathering(copy, first):
     done = ran(run(copy, "dvc", "exp", "run", "-S", "profiles.smoke.fusion.upper.r=6"))
     rerun = {stage for stage in done if not stage.startswith("resolve")}
-    assert rerun == {"train@upper-0", "compare", "tokens@upper", "readme"}
+    assert rerun == {"train@upper-0", "compare", "evidence", "tokens@upper", "readme"}
     after = outputs(copy)
     assert {name for name in first if name.startswith("results/runs/none-0/") and after[name] != first[name]} == set()
     assert after["results/runs/upper-0/schedule.json"] != first["results/runs/upper-0/schedule.json"]

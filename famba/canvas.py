@@ -1,0 +1,127 @@
+"""What every figure and animation has in common: one style, one way to be shown, one way to be saved.
+
+Nothing here goes through pyplot, so nothing of the session's state is read or left behind. The same picture is the
+same bytes whenever it is drawn or saved.
+"""
+
+import base64
+import functools
+import io
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import matplotlib
+import matplotlib.style
+import seaborn
+from matplotlib.figure import Figure as _MatplotlibFigure
+from PIL import Image
+
+from famba import params
+from famba.errors import InputError
+from famba.files import write_atomic
+
+# The same on every machine: nothing of the session's style, and the one font that matplotlib brings along.
+_STYLE: list[Any] = [
+    "default",
+    seaborn.axes_style("whitegrid", {"axes.spines.top": False, "axes.spines.right": False, "grid.color": "0.9"}),
+    seaborn.plotting_context("paper", rc={"lines.linewidth": 1.8}),
+    {"font.sans-serif": ["DejaVu Sans"], "legend.frameon": False, "svg.hashsalt": "famba"},
+]
+GREY = "0.4"  # of what is said in small print
+_GIF_COLOURS = 128
+_FORMATS = {".png": "figures", ".svg": "figures", ".gif": "animations"}
+
+P = ParamSpec("P")
+
+
+class Figure(_MatplotlibFigure):
+    """A figure that a notebook shows without pyplot, and that is the same bytes whenever it is drawn."""
+
+    def _repr_png_(self) -> bytes:
+        return _rendered(self, "png", dpi=100)
+
+
+@dataclass(frozen=True)
+class Animation:
+    """Figures of one size, shown one after the other and again from the first; a notebook plays it.
+
+    Attributes:
+        frame_ms: how long each is shown, milliseconds; the last three times as long.
+    """
+
+    frames: tuple[Figure, ...]
+    frame_ms: int = 700
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        return {"image/gif": base64.b64encode(_gif(self)).decode(), "text/plain": repr(self)}
+
+    def __repr__(self) -> str:
+        return f"Animation of {len(self.frames)} frames"
+
+
+def save(picture: _MatplotlibFigure | Animation, path: str | Path) -> Path:
+    """Write a figure as PNG or SVG, an animation as GIF: the same bytes for the same picture, no date, no version.
+
+    Args:
+        path: if relative, from the repository root; its folder is made if need be.
+
+    Raises:
+        InputError: a suffix that is not for this kind of picture, or a folder that cannot be written to.
+    """
+    path = params.root() / path
+    kind = "animations" if isinstance(picture, Animation) else "figures"
+    if _FORMATS.get(path.suffix) != kind:
+        allowed = " or ".join(suffix for suffix, of in _FORMATS.items() if of == kind)
+        raise InputError(f"{path}: {kind} are saved as {allowed}")
+    write_atomic(path, _gif(picture) if isinstance(picture, Animation) else _rendered(picture, path.suffix[1:]))
+    return path
+
+
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Draw in the package's own style, whatever the session has set, and lay out once.
+
+    Another layout at every save moves things by rounding errors, which change the names inside an SVG.
+    """
+
+    @functools.wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with matplotlib.style.context(_STYLE):
+            figure = draw(*args, **kwargs)
+            if figure.get_layout_engine() is not None:
+                figure.draw_without_rendering()
+                figure.set_layout_engine("none")
+            return figure
+
+    return drawn
+
+
+def caption(figure: _MatplotlibFigure, text: str, width: int = 100) -> None:
+    """Small print below a figure, in lines of `width` characters; a number stays beside its sign and unit."""
+    lines = textwrap.wrap(text.replace("± 1 sd", "±\u00a01\u00a0sd"), width)
+    figure.supxlabel("\n".join(lines).replace("\u00a0", " "), x=0.01, ha="left", fontsize=8.5, color=GREY)
+
+
+def _rendered(figure: _MatplotlibFigure, kind: str, dpi: int = 150) -> bytes:
+    metadata = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}[kind]
+    target = io.BytesIO()
+    with matplotlib.style.context(_STYLE):
+        figure.savefig(target, format=kind, metadata=metadata, dpi=dpi, facecolor="white")
+    return target.getvalue()
+
+
+def _gif(animation: Animation) -> bytes:
+    """One palette, made of all frames, so that what stands still does not flicker."""
+    drawn = [Image.open(io.BytesIO(_rendered(figure, "png", dpi=80))).convert("RGB") for figure in animation.frames]
+    width, height = drawn[0].size
+    everything = Image.new("RGB", (width, height * len(drawn)))
+    for index, frame in enumerate(drawn):
+        everything.paste(frame, (0, index * height))
+    palette = everything.quantize(_GIF_COLOURS, dither=Image.Dither.NONE)
+    first, *rest = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in drawn]
+    shown_ms = [animation.frame_ms] * len(rest) + [3 * animation.frame_ms]
+    target = io.BytesIO()
+    first.save(target, "GIF", save_all=True, append_images=rest, duration=shown_ms, loop=0)
+    return target.getvalue()

@@ -1,0 +1,57 @@
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from famba import canvas, figures
+from famba.canvas import Animation
+from famba.errors import InputError
+
+
+def film(colours=("red", "blue", "green"), frame_ms=700):
+    """A small square that changes its colour."""
+
+    @canvas.styled
+    def frame(colour):
+        figure = canvas.Figure(figsize=(1, 1))
+        figure.add_axes((0, 0, 1, 1)).set(facecolor=colour)
+        return figure
+
+    return Animation(tuple(frame(colour) for colour in colours), frame_ms)
+
+
+def test_an_animation_is_saved_as_a_gif_that_shows_each_frame_and_rests_on_the_last(tmp_path):
+    path = figures.save(film(frame_ms=200), tmp_path / "deep" / "a.gif")
+    with Image.open(path) as gif:
+        assert gif.n_frames == 3
+        assert gif.info["loop"] == 0, "for ever"
+        durations, middles = [], []
+        for index in range(gif.n_frames):
+            gif.seek(index)
+            durations.append(gif.info["duration"])
+            middles.append(gif.convert("RGB").getpixel((30, 26)))
+    assert durations == [200, 200, 600]
+    np.testing.assert_allclose(middles, [(255, 0, 0), (0, 0, 255), (0, 128, 0)], atol=3)
+
+
+def test_an_unchanged_animation_is_saved_as_the_same_bytes(tmp_path):
+    path = tmp_path / "a.gif"
+    first = figures.save(film(), path).read_bytes()
+    assert figures.save(film(), path).read_bytes() == first
+    assert figures.save(film(("red", "blue", "black")), path).read_bytes() != first
+
+
+def test_a_notebook_plays_an_animation():
+    shown = film()._repr_mimebundle_()
+    assert shown["text/plain"] == "Animation of 3 frames"
+    with Image.open(io.BytesIO(base64.b64decode(shown["image/gif"]))) as gif:
+        assert gif.n_frames == 3
+
+
+def test_a_suffix_of_the_other_kind_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"a\.png: animations are saved as \.gif"):
+        figures.save(film(), tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"a\.gif: figures are saved as \.png or \.svg"):
+        figures.save(film().frames[0], tmp_path / "a.gif")
