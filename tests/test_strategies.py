@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from famba.errors import InputError
@@ -159,6 +159,8 @@ def test_of_equally_cheap_schedules_the_one_that_fuses_earlier_is_taken():
 
 
 @given(TABLES, st.integers(2, 12), st.integers(0, 8))
+@example([[0, 1, 2]] * 2, 3, 2)  # one of 3 tokens can go, and then none of 2
+@example([[0, 9, 1]] * 3, 7, 4)
 def test_no_schedule_of_as_many_tokens_is_cheaper_than_the_adaptive_one(costs, tokens, total):
     allowed = [plan for plan in possible(costs, tokens) if sum(plan) == total]
     if not allowed:
@@ -171,6 +173,7 @@ def test_no_schedule_of_as_many_tokens_is_cheaper_than_the_adaptive_one(costs, t
 
 
 @given(TABLES, st.integers(2, 12))
+@example([[0, 1, 2]] * 2, 3)
 def test_the_frontier_is_what_no_schedule_beats_in_cost_and_work(costs, tokens):
     points = {(price(costs, plan), work(plan, tokens)) for plan in possible(costs, tokens)}
     front = {(c, w) for c, w in points if not any(a <= c and b <= w and (a, b) != (c, w) for a, b in points)}
