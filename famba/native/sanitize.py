@@ -18,7 +18,8 @@ _FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame
 
 
 def main(arguments: Sequence[str]) -> int:
-    runtime = build.runtime_of("libasan.so")
+    # torch throws what an operator raises, and the sanitizer can only pass that on if it finds the C++ library
+    runtime = f"{build.runtime_of('libasan.so')} {build.runtime_of('libstdc++.so.6')}"
     environment = {
         **os.environ,
         "FAMBA_CXXFLAGS": _FLAGS,
