@@ -459,7 +459,7 @@ def alike_distance(frame: pd.DataFrame) -> Figure:
     """
     table = evidence.quantiles(frame.loc[frame["quantity"] == "distance"])
     names, chance = _strategies(table), evidence.chance_distance(frame)
-    figure = Figure(figsize=(2.5 * len(names) + 1.0, 3.6), layout="constrained")
+    figure = Figure(figsize=(max(5.0, 2.5 * len(names) + 1.0), 3.6), layout="constrained")
     panels = figure.subplots(1, len(names), sharex=True, sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
         _bands(axes, _of(table, name))
@@ -470,7 +470,7 @@ def alike_distance(frame: pd.DataFrame) -> Figure:
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     n = frame["image"].nunique()
     text = f"Median, middle half and 5 to 95% over the pairs of {n} images; between the centres of the patches of each."
-    caption(figure, text, width=130)
+    caption(figure, text, width=round(14 * figure.get_figwidth()))
     return figure
 
 
