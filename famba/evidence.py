@@ -108,15 +108,15 @@ def text(frame: pd.DataFrame) -> str:
         InputError: as in `rise`.
     """
     rises = rise(frame)
-    lower, upper = (f"{layers[0]} to {layers[-1]}" for layers in thirds(max(frame["layer"])))
+    lower, upper = (f"layers {layers[0]}..{layers[-1]}" for layers in thirds(max(frame["layer"])))
     differences = {weights: rises[weights].to_numpy() for weights in WEIGHTS}
     differences["trained minus untrained"] = differences["trained"] - differences["untrained"]
     intervals = {name: bootstrap(values) for name, values in differences.items()}
     lines = [
         _verdict(*intervals["trained"][1:], *intervals["trained minus untrained"][1:]),
         "",
-        f"Similarity of an unfused token (`{BASELINE}`) with the token most like it, median of the upper third of the "
-        f"layers ({upper}) minus median of the lower third ({lower}), mean over {len(rises)} images with its 95% "
+        f"Similarity of an unfused token (`{BASELINE}`) with the token most like it, median of the upper third "
+        f"({upper}) minus median of the lower third ({lower}), mean over {len(rises)} images with its 95% "
         "bootstrap interval:",
         "",
         *(f"- {name}: {_interval(*interval)}" for name, interval in intervals.items()),
@@ -167,5 +167,7 @@ def _verdict(low: float, high: float, gain_low: float, gain_high: float) -> str:
         lead = "less alike in the upper layers than in the lower ones: as far as likeness goes, that speaks against"
     else:
         lead = "about as alike in the upper layers as in the lower ones: likeness says nothing for or against"
-    moved = "towards the upper" if gain_low > 0 else "towards the lower" if gain_high < 0 else "to neither end of the"
-    return f"After training, unfused tokens are {lead} fusing in the upper ones. Training moved it {moved} layers."
+    moved = (
+        "towards the upper layers" if gain_low > 0 else "towards the lower layers" if gain_high < 0 else "to neither"
+    )
+    return f"After training, unfused tokens are {lead} fusing in the upper ones. Training moved likeness {moved}."

@@ -82,7 +82,7 @@ def test_chance_is_the_median_over_all_pairs_of_patches():
         ((0.02, 0.0), ("more alike in the upper", "speaks for", "towards the upper layers")),
         ((-0.02, 0.0), ("less alike in the upper", "speaks against", "towards the lower layers")),
         ((-0.02, -0.04), ("less alike in the upper", "speaks against", "towards the upper layers")),
-        ((0.0, 0.0), ("about as alike", "nothing for or against", "to neither end")),
+        ((0.0, 0.0), ("about as alike", "nothing for or against", "to neither.")),
     ],
 )
 def test_the_verdict_follows_from_the_numbers(slopes, said):
