@@ -265,8 +265,8 @@ def benchmark(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """What is fast and what is not: scans, parts of a training step, what fusing gains, and memory.
 
     Args:
-        tables: by name, as from `bench.frames`; a panel for each of `scan`, `profile`, `schedules` and `memory` that is
-            there. `schedules` needs `lengths` beside it.
+        tables: by name, as from `bench.frames`; a panel for each of `scan`, `profile`, `schedules`, `memory` and
+            `curves` that is there. `schedules` needs `lengths` beside it, `curves` needs `precision`.
 
     Raises:
         InputError: none of them is there.
@@ -351,11 +351,23 @@ def _peak_memory(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
     axes.legend(loc="lower right", fontsize=8)
 
 
+def _loss_curves(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
+    table = tables["curves"].set_index("step")
+    colours = seaborn.color_palette("colorblind", table.shape[1])
+    for name, colour, line in zip(table, colours, ("-", "--", ":"), strict=True):
+        axes.plot(table.index, table[name], line, color=colour, linewidth=1.6, label=name)
+    faster = tables["precision"].set_index("precision").loc["bf16", "faster"]
+    axes.set(xlabel="training step", ylabel="loss", title=f"bf16: a training step is {faster:.2f}× as fast as in fp32")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8, title="vim_nano on digits", title_fontsize=8)
+
+
 _BENCHMARKS: dict[str, Callable[[Axes, Mapping[str, pd.DataFrame]], None]] = {
     "scan": _scan_times,
     "profile": _step_parts,
     "schedules": _step_times,
     "memory": _peak_memory,
+    "curves": _loss_curves,
 }
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from famba import bench, cost, fusion, mixer
 from famba.__main__ import main
-from famba.bench import fusing, model, scan, timing
+from famba.bench import fusing, model, precision, scan, timing
 from famba.bench.model import Training, able
 from famba.bench.setting import FULL, QUICK
 from famba.errors import InputError
@@ -174,7 +174,7 @@ def test_the_gradient_counts_where_its_operation_does():
 def test_shares_of_a_step_sum_to_one():
     table = pd.DataFrame(model.bench_profile(QUICK))
     assert set(table["part"]) == set(model.PARTS)
-    assert table["step"].nunique() == len(BACKENDS) + ("native" in BACKENDS)
+    assert table["step"].nunique() == len(BACKENDS) + 2 * ("native" in BACKENDS)
     np.testing.assert_allclose(table.groupby("step")["share"].sum(), 1)
 
 
@@ -219,7 +219,7 @@ def test_fusing_is_in_units_of_its_layer():
 
 
 def test_an_unknown_part_is_named():
-    with pytest.raises(InputError, match="part: 'speed' is unknown; allowed: scan, model, fusion, memory"):
+    with pytest.raises(InputError, match="part: 'speed' is unknown; allowed: scan, model, fusion, memory, precision"):
         bench.run(["scan", "speed"], quick=True)
     with pytest.raises(InputError, match="part: 'none' is unknown"):
         bench.run([], quick=True)
@@ -252,3 +252,32 @@ def test_fusion_is_measured_against_lengths_and_every_table_has_its_title():
         assert min(unfused.values()) <= row["predicted_median_ms"] <= max(unfused.values())
         assert row["of_unfused"] == pytest.approx(row["median_ms"] / unfused[37])
     assert result["break_even_r"] in (None, *QUICK.uniform)
+
+
+def test_the_loss_falls_in_bf16_as_in_fp32():
+    """They may part by a quarter of what lies between two orders of the images, a difference that means nothing."""
+    curves = {
+        name: np.array(precision.loss_curve(kind, steps=200, depth=2, order=order)).reshape(10, 20).mean(1)
+        for name, kind, order in (("fp32", "fp32", 0), ("bf16", "bf16", 0), ("other", "fp32", 1))
+    }
+    assert curves["fp32"][-1] < 0.6 * curves["fp32"][0]
+    apart = {name: np.abs(curve - curves["fp32"]) for name, curve in curves.items()}
+    assert 0 < apart["bf16"].max() < 0.25 * apart["other"].max()
+
+
+def test_a_curve_is_the_same_every_time_and_counts_its_steps():
+    once = precision.loss_curve("fp32", steps=3, depth=1)
+    assert len(once) == 3
+    assert once == precision.loss_curve("fp32", steps=3, depth=1)
+    assert precision.loss_curve("bf16", steps=1, depth=1)[0] == pytest.approx(once[0], rel=0.02)
+    assert precision.loss_curve("fp32", steps=1, depth=1, order=1) != once[:1]
+
+
+def test_bf16_is_measured_in_turn_with_fp32_and_its_curve_beside_it():
+    result = bench.run(["precision"], quick=True)
+    single, low = result["precision"]
+    assert (single["precision"], low["precision"]) == ("fp32", "bf16")
+    assert single["faster"] == 1
+    assert low["faster"] == pytest.approx(single["median_ms"] / low["median_ms"])
+    assert [row["step"] for row in result["curves"]] == list(range(1, 21))
+    assert set(result["curves"][0]) == {"step", "fp32", "bf16", "fp32, other order"}

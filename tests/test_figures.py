@@ -63,6 +63,10 @@ def benchmarks():
             {"backend": backend, "strategy": strategy, "peak_mib": x, "predicted_mib": x + 1, "of_torch": x / 400}
             for (backend, strategy), x in memory.items()
         ],
+        "precision": [{"precision": "fp32", "faster": 1.0}, {"precision": "bf16", "faster": 1.75}],
+        "curves": [
+            {"step": 10 * i, "fp32": 4.0 / i, "bf16": 5.0 / i, "fp32, other order": 6.0 / i} for i in range(1, 5)
+        ],
     }
     return {name: pd.DataFrame(rows) for name, rows in tables.items()}
 
@@ -296,7 +300,7 @@ def test_a_notebook_can_show_a_figure_without_pyplot(schedules):
 
 
 def test_a_benchmark_draws_the_numbers_of_its_tables(benchmarks):
-    scan, parts, steps, memory = figures.benchmark(benchmarks).axes
+    scan, parts, steps, memory, curves, _ = figures.benchmark(benchmarks).axes
     assert scan.get_xscale() == "log"
     assert [[bar.get_width() for bar in bars] for bars in scan.containers] == 2 * [[0.5, 100, 1]]
     assert {text.get_text() for text in scan.texts} == {" 1×", " 200×", " 2×"}
@@ -312,12 +316,16 @@ def test_a_benchmark_draws_the_numbers_of_its_tables(benchmarks):
     assert [bar.get_width() for bar in memory.containers[0]] == [400, 200, 100]
     assert memory.get_lines()[0].get_xdata().tolist() == [401, 201, 101]
     assert [text.get_text() for text in memory.texts] == [" 1.00×", " 0.50×", " 0.25×"]
+    lines = {line.get_label(): line.get_xydata().tolist()[:2] for line in curves.get_lines()}
+    assert lines["bf16"] == [[10, 5], [20, 2.5]]
+    assert len(lines) == 3
+    assert "1.75×" in curves.get_title()
 
 
 def test_a_benchmark_of_some_parts_has_their_panels_alone(benchmarks):
     figure = figures.benchmark({"memory": benchmarks["memory"]})
     assert titles(figure) == ["memory, measured and by formula"]
-    with pytest.raises(InputError, match="tables: lengths; at least one of scan, profile, schedules, memory"):
+    with pytest.raises(InputError, match="tables: lengths; at least one of scan, profile, schedules, memory, curves"):
         figures.benchmark({"lengths": benchmarks["lengths"]})
 
 

@@ -17,6 +17,7 @@ from famba import cost, params
 from famba.bench.fusing import bench_layer, bench_schedules, break_even
 from famba.bench.memory import bench_memory
 from famba.bench.model import able, bench_model, bench_profile
+from famba.bench.precision import bench_curves, bench_precision
 from famba.bench.scan import bench_scan
 from famba.bench.setting import FULL, QUICK, Setting
 from famba.errors import InputError
@@ -29,6 +30,7 @@ _PARTS: dict[str, Callable[[Setting], _Tables]] = {
     "model": lambda s: {"model": bench_model(s), "profile": bench_profile(s)},
     "fusion": lambda s: {"layer": bench_layer(s), **bench_schedules(s)},
     "memory": lambda s: {"memory": bench_memory(s)},
+    "precision": lambda s: {"precision": bench_precision(s), "curves": bench_curves(s)},
 }
 PARTS = tuple(_PARTS)
 TABLES = {
@@ -40,6 +42,8 @@ TABLES = {
     "schedules": "A training step with fusion, in units of what its token counts predict and of the unfused step",
     "uniform": "A training step in which every layer removes r tokens, in units of the unfused one",
     "memory": "Peak memory of a training step, in units of the formula's and of the torch backend's",
+    "precision": "A training step in fp32 and in bf16, and how many times faster than in fp32",
+    "curves": "The loss of vim_nano on digits, by training step",
 }
 
 

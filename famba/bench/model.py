@@ -31,19 +31,25 @@ class Training:
 
     Args:
         img_size: pixels; the setting's own if not given.
+        precision: fp32, or bf16 for autocast.
     """
 
-    def __init__(self, setting: Setting, backend: str = "auto", *, img_size: int | None = None) -> None:
+    def __init__(
+        self, setting: Setting, backend: str = "auto", *, img_size: int | None = None, precision: str = "fp32"
+    ) -> None:
         torch.manual_seed(0)
         self.model = setting.create(backend, img_size=img_size)
         self.images = torch.randn(setting.batch, 3, self.model.img_size, self.model.img_size)
+        self.precision = precision
         self.labels = torch.arange(setting.batch) % self.model.head.out_features
         self.optimiser = torch.optim.AdamW(train.parameter_groups(self.model, 0.05), lr=1e-4, fused=True)
 
     def step(self, schedule: Sequence[int] | None = None) -> None:
         """Forward, loss, backward, optimiser; without a schedule nothing is fused."""
         self.model.set_fusion([0] * self.model.depth if schedule is None else schedule, self.model.options)
-        functional.cross_entropy(self.model(self.images), self.labels).backward()
+        with train._autocast(self.images.device, self.precision):
+            logits = self.model(self.images).float()
+        functional.cross_entropy(logits, self.labels).backward()
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
 
@@ -157,7 +163,7 @@ def flops_of(products: Iterable[Product]) -> int:
 
 
 def bench_profile(setting: Setting) -> list[dict[str, Any]]:
-    """Where the time of a step goes: torch's backend, the native one, and that with tokens fused in every layer."""
+    """Where the time of a step goes: torch's backend, the native one, with tokens fused in every layer, and in bf16."""
     steps: dict[str, Callable[[], None]] = {}
     for backend in able("torch", "native"):
         training = Training(setting, backend)
@@ -165,6 +171,7 @@ def bench_profile(setting: Setting) -> list[dict[str, Any]]:
         schedule = setting.schedules(training.model.depth)["all"]
         if backend == "native":
             steps["native, fused in all layers"] = lambda training=training, schedule=schedule: training.step(schedule)
+            steps["native, bf16"] = Training(setting, backend, precision="bf16").step
     rows = []
     for name, step in steps.items():
         step()

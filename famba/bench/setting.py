@@ -19,6 +19,7 @@ class Setting:
         removed: by strategy, the tokens that each of its fusing layers removes.
         uniform: tokens removed by every layer alike, where fusing might begin to win.
         rounds: times that each thing is measured, after one for warming up.
+        curve_steps: training steps of a loss curve; 20 points are made of them.
         slow_s: seconds after which something slow is measured no further, two times apart.
     """
 
@@ -29,6 +30,7 @@ class Setting:
     removed: Mapping[str, int]
     uniform: tuple[int, ...]
     rounds: int
+    curve_steps: int
     slow_s: float
     depth: int | None = None
 
@@ -51,6 +53,7 @@ FULL = Setting(
     removed={"all": 7, "interleaved": 14, "lower": 9, "upper": 9},
     uniform=(1, 2, 3, 5),
     rounds=5,
+    curve_steps=200,
     slow_s=10.0,
 )
 QUICK = Setting(
@@ -62,5 +65,6 @@ QUICK = Setting(
     removed={"all": 6, "interleaved": 10, "lower": 8, "upper": 8},
     uniform=(1, 6),
     rounds=2,
+    curve_steps=20,
     slow_s=1.0,
 )

@@ -1,0 +1,75 @@
+"""bfloat16 against float32: the time of a training step, and whether the loss falls alike.
+
+Under autocast the matrix products, convolutions, scans and gates take and give bfloat16; weights, the residual stream,
+norms, states of the scan and losses stay float32.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from famba import data, train
+from famba.bench.model import Training
+from famba.bench.setting import Setting
+from famba.bench.timing import interleaved, ratio, summary
+from famba.model import create_model
+from famba.params import DataParams
+
+_DIGITS = DataParams(
+    dataset="digits", root=None, img_size=8, val_fraction=0.1, split_seed=0, shift=1, flip=False, limit=None
+)
+_BATCH = 32
+_POINTS = 20  # of a curve
+
+
+def bench_precision(setting: Setting) -> list[dict[str, Any]]:
+    """A training step in fp32 and in bf16, in turn; `faster` is the time in fp32 over the row's."""
+    calls = {precision: Training(setting, precision=precision).step for precision in ("fp32", "bf16")}
+    found = {name: summary(x) for name, x in interleaved(calls, rounds=setting.rounds).items()}
+    return [{"precision": name, **row, **ratio(found["fp32"], row, "faster")} for name, row in found.items()]
+
+
+def bench_curves(setting: Setting) -> list[dict[str, Any]]:
+    """The training loss of vim_nano on digits, each point the mean of a twentieth of all steps.
+
+    Beside fp32 and bf16 it is fp32 with the images in another order, which shows how far apart two curves lie whose
+    difference means nothing.
+    """
+    curves = {
+        "fp32": loss_curve("fp32", steps=setting.curve_steps),
+        "bf16": loss_curve("bf16", steps=setting.curve_steps),
+        "fp32, other order": loss_curve("fp32", steps=setting.curve_steps, order=1),
+    }
+    points = {name: np.array(curve).reshape(_POINTS, -1).mean(1) for name, curve in curves.items()}
+    each = setting.curve_steps // _POINTS
+    return [{"step": (i + 1) * each, **{name: float(x[i]) for name, x in points.items()}} for i in range(_POINTS)]
+
+
+def loss_curve(precision: str, *, steps: int, depth: int | None = None, order: int = 0) -> list[float]:
+    """The loss of every training step of vim_nano on digits, from the same weights every time.
+
+    Args:
+        depth: of the model; its own if not given.
+        order: seed of the order and the shifts of the images.
+    """
+    torch.manual_seed(0)
+    images = data.load(_DIGITS)
+    model = create_model("vim_nano", num_classes=len(images.classes), depth=depth)
+    optimiser = torch.optim.AdamW(train.parameter_groups(model, 0.05), lr=1e-3, fused=True)
+    generator = torch.Generator().manual_seed(order)
+    losses: list[float] = []
+    while len(losses) < steps:
+        for batch, labels in data.batches(images.train, _BATCH, generator=generator, drop_last=True):
+            shown = data.augment(batch, shift=_DIGITS.shift, flip=_DIGITS.flip, generator=generator)
+            with train._autocast(batch.device, precision):
+                logits = model(data.normalise(shown, images.mean, images.std)).float()
+            loss = functional.cross_entropy(logits, labels)
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            losses.append(loss.item())
+            if len(losses) == steps:
+                break
+    return losses
