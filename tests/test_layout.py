@@ -4,12 +4,14 @@ Each of these guards says how much it looked at, so that a file that moves canno
 """
 
 import ast
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import nbformat
@@ -18,7 +20,7 @@ from packaging.requirements import Requirement
 from ruamel.yaml import YAML
 
 import famba
-from famba import metrics, params, train
+from famba import backends, metrics, params, train
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGE_NOTEBOOKS = ("train", "compare", "tokens", "evidence", "ablation", "adaptive")
@@ -265,6 +267,35 @@ def test_no_tracked_file_is_large():
     assert len(found) > 20
     large = [path for path in found if path.stat().st_size > 2**20 and ROOT / "tests" / "golden" not in path.parents]
     assert not large
+
+
+@pytest.mark.slow
+def test_a_wheel_made_of_the_sdist_carries_all_that_it_reads_and_its_kernels_run(tmp_path):
+    uv = Path(sys.executable).with_name("uv")
+    if not uv.exists():
+        pytest.skip("uv is not here: make env installs it")
+    done = subprocess.run([uv, "build", "--out-dir", tmp_path, ROOT], capture_output=True, text=True)
+    if "Failed to resolve requirements from `build-system.requires`" in done.stderr:
+        pytest.skip("the build backend is neither here nor to be had: no network")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if name.startswith("famba/")}
+        archive.extractall(tmp_path / "installed")
+    wanted = {str(path.relative_to(ROOT)) for path in tracked() if (ROOT / "famba") in path.parents}
+    assert {"famba/native/scan.cpp", "famba/native/scan.h", "famba/paper/famba_v_results.csv"} <= wanted
+    assert packed == wanted
+    code = "from famba import backends; from famba.native import build; print(build.SOURCES, backends()['native'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed"), "XDG_CACHE_HOME": str(tmp_path)},
+    )
+    sources, reason = done.stdout.strip("\n").split(" ", 1)
+    assert Path(sources) == tmp_path / "installed" / "famba" / "native"
+    assert reason == backends()["native"]
 
 
 def test_checkpoints_are_keyed_by_all_code_that_makes_a_result():
