@@ -685,7 +685,8 @@ def paper_memory(shares: pd.DataFrame) -> Figure:
     looks: dict[tuple[str, str], dict[str, Any]] = {
         ("paper", "vim_tiny"): {"color": colour, "marker": "o", "linestyle": "none"},
         ("formula", "vim_tiny"): {"color": colour, "marker": ".", "linewidth": 1.2},
-        ("formula", "vim_small"): {"color": _PALETTE[9], "linewidth": 7, "alpha": 0.4, "zorder": 1},  # they lie on each other
+        # wide and pale: it lies on the other
+        ("formula", "vim_small"): {"color": _PALETTE[9], "linewidth": 7, "alpha": 0.4, "zorder": 1},
     }
     for axes, (table, (column, label)) in zip(panels, charts.items(), strict=True):
         for (source, model), rows in series:

@@ -130,7 +130,6 @@ def test_activation_bytes_are_those_that_autograd_keeps(changes, removed, option
     assert found.activation_bytes == pytest.approx(saved_bytes(model, images_for(model, batch), precision), rel=0.05)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("backend", SCANS)
 def test_fusing_keeps_each_tokens_destination_and_weight_and_nothing_else(backend):
     x, other = torch.randn(2, 3, 11, 8, requires_grad=True).unbind()
@@ -144,7 +143,7 @@ def test_fusing_keeps_each_tokens_destination_and_weight_and_nothing_else(backen
     with saved_tensors_hooks(pack, lambda x: x):
         fused = fusion.apply_both(plan, x, other, backend=backend)
     assert all(x.requires_grad for x in fused)
-    width = cost._Width(b=3, d=8, e=16, n=2, rank=1)
+    width = cost._Width(b=3, d=8, e=16, n=2, rank=1, product=4)
     assert sum(kept.values()) == cost._kept(width, 11, 7, 7, cost._SCANS[backend], late=False)["fusion"]
 
 
