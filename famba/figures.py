@@ -131,15 +131,18 @@ def training_curves(history: pd.DataFrame) -> Figure:
     """Training loss, validation loss and validation accuracy by epoch: mean over seeds with its spread.
 
     Args:
-        history: as from `metrics.load_history`.
+        history: as from `metrics.load_history`; without a row where nothing was trained, and the figure says so.
     """
     columns = {
         "train_loss": "training loss",
         "val_loss": "validation loss",
         "val_top1_percent": "validation top-1 accuracy (%)",
     }
-    names = _strategies(history)
     figure = Figure(figsize=(9.6, 3.7), layout="constrained")
+    if history.empty:
+        caption(figure, "Nothing was trained: the runs evaluate the weights that they were given.", width=130)
+        return figure
+    names = _strategies(history)
     panels = figure.subplots(1, len(columns))
     for axes, (column, label) in zip(panels, columns.items(), strict=True):
         seaborn.lineplot(history, x="epoch", y=column, **_BY_STRATEGY, errorbar=("sd", 1), ax=axes)
@@ -393,8 +396,9 @@ def _change(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
     """By strategy: change from `none`, its sd, and the value; NaN where nothing was measured."""
     runs = rows.set_index("strategy").reindex(STRATEGIES)
     base = runs.loc["none", metric]
-    scale = 1.0 if metric.endswith("_percent") else 100 / base
-    value = runs[metric]
+    relative = not metric.endswith("_percent")
+    scale = 100 / base if relative and base else 1.0
+    value = runs[metric] if base or not relative else runs[metric] * math.nan  # nothing is a percentage of zero
     return pd.DataFrame({"change": (value - base) * scale, "sd": runs[f"{metric}_sd"] * scale, "value": value})
 
 
