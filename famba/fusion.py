@@ -53,7 +53,7 @@ def match_tokens(
         r: tokens removed from every sequence.
         protected: positions that neither disappear nor absorb: the same for all sequences, or a (b,) tensor with
             one for each.
-        backend: "native" compares float32 on a CPU.
+        backend: "native" compares in float32 on a CPU.
 
     Raises:
         InputError: r is negative or exceeds (t - protected) // 2 (or what the protected positions leave on one
@@ -63,6 +63,8 @@ def match_tokens(
     b, t, _ = feature.shape
     _check_protected(protected, t)
     _check_r(r, t, protected)
+    if feature.dtype in (torch.bfloat16, torch.float16):
+        feature = feature.float()  # so that similarities that differ do not tie
     native = runs_native(backend, pairing.unsuited, feature)
     if r == 0:
         empty = torch.empty(b, 0, dtype=torch.int64, device=feature.device)
@@ -70,7 +72,7 @@ def match_tokens(
     if native:
         return Matching(*pairing.match_tokens(feature, _positions(protected, b), r))
 
-    # Under autocast the product would be rounded to bf16, and similarities that differ would tie.
+    # Autocast would round the product to bf16 after all.
     with torch.no_grad(), torch.autocast(feature.device.type, enabled=False):
         unit = functional.normalize(feature.detach(), dim=-1)
         scores = unit[:, ::2] @ unit[:, 1::2].mT

@@ -152,6 +152,8 @@ class TrainParams:
         label_smoothing: share of the target spread over all classes.
         clip_grad_norm: gradients are scaled down to this norm; null leaves them.
         ema_decay: decay of the moving average of the weights per step; null keeps none.
+        choose: whose weights are tested: those of the epoch that did `best` in validation, or those of the `last`.
+            Between the weights and their moving average, validation decides in either.
         precision: fp32, or bf16 for the matrix products (SSM parameters and states stay fp32).
         device: auto takes CUDA where it is, else the CPU.
         backend: of the selective scan; auto takes the fastest that runs.
@@ -169,6 +171,7 @@ class TrainParams:
     label_smoothing: Fraction
     clip_grad_norm: Annotated[float, Field(gt=0)] | None
     ema_decay: Fraction | None
+    choose: Literal["best", "last"]
     precision: Literal["fp32", "bf16"]
     device: str
     backend: str

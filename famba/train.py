@@ -348,7 +348,7 @@ class _Session:
             return self.model(images).float()
 
     def _validate(self) -> dict[str, Any]:
-        """Evaluate on the validation split, keep the weights if none before were better; what history says of it."""
+        """Evaluate on the validation split, keep the weights if they are to be tested; what history says of it."""
         row: dict[str, Any] = {"ema_val_loss": None, "ema_val_top1_percent": None}
         averaged = None if self.ema is None else self.ema.module
         for kind, model in {"raw": self.model, "ema": averaged}.items():
@@ -360,8 +360,7 @@ class _Session:
             before = self.validation[kind]
             best = entry if before is None or _better(entry, before["best"]) else before["best"]
             self.validation[kind] = {"last": entry, "best": best}
-            overall = None if not self.chosen else self.validation[self.chosen["weights"]]["best"]
-            if best is entry and (overall is None or entry is overall or _better(entry, overall)):
+            if self._is_choice(entry, best):
                 self.chosen = {"weights": kind, "epoch": self.epoch}
                 self.best = {key: t.detach().clone() for key, t in model.state_dict().items()}
             prefix = "ema_" if kind == "ema" else ""
@@ -369,6 +368,15 @@ class _Session:
             if kind == "raw":
                 row["val_top5_percent"] = scores["top5_percent"]
         return row
+
+    def _is_choice(self, entry: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
+        """Whether the weights just validated are those to test, should training end here."""
+        if not self.chosen:
+            return True
+        rival = self.validation[self.chosen["weights"]]
+        if self.p.train.choose == "last":
+            return self.chosen["epoch"] < self.epoch or _better(entry, rival["last"])
+        return best is entry and (rival["best"] is entry or _better(entry, rival["best"]))
 
     def _traced(self) -> list[int]:
         """Token counts that a forward pass shows, which must be those that the schedule promises."""

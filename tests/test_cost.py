@@ -147,6 +147,7 @@ def test_fusing_keeps_each_tokens_destination_and_weight_and_nothing_else(backen
     assert sum(kept.values()) == cost._kept(width, 11, 7, 7, cost._SCANS[backend], late=False)["fusion"]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("backend", SCANS)
 @pytest.mark.parametrize(
     ("changes", "removed", "options", "batch"),

@@ -201,6 +201,7 @@ OTHER: dict[tuple[str, str], Any] = {
     ("model", "cls_position"): "head",
     ("model", "pool"): "mean",
     ("model", "average_directions"): False,
+    ("train", "choose"): "best",
     ("options", "order"): "append",
     ("options", "weighting"): "mean",
     ("options", "feature"): "delta",

@@ -71,7 +71,7 @@ def undisturbed(tmp_path_factory):
     before = Path.cwd()
     os.chdir(folder)
     try:
-        return train.fit(smoke(epochs=3), seed=1)
+        return train.fit(smoke(epochs=3, choose="best"), seed=1)
     finally:
         os.chdir(before)
 
@@ -179,7 +179,18 @@ def test_the_test_split_is_read_once_at_the_end(monkeypatch):
     assert read == [len(images.val)] * 2 + [len(images.test)]
 
 
-def test_a_moving_average_is_evaluated_and_can_be_chosen(monkeypatch):
+def test_the_last_epoch_is_tested_where_that_is_asked_for_however_it_did(monkeypatch):
+    worse = iter([90.0, 80.0, 70.0, 60.0])
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *a, **k: {**evaluate(*a, **k), "top1_percent": next(worse)})
+    run = train.fit(smoke(epochs=3, choose="last"), seed=0)
+    assert run.metrics["chosen"] == {"weights": "raw", "epoch": 3}
+    assert run.metrics["validation"]["raw"]["best"]["epoch"] == 1
+    assert run.metrics["top1_percent"] == 60.0
+
+
+@pytest.mark.parametrize("choose", ["best", "last"])
+def test_a_moving_average_is_evaluated_and_can_be_chosen(monkeypatch, choose):
     sessions: list[train._Session] = []
     init, evaluate = train._Session.__init__, train.evaluate
 
@@ -193,7 +204,7 @@ def test_a_moving_average_is_evaluated_and_can_be_chosen(monkeypatch):
 
     monkeypatch.setattr(train._Session, "__init__", remembered)
     monkeypatch.setattr(train, "evaluate", ema_is_better)
-    p = smoke(epochs=2, ema_decay=0.9)
+    p = smoke(epochs=2, ema_decay=0.9, choose=choose)
     run = train.fit(p, seed=0)
     assert run.metrics["chosen"]["weights"] == "ema"
     assert run.metrics["validation"]["ema"]["last"]["epoch"] == 2
