@@ -208,6 +208,15 @@ def test_autocast_does_not_round_the_similarities(backend):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(matching, expected, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_half_precision_is_compared_in_float32(backend, dtype):
+    feature = torch.randn(2, 40, 8).to(dtype)
+    expected = match_tokens(feature.float(), 12, backend=backend)
+    matching = match_tokens(feature, 12, backend=backend)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(matching, expected, strict=True))
+
+
 def test_matching_carries_no_gradient():
     x = torch.randn(1, 6, 4, requires_grad=True)
     assert not match_tokens(x, 2).similarity.requires_grad
