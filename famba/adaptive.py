@@ -171,7 +171,8 @@ def markdown(table: pd.DataFrame, plans: Sequence[Plan]) -> str:
     lines += ["", *_table(["strategy", *(name(plan) for plan in plans)], ahead), ""]
     lines += [verdict(table, kind) for kind in kinds]
     first = plans[0]
-    budget = {key: value for key, value in dataclasses.asdict(first.rule).items() if value is not None}
+    given = {key: value for key, value in dataclasses.asdict(first.rule).items() if value is not None}
+    budget = ", ".join(f"`{key}: {value}`" for key, value in given.items())
     lines += [
         "",
         f"Mean ± 1 standard deviation over {table['n'].max()} seeds. Budget: {budget}. Costs were measured on "

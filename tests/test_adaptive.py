@@ -108,7 +108,7 @@ def test_what_is_written_is_whole_and_for_readers(frames, tmp_path):
     assert "| lower | 3 1 | 4 | 91.2 ± 1.0 | 20.0 | 2.00 | 3.000 | 5.000 |" in text
     assert "| lower | +5.0 (+3.8 to +6.2) |" in text
     assert adaptive.verdict(table, "similarity") in text
-    assert "Budget: {'total': 4}. Costs were measured on 9 validation images with none-0." in text
+    assert "Budget: `total: 4`. Costs were measured on 9 validation images with none-0." in text
     written = json.loads((tmp_path / "adaptive.json").read_text())
     assert written["logits"]["schedule"] == [0, 4]
     assert written["logits"]["costs"] == PLANS[0].costs

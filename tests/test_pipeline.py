@@ -194,11 +194,12 @@ def test_an_ablation_of_other_seeds_or_another_profile_is_asked_for_as_the_sweep
 
 
 def test_the_adaptive_pipeline_stands_on_the_sweeps_runs_and_leaves_them_alone(copy, first):
+    before = outputs(copy)
     assert ran(run(copy, "dvc", "repro", "adaptive/dvc.yaml")) == {
         "adaptive/dvc.yaml:strip_adaptive",
         "adaptive/dvc.yaml:adaptive",
     }
-    assert {name: content for name, content in outputs(copy).items() if name in first} == first
+    assert {name: content for name, content in outputs(copy).items() if name in before} == before
     text = (copy / "results" / "adaptive.md").read_text()
     assert "| adaptive-logits |" in text
     assert "| upper |" in text
@@ -208,5 +209,5 @@ def test_the_adaptive_pipeline_stands_on_the_sweeps_runs_and_leaves_them_alone(c
     assert ran(run(copy, "dvc", "repro", "adaptive/dvc.yaml")) == {"adaptive/dvc.yaml:adaptive"}
     assert (copy / "results" / "adaptive.md").read_text() == text  # from the runs that were kept, to the same bytes
     shutil.rmtree(copy / "build" / "adaptive")
-    for name in set(outputs(copy)) - set(first):
+    for name in set(outputs(copy)) - set(before):
         (copy / name).unlink()
