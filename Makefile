@@ -41,7 +41,7 @@ repro: env  ## train every strategy and draw the answer: what `dvc repro` does, 
 	$(IN_VENV) $(call at_once,^(compare$$|evidence$$|tokens@))
 	$(IN_VENV) dvc repro
 
-ablation: env  ## train every option of fusion with several seeds: results/ablation.md, a quarter of an hour
+ablation: env  ## train every option of fusion with several seeds: results/ablation.md, some twenty minutes
 	$(IN_VENV) dvc repro ablation/dvc.yaml
 
 adaptive: env  ## make schedules from what fusing costs, train them, compare: the same as `dvc repro adaptive/dvc.yaml`
