@@ -113,7 +113,8 @@ def test_a_failure_ends_what_the_others_are_doing(tmp_path):
 def test_nothing_goes_on_once_the_process_that_asked_for_it_is_gone(tmp_path, how):
     said = tmp_path / "pid"
     program = (
-        "import sys; from pathlib import Path; import test_workers; from famba import workers\n"
+        "import signal, sys; from pathlib import Path; import test_workers; from famba import workers\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in a shell's background ignores it
         f"if __name__ == '__main__': workers.run(test_workers.say_and_wait, {{'it': Path({str(said)!r})}}, jobs=1)"
     )
     path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
