@@ -26,6 +26,7 @@ Factor = Literal["order", "weighting", "feature", "position"]
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy's generators take
 
@@ -38,14 +39,27 @@ class DataParams:
     """Which images, and how they are split and varied.
 
     Attributes:
-        dataset: a name that `data.load` knows.
-        root: folder of the data set, relative to the repository root; only `folder` needs it.
+        dataset: a name that `data.load` knows, or `hub:<owner>/<name>`, an image-classification set of the Hugging Face
+            hub.
+        root: folder of the data set, relative to the repository root. `folder` and `parquet` need it; for a set of the
+            hub it is a local copy that is read instead.
         img_size: height and width that the images are brought to, pixels.
         val_fraction: share of the training images held out to choose by.
         split_seed: seed of the held-out choice; the same for every run, so that runs compare.
-        shift: training images are moved by up to this many pixels each way, zeros move in.
-        flip: training images are mirrored left-right half of the time.
         limit: use only this many training images (after the split); null is all.
+        eval_crop: share of an image's side that validation and test see, at its centre.
+        normalise: channels are brought to mean 0 and deviation 1 by the numbers of the training images, or of ImageNet.
+        augment: `tensor` varies whole batches on the training device; `timm` varies image by image on the CPU, as the
+            reference's recipe does, and mixes as it does.
+        shift: training images are moved by up to this many pixels each way, zeros move in; `tensor` only.
+        flip: training images are mirrored left-right half of the time.
+        erase: share of the training images in which a rectangle is replaced by noise.
+        mixup, cutmix: parameter of the Beta distribution that mixes two training images and their labels, as a whole
+            or by a rectangle; 0 never does. With both above 0, each is taken half of the time.
+        rand_augment: a policy in timm's words, such as rand-m9-mstd0.5-inc1; `timm` only.
+        color_jitter: of brightness, contrast and saturation, `timm` only, and of no effect there beside a policy.
+        workers: processes that decode and vary images which stream; has no effect on what they give.
+        memory_mib: a data set that takes more than this as uint8 streams; a smaller one lies on the training device.
     """
 
     dataset: str
@@ -53,9 +67,19 @@ class DataParams:
     img_size: PositiveInt
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
     split_seed: Seed
+    limit: PositiveInt | None
+    eval_crop: Share
+    normalise: Literal["train", "imagenet"]
+    augment: Literal["tensor", "timm"]
     shift: Annotated[int, Field(ge=0)]
     flip: bool
-    limit: PositiveInt | None
+    erase: Probability
+    mixup: Annotated[float, Field(ge=0)]
+    cutmix: Annotated[float, Field(ge=0)]
+    rand_augment: Annotated[str, Field(min_length=1)] | None
+    color_jitter: Annotated[float, Field(ge=0)]
+    workers: Annotated[int, Field(ge=0)]
+    memory_mib: PositiveInt
 
 
 @dataclass(frozen=True, config=_strict)
@@ -143,8 +167,12 @@ class TrainParams:
         init_from: file of the weights to start from, relative to the repository root, `{seed}` standing for the run's
             seed: the model.safetensors of a run, or a released Vim checkpoint. Null draws new ones.
         epochs: passes over the training images; 0 evaluates the weights of `init_from` as they are.
-        batch_size: images per step.
+        batch_size: images per step, of all processes together.
+        device_batch: images that a process takes at once; it sums the gradients of as many such parts as its share of a
+            step needs. Null takes the share at once.
+        processes: that train together, each on its device, if nothing else (torchrun) has started them.
         lr: peak learning rate, after warm-up.
+        lr_batch: the batch size that lr is meant for; the rate is scaled by batch_size / lr_batch. Null leaves it.
         min_lr: learning rate at the end of the cosine.
         warmup_epochs: epochs of linear rise from 0.
         weight_decay: AdamW's, on matrices only.
@@ -158,12 +186,16 @@ class TrainParams:
         device: auto takes CUDA where it is, else the CPU.
         backend: of the selective scan; auto takes the fastest that runs.
         threads: CPU threads; part of what makes a run repeatable bit for bit. Null takes torch's choice.
+        tensorboard: write TensorBoard events while the run goes on, under build/tensorboard.
     """
 
     init_from: Annotated[str, Field(min_length=1)] | None
     epochs: Annotated[int, Field(ge=0)]
     batch_size: PositiveInt
+    device_batch: PositiveInt | None
+    processes: PositiveInt
     lr: Annotated[float, Field(gt=0)]
+    lr_batch: PositiveInt | None
     min_lr: Annotated[float, Field(ge=0)]
     warmup_epochs: Annotated[int, Field(ge=0)]
     weight_decay: Annotated[float, Field(ge=0)]
@@ -176,6 +208,7 @@ class TrainParams:
     device: str
     backend: str
     threads: PositiveInt | None
+    tensorboard: bool
 
 
 @dataclass(frozen=True, config=_strict)
@@ -207,6 +240,10 @@ class AblationParams:
     jobs: PositiveInt
 
 
+# How a run is carried out; it makes the same of it, to rounding.
+EXECUTION: dict[str, tuple[str, ...]] = {"data": ("workers", "memory_mib"), "train": ("processes", "tensorboard")}
+
+
 @dataclass(frozen=True)
 class Params:
     """Everything that determines one run but its seed."""
@@ -224,8 +261,14 @@ class Params:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def digest(self, seed: int) -> str:
-        """Hexadecimal name of this configuration with this seed: another value anywhere is another name."""
-        text = json.dumps(self.as_dict() | {"seed": seed}, sort_keys=True)
+        """Hexadecimal name of this configuration with this seed: another value anywhere is another name.
+
+        But not of `EXECUTION`, so that a run may go on with other numbers of processes or workers.
+        """
+        described = self.as_dict() | {"seed": seed}
+        for section, keys in EXECUTION.items():
+            described[section] = {key: value for key, value in described[section].items() if key not in keys}
+        text = json.dumps(described, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
     def init_path(self, seed: int) -> Path | None:
@@ -302,6 +345,17 @@ def load(profile: str | None = None, *, strategy: str, path: Path | None = None)
         )
     if train.min_lr > train.lr:
         raise InputError(f"{name}: train.min_lr: {train.min_lr}: must be at most train.lr, {train.lr}")
+    if train.batch_size % (share := train.processes * (train.device_batch or 1)):
+        raise InputError(
+            f"{name}: train.batch_size: {train.batch_size}: must be a multiple of train.processes "
+            f"times train.device_batch, {share}"
+        )
+    data: DataParams = resolved["data"]
+    for key, off in (("rand_augment", None), ("color_jitter", 0)):
+        if data.augment != "timm" and getattr(data, key) != off:
+            raise InputError(f"{name}: data.{key}: {getattr(data, key)!r}: only data.augment: timm does that")
+    if data.augment == "timm" and data.shift:
+        raise InputError(f"{name}: data.shift: {data.shift}: must be 0 with data.augment: timm, which crops by itself")
     rule = _rule(document, name, chosen, changes, strategy, FusionRule)
     return Params(profile=chosen, strategy=strategy, fusion=rule, **resolved)
 

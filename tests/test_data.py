@@ -23,9 +23,19 @@ DIGITS = {
     "img_size": 8,
     "val_fraction": 0.1,
     "split_seed": 0,
+    "limit": None,
+    "eval_crop": 1.0,
+    "normalise": "train",
+    "augment": "tensor",
     "shift": 1,
     "flip": False,
-    "limit": None,
+    "erase": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "rand_augment": None,
+    "color_jitter": 0.0,
+    "workers": 0,
+    "memory_mib": 4096,
 }
 
 

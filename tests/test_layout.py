@@ -226,7 +226,7 @@ def test_notebook_defaults_are_the_smoke_run():
 def test_the_conda_environments_ask_for_what_pyproject_asks_for():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["notebooks"], *extras["dev"]]
+    wanted = [*project["dependencies"], *extras["notebooks"], *extras["paper"], *extras["dev"]]
     conda = {"torch": "pytorch-cpu", "matplotlib": "matplotlib-base"}
     for file, torch, more in (
         ("environment.yml", "pytorch-cpu", []),
@@ -251,8 +251,7 @@ def test_everything_but_torch_is_pinned_and_torch_in_one_place():
     assert all(specifier.startswith("==") for specifier in pinned.values())
     asked = [
         *project["dependencies"],
-        *project["optional-dependencies"]["notebooks"],
-        *project["optional-dependencies"]["dev"],
+        *(line for extra in ("notebooks", "paper", "dev") for line in project["optional-dependencies"][extra]),
     ]
     for req in map(Requirement, asked):
         name = re.sub(r"[-_.]+", "-", req.name).lower()

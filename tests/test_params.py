@@ -194,6 +194,10 @@ OTHER: dict[tuple[str, str], Any] = {
     ("data", "root"): "images",
     ("data", "limit"): 7,
     ("data", "flip"): True,
+    ("data", "eval_crop"): 0.875,
+    ("data", "normalise"): "imagenet",
+    ("data", "augment"): "timm",
+    ("data", "rand_augment"): "rand-m9",
     ("model", "name"): "vim_tiny",
     ("model", "depth"): 3,
     ("model", "d_model"): 8,
@@ -207,6 +211,8 @@ OTHER: dict[tuple[str, str], Any] = {
     ("options", "feature"): "delta",
     ("options", "position"): "after_scan",
     ("train", "init_from"): "weights.safetensors",
+    ("train", "device_batch"): 8,
+    ("train", "lr_batch"): 512,
     ("train", "betas"): (0.8, 0.999),
     ("train", "clip_grad_norm"): 2.0,
     ("train", "ema_decay"): 0.99,
@@ -221,7 +227,7 @@ OTHER: dict[tuple[str, str], Any] = {
 }
 
 
-def test_the_digest_changes_with_every_single_value_and_with_the_seed():
+def test_the_digest_changes_with_every_single_value_that_makes_the_result_and_with_the_seed():
     p = params.load("default", strategy="all", path=FILE)
     digests = [p.digest(0), p.digest(1)]
     digests.append(dataclasses.replace(p, profile="smoke").digest(0))
@@ -229,6 +235,8 @@ def test_the_digest_changes_with_every_single_value_and_with_the_seed():
     for section in (*SECTIONS, "fusion"):
         part = getattr(p, section)
         for field in dataclasses.fields(part):
+            if field.name in params.EXECUTION.get(section, ()):
+                continue
             old = getattr(part, field.name)
             new = OTHER[section, field.name] if (section, field.name) in OTHER else old + type(old)(1) / 4
             new = type(old)(new + 1) if isinstance(old, int) and isinstance(new, float) else new
@@ -237,6 +245,16 @@ def test_the_digest_changes_with_every_single_value_and_with_the_seed():
             digests.append(dataclasses.replace(p, **{section: changed}).digest(0))
     assert len(digests) > 35
     assert len(set(digests)) == len(digests)
+
+
+def test_a_run_may_go_on_under_the_same_digest_whatever_carries_it_out():
+    p = params.load("default", strategy="all", path=FILE)
+    other = {"workers": 3, "memory_mib": 1, "processes": 2, "tensorboard": True}
+    assert {key for keys in params.EXECUTION.values() for key in keys} == set(other)
+    for section, keys in params.EXECUTION.items():
+        changed = dataclasses.replace(getattr(p, section), **{key: other[key] for key in keys})
+        assert changed != getattr(p, section)
+        assert dataclasses.replace(p, **{section: changed}).digest(0) == p.digest(0)
 
 
 def test_the_digest_of_the_same_values_is_the_same_in_another_process():
@@ -286,6 +304,15 @@ def test_the_digest_of_the_same_values_is_the_same_in_another_process():
         (("train", "betas"), "ab", ("train.betas", "'ab'", "tuple")),
         (("train", "ema_decay"), 1.0, ("train.ema_decay", "1.0", "less than 1")),
         (("train", "precision"), "fp16", ("train.precision", "'fp16'", "'fp32' or 'bf16'")),
+        (("train", "device_batch"), 5, ("train.batch_size", "32", "multiple", "5")),
+        (("train", "processes"), 3, ("train.batch_size", "32", "multiple", "train.processes", "3")),
+        (("train", "lr_batch"), 0, ("train.lr_batch", "0", "greater than or equal to 1")),
+        (("data", "erase"), 1.5, ("data.erase", "1.5", "less than or equal to 1")),
+        (("data", "mixup"), -0.1, ("data.mixup", "-0.1", "greater than or equal to 0")),
+        (("data", "augment"), "torchvision", ("data.augment", "'torchvision'", "'tensor' or 'timm'")),
+        (("data", "augment"), "timm", ("data.shift", "1", "must be 0")),
+        (("data", "rand_augment"), "rand-m9", ("data.rand_augment", "'rand-m9'", "data.augment: timm")),
+        (("data", "color_jitter"), 0.3, ("data.color_jitter", "0.3", "data.augment: timm")),
         (("train", "threads"), 0, ("train.threads", "0", "greater than or equal to 1")),
         (("train",), 3, ("train", "3", "section")),
         (("train",), None, ("train", "None", "section")),

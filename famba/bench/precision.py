@@ -18,8 +18,10 @@ from famba.model import create_model
 from famba.params import DataParams
 
 _DIGITS = DataParams(
-    dataset="digits", root=None, img_size=8, val_fraction=0.1, split_seed=0, shift=1, flip=False, limit=None
-)
+    dataset="digits", root=None, img_size=8, val_fraction=0.1, split_seed=0, limit=None, eval_crop=1.0,
+    normalise="train", augment="tensor", shift=1, flip=False, erase=0.0, mixup=0.0, cutmix=0.0, rand_augment=None,
+    color_jitter=0.0, workers=0, memory_mib=4096,
+)  # fmt: skip
 _BATCH = 32
 _POINTS = 20  # of a curve
 
