@@ -60,9 +60,10 @@ def ensure(
 
     made_of = train.folder(p, seed=seed).name  # parameters, seed and code
     if _why_not(folder, p, seed, made_of):
-        run = train.fit(p, seed=seed)
-        cost = {**run.cost, "made_of": made_of, "command": command or run.cost["command"]}
-        records.write(dataclasses.replace(run, cost=cost), folder)
+        with records.held(folder):
+            run = train.fit(p, seed=seed)
+            cost = {**run.cost, "made_of": made_of, "command": command or run.cost["command"]}
+            records.write(dataclasses.replace(run, cost=cost), folder)
         train.forget(p, seed=seed)
     return folder
 

@@ -8,7 +8,6 @@ the run's seed and the epoch's number, so a run that was killed goes on from its
 import contextlib
 import copy
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -30,6 +29,7 @@ from tqdm import tqdm
 from famba import checkpoint, cost, data, params, pretrained, strategies
 from famba.data import Dataset, Split
 from famba.errors import InputError, TrainingError
+from famba.files import claimed
 from famba.model import VisionMamba, create_model
 from famba.params import Params, TrainParams
 from famba.records import Run
@@ -67,10 +67,10 @@ def fit(p: Params, *, seed: int, progress: bool = False) -> Run:
     torch.set_flush_denormal(True)  # a decaying scan makes denormals, which a CPU is slow at
     images = data.load(p.data)
     model = build(p, classes=len(images.classes), seed=seed).to(device)
-    with _claimed(folder(p, seed=seed)) as claimed:
+    with _claimed(folder(p, seed=seed)) as held:
         images = _start(p, seed, model, images)
         session = _Session(p, seed, model, _on(images, device), device, progress)
-        if session.folder != claimed:
+        if session.folder != held:
             raise InputError(f"{p.init_path(seed)}: changed while it was read")
         session.restore()
         if p.train.epochs:
@@ -518,10 +518,5 @@ def _on(images: Dataset, device: torch.device) -> Dataset:
 @contextlib.contextmanager
 def _claimed(folder: Path) -> Iterator[Path]:
     """Hold the run's folder; a second process that wants it is refused, and a killed one leaves nothing behind."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{folder}: another process is training this run") from None
+    with claimed(folder / "lock", f"{folder}: another process is training this run"):
         yield folder
