@@ -5,6 +5,7 @@ traceback. Each command imports what it needs, so that reading parameters does n
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -124,11 +125,12 @@ def _train(options: argparse.Namespace) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("famba").setLevel(logging.INFO)
     out = options.out or params.root() / "build" / "runs" / records.run_name(p.strategy, options.seed)
-    run = train.fit(p, seed=options.seed, progress=sys.stderr.isatty())
-    if parallel.writes():
-        print(records.write(run, out.absolute()))
-        if not options.keep_checkpoints:
-            train.forget(p, seed=options.seed)
+    with records.held(out.absolute()) if parallel.writes() else contextlib.nullcontext():
+        run = train.fit(p, seed=options.seed, progress=sys.stderr.isatty())
+        if parallel.writes():
+            print(records.write(run, out.absolute()))
+    if parallel.writes() and not options.keep_checkpoints:
+        train.forget(p, seed=options.seed)
     return 0
 
 

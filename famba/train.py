@@ -5,7 +5,6 @@ What happens from step to step is famba.session's; several processes on one run 
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import logging
@@ -18,7 +17,7 @@ import torch
 from famba import data, parallel, params, pretrained, records, strategies
 from famba.data import Dataset
 from famba.errors import InputError
-from famba.files import json_bytes, write_atomic
+from famba.files import claimed, json_bytes, write_atomic
 from famba.model import VisionMamba, create_model
 from famba.optim import learning_rate, parameter_groups
 from famba.params import Params, TrainParams
@@ -73,7 +72,8 @@ def fit(p: Params, *, seed: int, progress: bool = False, watch: Sequence[Watcher
     images = data.load(p.data)
     model = build(p, classes=len(images.classes), seed=seed).to(processes.device)
     checkpoints = folder(p, seed=seed)
-    with _claimed(checkpoints) if processes.rank == 0 else contextlib.nullcontext():
+    mine = claimed(checkpoints / "lock", f"{checkpoints}: another process is training this run")
+    with mine if processes.rank == 0 else contextlib.nullcontext():
         images = data.to_device(_start(p, seed, model, images), processes.device)
         session = Session(p, seed, model, images, processes, checkpoints, progress=progress)
         if folder(p, seed=seed) != checkpoints:
@@ -200,15 +200,3 @@ def _device(t: TrainParams) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"train.device: {t.device!r}; torch sees {torch.cuda.device_count()} CUDA devices here")
     return device
-
-
-@contextlib.contextmanager
-def _claimed(folder: Path) -> Iterator[Path]:
-    """Hold the run's folder; a second process that wants it is refused, and a killed one leaves nothing behind."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{folder}: another process is training this run") from None
-        yield folder

@@ -123,7 +123,11 @@ def ranks(folder: Path) -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
         try:
-            if entry.name.isdigit() and (entry / "cwd").resolve() == folder and environment(int(entry.name)).get("RANK"):
+            if (
+                entry.name.isdigit()
+                and (entry / "cwd").resolve() == folder
+                and environment(int(entry.name)).get("RANK")
+            ):
                 found.append(int(entry.name))
         except OSError:
             continue
@@ -176,7 +180,9 @@ def test_torchrun_in_a_shell_does_the_same_and_states_batch_and_rate(repository)
     done = subprocess.run([*command, *given], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1
-    stated = "a step takes 32 images: 2 processes x 1 parts x 16 images on cpu; 4 steps an epoch, 2 epochs; peak learning"
+    stated = (
+        "a step takes 32 images: 2 processes x 1 parts x 16 images on cpu; 4 steps an epoch, 2 epochs; peak learning"
+    )
     assert done.stderr.count(stated) == 1
     assert "rate 0.005; fp32" in done.stderr
     assert records.read(repository / "run").cost["processes"] == 2

@@ -119,7 +119,7 @@ def test_two_checkpoints_are_kept_and_forgotten_when_told():
     p = smoke(epochs=3)
     train.fit(p, seed=1)
     kept = sorted(path.name for path in train.folder(p, seed=1).iterdir())
-    assert kept == ["epoch-00002.safetensors", "epoch-00003.safetensors", "lock"]
+    assert kept == ["epoch-00002.safetensors", "epoch-00003.safetensors"]
     train.forget(p, seed=1)
     assert not train.folder(p, seed=1).exists()
     train.forget(p, seed=1)
