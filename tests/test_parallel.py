@@ -1,5 +1,6 @@
 """A step in parts, and several processes on one run: what one process makes of the same batches, to rounding."""
 
+import contextlib
 import dataclasses
 import os
 import shutil
