@@ -28,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from famba import checkpoint, cost, data, params, pretrained, strategies
-from famba.data import Dataset, Split
+from famba.data import Dataset, Split, Streamed
 from famba.errors import InputError, TrainingError
 from famba.model import VisionMamba, create_model
 from famba.params import Params, TrainParams
@@ -37,7 +37,20 @@ from famba.records import Run
 _log = logging.getLogger(__name__)
 _MIB = 2**20
 # With native/, what makes a result.
-CODE = ("data", "scan", "ops", "fusion", "strategies", "mixer", "model", "pretrained", "train")
+CODE = (
+    "sources",
+    "recipe",
+    "stream",
+    "data",
+    "scan",
+    "ops",
+    "fusion",
+    "strategies",
+    "mixer",
+    "model",
+    "pretrained",
+    "train",
+)
 _FORWARD_PASSES = 50  # timed, where nothing is trained
 _KEPT = 2  # checkpoints: the newest, and the one before in case the newest cannot be read
 
@@ -141,7 +154,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, split: Split, images: Dataset, *, batch_size: int, precision: str = "fp32"
+    model: nn.Module, split: Split | Streamed, images: Dataset, *, batch_size: int, precision: str = "fp32"
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy in percent and the mean cross-entropy over a split, without label smoothing.
 
@@ -510,9 +523,7 @@ def _device(t: TrainParams) -> torch.device:
 
 def _on(images: Dataset, device: torch.device) -> Dataset:
     """Small data sets live on the training device as uint8."""
-    moved = {name: getattr(images, name) for name in ("train", "val", "test")}
-    moved = {name: Split(split.images.to(device), split.labels.to(device)) for name, split in moved.items()}
-    return Dataset(**moved, classes=images.classes, mean=images.mean, std=images.std)
+    return data.to_device(images, device)
 
 
 @contextlib.contextmanager
