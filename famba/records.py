@@ -196,7 +196,7 @@ def read(run_dir: str | Path) -> RunRecord:
         token_counts=token_counts,
         metrics={key: value for key, value in metrics.items() if key not in identity},
         cost=_object(folder / "cost.json"),
-        history=_read_history(folder / "history.csv"),
+        history=read_history(folder / "history.csv"),
         params=_object(folder / "params.json"),
     )
     _check(record, metrics, folder)
@@ -341,7 +341,7 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a finite number")
 
 
-def _read_history(path: Path) -> list[dict[str, Any]]:
+def read_history(path: Path) -> list[dict[str, Any]]:
     try:
         lines = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
     except FileNotFoundError:

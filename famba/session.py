@@ -110,9 +110,8 @@ class Session:
         if t.batch_size > len(images.train):
             raise InputError(f"train.batch_size: {t.batch_size}; there are {len(images.train)} training images")
         self.steps_per_epoch = len(images.train) // t.batch_size
-        self.mixes = max(p.data.mixup, p.data.cutmix) > 0
         self.mixer = None
-        if p.data.augment == "timm" and self.mixes:
+        if p.data.augment == "timm":
             self.mixer = recipe.mixer(p.data, len(images.classes), t.label_smoothing)
         groups = parameter_groups(model, t.weight_decay)
         self.optimiser = torch.optim.AdamW(groups, lr=t.lr, betas=t.betas, fused=True)
@@ -249,12 +248,12 @@ class Session:
         """
         if self.peak_memory_mib is not None:
             return
-        alone = Processes(self.device)
-        probe = Session(self.p, self.seed, copy.deepcopy(self.model), self.images, alone, self.folder)
+        p, alone = self.p, Processes(self.device)
+        probe = Session(p, self.seed, copy.deepcopy(self.model), self.images, alone, self.folder)
         probe.parts = self.parts
-        size, lr = self.p.train.batch_size // (self.processes.count * self.parts), self.p.train.lr
+        size, lr = p.train.batch_size // (self.processes.count * self.parts), p.train.lr
         images, labels = self._blank(size), torch.arange(size, device=self.device) % len(self.images.classes)
-        if self.mixes:
+        if p.data.mixup or p.data.cutmix:
             labels = functional.one_hot(labels, len(self.images.classes)).float()
         parts = [(images, labels)] * self.parts
         probe.model.train()
@@ -288,9 +287,11 @@ class Session:
         batches = data.batches(self.images.train, size, generator=generator, drop_last=True, rows=share)
         for images, labels in batches:
             images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-            if p.data.augment == "timm":
-                seed = int(torch.randint(2**31, (), generator=generator)) + self.processes.rank
-                yield [self._mixed(images[part], labels[part], seed + i) for i, part in enumerate(rows)]
+            if self.mixer is not None:
+                # A lambda for each part, as in the reference for each device.
+                seeds = torch.randint(2**31, (self.processes.count, self.parts), generator=generator)
+                own = seeds[self.processes.rank].tolist()
+                yield [self.mixer(images[part], labels[part], seed) for part, seed in zip(rows, own, strict=True)]
                 continue
             draws = augment.draw(p.data, size, generator, classes=len(self.images.classes))[share]
             yield [
@@ -300,13 +301,10 @@ class Session:
                     draws[part],
                     self.images.mean,
                     self.images.std,
-                    label_smoothing=p.train.label_smoothing,
+                    p.train.label_smoothing,
                 )
                 for part in rows
             ]
-
-    def _mixed(self, images: Tensor, labels: Tensor, seed: int) -> Part:
-        return (images, labels) if self.mixer is None else self.mixer(images, labels, seed)
 
     def _step(self, parts: Sequence[Part], lr: float, step: int) -> tuple[float, int]:
         """Forward, backward, optimiser; the mean loss of this process's images and how many of them were right."""

@@ -4,7 +4,6 @@ What happens from step to step is famba.session's; several processes on one run 
 """
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import logging
@@ -32,7 +31,7 @@ LIVE_HISTORY = "history.csv"  # beside the checkpoints, rewritten after every ep
 _log = logging.getLogger(__name__)
 # With native/, what makes a result.
 CODE = (
-    "data", "augment", "recipe", "scan", "ops", "fusion", "strategies", "mixer", "model", "pretrained", "numerics",
+    "sources", "recipe", "stream", "data", "augment", "scan", "ops", "fusion", "strategies", "mixer", "model", "pretrained", "numerics",
     "optim", "parallel", "session", "train",
 )  # fmt: skip
 
@@ -174,7 +173,7 @@ def _start(p: Params, seed: int, model: VisionMamba, images: Dataset) -> Dataset
         )
     if p.train.epochs == 0 and origin.classes not in (None, images.classes):
         raise InputError(f"{path}: trained on other classes than data.dataset {p.data.dataset!r} has: {origin.classes}")
-    return dataclasses.replace(images, mean=origin.mean, std=origin.std)
+    return data.renormalised(images, origin.mean, origin.std)
 
 
 @functools.cache
