@@ -5,6 +5,8 @@ traceback. Each command imports what it needs, so that reading parameters does n
 """
 
 import argparse
+import contextlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -82,12 +84,20 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("train", _train, "train one strategy with one seed, and write the run")
-    _choice(sub)
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument("--strategy", help=", ".join(params.STRATEGIES))
+    what.add_argument(
+        "--resolved", type=Path, metavar="FILE", help="or all parameters, as a run's params.json has them"
+    )
+    sub.add_argument("--profile", help="one of params.yaml's; the one that it names itself if not given")
+    sub.add_argument("--processes", type=int, help="train together, each on its device; instead of train.processes")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--out", type=Path, help="folder of the run; build/runs/<strategy>-<seed> if not given")
+    sub.add_argument("--keep-checkpoints", action="store_true", help="do not remove them when the run is written")
 
     sub = command("params", _params, "print the parameters that a run gets, its profile applied, as JSON")
-    _choice(sub)
+    sub.add_argument("--strategy", required=True, help=", ".join(params.STRATEGIES))
+    sub.add_argument("--profile", help="one of params.yaml's; the one that it names itself if not given")
     sub.add_argument("--out", type=Path, help="write them to this file instead")
 
     sub = command("notebook", _notebook, "execute a notebook with parameters; an unknown one is an error")
@@ -107,19 +117,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _choice(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--strategy", required=True, help=", ".join(params.STRATEGIES))
-    sub.add_argument("--profile", help="one of params.yaml's; the one that it names itself if not given")
-
-
 def _train(options: argparse.Namespace) -> int:
-    p = params.load(options.profile, strategy=options.strategy)
-    from famba import records, train
+    if options.resolved is not None:
+        p = params.read_resolved(options.resolved)
+    else:
+        p = params.load(options.profile, strategy=options.strategy, processes=options.processes)
+    from famba import parallel, records, train
 
-    name = records.run_name(options.strategy, options.seed)
-    out = options.out or params.root() / "build" / "runs" / name
-    print(records.write(train.fit(p, seed=options.seed, progress=sys.stderr.isatty()), out.absolute()))
-    train.forget(p, seed=options.seed)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("famba").setLevel(logging.INFO)
+    out = options.out or params.root() / "build" / "runs" / records.run_name(p.strategy, options.seed)
+    with records.held(out.absolute()) if parallel.writes() else contextlib.nullcontext():
+        run = train.fit(p, seed=options.seed, progress=sys.stderr.isatty())
+        if parallel.writes():
+            print(records.write(run, out.absolute()))
+    if parallel.writes() and not options.keep_checkpoints:
+        train.forget(p, seed=options.seed)
     return 0
 
 

@@ -1,14 +1,17 @@
 """Weights and training states as safetensors: no pickle, so that reading a file can run nothing.
 
-A file holds named tensors and one JSON object, which says what it is and how to rebuild what the tensors belong to.
+A file holds named tensors and one JSON object, which says what it is and how to rebuild what the tensors belong to,
+and holds a CRC-32 of all of that: safetensors itself would not notice a byte that changed on the disk.
 """
 
 import dataclasses
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -18,7 +21,8 @@ from famba.files import write_atomic
 from famba.model import VisionMamba
 from famba.params import FusionOptions
 
-_FORMAT = "famba"  # the one metadata entry: safetensors keeps text only
+_FORMAT = "famba"  # the one metadata entry: safetensors keeps text only, and several in no fixed order
+_CHECKSUM = "crc32"
 
 
 def model_bytes(model: VisionMamba, weights: Mapping[str, Tensor], described: Mapping[str, Any]) -> bytes:
@@ -41,7 +45,7 @@ def load_model(path: Path) -> tuple[VisionMamba, dict[str, Any]]:
     """A model as it was saved, fusion included, and what the file says of it.
 
     Raises:
-        InputError: a file that is missing, truncated, not famba's, or whose tensors are not those of its model.
+        InputError: a file that is missing, spoilt, not famba's, or whose tensors are not those of its model.
     """
     tensors, described = unpack(path, "model")
     try:
@@ -56,9 +60,11 @@ def load_model(path: Path) -> tuple[VisionMamba, dict[str, Any]]:
 
 
 def pack(tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> bytes:
-    """Tensors and one JSON object as the content of a file."""
-    text = json.dumps(described, sort_keys=True, allow_nan=False)
-    return save({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, metadata={_FORMAT: text})
+    """Tensors and one JSON object as the content of a file: the same bytes whenever they are the same."""
+    kept = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+    plain = json.loads(json.dumps(described, allow_nan=False))  # as it will be read
+    text = json.dumps({**plain, _CHECKSUM: _crc32(kept, plain)}, sort_keys=True)
+    return save(kept, metadata={_FORMAT: text})
 
 
 def save_file(path: Path, tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> None:
@@ -73,7 +79,7 @@ def unpack(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         kind: what the object's `kind` must be.
 
     Raises:
-        InputError: a file that is missing, truncated, or not of that kind.
+        InputError: a file that is missing, spoilt, or not of that kind.
     """
     tensors, described = read(path)
     if described is None or described.get("kind") != kind:
@@ -86,7 +92,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The tensors of any safetensors file, on the CPU, and famba's JSON object; None if famba did not write it.
 
     Raises:
-        InputError: a file that is missing or truncated.
+        InputError: a file that is missing, truncated, or famba's and not what was written.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file")
@@ -97,7 +103,23 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({' '.join(str(error).split())})") from None
-    return tensors, described if isinstance(described, dict) else None
+    if not isinstance(described, dict):
+        return tensors, None
+    written = described.pop(_CHECKSUM, None)
+    if written != (found := _crc32(tensors, described)):
+        raise InputError(f"{path}: spoilt: its CRC-32 is {found}; that of what was written is {written}")
+    return tensors, described
+
+
+def check_run(path: Path, described: Mapping[str, Any], run: str) -> None:
+    """Refuse the training state of another run, put among this one's by hand.
+
+    Args:
+        described: the file's JSON object, which names its run under `run`.
+        run: the name that is expected there.
+    """
+    if described.get("run") != run:
+        raise InputError(f"{path}: run: {described.get('run')!r}; expected {run!r}, so it is another run's")
 
 
 def check_state(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -111,3 +133,13 @@ def check_state(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str
     for key, t in expected.items():
         if tensors[key].shape != t.shape:
             raise InputError(f"{path}: {key} has shape {tuple(tensors[key].shape)}; expected {tuple(t.shape)}")
+
+
+def _crc32(tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> str:
+    """Of names, types, shapes and values, in an order of their own; eight hexadecimal digits."""
+    crc = zlib.crc32(json.dumps(described, sort_keys=True).encode())
+    for key in sorted(tensors):
+        t = tensors[key]
+        crc = zlib.crc32(f"{key} {t.dtype} {tuple(t.shape)}".encode(), crc)
+        crc = zlib.crc32(t.reshape(-1).view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
@@ -265,10 +265,7 @@ class Params:
 
         But not of `EXECUTION`, so that a run may go on with other numbers of processes or workers.
         """
-        described = self.as_dict() | {"seed": seed}
-        for section, keys in EXECUTION.items():
-            described[section] = {key: value for key, value in described[section].items() if key not in keys}
-        text = json.dumps(described, sort_keys=True)
+        text = json.dumps(identity(self.as_dict()) | {"seed": seed}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
     def init_path(self, seed: int) -> Path | None:
@@ -299,6 +296,16 @@ _SECTIONS: dict[str, Any] = {
 _TOP_LEVEL = {"profile", "profiles", "sweep", "ablation", "fusion", *_SECTIONS}
 
 
+def identity(described: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells one run from another, of `Params.as_dict()` or of what a run's params.json holds: no `EXECUTION`."""
+    return {
+        section: {key: value for key, value in values.items() if key not in EXECUTION.get(section, ())}
+        if isinstance(values, Mapping)
+        else values
+        for section, values in described.items()
+    }
+
+
 def root() -> Path:
     """The repository root: the nearest folder above the working directory that holds params.yaml and dvc.yaml.
 
@@ -315,12 +322,15 @@ def root() -> Path:
     raise InputError(f"{here}: no params.yaml and dvc.yaml here or above; run inside a checkout of famba")
 
 
-def load(profile: str | None = None, *, strategy: str, path: Path | None = None) -> Params:
+def load(
+    profile: str | None = None, *, strategy: str, processes: int | None = None, path: Path | None = None
+) -> Params:
     """The parameters of one strategy under a profile.
 
     Args:
         profile: a key of `profiles`; None is the one that the file names itself.
         strategy: one of `STRATEGIES`.
+        processes: instead of train.processes, which does not change what a run is; None keeps it.
         path: the file; None is params.yaml at the repository root.
 
     Raises:
@@ -335,6 +345,8 @@ def load(profile: str | None = None, *, strategy: str, path: Path | None = None)
         change = _mapping(changes.get(section, {}), f"{name}: profiles.{chosen}.{section}")
         _known(change, {f.name for f in dataclasses.fields(kind)}, f"{name}: profiles.{chosen}.{section}")
         where = dict.fromkeys(change, f"profiles.{chosen}.{section}")
+        if section == "train" and processes is not None:
+            change, where = change | {"processes": processes}, where | {"processes": section}
         resolved[section] = _validated(kind, {**base, **change}, name, section, where)
     train: TrainParams = resolved["train"]
     if train.epochs == 0 and train.init_from is None:
@@ -360,15 +372,45 @@ def load(profile: str | None = None, *, strategy: str, path: Path | None = None)
     return Params(profile=chosen, strategy=strategy, fusion=rule, **resolved)
 
 
+def read_resolved(path: Path) -> Params:
+    """The parameters of a run as `as_dict` gives them and a run's params.json holds them.
+
+    Raises:
+        InputError: a file that cannot be read, an unknown or missing key, a wrong type or value.
+    """
+    try:
+        document = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not readable as JSON: {error}") from None
+    kinds = {**_SECTIONS, "fusion": FusionRule}
+    document = _mapping(document, str(path))
+    _known(document, {"profile", "strategy", *kinds}, str(path))
+    sections = {
+        key: _validated(kind, _mapping(document.get(key), f"{path}: {key}"), str(path), key, {})
+        for key, kind in kinds.items()
+    }
+    for key in ("profile", "strategy"):
+        if not isinstance(document.get(key), str):
+            raise InputError(f"{path}: {key}: {document.get(key)!r} is not text")
+    return Params(profile=document["profile"], strategy=document["strategy"], **sections)
+
+
 def load_adaptive(profile: str | None = None, *, path: Path | None = None) -> AdaptiveRule:
     """The budget of the adaptive schedule under a profile: `fusion.adaptive`; arguments and errors as in `load`."""
     return _rule(*_under_profile(profile, path), ADAPTIVE, AdaptiveRule)
 
 
-def load_sweep(path: Path | None = None) -> SweepParams:
-    """The runs that params.yaml asks for; errors as in `load`."""
+def load_sweep(path: Path | None = None, *, seeds: Sequence[int] | None = None) -> SweepParams:
+    """The runs that params.yaml asks for; errors as in `load`.
+
+    Args:
+        seeds: instead of the file's.
+    """
     name = "params.yaml" if path is None else path.name
-    sweep = _validated(SweepParams, _mapping(_read(path).get("sweep"), f"{name}: sweep"), name, "sweep", {})
+    values = _mapping(_read(path).get("sweep"), f"{name}: sweep") | ({} if seeds is None else {"seeds": list(seeds)})
+    sweep = _validated(SweepParams, values, name, "sweep", {})
     _once(sweep, ("strategies", "seeds"), f"{name}: sweep")
     return sweep
 

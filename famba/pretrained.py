@@ -22,13 +22,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from famba import checkpoint
+from famba.data import IMAGENET_MEAN, IMAGENET_STD
 from famba.errors import InputError
 from famba.model import VisionMamba
 from famba.params import FusionOptions
-
-# Of the images that the released models were trained on, per channel, 0 black and 1 white; `data.normalise` takes them.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _STATES = ("model_ema", "model")  # the first is taken where there is a choice
 

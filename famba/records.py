@@ -11,18 +11,19 @@
 Nothing here imports torch: results can be read where it is not installed.
 """
 
+import contextlib
 import csv
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from famba import params
 from famba.errors import InputError
-from famba.files import json_bytes, write_atomic
+from famba.files import claimed, json_bytes, write_atomic
 
 HISTORY_COLUMNS: tuple[str, ...] = (
     "epoch",
@@ -49,6 +50,7 @@ _NUMBERS_OF_COST = (
     "threads",
 )
 MODEL_FILE = "model.safetensors"
+_held: set[Path] = set()  # by this process
 
 
 @dataclass(frozen=True)
@@ -100,14 +102,15 @@ def run_name(strategy: str, seed: int) -> str:
 def write(run: Run, run_dir: str | Path) -> Path:
     """Write a run into its folder, metrics.json last, and return the folder.
 
-    A run that is already there is overwritten, and is incomplete from the first moment until the last.
+    A run that is already there is overwritten, and is incomplete from the first moment until the last. The folder is
+    held meanwhile.
 
     Args:
         run_dir: if relative, from the repository root.
 
     Raises:
         InputError: a value that is missing, not finite or of the wrong kind (checked before any file is touched), or a
-            folder that cannot be written to.
+            folder that cannot be written to, or that another process holds.
     """
     folder = params.root() / run_dir
     identity = {"strategy": run.strategy, "seed": run.seed, "profile": run.profile}
@@ -123,17 +126,43 @@ def write(run: Run, run_dir: str | Path) -> Path:
         ),
         "params.json": _json(dict(run.params), folder / "params.json"),
         "cost.json": _json(dict(run.cost), folder / "cost.json"),
-        "history.csv": _history_bytes(run.history),
+        "history.csv": history_bytes(run.history),
         MODEL_FILE: run.model_bytes,
         "metrics.json": _json(metrics, folder / "metrics.json"),
     }
-    try:
-        (folder / "metrics.json").unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
-    for name, content in contents.items():
-        write_atomic(folder / name, content)
+    with held(folder):
+        try:
+            (folder / "metrics.json").unlink(missing_ok=True)
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
+        for name, content in contents.items():
+            write_atomic(folder / name, content)
     return folder
+
+
+@contextlib.contextmanager
+def held(run_dir: str | Path) -> Iterator[Path]:
+    """Hold a run's folder, so that no other process writes a run there: from before training, best.
+
+    A process that holds it may do so again. A killed one leaves nothing that is in the way.
+
+    Args:
+        run_dir: if relative, from the repository root; made if need be.
+
+    Raises:
+        InputError: another process holds it, or it cannot be written to.
+    """
+    folder = params.root() / run_dir
+    key = folder.resolve()
+    if key in _held:
+        yield folder
+        return
+    with claimed(folder / ".lock", f"{folder}: another process is making a run there"):
+        _held.add(key)
+        try:
+            yield folder
+        finally:
+            _held.remove(key)
 
 
 def read(run_dir: str | Path) -> RunRecord:
@@ -167,7 +196,7 @@ def read(run_dir: str | Path) -> RunRecord:
         token_counts=token_counts,
         metrics={key: value for key, value in metrics.items() if key not in identity},
         cost=_object(folder / "cost.json"),
-        history=_read_history(folder / "history.csv"),
+        history=read_history(folder / "history.csv"),
         params=_object(folder / "params.json"),
     )
     _check(record, metrics, folder)
@@ -177,6 +206,15 @@ def read(run_dir: str | Path) -> RunRecord:
     if not (folder / MODEL_FILE).is_file():
         raise InputError(f"{folder / MODEL_FILE}: missing")
     return record
+
+
+def history_bytes(history: Sequence[Mapping[str, Any]]) -> bytes:
+    """What history.csv holds; numbers as Python writes them, the shortest text that reads back as the same number."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, HISTORY_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    return text.getvalue().encode()
 
 
 def _check(run: RunRecord, metrics: Mapping[str, Any], folder: Path) -> None:
@@ -303,16 +341,7 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a finite number")
 
 
-def _history_bytes(history: Sequence[Mapping[str, Any]]) -> bytes:
-    """Numbers as Python writes them, which is the shortest text that reads back as the same number."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, HISTORY_COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    return text.getvalue().encode()
-
-
-def _read_history(path: Path) -> list[dict[str, Any]]:
+def read_history(path: Path) -> list[dict[str, Any]]:
     try:
         lines = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
     except FileNotFoundError:

@@ -60,9 +60,10 @@ def ensure(
 
     made_of = train.folder(p, seed=seed).name  # parameters, seed and code
     if _why_not(folder, p, seed, made_of):
-        run = train.fit(p, seed=seed)
-        cost = {**run.cost, "made_of": made_of, "command": command or run.cost["command"]}
-        records.write(dataclasses.replace(run, cost=cost), folder)
+        with records.held(folder):
+            run = train.fit(p, seed=seed)
+            cost = {**run.cost, "made_of": made_of, "command": command or run.cost["command"]}
+            records.write(dataclasses.replace(run, cost=cost), folder)
         train.forget(p, seed=seed)
     return folder
 
@@ -75,7 +76,7 @@ def _why_not(folder: Path, p: params.Params, seed: int, made_of: str | None = No
         return str(error)
     if run.seed != seed:
         return f"{folder / 'metrics.json'}: seed: {run.seed}; asked for {seed}"
-    if run.params != p.as_dict():
+    if params.identity(run.params) != params.identity(p.as_dict()):
         return f"{folder / 'params.json'}: other parameters than params.yaml gives for {p.strategy} in {p.profile}"
     if run.metrics.get("init_sha256") != p.init_sha256(seed):
         return f"{folder / 'metrics.json'}: init_sha256: started from other weights than {p.init_path(seed)} holds now"

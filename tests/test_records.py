@@ -256,3 +256,35 @@ def test_results_are_read_without_torch(module):
     code = f"import sys, famba.{module}; print([m for m in ('torch',) if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+HOLD = """
+import sys
+from famba import records
+with records.held(sys.argv[1]) as folder:
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_that_another_process_holds_is_not_written_to(tmp_path):
+    records.write(make_run(), tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    command = [sys.executable, "-c", HOLD, tmp_path / "run"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == f"{tmp_path / 'run'}\n"
+        with pytest.raises(InputError, match=r"run: another process is making a run there$"):
+            records.write(make_run(seed=1), tmp_path / "run")
+        other.kill()
+    assert (tmp_path / "run" / ".lock").exists()
+    (tmp_path / "run" / ".lock").unlink()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    records.write(make_run(seed=1), tmp_path / "run")
+    assert records.read(tmp_path / "run").seed == 1
+
+
+def test_a_process_that_holds_a_folder_writes_into_it_and_nothing_of_that_stays(tmp_path):
+    with records.held(tmp_path / "run") as folder, records.held(tmp_path / "run"):
+        records.write(make_run(), tmp_path / "run")
+        assert (folder / ".lock").exists()
+    assert not (folder / ".lock").exists()

@@ -17,7 +17,9 @@ import torch
 
 from famba import InputError, apply, checkpoint, params, records, train
 from famba.errors import TrainingError
+from famba.parallel import Processes
 from famba.params import Params
+from famba.session import Session, evaluate
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,27 +41,6 @@ def smoke(strategy: str = "upper", **changes) -> Params:
 
 def deterministic(run: records.Run) -> tuple:
     return run.metrics, run.history, run.model_bytes, run.token_counts
-
-
-def test_the_learning_rate_rises_linearly_then_falls_along_a_cosine():
-    p = dataclasses.replace(smoke().train, epochs=4, warmup_epochs=1, lr=1.0, min_lr=0.2)
-    rates = [train.learning_rate(p, step, 4) for step in range(16)]
-    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert rates[4] == 1.0
-    assert rates[10] == pytest.approx(0.6)  # half way between lr and min_lr, half way down
-    assert rates[15] == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi * 11 / 12)) / 2)
-    assert rates[4:] == sorted(rates[4:], reverse=True)
-
-
-def test_norms_biases_and_what_the_scan_and_the_positions_are_made_of_do_not_decay():
-    model = train.build(smoke(), classes=10, seed=0)
-    decayed, kept = train.parameter_groups(model, 0.05)
-    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.05, 0.0)
-    names = {id(weight): name for name, weight in model.named_parameters()}
-    assert len(names) == len(decayed["params"]) + len(kept["params"])
-    parts = {"in_proj", "conv1d", "x_proj", "dt_proj", "conv1d_b", "x_proj_b", "dt_proj_b", "out_proj"}
-    layers = {f"layers.{layer}.mixer.{part}.weight" for layer in range(4) for part in parts}
-    assert {names[id(weight)] for weight in decayed["params"]} == {"patch_embed.proj.weight", "head.weight"} | layers
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +89,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(undisturbed)
 
 @pytest.mark.parametrize("stopped_after", [1, 2])
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(undisturbed, monkeypatch, stopped_after):
-    save = train._Session._save
+    save = Session._save
 
     def stop(session):
         save(session)
@@ -116,12 +97,12 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(undisturbed, monkeypat
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(train._Session, "_save", stop)
+        patched.setattr(Session, "_save", stop)
         with pytest.raises(KeyboardInterrupt):
             train.fit(smoke(epochs=3), seed=1)
     epochs: list[int] = []
-    run_epoch = train._Session.run_epoch
-    monkeypatch.setattr(train._Session, "run_epoch", lambda s: (run_epoch(s), epochs.append(s.epoch)))
+    run_epoch = Session.run_epoch
+    monkeypatch.setattr(Session, "run_epoch", lambda s: (run_epoch(s), epochs.append(s.epoch)))
     assert deterministic(train.fit(smoke(epochs=3), seed=1)) == deterministic(undisturbed)
     assert epochs == list(range(stopped_after + 1, 4))
 
@@ -138,7 +119,7 @@ def test_two_checkpoints_are_kept_and_forgotten_when_told():
     p = smoke(epochs=3)
     train.fit(p, seed=1)
     kept = sorted(path.name for path in train.folder(p, seed=1).iterdir())
-    assert kept == ["epoch-00002.safetensors", "epoch-00003.safetensors", "lock"]
+    assert kept == ["epoch-00002.safetensors", "epoch-00003.safetensors"]
     train.forget(p, seed=1)
     assert not train.folder(p, seed=1).exists()
     train.forget(p, seed=1)
@@ -165,13 +146,12 @@ def test_other_code_is_another_run(monkeypatch):
 
 def test_the_test_split_is_read_once_at_the_end(monkeypatch):
     read: list[int] = []
-    evaluate = train.evaluate
 
     def counted(model, split, images, **options):
         read.append(len(split))
         return evaluate(model, split, images, **options)
 
-    monkeypatch.setattr(train, "evaluate", counted)
+    monkeypatch.setattr("famba.session.evaluate", counted)
     p = smoke(epochs=2)
     train.fit(p, seed=0)
     images = train.data.load(p.data)
@@ -181,8 +161,7 @@ def test_the_test_split_is_read_once_at_the_end(monkeypatch):
 
 def test_the_last_epoch_is_tested_where_that_is_asked_for_however_it_did(monkeypatch):
     worse = iter([90.0, 80.0, 70.0, 60.0])
-    evaluate = train.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda *a, **k: {**evaluate(*a, **k), "top1_percent": next(worse)})
+    monkeypatch.setattr("famba.session.evaluate", lambda *a, **k: {**evaluate(*a, **k), "top1_percent": next(worse)})
     run = train.fit(smoke(epochs=3, choose="last"), seed=0)
     assert run.metrics["chosen"] == {"weights": "raw", "epoch": 3}
     assert run.metrics["validation"]["raw"]["best"]["epoch"] == 1
@@ -191,19 +170,19 @@ def test_the_last_epoch_is_tested_where_that_is_asked_for_however_it_did(monkeyp
 
 @pytest.mark.parametrize("choose", ["best", "last"])
 def test_a_moving_average_is_evaluated_and_can_be_chosen(monkeypatch, choose):
-    sessions: list[train._Session] = []
-    init, evaluate = train._Session.__init__, train.evaluate
+    sessions: list[Session] = []
+    init = Session.__init__
 
-    def remembered(session, *arguments):
-        init(session, *arguments)
+    def remembered(session, *arguments, **options):
+        init(session, *arguments, **options)
         sessions.append(session)
 
     def ema_is_better(model, split, images, **options):
         scores = evaluate(model, split, images, **options)
         return {**scores, "top1_percent": 100.0} if any(model is s.ema.module for s in sessions) else scores
 
-    monkeypatch.setattr(train._Session, "__init__", remembered)
-    monkeypatch.setattr(train, "evaluate", ema_is_better)
+    monkeypatch.setattr(Session, "__init__", remembered)
+    monkeypatch.setattr("famba.session.evaluate", ema_is_better)
     p = smoke(epochs=2, ema_decay=0.9, choose=choose)
     run = train.fit(p, seed=0)
     assert run.metrics["chosen"]["weights"] == "ema"
@@ -217,11 +196,11 @@ def test_the_moving_average_is_what_its_decay_says():
     p = smoke(epochs=1, ema_decay=0.5)
     model = train.build(p, classes=10, seed=0)
     images = train.data.load(p.data)
-    session = train._Session(p, 0, model, images, torch.device("cpu"), False)
+    session = Session(p, 0, model, images, Processes(torch.device("cpu")), train.folder(p, seed=0))
     batch = train.data.normalise(images.train.images[:8], images.mean, images.std)
     expected = None
     for step in range(3):
-        session._step(batch, images.train.labels[:8], 1e-2, step)
+        session._step([(batch, images.train.labels[:8])], 1e-2, step)
         now = model.head.weight.detach().clone()
         expected = now if expected is None else 0.5 * expected + 0.5 * now
     torch.testing.assert_close(session.ema.module.head.weight.detach(), expected)
@@ -229,21 +208,23 @@ def test_the_moving_average_is_what_its_decay_says():
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(monkeypatch):
     p = smoke(epochs=3)
-    step = train._Session._step
+    step = Session._step
 
-    def poisoned(session, images, labels, lr, number):
+    def poisoned(session, parts, lr, number):
         if session.epoch == 1:
-            images = images * math.nan
-        return step(session, images, labels, lr, number)
+            with torch.no_grad():
+                session.model.layers[2].mixer.D[0] = math.nan
+        return step(session, parts, lr, number)
 
-    monkeypatch.setattr(train._Session, "_step", poisoned)
+    monkeypatch.setattr(Session, "_step", poisoned)
     with pytest.raises(TrainingError) as error:
         train.fit(p, seed=0)
     said = str(error.value)
     steps = 64 // p.train.batch_size
     lr = train.learning_rate(p.train, steps, steps)
     assert said.startswith(
-        f"step {steps + 1} (epoch 2): loss nan, gradient norm nan at learning rate {lr:.3g}; training stopped"
+        f"step {steps + 1} (epoch 2): loss nan, gradient norm nan at learning rate {lr:.3g}, "
+        "first not finite in the output of layer 3, mixer.out_proj; training stopped"
     )
     assert "the last good checkpoint is" in said
     assert said.endswith("epoch-00001.safetensors")
@@ -405,7 +386,7 @@ def test_a_seed_in_the_name_of_the_weights_is_the_runs_own(weights):
 
 def test_a_run_is_never_continued_from_one_that_started_from_other_weights(weights, monkeypatch):
     p = smoke(init_from="weights.safetensors", epochs=2)
-    save, run_epoch = train._Session._save, train._Session.run_epoch
+    save, run_epoch = Session._save, Session.run_epoch
     epochs: list[int] = []
 
     def stop(session):
@@ -415,7 +396,7 @@ def test_a_run_is_never_continued_from_one_that_started_from_other_weights(weigh
 
     def interrupted() -> Path:
         with monkeypatch.context() as patched:
-            patched.setattr(train._Session, "_save", stop)
+            patched.setattr(Session, "_save", stop)
             with pytest.raises(KeyboardInterrupt):
                 train.fit(p, seed=1)
         return train.folder(p, seed=1)
@@ -423,7 +404,7 @@ def test_a_run_is_never_continued_from_one_that_started_from_other_weights(weigh
     before, content = interrupted(), weights.read_bytes()
     model, described = checkpoint.load_model(weights)
     weights.write_bytes(checkpoint.model_bytes(model, {k: t + 0.01 for k, t in model.state_dict().items()}, described))
-    monkeypatch.setattr(train._Session, "run_epoch", lambda s: (run_epoch(s), epochs.append(s.epoch)))
+    monkeypatch.setattr(Session, "run_epoch", lambda s: (run_epoch(s), epochs.append(s.epoch)))
     other = train.fit(p, seed=1)
     assert train.folder(p, seed=1) != before
     weights.write_bytes(content)

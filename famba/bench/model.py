@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from famba import cost, fusion, mixer, model, scan, train
+from famba import cost, fusion, mixer, model, numerics, optim, scan
 from famba.bench.setting import Setting
 from famba.bench.timing import interleaved, ratio, summary
 
@@ -42,12 +42,12 @@ class Training:
         self.images = torch.randn(setting.batch, 3, self.model.img_size, self.model.img_size)
         self.precision = precision
         self.labels = torch.arange(setting.batch) % self.model.head.out_features
-        self.optimiser = torch.optim.AdamW(train.parameter_groups(self.model, 0.05), lr=1e-4, fused=True)
+        self.optimiser = torch.optim.AdamW(optim.parameter_groups(self.model, 0.05), lr=1e-4, fused=True)
 
     def step(self, schedule: Sequence[int] | None = None) -> None:
         """Forward, loss, backward, optimiser; without a schedule nothing is fused."""
         self.model.set_fusion([0] * self.model.depth if schedule is None else schedule, self.model.options)
-        with train._autocast(self.images.device, self.precision):
+        with numerics.autocast(self.images.device, self.precision):
             logits = self.model(self.images).float()
         functional.cross_entropy(logits, self.labels).backward()
         self.optimiser.step()

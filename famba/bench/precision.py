@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from famba import data, train
+from famba import data, numerics, optim
 from famba.bench.model import Training
 from famba.bench.setting import Setting
 from famba.bench.timing import interleaved, ratio, summary
@@ -59,13 +59,13 @@ def loss_curve(precision: str, *, steps: int, depth: int | None = None, order: i
     torch.manual_seed(0)
     images = data.load(_DIGITS)
     model = create_model("vim_nano", num_classes=len(images.classes), depth=depth)
-    optimiser = torch.optim.AdamW(train.parameter_groups(model, 0.05), lr=1e-3, fused=True)
+    optimiser = torch.optim.AdamW(optim.parameter_groups(model, 0.05), lr=1e-3, fused=True)
     generator = torch.Generator().manual_seed(order)
     losses: list[float] = []
     while len(losses) < steps:
         for batch, labels in data.batches(images.train, _BATCH, generator=generator, drop_last=True):
             shown = data.augment(batch, shift=_DIGITS.shift, flip=_DIGITS.flip, generator=generator)
-            with train._autocast(batch.device, precision):
+            with numerics.autocast(batch.device, precision):
                 logits = model(data.normalise(shown, images.mean, images.std)).float()
             loss = functional.cross_entropy(logits, labels)
             loss.backward()

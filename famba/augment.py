@@ -1,0 +1,221 @@
+"""Training images varied a batch at a time on their device: shift, mirror, erase, mix.
+
+`b` batch, `k` classes, `h` and `w` pixels. What happens to each image is drawn on the CPU for a whole step's batch,
+then done to it, or to parts of it wherever they lie: how a batch is split over processes changes nothing. Erasing is
+that of Zhong et al. (arXiv:1708.04896) with noise in every pixel; mixing that of mixup (arXiv:1710.09412) and CutMix
+(arXiv:1905.04899), with the choices that the DeiT recipe takes from timm, but each image has its own lambda and box.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float32, Int64, UInt8
+from torch import Tensor
+
+from famba import data
+from famba.errors import InputError
+from famba.params import DataParams
+
+_AREA = (0.02, 1 / 3)  # of the erased rectangle, as a share of the image's
+_ASPECT = (0.3, 1 / 0.3)  # its height by its width
+_TRIES = 10  # rectangles drawn for each image; the first that fits into it is taken, and none if none does
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """What happens to each image of a batch; None where it happens to none. On the CPU.
+
+    Attributes:
+        shift: pixels of margin on each side from which an image's window is cut.
+        corner: of that window, from (0, 0) to (2 shift, 2 shift).
+        mirrored: left-right.
+        erased: top, left, height, width of the rectangle that becomes noise; of no size where nothing does.
+        noise: seed of that noise.
+        share: of the image itself in a mixture, the rest being its neighbour's; 1 where it is left alone. By its box,
+            what lies outside.
+        box: top, left, bottom, right of what its neighbour puts in; of no size where the mixture is not by a box.
+        classes: that labels tell apart.
+    """
+
+    shift: int
+    corner: Int64[Tensor, "b 2"] | None
+    mirrored: Bool[Tensor, "b"] | None
+    erased: Int64[Tensor, "b 4"] | None
+    noise: Int64[Tensor, "b"] | None
+    share: Float32[Tensor, "b"] | None
+    box: Int64[Tensor, "b 4"] | None
+    classes: int
+    b: int
+
+    def __len__(self) -> int:
+        return self.b
+
+    def __getitem__(self, rows: slice) -> "Draws":
+        """Those of a part of the batch.
+
+        Raises:
+            InputError: mixed images would be parted from their neighbours.
+        """
+        start, stop, step = rows.indices(self.b)
+        if self.share is not None and (step != 1 or start % 2 or (stop % 2 and stop < self.b)):
+            raise InputError(f"rows {start}:{stop}: mixing takes pairs; parts of a batch must be of even size")
+        drawn = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        parts = {name: x[rows] for name, x in drawn.items() if isinstance(x, Tensor)}
+        return dataclasses.replace(self, **parts, b=len(range(start, stop, step)))
+
+
+def draw(p: DataParams, b: int, generator: torch.Generator, *, classes: int) -> Draws:
+    """What happens to b images of img_size pixels.
+
+    Args:
+        b: of the whole step's batch, in all processes. With mixing, 2i and 2i + 1 are each other's neighbours; the last
+            image of an odd batch has none.
+        generator: a CPU one.
+    """
+    corner = mirrored = erased = noise = share = box = None
+    if p.shift:
+        # Row by row, y before x: as runs have always drawn it.
+        corner = torch.randint(0, 2 * p.shift + 1, (2, b), generator=generator).T
+    if p.flip:
+        mirrored = torch.randint(0, 2, (b, 1, 1, 1), generator=generator).flatten().bool()
+    if p.erase:
+        erased = _rectangles(b, p.img_size, generator)
+        erased[torch.rand(b, generator=generator) >= p.erase] = 0
+        noise = torch.randint(2**32, (b,), generator=generator)
+    if p.mixup or p.cutmix:
+        share, box = _mixtures(p, b, generator)
+    return Draws(p.shift, corner, mirrored, erased, noise, share, box, classes, b)
+
+
+def apply(
+    images: UInt8[Tensor, "b 3 h w"],
+    labels: Int64[Tensor, "b"],
+    draws: Draws,
+    mean: Sequence[float],
+    std: Sequence[float],
+    label_smoothing: float,
+) -> tuple[Float32[Tensor, "b 3 h w"], Int64[Tensor, "b"] | Float32[Tensor, "b k"]]:
+    """The images as drawn, normalised, and what they are to be told as.
+
+    Where images are mixed that is a distribution over the classes: by its share the image's class, by the rest its
+    neighbour's, label_smoothing of it spread over all. Otherwise the labels come back, and smoothing is the loss's.
+
+    Raises:
+        InputError: draws of another number of images.
+    """
+    if len(draws) != len(images):
+        raise InputError(f"draws: of {len(draws)} images, not {len(images)}")
+    shown = data.normalise(_moved(images, draws), mean, std)
+    if draws.erased is not None and draws.noise is not None:
+        shown = _erase(shown, draws.erased, draws.noise)
+    if draws.share is None or draws.box is None:
+        return shown, labels
+    b, device = len(images), images.device
+    partner = torch.arange(b) ^ 1
+    partner[partner == b] = b - 1  # the last of an odd batch, whose share is 1
+    partner = partner.to(device)
+    share = draws.share.to(device)
+    by_box = (draws.box[:, 2:] > draws.box[:, :2]).all(1).to(device)
+    own = torch.where(
+        by_box[:, None, None, None],
+        1 - _inside(draws.box.to(device), *images.shape[2:]).float(),
+        share[:, None, None, None],
+    )
+    mixed = torch.lerp(shown[partner], shown, own)
+    off = label_smoothing / draws.classes
+    told = torch.full((b, draws.classes), off, device=device)
+    told.scatter_(1, labels[:, None], 1 - label_smoothing + off)
+    return mixed, torch.lerp(told[partner], told, share[:, None])
+
+
+def _moved(images: UInt8[Tensor, "b 3 h w"], draws: Draws) -> UInt8[Tensor, "b 3 h w"]:
+    """Shifted, zeros (black) moving in, then mirrored."""
+    b, _, h, w = images.shape
+    if draws.corner is not None:
+        # Every offset is a window of the padded images; a window is a view, so only the chosen ones are copied.
+        windows = F.pad(images, (draws.shift,) * 4).unfold(2, h, 1).unfold(3, w, 1)
+        y, x = draws.corner.T.to(images.device)
+        images = windows[torch.arange(b, device=images.device), :, y, x]
+    if draws.mirrored is not None:
+        images = torch.where(draws.mirrored.to(images.device)[:, None, None, None], images.flip(3), images)
+    return images
+
+
+def _rectangles(b: int, size: int, generator: torch.Generator) -> Int64[Tensor, "b 4"]:
+    """Top, left, height, width; area uniform, aspect log-uniform, place uniform."""
+    u = torch.rand(4, b, _TRIES, dtype=torch.float64, generator=generator)
+    area = size**2 * (_AREA[0] + (_AREA[1] - _AREA[0]) * u[0])
+    low, high = map(math.log, _ASPECT)
+    aspect = torch.exp(low + (high - low) * u[1])
+    sides = torch.stack([area * aspect, area / aspect]).sqrt().round().long()
+    fits = (sides < size).all(0)
+    places = (u[2:] * (size - sides + 1)).long()
+    first = fits.byte().argmax(1)
+    found = torch.cat([places, sides])[:, torch.arange(b), first].T
+    return torch.where(fits.any(1, keepdim=True), found, 0)
+
+
+def _mixtures(p: DataParams, b: int, generator: torch.Generator) -> tuple[Float32[Tensor, "b"], Int64[Tensor, "b 4"]]:
+    """Share and box of each image, the lambda of a box being what its pixels leave."""
+    # NumPy's legacy generator is frozen, and torch's Beta takes none.
+    numbers = np.random.RandomState(int(torch.randint(2**32, (), generator=generator)))
+    by_box = numbers.random_sample(b) < (0.5 if p.mixup and p.cutmix else float(p.cutmix > 0))
+    share = np.ones(b)
+    for alpha, chosen in ((p.mixup, ~by_box), (p.cutmix, by_box)):
+        if alpha:
+            share[chosen] = numbers.beta(alpha, alpha, b)[chosen]
+    side = (p.img_size * np.sqrt(1 - share)).astype(np.int64)
+    centre = numbers.randint(0, p.img_size, (2, b))
+    low, high = (np.clip(edge, 0, p.img_size) for edge in (centre - side // 2, centre + (side + 1) // 2))
+    left_alone = ~by_box
+    if b % 2:
+        share[-1], left_alone[-1] = 1, True
+    low[:, left_alone] = high[:, left_alone] = 0
+    share[~left_alone] = 1 - (high - low).prod(0)[~left_alone] / p.img_size**2
+    return torch.from_numpy(share).float(), torch.from_numpy(np.concatenate([low, high]).T.copy())
+
+
+def _inside(box: Int64[Tensor, "b 4"], h: int, w: int) -> Bool[Tensor, "b 1 h w"]:
+    """Which pixels lie between top and bottom, left and right."""
+    top, left, bottom, right = box.T[:, :, None]
+    y, x = torch.arange(h, device=box.device), torch.arange(w, device=box.device)
+    rows, columns = (y >= top) & (y < bottom), (x >= left) & (x < right)
+    return (rows[:, :, None] & columns[:, None, :])[:, None]
+
+
+def _erase(
+    images: Float32[Tensor, "b 3 h w"], rectangle: Int64[Tensor, "b 4"], seed: Int64[Tensor, "b"]
+) -> Float32[Tensor, "b 3 h w"]:
+    """The rectangles filled with noise of mean 0 and deviation 1; only images that have one are touched."""
+    chosen = rectangle[:, 2:].all(1).nonzero().flatten()  # on the CPU: no waiting for the device
+    box = torch.cat([rectangle[:, :2], rectangle[:, :2] + rectangle[:, 2:]], 1)[chosen].to(images.device)
+    noise = _noise(seed[chosen].to(images.device), *images.shape[1:])
+    chosen = chosen.to(images.device)
+    inside = _inside(box, *images.shape[2:])
+    return images.index_copy(0, chosen, torch.where(inside, noise, images[chosen]))
+
+
+def _noise(seed: Int64[Tensor, "b"], c: int, h: int, w: int) -> Float32[Tensor, "b c h w"]:
+    """Standard normal numbers that follow from seed and place alone, to rounding on any device (Box and Muller)."""
+    place = torch.arange(2 * c * h * w, device=seed.device)
+    bits = _scrambled(seed[:, None] ^ _scrambled(place + 1)).view(-1, 2, c, h, w)
+    uniform = (bits.float() + 0.5) / 2**32  # may round to 1, never to 0
+    return (-2 * uniform[:, 0].log()).sqrt() * (2 * math.pi * uniform[:, 1]).cos()
+
+
+def _scrambled(x: Int64[Tensor, "*s"]) -> Int64[Tensor, "*s"]:
+    """32 bits of each number made into 32 that look unrelated: Wellons's lowbias32 (nullprogram.com, 2018)."""
+    x = x & 0xFFFFFFFF
+    x = _times(x ^ x >> 16, 0x7FEB352D)
+    x = _times(x ^ x >> 15, 0x846CA68B)
+    return x ^ x >> 16
+
+
+def _times(x: Int64[Tensor, "*s"], factor: int) -> Int64[Tensor, "*s"]:
+    """The product modulo 2**32, by halves of the factor: 64 bits never overflow."""
+    return (x * (factor & 0xFFFF) + (x * (factor >> 16) << 16)) & 0xFFFFFFFF

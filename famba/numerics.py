@@ -1,0 +1,75 @@
+"""Numbers and their precision: autocast, and where values stop being finite.
+
+`b` batch, `h` and `w` pixels. Under autocast the matrix products, convolutions, scans and gates take and give bfloat16;
+the scan's parameters and states, the residual stream, norms and losses stay float32.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """What a forward pass of that precision, `fp32` or `bf16`, runs under."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+@torch.no_grad()
+def first_not_finite(model: nn.Module, images: Float[Tensor, "b 3 h w"]) -> str:
+    """Where the first value that is not finite comes up: in a forward pass, else among the gradients there are.
+
+    Forward it is the first module whose output has one; backward the module nearest to the loss, where gradients come
+    from, whose parameter's gradient has one. Layers are counted from 1. Empty if all is finite.
+    """
+    if not _finite(images):
+        return "the images"
+    found: list[str] = []
+
+    def watch(name: str):
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not found and not all(map(_finite, _tensors(output))):
+                found.append(name)
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    try:
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if found:
+        return f"the output of {_place(found[0])}"
+    for name, weight in reversed(list(model.named_parameters())):
+        if weight.grad is not None and not _finite(weight.grad):
+            return f"the gradient of {_place(name)}"
+    return ""
+
+
+def _place(name: str) -> str:
+    """layers.2.mixer.in_proj is layer 3, mixer.in_proj."""
+    head, *rest = name.split(".")
+    if head != "layers" or not rest:
+        return name
+    inside = ".".join(rest[1:])
+    return f"layer {int(rest[0]) + 1}" + (f", {inside}" if inside else "")
+
+
+def _finite(x: Tensor) -> bool:
+    return bool(x.isfinite().all())
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, tuple | list):
+        for part in output:
+            yield from _tensors(part)
+    elif dataclasses.is_dataclass(output):
+        for field in dataclasses.fields(output):
+            yield from _tensors(getattr(output, field.name))

@@ -1,0 +1,38 @@
+"""The optimiser's settings: what decays, and the learning rate of each step.
+
+AdamW with a linear warm-up and half a cosine (Famba-V section 4.1 and the DeiT recipe that Vim follows).
+"""
+
+import math
+from typing import Any
+
+from torch import nn
+
+from famba.params import TrainParams
+
+
+def peak_lr(p: TrainParams) -> float:
+    """The learning rate at the end of the warm-up: `lr`, scaled linearly by the batch if it is meant for another.
+
+    Source: Goyal et al. 2017, arXiv:1706.02677; the released scripts of Vim scale 5e-4 by batch / 512.
+    """
+    return p.lr if p.lr_batch is None else p.lr * p.batch_size / p.lr_batch
+
+
+def learning_rate(p: TrainParams, step: int, steps_per_epoch: int) -> float:
+    """Learning rate of a step, counted from 0: a linear rise from 0, then half a cosine down to min_lr."""
+    warmup, total, peak = p.warmup_epochs * steps_per_epoch, p.epochs * steps_per_epoch, peak_lr(p)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    return p.min_lr + (peak - p.min_lr) * (1 + math.cos(math.pi * done)) / 2
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weights that decay, and those that do not: norms, biases, A_log, D, class token and position embedding."""
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    for name, weight in model.named_parameters():
+        scanned = name.rsplit(".", 1)[-1] in ("A_log", "A_b_log", "D", "D_b", "cls_token", "pos_embed")
+        (kept if scanned or weight.dim() == 1 else decayed).append(weight)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]

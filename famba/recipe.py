@@ -1,0 +1,142 @@
+"""The reference's own recipe: images varied one by one, and mixed, by timm.
+
+timm draws from the global generators of Python, NumPy and torch. Here they are seeded around each call and put back
+after it, so that what comes out follows from the call's seed alone. Nothing else of famba imports timm or torchvision.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int64
+from PIL import Image
+from torch import Tensor
+
+from famba import sources
+from famba.errors import InputError
+from famba.params import DataParams
+
+_SMALL = 32  # pixels; up to there DeiT crops a padded image instead of resizing a part of it
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Varies a training image; sent to other processes by its parameters alone.
+
+    Attributes:
+        mean, std: what the images are normalised by, per channel.
+    """
+
+    p: DataParams
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, image: Image.Image, seed: int) -> Float32[Tensor, "3 h w"]:
+        """The image varied and normalised; RGB in.
+
+        Up to 32 pixels DeiT crops an image as it comes, a small one; another is first brought to the size here.
+        """
+        if self.p.img_size <= _SMALL and image.size != (self.p.img_size, self.p.img_size):
+            image = Image.fromarray(sources.fit(image, self.p.img_size).transpose(1, 2, 0))
+        with _seeded(seed):
+            return self.transform(image)
+
+    @functools.cached_property
+    def transform(self) -> Callable[[Image.Image], Tensor]:
+        """timm's transform, as DeiT's `build_transform` asks for it."""
+        timm, torchvision = _timm()
+        p = self.p
+        made = timm.data.create_transform(
+            input_size=p.img_size,
+            is_training=True,
+            hflip=0.5 if p.flip else 0.0,
+            color_jitter=p.color_jitter,
+            auto_augment=p.rand_augment,
+            interpolation="bicubic",
+            re_prob=p.erase,
+            re_mode="pixel",
+            re_count=1,
+            mean=self.mean,
+            std=self.std,
+        )
+        if p.img_size <= _SMALL:
+            made.transforms[0] = torchvision.transforms.RandomCrop(p.img_size, padding=4)
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+def mixer(
+    p: DataParams, classes: int, label_smoothing: float
+) -> Callable[
+    [Float32[Tensor, "b 3 h w"], Int64[Tensor, "b"], int],
+    tuple[Float32[Tensor, "b 3 h w"], Int64[Tensor, "b"] | Float[Tensor, "b k"]],
+]:
+    """timm's mixing of a whole batch: (images, labels, seed) -> (images, targets).
+
+    The images are written to. One lambda, and one choice of mixup or cutmix, holds for a batch. Targets have the
+    smoothing in them. Where the parameters ask for neither, images and labels come back as they are.
+
+    Raises:
+        InputError: timm cannot be had; and by what is returned, a batch of an odd number of images.
+    """
+    if not (p.mixup or p.cutmix):
+        return lambda images, labels, seed: (images, labels)
+    timm, _ = _timm()
+    made = timm.data.Mixup(
+        mixup_alpha=p.mixup,
+        cutmix_alpha=p.cutmix,
+        prob=1.0,
+        switch_prob=0.5,
+        mode="batch",
+        label_smoothing=label_smoothing,
+        num_classes=classes,
+    )
+
+    def mixed(images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        if len(images) % 2:
+            raise InputError(f"batch of {len(images)} images: mixing takes pairs, so that it must be even")
+        with _seeded(seed):
+            return made(images, labels)
+
+    return mixed
+
+
+def image_seed(seed: int, i: int) -> int:
+    """A seed for one image of an epoch; neighbours' are unrelated."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {i}".encode(), digest_size=8).digest(), "little")
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """The three global generators that timm draws from, seeded, and afterwards as they were."""
+    before = random.getstate(), np.random.get_state(), torch.random.get_rng_state()  # noqa: NPY002 (timm's)
+    random.seed(seed)
+    np.random.seed([seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF])  # noqa: NPY002
+    torch.default_generator.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)  # the CPU's alone
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+        torch.random.set_rng_state(before[2])
+
+
+def _timm() -> tuple[Any, Any]:
+    try:
+        import timm.data
+        import torchvision
+    except Exception as error:  # a torchvision that does not fit torch raises RuntimeError, or worse
+        said = " ".join(str(error).split())
+        raise InputError(
+            f"data.augment: timm needs the packages timm and torchvision, and a torchvision that fits torch ({said}): "
+            "pip install 'famba[paper]'"
+        ) from None
+    return timm, torchvision

@@ -1,0 +1,537 @@
+"""One run from its first step to its last: the loop, what is kept of it, and how it goes on after an interruption.
+
+`b` batch, `h` and `w` pixels. Everything random comes from the run's seed and the epoch's number, so a run that was
+killed goes on from its last epoch to the same bytes. Where several processes train together, each takes its rows of
+the same batch, whose variation is drawn for all of it; so their number changes a result by rounding only.
+"""
+
+import contextlib
+import copy
+import itertools
+import logging
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from famba import augment, checkpoint, cost, data, numerics, recipe, strategies
+from famba.data import Dataset
+from famba.errors import InputError, TrainingError
+from famba.model import VisionMamba
+from famba.optim import learning_rate, parameter_groups, peak_lr
+from famba.parallel import Processes
+from famba.params import Params, TrainParams
+from famba.records import Run
+
+_log = logging.getLogger(__name__)
+_MIB = 2**20
+_FORWARD_PASSES = 50  # timed, where nothing is trained
+_KEPT = 2  # checkpoints: the newest, and the one before in case the newest cannot be read
+
+# The training images of a step, varied, and their labels: a class each, or a share of every class if they are mixed.
+Part = tuple[Float[Tensor, "b 3 h w"], Tensor]
+Watcher = Callable[[Sequence[Mapping[str, Any]], Mapping[str, Any]], None]
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    split: data.Split | data.Streamed,
+    images: Dataset,
+    *,
+    batch_size: int,
+    precision: str = "fp32",
+    processes: Processes | None = None,
+) -> dict[str, float]:
+    """Top-1 and top-5 accuracy in percent and the mean cross-entropy over a split, without label smoothing.
+
+    Top-5 is top-k over all classes where there are fewer than five. Several processes share the images, each of which
+    counts once.
+    """
+    model.eval()
+    processes = processes or Processes(next(model.parameters(), torch.empty(0)).device)
+    loss, top1, top5, n = 0.0, 0, 0, 0
+    rows = slice(processes.rank, None, processes.count)
+    for batch, labels in data.batches(split, batch_size, rows=rows):
+        if not len(labels):
+            continue
+        batch, labels = batch.to(processes.device), labels.to(processes.device)
+        with numerics.autocast(batch.device, precision):
+            logits = model(data.normalise(batch, images.mean, images.std)).float()
+        loss += functional.cross_entropy(logits, labels, reduction="sum").item()
+        hits = logits.topk(min(5, logits.shape[-1])).indices == labels[:, None]
+        top1 += int(hits[:, 0].sum())
+        top5 += int(hits.sum())
+        n += len(labels)
+    loss, top1, top5, n = processes.sum([loss, top1, top5, n])
+    return {"top1_percent": 100 * top1 / n, "top5_percent": 100 * top5 / n, "loss": loss / n}
+
+
+class Session:
+    """One process's part in a run: everything that changes from step to step, and how it is kept.
+
+    Args:
+        model: on the device already.
+        images: on the device already, as far as they lie in memory.
+        folder: of the checkpoints.
+        progress: show a bar for each epoch on stderr.
+
+    Raises:
+        InputError: a batch that the processes cannot share, or that there are too few images for.
+        TrainingError: tokens that were not fused as the schedule promises.
+    """
+
+    def __init__(
+        self,
+        p: Params,
+        seed: int,
+        model: VisionMamba,
+        images: Dataset,
+        processes: Processes,
+        folder: Path,
+        *,
+        progress: bool = False,
+    ) -> None:
+        self.p, self.seed, self.model, self.images, self.processes = p, seed, model, images, processes
+        self.device, self.folder = processes.device, folder
+        self.watch: Sequence[Watcher] = ()  # told of the history and of the cost so far, after each epoch
+        self.progress = progress and processes.rank == 0
+        self.init_sha256 = p.init_sha256(seed)
+        t = p.train
+        self.parts = _parts(t, processes.count)
+        if t.batch_size > len(images.train):
+            raise InputError(f"train.batch_size: {t.batch_size}; there are {len(images.train)} training images")
+        self.steps_per_epoch = len(images.train) // t.batch_size
+        self.mixer = None
+        if p.data.augment == "timm":
+            self.mixer = recipe.mixer(p.data, len(images.classes), t.label_smoothing)
+        groups = parameter_groups(model, t.weight_decay)
+        self.optimiser = torch.optim.AdamW(groups, lr=t.lr, betas=t.betas, fused=True)
+        self.ema = None
+        if t.ema_decay is not None and t.epochs:
+            self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(t.ema_decay))
+        self.wrapped = processes.wrap(model)
+        self.warm = False
+        self.epoch = 0
+        self.history: list[dict[str, Any]] = []
+        self.validation: dict[str, Any] = {"raw": None, "ema": None}
+        self.best: dict[str, Tensor] = {}
+        self.chosen: dict[str, Any] = {}
+        self.epoch_time_s: list[float] = []
+        self.step_time_ms: list[float] = []
+        self.data_time_ms: list[float] = []
+        self.peak_memory_mib: float | None = None
+        self.token_counts = self._traced()
+
+    def run_epoch(self) -> None:
+        """One pass over the training images, validation, and a checkpoint."""
+        epoch = self.epoch + 1
+        left = (self.p.train.epochs - self.epoch) * self.steps_per_epoch
+        clock = cost.StepClock(self.device, warmup_steps=int(not self.warm and left > 1))
+        self.warm = True
+        generator = torch.Generator().manual_seed(_epoch_seed(self.seed, epoch))
+        self.model.train()
+        loss_sum, hits, seen, lr = 0.0, 0, 0, 0.0
+        bar = tqdm(
+            self._steps(generator),
+            f"epoch {epoch}/{self.p.train.epochs}",
+            self.steps_per_epoch,
+            disable=not self.progress,
+        )
+        for index, parts in enumerate(clock.batches(bar)):
+            step = self.epoch * self.steps_per_epoch + index
+            lr = learning_rate(self.p.train, step, self.steps_per_epoch)
+            with clock.step():
+                loss, correct = self._step(parts, lr, step)
+            count = sum(len(images) for images, _ in parts)
+            loss_sum, hits, seen = loss_sum + loss * count, hits + correct, seen + count
+            if self.progress:
+                bar.set_postfix(self._postfix(loss_sum / seen, 100 * hits / seen, clock, left - index - 1))
+        loss_sum, hits, seen = self.processes.sum([loss_sum, hits, seen])
+        self.epoch_time_s.append(clock.total_s)
+        self.step_time_ms += clock.step_time_ms
+        self.data_time_ms += clock.data_time_ms
+        self.epoch = epoch
+        learned = {"lr": lr, "train_loss": loss_sum / seen, "train_top1_percent": 100 * hits / seen}
+        self.history.append({"epoch": epoch, **learned, **self._validate()})
+        self._save()
+        self._tell()
+
+    @torch.no_grad()
+    def only_evaluate(self) -> None:
+        """Instead of epochs: the weights as they came, and what a forward pass costs in place of a training step."""
+        self._validate()
+        val = self.images.val
+        size, count = min(self.p.train.batch_size, len(val)), min(self.steps_per_epoch, _FORWARD_PASSES)
+        clock = cost.StepClock(self.device, warmup_steps=int(count > 1))
+        again = itertools.chain.from_iterable(data.batches(val, size, drop_last=True) for _ in itertools.count())
+        shown = torch.empty(0)
+        for batch, _ in clock.batches(itertools.islice(again, count)):
+            shown = data.normalise(batch.to(self.device), self.images.mean, self.images.std)
+            with clock.step():
+                self._logits(self.model, shown)
+        self.step_time_ms, self.data_time_ms = clock.step_time_ms, clock.data_time_ms
+        resident = [shown, *self.model.state_dict().values()]
+        peak = cost.peak_memory(lambda: self._logits(self.model, shown), resident, self.device)
+        self.peak_memory_mib = peak / _MIB
+
+    def finish(self) -> Run:
+        """Read the test split, once, with the weights that validation chose."""
+        if self._traced() != self.token_counts:
+            raise TrainingError(f"the model's token counts changed while it trained: {self.token_counts} at first")
+        self.model.load_state_dict(self.best)
+        tested = self._evaluate(self.model, self.images.test)
+        metrics = {**tested, "chosen": self.chosen, "validation": self.validation}
+        if self.init_sha256 is not None:
+            metrics["init_sha256"] = self.init_sha256
+        analysed = cost.analyse(self.model.config, self.model.schedule, options=self.model.options)
+        measured = {
+            **self._measured(),
+            "train_time_s": math.fsum(self.epoch_time_s),
+            "epoch_time_s": self.epoch_time_s,
+            "flops_per_image": analysed.flops,
+            "flops_per_image_counted": cost.flops_counted(self.model, self._blank(1)),
+            "params_count": sum(weight.numel() for weight in self.model.parameters()),
+            "processes": self.processes.count,
+            "nondeterministic": ["index_add", "scatter_add"] if self.device.type == "cuda" else [],
+            "command": self._command(),
+            **cost.environment(self.device),
+        }
+        described = {
+            "strategy": self.p.strategy,
+            "seed": self.seed,
+            "profile": self.p.profile,
+            "classes": list(self.images.classes),
+            "mean": list(self.images.mean),
+            "std": list(self.images.std),
+        }
+        return Run(
+            strategy=self.p.strategy,
+            seed=self.seed,
+            profile=self.p.profile,
+            schedule=self.model.schedule,
+            token_counts=self.token_counts,
+            metrics=metrics,
+            cost=measured,
+            history=self.history,
+            params=self.p.as_dict(),
+            model_bytes=checkpoint.model_bytes(self.model, self.best, described),
+        )
+
+    def restore(self) -> None:
+        """Go on from the newest checkpoint that can be read, if there is one."""
+        tensors, described = self.processes.from_first({}, self._newest() if self.processes.rank == 0 else None)
+        if described is None:
+            return
+        path, described = described
+        if self.processes.rank == 0:
+            tensors, _ = checkpoint.unpack(path, "training state")
+        else:
+            tensors = self._tensors(blank=True)
+        tensors, _ = self.processes.from_first(tensors, None)
+        self._take(tensors, described)
+        if self.processes.rank == 0:
+            _log.info("going on after epoch %d of %d", self.epoch, self.p.train.epochs)
+
+    def measure_memory(self) -> None:
+        """Peak memory of a training step, taken on a copy before training, so that it costs the run no time.
+
+        It is the second step: by then the gradients' buffers and the optimiser's moments exist.
+        """
+        if self.peak_memory_mib is not None:
+            return
+        p, alone = self.p, Processes(self.device)
+        probe = Session(p, self.seed, copy.deepcopy(self.model), self.images, alone, self.folder)
+        probe.parts = self.parts
+        size, lr = p.train.batch_size // (self.processes.count * self.parts), p.train.lr
+        images, labels = self._blank(size), torch.arange(size, device=self.device) % len(self.images.classes)
+        if p.data.mixup or p.data.cutmix:
+            labels = functional.one_hot(labels, len(self.images.classes)).float()
+        parts = [(images, labels)] * self.parts
+        probe.model.train()
+        probe._step(parts, lr, 0)
+        probe.optimiser.zero_grad(set_to_none=True)
+        resident = [images, labels, *probe.model.state_dict().values(), *probe._moments()]
+        if probe.ema is not None:
+            resident += list(probe.ema.state_dict().values())
+        peak = cost.peak_memory(lambda: probe._step(parts, lr, 1), resident, self.device)
+        self.peak_memory_mib = peak / _MIB
+
+    def describe(self) -> str:
+        """How the images of a step are shared, and the learning rate that goes with them."""
+        t = self.p.train
+        size = t.batch_size // (self.processes.count * self.parts)
+        lr = f"{peak_lr(t):.3g}"
+        if t.lr_batch is not None:
+            lr += f" ({t.lr:.3g} x {t.batch_size} / {t.lr_batch})"
+        return (
+            f"a step takes {t.batch_size} images: {self.processes.count} processes x {self.parts} parts x {size} "
+            f"images on {self.device.type}; {self.steps_per_epoch} steps an epoch, {t.epochs} epochs; peak learning "
+            f"rate {lr}; {t.precision}"
+        )
+
+    def _steps(self, generator: torch.Generator) -> Iterator[list[Part]]:
+        """The training images of one epoch, step by step: this process's share, in parts that are taken at once."""
+        p, size = self.p, self.p.train.batch_size
+        share = self.processes.share(size)
+        length = (share.stop - share.start) // self.parts
+        rows = [slice(i * length, (i + 1) * length) for i in range(self.parts)]
+        batches = data.batches(self.images.train, size, generator=generator, drop_last=True, rows=share)
+        for images, labels in batches:
+            images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            if self.mixer is not None:
+                # A lambda for each part, as in the reference for each device.
+                seeds = torch.randint(2**31, (self.processes.count, self.parts), generator=generator)
+                own = seeds[self.processes.rank].tolist()
+                yield [self.mixer(images[part], labels[part], seed) for part, seed in zip(rows, own, strict=True)]
+                continue
+            draws = augment.draw(p.data, size, generator, classes=len(self.images.classes))[share]
+            yield [
+                augment.apply(
+                    images[part],
+                    labels[part],
+                    draws[part],
+                    self.images.mean,
+                    self.images.std,
+                    p.train.label_smoothing,
+                )
+                for part in rows
+            ]
+
+    def _step(self, parts: Sequence[Part], lr: float, step: int) -> tuple[float, int]:
+        """Forward, backward, optimiser; the mean loss of this process's images and how many of them were right."""
+        t = self.p.train
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        self.optimiser.zero_grad(set_to_none=True)
+        loss, correct = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        for number, (images, targets) in enumerate(parts, start=1):
+            waits = number < len(parts)
+            with self.processes.apart(self.wrapped) if waits else contextlib.nullcontext():
+                logits = self._logits(self.wrapped, images)
+                # Mixed targets are smooth already.
+                smoothing = 0.0 if targets.is_floating_point() else t.label_smoothing
+                part = functional.cross_entropy(logits, targets, label_smoothing=smoothing) / len(parts)
+                part.backward()
+            loss = loss + part.detach()
+            labels = targets.argmax(-1) if targets.is_floating_point() else targets
+            correct = correct + (logits.argmax(-1) == labels).sum()
+        limit = math.inf if t.clip_grad_norm is None else t.clip_grad_norm
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        value, length, hits = torch.stack([loss, norm, correct]).tolist()  # the one time that a step waits for a GPU
+        # The norm is that of all processes' gradients, so that all of them stop, or none.
+        if not (math.isfinite(length) and math.isfinite(value)):
+            self._refuse(parts, value, length, lr, step)
+        self.optimiser.step()
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        return value, int(hits)
+
+    def _refuse(self, parts: Sequence[Part], loss: float, norm: float, lr: float, step: int) -> None:
+        """Stop, saying where the first value that is not finite came up; the weights are those before the step."""
+        place = ""
+        for images, _ in parts:
+            with numerics.autocast(self.device, self.p.train.precision):
+                place = place or numerics.first_not_finite(self.model, images)
+        newest = max(self.folder.glob("epoch-*.safetensors"), default=None)
+        kept = f"the last good checkpoint is {newest}" if newest else "no checkpoint was written yet"
+        raise TrainingError(
+            f"step {step + 1} (epoch {self.epoch + 1}): loss {loss}, gradient norm {norm} at learning rate {lr:.3g}, "
+            f"first not finite in {place or 'the loss'}; training stopped, {kept}"
+        )
+
+    def _logits(self, model: nn.Module, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b classes"]:
+        with numerics.autocast(self.device, self.p.train.precision):
+            return model(images).float()
+
+    def _evaluate(self, model: nn.Module, split: data.Split | data.Streamed) -> dict[str, float]:
+        t = self.p.train
+        size = 2 * t.batch_size // self.parts  # no activations are kept
+        return evaluate(model, split, self.images, batch_size=size, precision=t.precision, processes=self.processes)
+
+    def _validate(self) -> dict[str, Any]:
+        """Evaluate on the validation split, keep the weights if they are to be tested; what history says of it."""
+        row: dict[str, Any] = {"ema_val_loss": None, "ema_val_top1_percent": None}
+        averaged = None if self.ema is None else self.ema.module
+        for kind, model in {"raw": self.model, "ema": averaged}.items():
+            if model is None:
+                continue
+            scores = self._evaluate(model, self.images.val)
+            entry = {"epoch": self.epoch, **scores}
+            before = self.validation[kind]
+            best = entry if before is None or _better(entry, before["best"]) else before["best"]
+            self.validation[kind] = {"last": entry, "best": best}
+            if self._is_choice(entry, best):
+                self.chosen = {"weights": kind, "epoch": self.epoch}
+                self.best = {key: t.detach().clone() for key, t in model.state_dict().items()}
+            prefix = "ema_" if kind == "ema" else ""
+            row |= {f"{prefix}val_loss": scores["loss"], f"{prefix}val_top1_percent": scores["top1_percent"]}
+            if kind == "raw":
+                row["val_top5_percent"] = scores["top5_percent"]
+        return row
+
+    def _is_choice(self, entry: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
+        """Whether the weights just validated are those to test, should training end here."""
+        if not self.chosen:
+            return True
+        rival = self.validation[self.chosen["weights"]]
+        if self.p.train.choose == "last":
+            return self.chosen["epoch"] < self.epoch or _better(entry, rival["last"])
+        return best is entry and (rival["best"] is entry or _better(entry, rival["best"]))
+
+    def _traced(self) -> list[int]:
+        """Token counts that a forward pass shows, which must be those that the schedule promises."""
+        images, _ = next(iter(data.batches(self.images.val, min(2, len(self.images.val)))))
+        two = data.normalise(images.to(self.device), self.images.mean, self.images.std)
+        self.model.eval()
+        with torch.no_grad(), numerics.autocast(self.device, self.p.train.precision):
+            _, trace = self.model.forward_with_trace(two)
+        promised = strategies.token_counts(
+            self.model.schedule, self.model.tokens, protected=int(self.model.cls_token is not None)
+        )
+        if trace.token_counts != promised:
+            raise TrainingError(
+                f"strategy {self.p.strategy!r}: the trace shows {trace.token_counts} tokens; promised were {promised}"
+            )
+        return trace.token_counts
+
+    def _blank(self, count: int) -> Float[Tensor, "b 3 h w"]:
+        """Images of noise, for what does not depend on what is in them."""
+        side = self.p.data.img_size
+        return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0)).to(self.device)
+
+    def _measured(self) -> dict[str, float]:
+        """What the steps so far have cost, those of all processes together."""
+        step_ms, data_ms = statistics.median(self.step_time_ms), statistics.median(self.data_time_ms)
+        assert self.peak_memory_mib is not None
+        size = self.p.train.batch_size if self.p.train.epochs else min(self.p.train.batch_size, len(self.images.val))
+        return {
+            "step_time_ms": step_ms,
+            "data_time_ms": data_ms,
+            "throughput_img_s": 1000 * size / (step_ms + data_ms),
+            "peak_memory_mib": self.peak_memory_mib,
+        }
+
+    def _postfix(self, loss: float, top1: float, clock: cost.StepClock, left: int) -> dict[str, str]:
+        """What the bar says: of this epoch so far, and how long the whole run still takes."""
+        shown = {"loss": f"{loss:.3f}", "top1": f"{top1:.1f}%"}
+        if clock.step_time_ms:
+            each_s = (statistics.fmean(clock.step_time_ms) + statistics.fmean(clock.data_time_ms)) / 1000
+            shown |= {
+                "img/s": f"{self.p.train.batch_size / each_s:.0f}",
+                "run left": tqdm.format_interval(left * each_s),
+            }
+        if self.peak_memory_mib is not None:
+            shown["MiB"] = f"{self.peak_memory_mib:.0f}"
+        return shown
+
+    def _command(self) -> str:
+        asked = f"train --profile {self.p.profile} --strategy {self.p.strategy} --seed {self.seed}"
+        if self.processes.count > 1:
+            return f"torchrun --nproc-per-node {self.processes.count} -m famba {asked}"
+        return f"python -m famba {asked}"
+
+    def _tell(self) -> None:
+        if self.processes.rank == 0:
+            for watcher in self.watch:
+                watcher(self.history, self._measured())
+
+    def _save(self) -> None:
+        """Rank 0 writes; all wait, so that no process is an epoch ahead of what is kept."""
+        if self.processes.rank == 0:
+            described = {
+                "kind": "training state",
+                "run": self.folder.name,
+                "epoch": self.epoch,
+                "history": self.history,
+                "validation": self.validation,
+                "chosen": self.chosen,
+                "epoch_time_s": self.epoch_time_s,
+                "step_time_ms": self.step_time_ms,
+                "data_time_ms": self.data_time_ms,
+                "peak_memory_mib": self.peak_memory_mib,
+            }
+            checkpoint.save_file(self.folder / f"epoch-{self.epoch:05d}.safetensors", self._tensors(), described)
+            for old in sorted(self.folder.glob("epoch-*.safetensors"))[:-_KEPT]:
+                old.unlink()
+        self.processes.wait()
+
+    def _newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint of this run that can be read, and what it says of itself."""
+        for path in sorted(self.folder.glob("epoch-*.safetensors"), reverse=True):
+            try:
+                tensors, described = checkpoint.unpack(path, "training state")
+                checkpoint.check_state(path, tensors, self._tensors(blank=True))
+                if described["run"] != self.folder.name:
+                    raise InputError(
+                        f"{path}: run: {described['run']!r}, another configuration; this is {self.folder.name!r}"
+                    )
+            except InputError as error:
+                _log.warning("%s; going on from the checkpoint before it", error)
+                continue
+            return path, described
+        return None
+
+    def _tensors(self, *, blank: bool = False) -> dict[str, Tensor]:
+        """All that a checkpoint holds; blank: names and shapes alone, before the first step has made the moments."""
+        weights = self.model.state_dict()
+        state = {f"model.{key}": t for key, t in weights.items()}
+        state |= {f"best.{key}": t for key, t in (weights if blank else self.best).items()}
+        if self.ema is not None:
+            state |= {f"ema.{key}": t for key, t in self.ema.state_dict().items()}
+        for index, weight in enumerate(self._weights()):
+            moments = self.optimiser.state[weight] if not blank else {}
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[f"optimiser.{index}.{name}"] = moments.get(name, weight)
+            state[f"optimiser.{index}.step"] = moments.get("step", torch.tensor(0.0))
+        return state
+
+    def _take(self, tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> None:
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+
+        self.model.load_state_dict(part("model."))
+        self.best = {key: t.to(self.device) for key, t in part("best.").items()}
+        if self.ema is not None:
+            self.ema.load_state_dict(part("ema."))
+        for index, weight in enumerate(self._weights()):
+            moments = part(f"optimiser.{index}.")
+            step = moments.pop("step")
+            self.optimiser.state[weight] = {"step": step, **{k: t.to(self.device) for k, t in moments.items()}}
+        for name in ("epoch", "history", "validation", "chosen", "epoch_time_s", "step_time_ms", "data_time_ms"):
+            setattr(self, name, described[name])
+        self.peak_memory_mib = described["peak_memory_mib"]
+
+    def _weights(self) -> list[nn.Parameter]:
+        return [weight for group in self.optimiser.param_groups for weight in group["params"]]
+
+    def _moments(self) -> list[Tensor]:
+        return [t for state in self.optimiser.state.values() for t in state.values() if isinstance(t, Tensor)]
+
+
+def _parts(t: TrainParams, processes: int) -> int:
+    """Into how many parts a process takes its share of a step."""
+    if t.batch_size % (share := processes * (t.device_batch or 1)):
+        raise InputError(
+            f"train.batch_size: {t.batch_size}: must be a multiple of {processes} processes"
+            + (f" times train.device_batch, {share}" if t.device_batch else "")
+        )
+    return 1 if t.device_batch is None else t.batch_size // share
+
+
+def _better(entry: Mapping[str, Any], than: Mapping[str, Any]) -> bool:
+    """Higher accuracy; at equal accuracy the lower loss. Equal in both: the earlier one stays."""
+    return (entry["top1_percent"], -entry["loss"]) > (than["top1_percent"], -than["loss"])
+
+
+def _epoch_seed(seed: int, epoch: int) -> int:
+    """A seed for each epoch of each run; neighbouring ones must not be alike, which the generator sees to."""
+    return seed * 1_000_003 + epoch

@@ -1,0 +1,162 @@
+"""Images that are decoded when they are needed, by worker processes, because all of them would not fit into memory.
+
+Axes as in data.py. What an image becomes follows from its place in the split and a seed, never from the worker that
+it falls to: any number of workers gives the same batches.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int64, Shaped, UInt8
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from famba import sources
+from famba.errors import InputError
+from famba.recipe import Recipe, image_seed
+from famba.sources import Encoded
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Some images of a set, to be indexed like the tensor (n, 3, h, w) that they would be; each is decoded every time.
+
+    Attributes:
+        rows: which images of `encoded`, in their order.
+        img_size, crop: as in `sources.fit`.
+        device: of what indexing gives.
+    """
+
+    encoded: Encoded
+    rows: Int64[Tensor, "n"]
+    img_size: int
+    crop: float
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, chosen: slice | list[int] | Int64[Tensor, "b"]) -> UInt8[Tensor, "b 3 h w"]:
+        """Decoded in this process.
+
+        Raises:
+            InputError: an image that is not whole.
+        """
+        rows = self.rows[chosen.cpu() if isinstance(chosen, Tensor) else chosen].tolist()
+        found = np.empty((len(rows), 3, self.img_size, self.img_size), dtype=np.uint8)
+        for i, row in enumerate(rows):
+            found[i] = sources.pixels(self.encoded, row, self.img_size, self.crop)
+        return torch.from_numpy(found).to(self.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Streamed:
+    """A split whose images are decoded when they are needed.
+
+    Attributes:
+        images, labels: as those of `data.Split`; labels may lie on the training device.
+        recipe: varies and normalises what is trained on; None leaves that to whoever takes the batches.
+        workers: processes that decode; 0 decodes in this one.
+    """
+
+    images: Images
+    labels: Int64[Tensor, "n"]
+    recipe: Recipe | None
+    workers: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def read(
+    split: Streamed, parts: Sequence[Int64[Tensor, "_"]], seed: int | None
+) -> Iterator[tuple[Shaped[Tensor, "b 3 h w"], Int64[Tensor, "b"]]]:
+    """The batches whose images have these places in the split.
+
+    Worker processes live from the first batch to the last, or until the iterator is given up.
+
+    Args:
+        seed: what the recipe draws follows from it and the image's place; None varies nothing.
+
+    Raises:
+        InputError: an image that is not whole.
+    """
+    items = _Items(split.images, split.recipe, seed)
+    places = [part.tolist() for part in parts]
+    device = split.images.device
+    loaded = _loader(items, places, split.workers, device) if split.workers else map(items.__getitem__, places)
+    for part, images in zip(parts, loaded, strict=True):
+        if isinstance(images, InputError):
+            raise images
+        yield images.to(device, non_blocking=True), split.labels[part.to(split.labels.device)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Items(Dataset):
+    """Batches by the places of their images: what a worker gets, and does."""
+
+    images: Images
+    recipe: Recipe | None
+    seed: int | None
+
+    def __getitem__(self, places: list[int]) -> UInt8[Tensor, "b 3 h w"] | Float32[Tensor, "b 3 h w"] | InputError:
+        """An error is handed over, since torch would raise it with a traceback in its message."""
+        try:
+            if self.recipe is None or self.seed is None:
+                return self.images[torch.tensor(places, dtype=torch.int64)]
+            size = self.images.img_size
+            varied = torch.empty(len(places), 3, size, size)
+            for image, place in zip(varied, places, strict=True):
+                with sources.opened(self.images.encoded, int(self.images.rows[place])) as opened:
+                    plain = sources.rgb(opened)
+                image.copy_(self.recipe(plain, image_seed(self.seed, place)))
+            return varied
+        except InputError as error:
+            return error
+
+
+def _loader(items: _Items, places: list[list[int]], workers: int, device: torch.device) -> DataLoader:
+    # Workers are forked, in no time, from a server that has imported all they need but done nothing yet: to fork this
+    # process, with its threads and CUDA, might hang, and to start each anew takes seconds in every epoch.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["famba.stream"])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # as many as were asked for
+        return DataLoader(
+            items,
+            batch_size=None,
+            sampler=places,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            pin_memory=device.type == "cuda",
+            multiprocessing_context=context,
+            worker_init_fn=_begin,
+            generator=torch.Generator(),  # its own: torch draws a seed for the workers, which nothing here uses
+        )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _begin(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the process that started this one answers it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    with contextlib.suppress(OSError):
+        wait([parent.sentinel])
+    os._exit(1)
