@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from famba import mamba
 from famba.dispatch import Backend, choose
 from famba.errors import InputError
 from famba.native import conv, norm
@@ -126,7 +127,11 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tup
     return F.rms_norm(total, weight.shape, weight, eps), total
 
 
-_CONV = {"torch": Backend(_conv), "native": Backend(conv.causal_conv1d_silu, unavailable, conv.unsuited)}
+_CONV = {
+    "torch": Backend(_conv),
+    "native": Backend(conv.causal_conv1d_silu, unavailable, conv.unsuited),
+    "mamba_ssm": Backend(mamba.causal_conv1d_silu, mamba.conv_unavailable, mamba.conv_unsuited),
+}
 _GATE = {"torch": Backend(_gate), "native": Backend(gating.gated_sum, unavailable, gating.unsuited)}
 _NORM = {"torch": Backend(_norm), "native": Backend(norm.add_rms_norm, unavailable, norm.unsuited)}
 

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from famba import dispatch
+from famba import dispatch, mamba
 from famba.errors import InputError
 from famba.native import scan as native
 
@@ -283,6 +283,7 @@ _BACKENDS: dict[str, _Backend] = {
     "reference": _Backend(selective_scan_ref),
     "torch": _Backend(_ChunkedScan.apply),  # pyright: ignore[reportArgumentType]
     "native": _Backend(native.selective_scan, native.unavailable, native.unsuited, native.projected_scan),
+    "mamba_ssm": _Backend(mamba.selective_scan, mamba.unavailable, mamba.unsuited),
 }
 
 

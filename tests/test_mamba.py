@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from famba import mamba
+from famba import backends, create_model, dispatch, mamba, selective_scan
 from famba.errors import BackendError
 from famba.scan import selective_scan_ref
 
@@ -213,3 +213,37 @@ def test_tensors_that_the_kernels_refuse_are_told_apart(install):
     install(device="cuda")
     assert mamba.unsuited(u, delta, A, B, C, D, z, bias) == "it runs on cuda tensors, got cpu"
     assert mamba.conv_unsuited(u, torch.ones(8, 4), None) == "it runs on cuda tensors, got cpu"
+
+
+def test_a_model_runs_on_it_by_name_with_the_gradients_of_torchs(install):
+    install(scan=scan_fn, conv=new_conv_fn)
+    assert backends()["mamba_ssm"] == ""
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for backend in ("mamba_ssm", "torch"):
+        torch.manual_seed(0)
+        model = create_model("vim_nano", num_classes=3, depth=2, schedule=[3, 0], backend=backend)
+        logits = model(images)
+        logits.square().sum().backward()
+        found[backend] = [logits, *(weight.grad for weight in model.parameters())]
+    assert len(found["torch"]) > 20
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_the_convolution_is_refused_and_auto_does_without(install, monkeypatch):
+    install(scan=scan_fn)
+    images = torch.ones(1, 3, 8, 8)
+    with pytest.raises(BackendError, match="backend 'mamba_ssm' cannot run here: causal_conv1d is not installed; pip"):
+        create_model("vim_nano", depth=1, backend="mamba_ssm")(images)
+    called = []
+    install(scan=lambda *args, **kwargs: called.append(1) or scan_fn(*args, **kwargs))
+    monkeypatch.setattr(dispatch, "_FASTEST", {"cpu": ("mamba_ssm", "torch")})
+    create_model("vim_nano", depth=1)(images)
+    assert len(called) == 2, "both directions by mamba_ssm, the convolution by torch"
+
+
+def test_asked_for_by_name_without_its_package_it_says_the_command(install):
+    install()
+    with pytest.raises(BackendError, match="backend 'mamba_ssm' cannot run here: mamba_ssm is not installed; MAMBA_K"):
+        selective_scan(*arguments(), backend="mamba_ssm")
