@@ -30,7 +30,7 @@ ORDER = [
     "errors", "params", "files", "sources", "recipe", "stream", "data", "augment", "dispatch", "native", "mamba",
     "scan", "ops", "fusion", "strategies", "mixer", "model", "checkpoint", "pretrained", "cost", "records", "train",
     "calibrate", "sweep", "workers", "ablation", "metrics", "effects", "paper_memory", "evidence", "tokens", "alike",
-    "adaptive", "canvas", "pictures", "figures", "explore", "bench", "diagnosis", "__main__",
+    "adaptive", "canvas", "pictures", "figures", "explore", "bench", "bare", "diagnosis", "__main__",
 ]
 NO_TORCH = [
     "errors", "params", "files", "strategies", "records", "workers", "metrics", "effects", "evidence", "canvas",
