@@ -65,7 +65,9 @@ class Processes:
         from accelerate.utils import broadcast, broadcast_object_list
 
         (described,) = broadcast_object_list([described])
-        return broadcast({key: t.detach().to(self.device, copy=True) for key, t in tensors.items()}), described
+        # In one order: a file's keys come in another than a model's.
+        copies = {key: tensors[key].detach().to(self.device, copy=True) for key in sorted(tensors)}
+        return broadcast(copies), described
 
     def wait(self) -> None:
         """Until all are here."""
