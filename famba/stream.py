@@ -8,6 +8,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float32, Int64, Shaped, UInt8
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -114,22 +116,20 @@ class _Items(Dataset):
         try:
             if self.recipe is None or self.seed is None:
                 return self.images[torch.tensor(places, dtype=torch.int64)]
-            size = self.images.img_size
-            varied = torch.empty(len(places), 3, size, size)
-            for image, place in zip(varied, places, strict=True):
-                with sources.opened(self.images.encoded, int(self.images.rows[place])) as opened:
-                    plain = sources.rgb(opened)
-                image.copy_(self.recipe(plain, image_seed(self.seed, place)))
-            return varied
+            return self.recipe(map(self._plain, places), [image_seed(self.seed, place) for place in places])
         except InputError as error:
             return error
+
+    def _plain(self, place: int) -> Image.Image:
+        with sources.opened(self.images.encoded, int(self.images.rows[place])) as image:
+            return sources.rgb(image)
 
 
 def _loader(items: _Items, places: list[list[int]], workers: int, device: torch.device) -> DataLoader:
     # Workers are forked, in no time, from a server that has imported all they need but done nothing yet: to fork this
     # process, with its threads and CUDA, might hang, and to start each anew takes seconds in every epoch.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["famba.stream"])
+    context.set_forkserver_preload(["famba.warm" if "timm" in sys.modules else "famba.stream"])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")  # as many as were asked for
         return DataLoader(

@@ -27,7 +27,7 @@ STAGE_NOTEBOOKS = ("train", "compare", "tokens", "evidence", "ablation", "adapti
 # A module imports only from those before it.
 # fmt: off
 ORDER = [
-    "errors", "params", "files", "sources", "recipe", "stream", "data", "augment", "native", "scan", "ops",
+    "errors", "params", "files", "sources", "recipe", "stream", "warm", "data", "augment", "native", "scan", "ops",
     "fusion", "strategies", "mixer", "model", "checkpoint", "pretrained", "cost", "records", "train", "calibrate",
     "sweep", "workers", "ablation", "metrics", "effects", "paper_memory", "evidence", "tokens", "alike", "adaptive",
     "canvas", "pictures", "figures", "explore", "bench", "__main__",
