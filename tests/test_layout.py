@@ -27,14 +27,15 @@ STAGE_NOTEBOOKS = ("train", "compare", "tokens", "evidence", "ablation", "adapti
 # A module imports only from those before it.
 # fmt: off
 ORDER = [
-    "errors", "params", "files", "sources", "recipe", "stream", "warm", "data", "augment", "native", "scan", "ops",
-    "fusion", "strategies", "mixer", "model", "checkpoint", "pretrained", "cost", "records", "train", "calibrate",
-    "sweep", "workers", "ablation", "metrics", "effects", "paper_memory", "evidence", "tokens", "alike", "adaptive",
-    "canvas", "pictures", "figures", "explore", "bench", "__main__",
+    "errors", "lifeline", "params", "files", "sources", "recipe", "stream", "warm", "data", "augment", "native", "scan",
+    "ops", "fusion", "strategies", "mixer", "model", "checkpoint", "pretrained", "cost", "records", "numerics", "optim",
+    "parallel", "watch", "session", "train", "calibrate", "workers", "sweep", "ablation", "metrics", "effects",
+    "paper_memory", "evidence", "tokens", "alike", "adaptive", "canvas", "pictures", "figures", "explore", "bench",
+    "__main__",
 ]
 NO_TORCH = [
-    "errors", "params", "files", "strategies", "records", "workers", "metrics", "effects", "evidence", "canvas",
-    "pictures", "figures",
+    "errors", "lifeline", "params", "files", "strategies", "records", "workers", "metrics", "effects", "evidence",
+    "canvas", "pictures", "figures",
 ]
 # fmt: on
 
@@ -298,7 +299,7 @@ def test_a_wheel_made_of_the_sdist_carries_all_that_it_reads_and_its_kernels_run
 
 
 def test_checkpoints_are_keyed_by_all_code_that_makes_a_result():
-    beside_it = {"errors", "params", "files", "checkpoint", "cost", "records"}  # read, write and measure
+    beside_it = {"errors", "params", "files", "checkpoint", "cost", "records", "watch"}  # read, write and measure
     assert set(train.CODE) | {"native"} == closure({"train"}) - beside_it
 
 
