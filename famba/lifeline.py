@@ -22,10 +22,11 @@ from typing import Any
 from famba.errors import InputError
 
 ENDS_WITH = "FAMBA_ENDS_WITH"
+TERMINATED = "terminated"  # what is said where there is no other reason
 _LOOK_EVERY_S = 0.5
 _PATIENCE_S = 20.0  # for what must be tidied up
 _at_stop: list[Callable[[], None]] = []
-_why = "terminated"
+_why = TERMINATED
 
 
 class Terminated(SystemExit):

@@ -299,7 +299,16 @@ def test_a_wheel_made_of_the_sdist_carries_all_that_it_reads_and_its_kernels_run
 
 
 def test_checkpoints_are_keyed_by_all_code_that_makes_a_result():
-    beside_it = {"errors", "params", "files", "checkpoint", "cost", "records", "watch"}  # read, write and measure
+    beside_it = {
+        "errors",
+        "lifeline",
+        "params",
+        "files",
+        "checkpoint",
+        "cost",
+        "records",
+        "watch",
+    }  # read, write and measure
     assert set(train.CODE) | {"native"} == closure({"train"}) - beside_it
 
 
