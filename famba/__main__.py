@@ -184,7 +184,7 @@ def _notebook(options: argparse.Namespace) -> int:
 def _readme(options: argparse.Namespace) -> int:
     from famba import metrics
 
-    metrics.update_readme("README.md", metrics.load_summary("results"))
+    metrics.update_readme("README.md", metrics.readme_blocks("results"))
     return 0
 
 

@@ -122,15 +122,9 @@ def ranks(folder: Path) -> list[int]:
     """The processes of a run in this folder that are alive."""
     found = []
     for entry in Path("/proc").iterdir():
-        try:
-            if (
-                entry.name.isdigit()
-                and (entry / "cwd").resolve() == folder
-                and environment(int(entry.name)).get("RANK")
-            ):
+        with contextlib.suppress(OSError, ValueError):  # no process, or one that is gone
+            if (entry / "cwd").resolve() == folder and "RANK" in environment(int(entry.name)):
                 found.append(int(entry.name))
-        except OSError:
-            continue
     return found
 
 
