@@ -24,6 +24,7 @@ _HOME = {
     "load_vim": "pretrained",
     "apply": "pretrained",
     "fit": "train",
+    "doctor": "diagnosis",
 }
 
 __all__ = sorted(_HOME)

@@ -132,6 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("output", type=Path, help="the executed copy")
     sub.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="given")
 
+    command("doctor", _doctor, "say what works on this machine, and the command that mends what does not")
+
     command("readme", _readme, "bring the table in README.md up to date with results/summary.csv")
 
     sub = command("bench", _bench, "time scans, training steps and fusion; this machine should do nothing else")
@@ -178,6 +180,13 @@ def _notebook(options: argparse.Namespace) -> int:
     except PapermillExecutionError as error:
         print(f"famba: {options.notebook}: cell {error.exec_count} failed\n{error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from famba import diagnosis
+
+    print(diagnosis.text(diagnosis.doctor()))
     return 0
 
 

@@ -15,6 +15,8 @@ import itertools
 import math
 import os
 import platform
+import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -479,13 +481,14 @@ class StepClock:
         return time.perf_counter()
 
 
-_PACKAGES = ("famba", "torch", "numpy", "triton", "mamba_ssm")
+_PACKAGES = ("famba", "torch", "numpy", "triton", "mamba_ssm", "causal_conv1d")
 
 
 def environment(device: torch.device | str) -> dict[str, Any]:
     """What a measurement depends on: `device`, its `instruction_set`, `threads` and `versions`; names no host or path.
 
-    Of the packages, those that are installed; none is imported for it.
+    Of the packages, those that are installed; none is imported for it. On CUDA, torch's version of that and the
+    driver's are among them.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -497,12 +500,30 @@ def environment(device: torch.device | str) -> dict[str, Any]:
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
+    if device.type == "cuda":
+        versions |= {"cuda": str(torch.version.cuda), "driver": gpu_driver() or "unknown"}
     return {
         "device": f"{device.type}: {name}",
         "instruction_set": instruction_set,
         "threads": torch.get_num_threads(),
         "versions": versions,
     }
+
+
+def gpu_driver() -> str:
+    """Version of the NVIDIA driver, "" where there is none: as the kernel's module says it, else nvidia-smi."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"Module .*?(\d+\.[\d.]+)", _DRIVER.read_text(encoding="utf-8")):
+            return found[1]
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIME_LIMIT_S, check=True)
+        return done.stdout.strip().splitlines()[0] if done.stdout.strip() else ""
+    return ""
+
+
+_DRIVER = Path("/proc/driver/nvidia/version")
+_TIME_LIMIT_S = 20
 
 
 def _processor() -> str:

@@ -4,8 +4,8 @@
 bipartite soft matching (Token Merging, arXiv:2210.09461, section 3); fusing it inside Vision Mamba is
 Famba-V (arXiv:2409.09808, section 3.1). Written from the papers.
 
-Every function has a backend, as those of famba.ops have: "native" kernels for a CPU, plain "torch", or "auto", the
-first of them that can run.
+Every function has a backend, as those of famba.ops have: a name from `famba.backends()`, which leaves to plain torch
+what it has no kernel for, or "auto", the fastest that can run.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from famba.dispatch import Backend, choose
 from famba.errors import InputError
 from famba.native import fuse as fusing
 from famba.native import match as pairing
-from famba.ops import runs_native
+from famba.native.scan import unavailable
 
 
 class Matching(NamedTuple):
@@ -65,26 +66,11 @@ def match_tokens(
     _check_r(r, t, protected)
     if feature.dtype in (torch.bfloat16, torch.float16):
         feature = feature.float()  # so that similarities that differ do not tie
-    native = runs_native(backend, pairing.unsuited, feature)
+    chosen = choose(_MATCH, backend, feature)
     if r == 0:
         empty = torch.empty(b, 0, dtype=torch.int64, device=feature.device)
         return Matching(empty, empty, feature.new_empty(b, 0))
-    if native:
-        return Matching(*pairing.match_tokens(feature, _positions(protected, b), r))
-
-    # Autocast would round the product to bf16 after all.
-    with torch.no_grad(), torch.autocast(feature.device.type, enabled=False):
-        unit = functional.normalize(feature.detach(), dim=-1)
-        scores = unit[:, ::2] @ unit[:, 1::2].mT
-        positions = _positions(protected, b)
-        if positions is not None:
-            none = torch.zeros(b, t, dtype=torch.bool, device=feature.device)
-            guard = none.scatter_(1, positions.to(feature.device, torch.int64), True)
-            scores = scores.masked_fill(guard[:, ::2, None] | guard[:, None, 1::2], -torch.inf)
-        best, odd = scores.max(dim=-1)
-        best, even = best.sort(dim=-1, descending=True, stable=True)
-        even, best = even[:, :r], best[:, :r]
-        return Matching(source=2 * even, target=2 * odd.gather(1, even) + 1, similarity=best)
+    return Matching(*chosen.run(feature, _positions(protected, b), r))
 
 
 class Plan(NamedTuple):
@@ -115,82 +101,29 @@ def plan(
 ) -> Plan:
     """Where every token goes and with which weight, for at least one pair. Arguments as in `fuse`."""
     source, target, _ = matching
-    b, t = size.shape
+    b = size.shape[0]
     if source.shape != target.shape or source.shape[0] != b:
         raise InputError(
             f"matching: {tuple(source.shape)} and {tuple(target.shape)}; allowed: ({b}, r), twice the same"
         )
-    if runs_native(backend, fusing.unsuited_plan, source, target, size):
-        survivors, destination, weight, total = fusing.plan(source, target, size, order, weighting)
-        return Plan(survivors, destination, weight, source, total)
-    stays = torch.ones(b, t, dtype=torch.bool, device=size.device).scatter_(1, source, False)
-    if order == "scan":
-        place = stays.cumsum(1) - 1
-    else:  # even survivors ascending, then all the odd ones
-        even = torch.zeros(t, dtype=torch.bool, device=size.device)
-        even[::2] = True
-        first = stays & even
-        last = stays & ~even
-        place = torch.where(even, first.cumsum(1) - 1, first.sum(1, keepdim=True) + last.cumsum(1) - 1)
-    into = place.gather(1, target)
-    destination = place.scatter(1, source, into)
-    positions = torch.arange(t, device=size.device).expand(b, t)
-    # Every survivor writes its position to its place; what disappears writes to one more place that is cut off.
-    left = t - source.shape[1]
-    survivors = positions.new_empty(b, left + 1).scatter_(1, place.masked_fill(~stays, left), positions)[:, :left]
-
-    total = size.gather(1, survivors).scatter_add(1, into, size.gather(1, source))
-    if weighting == "size":
-        return Plan(survivors, destination, size / total.gather(1, destination), source, total)
-    count = torch.ones_like(total).scatter_add(1, into, torch.ones_like(source, dtype=size.dtype))
-    return Plan(survivors, destination, 1 / count.gather(1, destination), source, total)
+    survivors, destination, weight, total = choose(_PLAN, backend, source, target, size).run(
+        source, target, size, order, weighting
+    )
+    return Plan(survivors, destination, weight, source, total)
 
 
 def apply(plan: Plan, x: Float[Tensor, "b t d"], *, backend: str = "auto") -> Float[Tensor, "b s d"]:
     """Each group's weighted mean. A token that nothing joins comes through bit for bit."""
     _check_planned(plan, x)
-    if runs_native(backend, fusing.unsuited, plan.weight, x):
-        return fusing.fuse(x, None, plan.destination, plan.weight, plan.survivors.shape[1])[0]
-    return _Mean.apply(x, *plan[:4])
+    return choose(_APPLY, backend, plan.weight, x).run(plan, x, None)[0]
 
 
 def apply_both(
     plan: Plan, x: Float[Tensor, "b t d"], other: Float[Tensor, "b t e"], *, backend: str = "auto"
 ) -> tuple[Float[Tensor, "b s d"], Float[Tensor, "b s e"]]:
-    """`apply` to two tensors, natively in one call."""
+    """`apply` to two tensors, by a kernel in one call."""
     _check_planned(plan, x, other)
-    if runs_native(backend, fusing.unsuited, plan.weight, x, other):
-        return fusing.fuse(x, other, plan.destination, plan.weight, plan.survivors.shape[1])
-    return _Mean.apply(x, *plan[:4]), _Mean.apply(other, *plan[:4])
-
-
-class _Mean(torch.autograd.Function):
-    """Weighted means by torch. Every token has one destination, so its gradient is one row: a gather, no sum."""
-
-    @staticmethod
-    def forward(x: Tensor, survivors: Tensor, destination: Tensor, weight: Tensor, source: Tensor) -> Tensor:
-        def weighted(positions: Tensor) -> Tensor:
-            share = weight.gather(1, positions).to(x.dtype)
-            return x.reshape(b * t, d).index_select(0, (row * t + positions).flatten()) * share.reshape(-1, 1)
-
-        b, t, d = x.shape
-        s = survivors.shape[1]
-        row = torch.arange(b, device=x.device)[:, None]
-        into = (row * s + destination.gather(1, source)).flatten()
-        return weighted(survivors).index_add_(0, into, weighted(source)).view(b, s, d)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        _, _, destination, weight, _ = inputs
-        ctx.save_for_backward(destination, weight)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (grad,), (destination, weight) = grads, ctx.saved_tensors
-        b, s, d = grad.shape
-        row = torch.arange(b, device=grad.device)[:, None]
-        rows = grad.reshape(b * s, d).index_select(0, (row * s + destination).flatten())
-        return (rows * weight.to(grad.dtype).reshape(-1, 1)).view(b, -1, d), None, None, None, None
+    return choose(_APPLY, backend, plan.weight, x, other).run(plan, x, other)
 
 
 def fuse(
@@ -228,6 +161,86 @@ def fuse(
     worked_out = plan(matching, flat, order=order, weighting=weighting, backend=backend)
     fused = worked_out.size if size is None or size.dim() == 2 else worked_out.size[..., None]
     return apply(worked_out, x, backend=backend), fused
+
+
+def _match(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Matching by torch: source, target, similarity."""
+    b, t, _ = feature.shape
+    # Autocast would round the product to bf16 after all.
+    with torch.no_grad(), torch.autocast(feature.device.type, enabled=False):
+        unit = functional.normalize(feature.detach(), dim=-1)
+        scores = unit[:, ::2] @ unit[:, 1::2].mT
+        if protected is not None:
+            none = torch.zeros(b, t, dtype=torch.bool, device=feature.device)
+            guard = none.scatter_(1, protected.to(feature.device, torch.int64), True)
+            scores = scores.masked_fill(guard[:, ::2, None] | guard[:, None, 1::2], -torch.inf)
+        best, odd = scores.max(dim=-1)
+        best, even = best.sort(dim=-1, descending=True, stable=True)
+        even, best = even[:, :r], best[:, :r]
+        return 2 * even, 2 * odd.gather(1, even) + 1, best
+
+
+def _plan(source: Tensor, target: Tensor, size: Tensor, order: str, weighting: str) -> tuple[Tensor, ...]:
+    """The plan by torch: survivors, destination, weight, size."""
+    b, t = size.shape
+    stays = torch.ones(b, t, dtype=torch.bool, device=size.device).scatter_(1, source, False)
+    if order == "scan":
+        place = stays.cumsum(1) - 1
+    else:  # even survivors ascending, then all the odd ones
+        even = torch.zeros(t, dtype=torch.bool, device=size.device)
+        even[::2] = True
+        first = stays & even
+        last = stays & ~even
+        place = torch.where(even, first.cumsum(1) - 1, first.sum(1, keepdim=True) + last.cumsum(1) - 1)
+    into = place.gather(1, target)
+    destination = place.scatter(1, source, into)
+    positions = torch.arange(t, device=size.device).expand(b, t)
+    # Every survivor writes its position to its place; what disappears writes to one more place that is cut off.
+    left = t - source.shape[1]
+    survivors = positions.new_empty(b, left + 1).scatter_(1, place.masked_fill(~stays, left), positions)[:, :left]
+
+    total = size.gather(1, survivors).scatter_add(1, into, size.gather(1, source))
+    if weighting == "size":
+        return survivors, destination, size / total.gather(1, destination), total
+    count = torch.ones_like(total).scatter_add(1, into, torch.ones_like(source, dtype=size.dtype))
+    return survivors, destination, 1 / count.gather(1, destination), total
+
+
+def _apply(plan: Plan, x: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return _Mean.apply(x, *plan[:4]), None if other is None else _Mean.apply(other, *plan[:4])
+
+
+def _apply_native(plan: Plan, x: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor]:
+    return fusing.fuse(x, other, plan.destination, plan.weight, plan.survivors.shape[1])
+
+
+class _Mean(torch.autograd.Function):
+    """Weighted means by torch. Every token has one destination, so its gradient is one row: a gather, no sum."""
+
+    @staticmethod
+    def forward(x: Tensor, survivors: Tensor, destination: Tensor, weight: Tensor, source: Tensor) -> Tensor:
+        def weighted(positions: Tensor) -> Tensor:
+            share = weight.gather(1, positions).to(x.dtype)
+            return x.reshape(b * t, d).index_select(0, (row * t + positions).flatten()) * share.reshape(-1, 1)
+
+        b, t, d = x.shape
+        s = survivors.shape[1]
+        row = torch.arange(b, device=x.device)[:, None]
+        into = (row * s + destination.gather(1, source)).flatten()
+        return weighted(survivors).index_add_(0, into, weighted(source)).view(b, s, d)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, _, destination, weight, _ = inputs
+        ctx.save_for_backward(destination, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (grad,), (destination, weight) = grads, ctx.saved_tensors
+        b, s, d = grad.shape
+        row = torch.arange(b, device=grad.device)[:, None]
+        rows = grad.reshape(b * s, d).index_select(0, (row * s + destination).flatten())
+        return (rows * weight.to(grad.dtype).reshape(-1, 1)).view(b, -1, d), None, None, None, None
 
 
 def _check_r(r: int, t: int, protected: Sequence[int] | Tensor) -> None:
@@ -269,3 +282,8 @@ def _check_planned(plan: Plan, *tensors: Tensor) -> None:
 def _known_option(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise InputError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
+
+
+_MATCH = {"torch": Backend(_match), "native": Backend(pairing.match_tokens, unavailable, pairing.unsuited)}
+_PLAN = {"torch": Backend(_plan), "native": Backend(fusing.plan, unavailable, fusing.unsuited_plan)}
+_APPLY = {"torch": Backend(_apply), "native": Backend(_apply_native, unavailable, fusing.unsuited)}

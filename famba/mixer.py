@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from famba.ops import causal_conv1d_silu, elementwise_backend, gated_sum, projected_scan
+from famba.ops import causal_conv1d_silu, gated_sum, projected_scan
 
 _STEP_RANGE = (1e-3, 1e-1)  # initial steps are drawn log-uniformly from this range
 _STEP_FLOOR = 1e-4
@@ -34,7 +34,7 @@ class BidirectionalMixer(nn.Module):
 
     Args:
         average_directions: average the directions' outputs, as the released weights do; False sums them.
-        backend: of the selective scan; its convolution and gate are native where that is, else plain torch.
+        backend: of the selective scan, and of the convolution and gate where that backend has them.
     """
 
     def __init__(
@@ -53,7 +53,6 @@ class BidirectionalMixer(nn.Module):
         self.dt_rank = dt_rank = math.ceil(d_model / 16)
         self.average_directions = average_directions
         self.backend = backend
-        self._elementwise = elementwise_backend(backend)
 
         self.A_log = nn.Parameter(torch.empty(d_inner, d_state))
         self.D = nn.Parameter(torch.empty(d_inner))
@@ -100,7 +99,7 @@ class BidirectionalMixer(nn.Module):
         left = self._scan(forward, self.A_log, self.D, self.dt_proj, reverse=False)
         right = self._scan(backward, self.A_b_log, self.D_b, self.dt_proj_b, reverse=True)
         scale = 0.5 if self.average_directions else 1.0
-        return gated_sum(left, right, gate.mT, scale=scale, backend=self._elementwise).mT
+        return gated_sum(left, right, gate.mT, scale=scale, backend=self.backend).mT
 
     def feature(self, forward: Selection, backward: Selection, kind: str) -> Float[Tensor, "b t c"]:
         """What of the selection fusion may compare, both directions side by side: the step `delta`, `B` or `C`."""
@@ -111,7 +110,7 @@ class BidirectionalMixer(nn.Module):
         return torch.cat([getattr(forward, kind).mT, getattr(backward, kind).mT], dim=-1)
 
     def _select(self, u: Float[Tensor, "b t e"], conv: nn.Conv1d, x_proj: nn.Linear, *, reverse: bool) -> Selection:
-        u = causal_conv1d_silu(u.mT, conv.weight[:, 0], conv.bias, reverse=reverse, backend=self._elementwise)
+        u = causal_conv1d_silu(u.mT, conv.weight[:, 0], conv.bias, reverse=reverse, backend=self.backend)
         step, B, C = x_proj(u.mT).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         return Selection(u, step.mT, B.mT, C.mT)
 

@@ -18,7 +18,7 @@ from famba import fusion, strategies
 from famba.errors import InputError
 from famba.fusion import Matching
 from famba.mixer import BidirectionalMixer
-from famba.ops import add_rms_norm, elementwise_backend
+from famba.ops import add_rms_norm
 from famba.params import FusionOptions
 
 _NORM_EPS = 1e-5
@@ -285,7 +285,7 @@ class _AddNorm(nn.Module):
     def __init__(self, d_model: int, backend: str) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(d_model))
-        self._backend = elementwise_backend(backend)
+        self._backend = backend
 
     def forward(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
@@ -299,7 +299,7 @@ class _Block(nn.Module):
         super().__init__()
         self.mixer = BidirectionalMixer(d_model, d_state, average_directions=average_directions, backend=backend)
         self.norm = _AddNorm(d_model, backend)
-        self._backend = elementwise_backend(backend)
+        self._backend = backend
 
     def forward(self, at: _Stream, r: int, options: FusionOptions, trace: Trace | None) -> _Stream:
         normed, residual = self.norm(at.hidden, at.residual)

@@ -1,21 +1,20 @@
-"""Parts of a Mamba block that cost more time or memory than they compute: fused on the CPU, plain torch elsewhere.
+"""Parts of a Mamba block that cost more time or memory than they compute: fused where a backend has a kernel.
 
 Axes: b batch, e channels (d_inner), t tokens in scan order, k taps, n states per channel, m dt_rank.
 """
-
-from collections.abc import Callable
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from famba.errors import BackendError, InputError
+from famba import mamba
+from famba.dispatch import Backend, choose
+from famba.errors import InputError
 from famba.native import conv, norm
 from famba.native import gate as gating
 from famba.native.scan import unavailable
-from famba.scan import check, choose
-
-_BACKENDS = ("auto", "torch", "native")
+from famba.scan import check
+from famba.scan import choose as choose_scan
 
 
 def causal_conv1d_silu(
@@ -32,19 +31,15 @@ def causal_conv1d_silu(
     taps in the same order away from the token. Nothing is flipped or copied for it.
 
     Args:
-        backend: "native" (float32 and bfloat16 on a CPU), "torch", or "auto": the first of them that can run.
+        backend: a name from `famba.backends()`, or "auto": the fastest that can run on these tensors. One that has no
+            kernel for this leaves it to plain torch; that of "native" takes float32 and bfloat16 on a CPU.
 
     Raises:
         InputError: shapes that do not fit together, or an unknown backend.
         BackendError: the backend asked for cannot run here or on these tensors.
     """
     _check(x, weight, bias)
-    if runs_native(backend, conv.unsuited, x, weight, bias):
-        return conv.causal_conv1d_silu(x, weight, bias, reverse)
-    e, k = weight.shape
-    padded = F.pad(x, (0, k - 1) if reverse else (k - 1, 0))
-    kernel = (weight.flip(1) if reverse else weight).to(x.dtype)
-    return F.silu(F.conv1d(padded, kernel[:, None], None if bias is None else bias.to(x.dtype), groups=e))
+    return choose(_CONV, backend, x, weight, bias).run(x, weight, bias, reverse)
 
 
 def gated_sum(
@@ -64,9 +59,7 @@ def gated_sum(
             raise InputError(f"{name}: shape {tuple(x.shape)}; allowed: {tuple(left.shape)}, that of left")
     if left.ndim != 3 or 0 in left.shape:
         raise InputError(f"left: shape {tuple(left.shape)}; allowed: (b, e, t), none of them zero")
-    if runs_native(backend, gating.unsuited, left, right, gate):
-        return gating.gated_sum(left, right, gate, scale)
-    return (left + right) * F.silu(gate) * scale
+    return choose(_GATE, backend, left, right, gate).run(left, right, gate, scale)
 
 
 def projected_scan(
@@ -89,7 +82,7 @@ def projected_scan(
     """
     check(u, u, A, B, C, D, None, delta_bias)  # delta will be as u is
     _check_projection(u, step, weight)
-    chosen = choose(backend, u, step, A, B, C, D, None, delta_bias)
+    chosen = choose_scan(backend, u, step, A, B, C, D, None, delta_bias)
     if chosen.run_projected is not None:
         return chosen.run_projected(u, step, weight, A, B, C, D, delta_bias, reverse)
     delta = F.linear(step.mT, weight).mT
@@ -115,33 +108,32 @@ def add_rms_norm(
         raise InputError(f"residual: shape {tuple(residual.shape)}; allowed: {tuple(x.shape)}, that of x")
     if tuple(weight.shape) != (x.shape[2],):
         raise InputError(f"weight: shape {tuple(weight.shape)}; allowed: ({x.shape[2]},)")
-    if runs_native(backend, norm.unsuited, x, residual, weight):
-        return norm.add_rms_norm(x, residual, weight, eps)
+    return choose(_NORM, backend, x, residual, weight).run(x, residual, weight, eps)
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
+    e, k = weight.shape
+    padded = F.pad(x, (0, k - 1) if reverse else (k - 1, 0))
+    kernel = (weight.flip(1) if reverse else weight).to(x.dtype)
+    return F.silu(F.conv1d(padded, kernel[:, None], None if bias is None else bias.to(x.dtype), groups=e))
+
+
+def _gate(left: Tensor, right: Tensor, gate: Tensor, scale: float) -> Tensor:
+    return (left + right) * F.silu(gate) * scale
+
+
+def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     total = x if residual is None else x + residual
     return F.rms_norm(total, weight.shape, weight, eps), total
 
 
-def elementwise_backend(scan_backend: str) -> str:
-    """The backend of these functions that goes with a backend of the selective scan: plain torch if it has none."""
-    return scan_backend if scan_backend in ("auto", "native") else "torch"
-
-
-def runs_native(backend: str, unsuited: Callable[..., str], *tensors: Tensor | None) -> bool:
-    """Whether the native kernel is what runs on these tensors, by the backend that is asked for.
-
-    Args:
-        unsuited: says why the kernel cannot run on the tensors ("": it can).
-
-    Raises:
-        InputError: an unknown backend.
-        BackendError: "native" cannot run here or on these tensors.
-    """
-    if backend not in _BACKENDS:
-        raise InputError(f"backend: {backend!r} is unknown; allowed: {', '.join(_BACKENDS)}")
-    reason = "" if backend == "torch" else unavailable() or unsuited(*tensors)
-    if backend == "native" and reason:
-        raise BackendError(f"backend 'native' cannot run here: {reason}")
-    return backend != "torch" and not reason
+_CONV = {
+    "torch": Backend(_conv),
+    "native": Backend(conv.causal_conv1d_silu, unavailable, conv.unsuited),
+    "mamba_ssm": Backend(mamba.causal_conv1d_silu, mamba.conv_unavailable, mamba.conv_unsuited),
+}
+_GATE = {"torch": Backend(_gate), "native": Backend(gating.gated_sum, unavailable, gating.unsuited)}
+_NORM = {"torch": Backend(_norm), "native": Backend(norm.add_rms_norm, unavailable, norm.unsuited)}
 
 
 def _check(x, weight, bias) -> None:

@@ -20,7 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from famba.errors import BackendError, InputError
+from famba import dispatch, mamba
+from famba.errors import InputError
 from famba.native import scan as native
 
 
@@ -268,43 +269,32 @@ def _state_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class _Backend:
-    """How one implementation is run, and what may stand in its way.
+class _Backend(dispatch.Backend):
+    """A backend of the scan, whose `run` takes the arguments of `selective_scan_ref`.
 
-    `run` takes the arguments of `selective_scan_ref`; `run_projected`, if there is one, those of
-    `famba.ops.projected_scan`, and keeps no delta for backward. `unavailable` says why this machine cannot run it
-    ("": it can), `unsuited` the same of these tensors (u first, then the others; None for those that are absent).
+    `run_projected`, if there is one, takes those of `famba.ops.projected_scan`, and keeps no delta for backward.
     """
 
-    run: Callable[..., Tensor]
-    unavailable: Callable[[], str] = lambda: ""
-    unsuited: Callable[..., str] = lambda *tensors: ""
     run_projected: Callable[..., Tensor] | None = None
 
 
-# Slowest first: "auto" takes the last that can run. A new backend is one more entry.
+# Slowest first. A new backend is one more entry, and a name in famba.dispatch.
 _BACKENDS: dict[str, _Backend] = {
     "reference": _Backend(selective_scan_ref),
     "torch": _Backend(_ChunkedScan.apply),  # pyright: ignore[reportArgumentType]
     "native": _Backend(native.selective_scan, native.unavailable, native.unsuited, native.projected_scan),
+    "mamba_ssm": _Backend(mamba.selective_scan, mamba.unavailable, mamba.unsuited),
 }
 
 
 def choose(name: str, *tensors: Tensor | None) -> _Backend:
     """The backend of that name, or the fastest ("auto"), for these tensors: u first, then the others, None if absent.
 
-    Raises:
-        InputError: an unknown backend.
-        BackendError: it cannot run here or on these tensors.
+    Errors are those of `famba.dispatch.choose`.
     """
-    if name == "auto":
-        return next(x for x in reversed(_BACKENDS.values()) if not (x.unavailable() or x.unsuited(*tensors)))
-    if name not in _BACKENDS:
-        raise InputError(f"backend: {name!r} is unknown; allowed: auto, {', '.join(_BACKENDS)}")
-    chosen = _BACKENDS[name]
-    if reason := chosen.unavailable() or chosen.unsuited(*tensors):
-        raise BackendError(f"backend {name!r} cannot run here: {reason}")
-    return chosen
+    first, *others = tensors
+    assert first is not None
+    return dispatch.choose(_BACKENDS, name, first, *others)
 
 
 def check(u, delta, A, B, C, D, z, delta_bias) -> None:

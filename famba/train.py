@@ -31,8 +31,8 @@ LIVE_HISTORY = "history.csv"  # beside the checkpoints, rewritten after every ep
 _log = logging.getLogger(__name__)
 # With native/, what makes a result.
 CODE = (
-    "sources", "recipe", "stream", "data", "augment", "scan", "ops", "fusion", "strategies", "mixer", "model",
-    "pretrained", "numerics", "optim", "parallel", "session", "train",
+    "sources", "recipe", "stream", "data", "augment", "dispatch", "mamba", "scan", "ops", "fusion", "strategies",
+    "mixer", "model", "pretrained", "numerics", "optim", "parallel", "session", "train",
 )  # fmt: skip
 
 

@@ -321,3 +321,29 @@ def test_the_environment_names_device_and_versions_but_no_host_and_no_path():
     assert socket.gethostname() not in text
     assert str(Path.home()) not in text
     assert str(Path.cwd()) not in text
+
+
+def test_on_cuda_the_environment_names_the_gpu_its_driver_and_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cost, "gpu_driver", lambda: "580.65.06")
+    found = cost.environment("cuda")
+    assert (found["device"], found["instruction_set"]) == ("cuda: NVIDIA H100", "sm_90")
+    assert found["versions"] | {"cuda": "13.0", "driver": "580.65.06"} == found["versions"]
+    assert not {"cuda", "driver"} & set(cost.environment("cpu")["versions"])
+
+
+def test_the_driver_is_read_from_its_module_else_from_nvidia_smi(tmp_path, monkeypatch):
+    module = tmp_path / "version"
+    monkeypatch.setattr(cost, "_DRIVER", module)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cost.gpu_driver() == ""
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 550.54.15\necho 550.54.15\n")
+    program.chmod(0o755)
+    assert cost.gpu_driver() == "550.54.15"
+    module.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\n")
+    assert cost.gpu_driver() == "580.65.06"
+    module.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n")
+    assert cost.gpu_driver() == "535.104.05"

@@ -145,7 +145,7 @@ def test_arguments_that_do_not_fit_are_named(change, message):
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(InputError, match="backend: 'cuda' is unknown; allowed: auto, torch, native"):
+    with pytest.raises(InputError, match="backend: 'cuda' is unknown; allowed: auto, reference, torch, native"):
         causal_conv1d_silu(*draw(1, 2, 3, 4), backend="cuda")
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from famba import fusion
+from famba import fusion, numerics
 from famba.bench.model import Training
 from famba.bench.setting import Setting
-from famba.bench.timing import interleaved, ratio, summary
+from famba.bench.timing import ratio
 from famba.errors import InputError
 
 
@@ -23,16 +23,18 @@ def bench_layer(setting: Setting) -> list[dict[str, Any]]:
     block, t = training.model.layers[0], training.model.tokens
     norm, mixer = block.get_submodule("norm"), block.get_submodule("mixer")
     d = training.model.head.in_features
-    hidden, residual, to_hidden, to_residual = torch.randn(4, setting.batch, t, d).unbind()
+    hidden, residual, to_hidden, to_residual = torch.randn(4, setting.batch, t, d, device=setting.device).unbind()
     inputs = [hidden.requires_grad_(), residual.requires_grad_()]
     weights = list(block.parameters())
     at = training.model.cls_index
-    cls_index = None if at is None else torch.full((setting.batch,), at)
-    size = torch.ones(setting.batch, t)
+    cls_index = None if at is None else torch.full((setting.batch,), at, device=setting.device)
+    size = torch.ones(setting.batch, t, device=setting.device)
 
     def layer() -> None:
-        normed, total = norm(hidden, residual)
-        torch.autograd.grad((mixer(normed), total), [*inputs, *weights], (to_hidden, to_residual))
+        with numerics.autocast(hidden.device, setting.precision):
+            normed, total = norm(hidden, residual)
+            mixed = mixer(normed)
+        torch.autograd.grad((mixed, total), [*inputs, *weights], (to_hidden.to(mixed.dtype), to_residual))
 
     def steps(r: int) -> dict[str, Callable[[], object]]:
         def match() -> fusion.Matching:
@@ -61,7 +63,7 @@ def bench_layer(setting: Setting) -> list[dict[str, Any]]:
     calls: dict[str, Callable[[], object]] = {"layer": layer}
     for r in sorted(set(setting.removed.values())):
         calls |= steps(r)
-    found = {name: summary(x) for name, x in interleaved(calls, rounds=4 * setting.rounds, warmup=3).items()}
+    found = setting.times(calls, rounds=4 * setting.rounds, warmup=3)
     return [{"what": name, **row, **ratio(row, found["layer"], "layer")} for name, row in found.items()]
 
 
@@ -81,7 +83,7 @@ def bench_schedules(setting: Setting) -> dict[str, list[dict[str, Any]]]:
     calls: dict[str, Callable[[], object]] = {f"{x.model.tokens} tokens": x.step for x in lengths}
     for name, schedule in [*schedules.items(), *((f"r = {r}", x) for r, x in uniform.items())]:
         calls[name] = lambda schedule=schedule: full.step(schedule)
-    found = {name: summary(x) for name, x in interleaved(calls, rounds=setting.rounds).items()}
+    found = setting.times(calls, rounds=setting.rounds)
 
     unfused = {x.model.tokens: found[f"{x.model.tokens} tokens"] for x in lengths}
     rows = []

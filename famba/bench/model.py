@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from famba import cost, fusion, mixer, model, numerics, optim, scan
 from famba.bench.setting import Setting
-from famba.bench.timing import interleaved, ratio, summary
+from famba.bench.timing import ratio
 
 PARTS = ("matrix products", "scan", "convolution", "norm", "gate", "fusion", "elementwise", "optimiser", "Python")
 
@@ -31,24 +31,30 @@ class Training:
 
     Args:
         img_size: pixels; the setting's own if not given.
-        precision: fp32, or bf16 for autocast.
+        precision: fp32, or bf16 for autocast; the setting's own if not given.
+
+    Attributes:
+        forward: what gives the logits, the model itself if nothing else is put there.
     """
 
     def __init__(
-        self, setting: Setting, backend: str = "auto", *, img_size: int | None = None, precision: str = "fp32"
+        self, setting: Setting, backend: str = "auto", *, img_size: int | None = None, precision: str | None = None
     ) -> None:
         torch.manual_seed(0)
         self.model = setting.create(backend, img_size=img_size)
-        self.images = torch.randn(setting.batch, 3, self.model.img_size, self.model.img_size)
-        self.precision = precision
-        self.labels = torch.arange(setting.batch) % self.model.head.out_features
-        self.optimiser = torch.optim.AdamW(optim.parameter_groups(self.model, 0.05), lr=1e-4, fused=True)
+        self.forward: Callable[[Tensor], Tensor] = self.model
+        side, device = self.model.img_size, setting.device
+        self.images = torch.randn(setting.batch, 3, side, side).to(device)
+        self.precision = setting.precision if precision is None else precision
+        self.labels = torch.arange(setting.batch, device=device) % self.model.head.out_features
+        groups, on_device = optim.parameter_groups(self.model, 0.05), self.images.is_cuda
+        self.optimiser = torch.optim.AdamW(groups, lr=1e-4, fused=True, capturable=on_device)
 
     def step(self, schedule: Sequence[int] | None = None) -> None:
         """Forward, loss, backward, optimiser; without a schedule nothing is fused."""
         self.model.set_fusion([0] * self.model.depth if schedule is None else schedule, self.model.options)
         with numerics.autocast(self.images.device, self.precision):
-            logits = self.model(self.images).float()
+            logits = self.forward(self.images).float()
         functional.cross_entropy(logits, self.labels).backward()
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
@@ -61,7 +67,8 @@ class Training:
 
 def able(*names: str) -> list[str]:
     """Those of the scan's backends that can run here."""
-    return [name for name in names if not scan.backends()[name]]
+    found = scan.backends()
+    return [name for name in names if found.get(name, "absent") == ""]
 
 
 def bench_model(setting: Setting) -> list[dict[str, Any]]:
@@ -70,8 +77,7 @@ def bench_model(setting: Setting) -> list[dict[str, Any]]:
     products = products_of(next(iter(trainings.values())).step)
     calls: dict[str, Callable[[], object]] = {f"step, {name}": x.step for name, x in trainings.items()}
     calls["matrix products"] = replay(products)
-    times = interleaved(calls, rounds=setting.rounds, budget_s=setting.slow_s)
-    found = {name: summary(x) for name, x in times.items()}
+    found = setting.times(calls, rounds=setting.rounds, budget_s=setting.slow_s)
     flops = flops_of(products)
     return [
         {

@@ -13,7 +13,7 @@ from torch.nn import functional
 from famba import data, numerics, optim
 from famba.bench.model import Training
 from famba.bench.setting import Setting
-from famba.bench.timing import interleaved, ratio, summary
+from famba.bench.timing import ratio
 from famba.model import create_model
 from famba.params import DataParams
 
@@ -29,7 +29,7 @@ _POINTS = 20  # of a curve
 def bench_precision(setting: Setting) -> list[dict[str, Any]]:
     """A training step in fp32 and in bf16, in turn; `faster` is the time in fp32 over the row's."""
     calls = {precision: Training(setting, precision=precision).step for precision in ("fp32", "bf16")}
-    found = {name: summary(x) for name, x in interleaved(calls, rounds=setting.rounds).items()}
+    found = setting.times(calls, rounds=setting.rounds)
     return [{"precision": name, **row, **ratio(found["fp32"], row, "faster")} for name, row in found.items()]
 
 

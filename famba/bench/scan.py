@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from famba.bench.model import able
 from famba.bench.timing import interleaved, ratio, summary
 from famba.errors import InputError
-from famba.scan import backends, selective_scan
+from famba.scan import selective_scan
 
 UNIT = "matmul 2048^3"
 _TURN_S = 0.1  # about what one of those products takes
@@ -40,11 +41,11 @@ def bench_scan(
     Raises:
         InputError: a contestant that does not exist or cannot run here.
     """
-    able = [name for name, missing in reversed(backends().items()) if not missing] + list(_OTHERS)
-    names = able if names is None else list(names)
+    known = [*able("native", "torch", "reference"), *_OTHERS]
+    names = known if names is None else list(names)
     for name in names:
-        if name not in able:
-            raise InputError(f"contestant: {name!r} is unknown or cannot run here; allowed: {', '.join(able)}")
+        if name not in known:
+            raise InputError(f"contestant: {name!r} is unknown or cannot run here; allowed: {', '.join(known)}")
     left, right = torch.randn(2, 2048, 2048)
     rows = []
     for shape in shapes:
@@ -66,17 +67,36 @@ def bench_scan(
     return rows
 
 
-def scan_call(shape: Sequence[int], name: str, *, seed: int = 0) -> Callable[[], None]:
-    """Forward and backward of one scan with bias, softplus, D and gate, in the channels-last layout."""
+def scan_call(
+    shape: Sequence[int],
+    name: str,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = True,
+) -> Callable[[], None]:
+    """Forward and backward of one scan with bias, softplus, D and gate.
+
+    Args:
+        dtype: of what each token has; A, D and the bias are float32.
+        channels_last: tokens follow each other in memory, as in the model; else a channel's tokens do, as mamba-ssm
+            wants them.
+    """
     b, e, t, n = shape
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator)
 
+    def lay(x: Tensor) -> Tensor:
+        x = x.to(device, dtype)
+        return x if channels_last else x.transpose(1, 2).contiguous().transpose(1, 2)
+
     A = -torch.arange(1.0, n + 1).repeat(e, 1)
-    inputs = [*(draw(b, t, e) for _ in range(3)), *(draw(b, t, n) for _ in range(2)), A, draw(e), draw(e) - 3]
-    cotangent = draw(b, t, e).transpose(1, 2)
+    tokens = [lay(draw(b, t, k)) for k in (e, e, e, n, n)]
+    inputs = [*tokens, *(x.to(device) for x in (A, draw(e), draw(e) - 3))]
+    cotangent = lay(draw(b, t, e)).transpose(1, 2)
     for x in inputs:
         x.requires_grad_()
 

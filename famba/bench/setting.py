@@ -1,9 +1,13 @@
 """What is measured: the sizes of the benchmark, and small ones that show within seconds that it works."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from famba import strategies
+from famba.bench.timing import interleaved, summary
 from famba.model import VisionMamba, create_model
 
 
@@ -21,6 +25,9 @@ class Setting:
         rounds: times that each thing is measured, after one for warming up.
         curve_steps: training steps of a loss curve; 20 points are made of them.
         slow_s: seconds after which something slow is measured no further, two times apart.
+        device: that all of it runs on.
+        precision: of the training steps, if nothing else is said: fp32, or bf16 for autocast.
+        turn_s: seconds that a turn lasts at least; what is over sooner is made again.
     """
 
     scans: tuple[tuple[int, int, int, int], ...]
@@ -33,11 +40,23 @@ class Setting:
     curve_steps: int
     slow_s: float
     depth: int | None = None
+    device: str = "cpu"
+    precision: str = "fp32"
+    turn_s: float = 0.0
 
     def create(self, backend: str = "auto", *, img_size: int | None = None) -> VisionMamba:
-        """The model, which fuses nothing yet."""
+        """The model, on its device; it fuses nothing yet."""
         size = max(self.img_sizes) if img_size is None else img_size
-        return create_model(self.model, num_classes=100, img_size=size, backend=backend, depth=self.depth)
+        model = create_model(self.model, num_classes=100, img_size=size, backend=backend, depth=self.depth)
+        return model.to(self.device)
+
+    def times(
+        self, calls: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1, budget_s: float = math.inf
+    ) -> dict[str, dict[str, float | int]]:
+        """Summaries of the times of calls that take turns on this device; arguments as of `interleaved`."""
+        finish = torch.cuda.synchronize if torch.device(self.device).type == "cuda" else None
+        found = interleaved(calls, rounds=rounds, warmup=warmup, turn_s=self.turn_s, budget_s=budget_s, finish=finish)
+        return {name: summary(x) for name, x in found.items()}
 
     def schedules(self, depth: int) -> dict[str, list[int]]:
         """Tokens removed by each layer, by strategy."""

@@ -13,6 +13,7 @@ def interleaved(
     warmup: int = 1,
     turn_s: float = 0.0,
     budget_s: float = math.inf,
+    finish: Callable[[], object] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of every call in every round: in each round all calls have a turn, every other round in reverse order.
 
@@ -22,6 +23,8 @@ def interleaved(
         turn_s: a call that is over sooner is made again until its turn has lasted this long, and its mean counts:
             what is called over and over in use does not start with another's caches and heap each time.
         budget_s: a call that has used up this much, the warm-up apart, sits out the rounds after its second.
+        finish: waits for what calls have only started, as on a GPU. Calls of one turn are then made in rows, each as
+            long as all before it, and waited for at the end of a row: as in use, the next is started meanwhile.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(warmup + rounds):
@@ -30,8 +33,12 @@ def interleaved(
                 continue
             start, made, lasted = time.perf_counter(), 0, 0.0
             while not made or lasted < turn_s:
-                call()
-                made, lasted = made + 1, time.perf_counter() - start
+                row = max(1, made) if finish else 1
+                for _ in range(row):
+                    call()
+                if finish:
+                    finish()
+                made, lasted = made + row, time.perf_counter() - start
             if i >= warmup:
                 times[name].append(lasted / made)
     return times

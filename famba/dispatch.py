@@ -1,0 +1,56 @@
+"""Which implementation of a function runs: for each function a table of backends by name, and one rule that picks.
+
+The names are those of `famba.backends()`, which the selective scan has all of. Another function has an implementation
+of those that gain by one, and plain torch.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from famba.errors import BackendError, InputError
+
+NAMES = ("reference", "torch", "native", "mamba_ssm")  # slowest first
+# What "auto" tries on the tensors of a device, fastest first; torch runs everywhere.
+_FASTEST = {"cpu": ("native", "torch"), "cuda": ("triton", "mamba_ssm", "torch")}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """How one implementation is run, and what may stand in its way.
+
+    `unavailable` says why this machine cannot run it ("": it can), `unsuited` the same of the tensors that `choose` is
+    given (None for those that are absent).
+    """
+
+    run: Callable[..., Any]
+    unavailable: Callable[[], str] = lambda: ""
+    unsuited: Callable[..., str] = lambda *tensors: ""
+
+
+_B = TypeVar("_B", bound=Backend)
+
+
+def choose(table: Mapping[str, _B], name: str, first: Tensor, *others: Tensor | None) -> _B:
+    """The implementation that goes with a backend's name, or the fastest ("auto"), for these tensors.
+
+    A backend that has none in this table takes torch's: a scan of its own does not make a matching of its own.
+
+    Raises:
+        InputError: an unknown backend.
+        BackendError: it cannot run here or on these tensors.
+    """
+    if name == "auto":
+        for fast in _FASTEST.get(first.device.type, ("torch",)):
+            if fast in table and not (table[fast].unavailable() or table[fast].unsuited(first, *others)):
+                return table[fast]
+        return table["torch"]
+    if name not in table and name not in NAMES:
+        names = [*NAMES, *(other for other in table if other not in NAMES)]
+        raise InputError(f"backend: {name!r} is unknown; allowed: auto, {', '.join(names)}")
+    chosen = table[name if name in table else "torch"]
+    if reason := chosen.unavailable() or chosen.unsuited(first, *others):
+        raise BackendError(f"backend {name!r} cannot run here: {reason}")
+    return chosen
