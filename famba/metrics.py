@@ -28,6 +28,7 @@ BASELINE = "none"
 DETERMINISTIC = ("top1_percent", "top5_percent")
 MEASURED = ("train_time_s", "step_time_ms", "peak_memory_mib", "throughput_img_s")
 REPORTED = (*DETERMINISTIC, *MEASURED)
+CURVES = ("strategy", "seed", "epoch", "train_loss", "val_loss", "train_top1_percent", "val_top1_percent")
 # Less of these is better, so that accuracy can be weighed against them.
 COSTS = ("train_time_s", "step_time_ms", "peak_memory_mib", "flops_per_image")
 _SHOWN = ("top1_percent", "train_time_s", "peak_memory_mib")  # by `dvc metrics`
@@ -204,6 +205,18 @@ def write_summary(frame: pd.DataFrame, folder: str | Path) -> pd.DataFrame:
     write_atomic(folder / "summary.md", markdown(table).encode())
     write_atomic(folder / "summary.json", json_bytes(_means(table)))
     return table
+
+
+def write_curves(history: pd.DataFrame, folder: str | Path) -> pd.DataFrame:
+    """Write curves.csv, which `dvc plots` draws: one row per epoch of every run; return what it holds.
+
+    Args:
+        history: as from `load_history`.
+        folder: if relative, from the repository root.
+    """
+    curves = history.loc[:, list(CURVES)]
+    write_atomic(params.root() / folder / "curves.csv", curves.to_csv(index=False, lineterminator="\n").encode())
+    return curves
 
 
 def load_summary(folder: str | Path) -> pd.DataFrame:

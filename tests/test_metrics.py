@@ -112,6 +112,21 @@ def test_history_has_a_row_per_epoch_and_empty_cells_without_ema(tmp_path):
     assert {str(kind) for kind in frame.dtypes.drop(["strategy", "seed", "epoch"])} == {"float64"}
 
 
+def test_the_curves_are_the_history_of_all_runs_digit_for_digit(tmp_path):
+    history = metrics.load_history(SWEEP, write_runs(tmp_path / "runs"))
+    metrics.write_curves(history, tmp_path / "results")
+    lines = (tmp_path / "results" / "curves.csv").read_text().splitlines()
+    assert lines[0] == "strategy,seed,epoch,train_loss,val_loss,train_top1_percent,val_top1_percent"
+    assert lines[1:3] == ["none,0,1,2.0,1.9,40.0,45.0", "none,0,2,1.0,0.95,80.0,90.0"]
+    assert len(lines) == 1 + len(history)
+
+
+def test_curves_of_runs_that_trained_nothing_are_a_table_without_rows(tmp_path):
+    history = metrics.load_history(SWEEP, write_runs(tmp_path / "runs")).head(0)
+    assert metrics.write_curves(history, tmp_path).empty
+    assert (tmp_path / "curves.csv").read_text().splitlines() == [",".join(metrics.CURVES)]
+
+
 def test_schedules_have_a_row_per_layer_from_the_input_on(tmp_path):
     frame = metrics.load_schedules(SWEEP, write_runs(tmp_path))
     upper = frame[frame["strategy"] == "upper"]
