@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from famba import sources
-from famba.errors import InputError
+from famba.errors import FambaError, InputError
 from famba.recipe import Recipe, image_seed
 from famba.sources import Encoded
 
@@ -92,15 +92,26 @@ def read(
 
     Raises:
         InputError: an image that is not whole.
+        FambaError: a worker was killed.
     """
     items = _Items(split.images, split.recipe, seed)
     places = [part.tolist() for part in parts]
     device = split.images.device
     loaded = _loader(items, places, split.workers, device) if split.workers else map(items.__getitem__, places)
-    for part, images in zip(parts, loaded, strict=True):
-        if isinstance(images, InputError):
-            raise images
-        yield images.to(device, non_blocking=True), split.labels[part.to(split.labels.device)]
+    batches = iter(loaded)
+    try:
+        for part in parts:
+            images = next(batches)
+            if isinstance(images, InputError):
+                raise images
+            yield images.to(device, non_blocking=True), split.labels[part.to(split.labels.device)]
+    except (RuntimeError, OSError, EOFError) as error:  # as a killed worker shows depends on what it was about to do
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+            raise
+        said = "a worker was killed while it loaded images; most often the machine ran out of memory, or of /dev/shm"
+        raise FambaError(f"data.workers: {said}") from None
+    finally:
+        del batches  # its workers end with it; an error that is kept would keep them
 
 
 @dataclass(frozen=True, eq=False)

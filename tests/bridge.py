@@ -5,9 +5,10 @@ uses, and which are declared here, without a body.
 """
 
 import sys
-from typing import Any
 
 import torch
+
+from famba.recipe import Recipe
 
 try:
     import torchvision
@@ -20,11 +21,5 @@ except RuntimeError:
     import torchvision  # noqa: F401
 
 
-class Bridged:
-    """A callable that timm made; a process that it is sent to imports this module first."""
-
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self.inner(*arguments)
+class Bridged(Recipe):
+    """A recipe; a process that it is sent to imports this module first."""

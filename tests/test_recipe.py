@@ -1,20 +1,21 @@
 import ast
+import dataclasses
 import pickle
 import random
 import sys
 from pathlib import Path
 
-import bridge  # noqa: F401 (before timm)
+import bridge  # before timm
 import numpy as np
 import pytest
 import timm.data
 import torch
 from PIL import Image
-from test_data import DIGITS, photograph
+from test_data import DIGITS, checkout, folder, photograph  # noqa: F401 (fixtures)
 from torchvision import transforms
 
 import famba
-from famba import recipe, sources
+from famba import data, recipe, sources
 from famba.errors import InputError
 from famba.params import DataParams
 
@@ -199,3 +200,20 @@ def test_nothing_else_imports_timm_or_torchvision():
             named |= {path.stem for name in names if name.split(".")[0] in ("timm", "torchvision")}
     assert len(files) > 30
     assert sorted(named) == ["recipe", "warm"]
+
+
+@pytest.mark.slow
+def test_worker_processes_make_the_same_images(folder: Path):  # noqa: F811
+    split = data.load(asked(dataset="folder", root="images", val_fraction=0.2)).train
+    assert isinstance(split, data.Streamed)
+    split = dataclasses.replace(split, recipe=bridge.Bridged(asked(), MEAN, STD))
+
+    def epoch(workers: int) -> torch.Tensor:
+        source = dataclasses.replace(split, workers=workers)
+        batches = data.batches(source, 4, generator=torch.Generator().manual_seed(0))
+        return torch.cat([images for images, _ in batches])
+
+    expected = epoch(0)
+    assert expected.shape == (16, 3, 48, 48)
+    assert torch.equal(epoch(0), expected)
+    assert torch.equal(epoch(2), expected)
