@@ -68,7 +68,8 @@ class Processes:
         (described,) = broadcast_object_list([described])
         # In one order: a file's keys come in another than a model's.
         copies = {key: tensors[key].detach().to(self.device, copy=True) for key in sorted(tensors)}
-        return broadcast(copies), described
+        moved: Any = broadcast(copies)
+        return moved, described
 
     def wait(self) -> None:
         """Until all are here."""
