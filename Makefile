@@ -16,6 +16,9 @@ export TORCH UV PYTHON TORCH_BACKEND
 KEY   := $(shell { cat pyproject.toml constraints.txt .ci/setup; echo '$(TORCH) $(TORCH_BACKEND) $(CURDIR)'; } | cksum | cut -d' ' -f1)
 READY := $(VENV)/ready-$(KEY)
 
+# What make started ends with it (famba/lifeline.py).
+repro ablation adaptive: export FAMBA_ENDS_WITH := $(shell echo $$PPID)
+
 # Spinning OpenMP threads make a step several times slower when something else runs on the same cores.
 export OMP_WAIT_POLICY := passive
 
@@ -25,7 +28,7 @@ IN_VENV := . $(VENV)/bin/activate &&
 JOBS ?= 2
 at_once = dvc stage list --name-only | grep -E '$(1)' | xargs -r -P $(JOBS) -n 4 dvc --wait-for-lock repro -s
 
-.PHONY: help env repro ablation adaptive test test-fast lint lab bench sanitize clean
+.PHONY: help env repro ablation adaptive photographs test test-fast lint lab bench bench-gpu doctor sanitize clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -47,6 +50,9 @@ ablation: env  ## train every option of fusion with several seeds: results/ablat
 adaptive: env  ## make schedules from what fusing costs, train them, compare: the same as `dvc repro adaptive/dvc.yaml`
 	$(IN_VENV) dvc repro adaptive/dvc.yaml
 
+photographs: env  ## the strategies on real photographs (params.yaml: photographs), some forty minutes on two cores
+	$(IN_VENV) dvc repro photographs/dvc.yaml && python -m famba readme
+
 test: env  ## every test: style, types, units, notebooks, the pipeline
 	$(IN_VENV) pytest --nbval notebooks/method.ipynb
 	$(IN_VENV) pytest -n 2 --dist loadfile --nbval-lax tests notebooks
@@ -62,6 +68,9 @@ lab: env  ## explore in JupyterLab
 
 bench: env  ## measure speed and memory on this machine: minutes, in which nothing else should run
 	$(IN_VENV) python -m famba bench
+
+doctor: env  ## what of all that famba can use works here, why not, and what mends it
+	$(IN_VENV) python -m famba doctor
 
 sanitize: env  ## the tests of the kernels under the address and undefined-behaviour sanitizers: minutes
 	$(IN_VENV) python -m famba.native.sanitize

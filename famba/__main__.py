@@ -8,29 +8,39 @@ import argparse
 import contextlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from famba import params
+from famba import lifeline, params
 from famba.errors import FambaError, InputError
 from famba.files import json_bytes, write_atomic
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status."""
+def main(arguments: Sequence[str] | None = None, *, hold: bool = False) -> int:
+    """Run one command; the exit status.
+
+    Args:
+        hold: answer SIGTERM, and end with what this process works for (`lifeline.hold`).
+    """
     options = _parser().parse_args(arguments)
     # Spinning OpenMP threads make a step several times slower when something else runs on the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
+        if hold:
+            lifeline.hold()
         return options.run(options)
     except FambaError as error:
         print(f"famba: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("famba: interrupted", file=sys.stderr)
+        _say("interrupted")
         return 130
+    except lifeline.Terminated as end:
+        _say(end.why)
+        return 143
 
 
 def run_notebook(notebook: Path, output: Path, given: dict[str, str]) -> None:
@@ -46,6 +56,7 @@ def run_notebook(notebook: Path, output: Path, given: dict[str, str]) -> None:
         PapermillExecutionError: any other error inside the notebook.
     """
     import papermill
+    from jupyter_client.manager import AsyncKernelManager
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
@@ -56,16 +67,32 @@ def run_notebook(notebook: Path, output: Path, given: dict[str, str]) -> None:
         if name not in allowed:
             raise InputError(f"{notebook}: parameter {name!r} is unknown; allowed: {', '.join(allowed) or 'none'}")
     output.parent.mkdir(parents=True, exist_ok=True)
+    kernels: list[AsyncKernelManager] = []
+
+    class Kernel(AsyncKernelManager):
+        def __init__(self, **traits: Any) -> None:
+            super().__init__(**traits)
+            kernels.append(self)
+
+    def kill() -> None:
+        """Asked to end, a kernel at work takes seconds and prints a traceback; its checkpoints survive this as well."""
+        for kernel in kernels:
+            if kernel.has_kernel:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(getattr(kernel.provisioner, "pid"), signal.SIGKILL)  # noqa: B009 (only a local one has it)
+
     try:
-        papermill.execute_notebook(
-            str(notebook),
-            str(output),
-            parameters={name: _scalar(name, value) for name, value in given.items()},
-            kernel_name="python3",
-            progress_bar=False,
-            cwd=str(params.root()),
-            extra_arguments=["--IPKernelApp.log_level=40"],  # a warning about local sockets, for every notebook
-        )
+        with lifeline.at_stop(kill):
+            papermill.execute_notebook(
+                str(notebook),
+                str(output),
+                parameters={name: _scalar(name, value) for name, value in given.items()},
+                kernel_name="python3",
+                kernel_manager_class=Kernel,
+                progress_bar=False,
+                cwd=str(params.root()),
+                extra_arguments=["--IPKernelApp.log_level=40"],  # a warning about local sockets, for every notebook
+            )
     except PapermillExecutionError as error:
         if error.ename in _user_errors():
             raise FambaError(f"{notebook}: {error.evalue}") from None
@@ -168,7 +195,7 @@ def _doctor(options: argparse.Namespace) -> int:
 def _readme(options: argparse.Namespace) -> int:
     from famba import metrics
 
-    metrics.update_readme("README.md", metrics.load_summary("results"))
+    metrics.update_readme("README.md", metrics.readme_blocks("results"))
     return 0
 
 
@@ -187,6 +214,11 @@ def _bench(options: argparse.Namespace) -> int:
     if path := options.figure or ("figures/benchmark.png" if whole else None):
         figures.save(figures.benchmark(bench.frames(result)), Path(path).absolute() if options.figure else path)
     return 0
+
+
+def _say(why: str) -> None:
+    with contextlib.suppress(OSError):  # nobody may be listening any more
+        print(f"famba: {why}", file=sys.stderr)
 
 
 def _scalar(name: str, text: str) -> Any:
@@ -210,4 +242,4 @@ def _user_errors() -> set[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(hold=True))

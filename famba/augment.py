@@ -136,14 +136,17 @@ def apply(
 def _moved(images: UInt8[Tensor, "b 3 h w"], draws: Draws) -> UInt8[Tensor, "b 3 h w"]:
     """Shifted, zeros (black) moving in, then mirrored."""
     b, _, h, w = images.shape
-    if draws.corner is not None:
-        # Every offset is a window of the padded images; a window is a view, so only the chosen ones are copied.
-        windows = F.pad(images, (draws.shift,) * 4).unfold(2, h, 1).unfold(3, w, 1)
-        y, x = draws.corner.T.to(images.device)
-        images = windows[torch.arange(b, device=images.device), :, y, x]
-    if draws.mirrored is not None:
-        images = torch.where(draws.mirrored.to(images.device)[:, None, None, None], images.flip(3), images)
-    return images
+    mirrored = None if draws.mirrored is None else draws.mirrored.to(images.device)
+    if draws.corner is None:
+        return images if mirrored is None else torch.where(mirrored[:, None, None, None], images.flip(3), images)
+    top, left = draws.corner.T[:, :, None].to(images.device)
+    y, x = top + torch.arange(h, device=images.device), torch.arange(w, device=images.device).expand(b, w)
+    if mirrored is not None:
+        x = torch.where(mirrored[:, None], x.flip(1), x)
+    # One look-up of each pixel in the padded image, the same for its channels.
+    place = y[:, :, None] * (w + 2 * draws.shift) + (left + x)[:, None, :]
+    padded = F.pad(images, (draws.shift,) * 4).flatten(2)
+    return padded.gather(2, place.view(b, 1, h * w).expand(b, 3, h * w)).view(images.shape)
 
 
 def _rectangles(b: int, size: int, generator: torch.Generator) -> Int64[Tensor, "b 4"]:
@@ -201,16 +204,22 @@ def _erase(
 
 
 def _noise(seed: Int64[Tensor, "b"], c: int, h: int, w: int) -> Float32[Tensor, "b c h w"]:
-    """Standard normal numbers that follow from seed and place alone, to rounding on any device (Box and Muller)."""
-    place = torch.arange(2 * c * h * w, device=seed.device)
-    bits = _scrambled(seed[:, None] ^ _scrambled(place + 1)).view(-1, 2, c, h, w)
-    uniform = (bits.float() + 0.5) / 2**32  # may round to 1, never to 0
-    return (-2 * uniform[:, 0].log()).sqrt() * (2 * math.pi * uniform[:, 1]).cos()
+    """Standard normal numbers that follow from seed and place alone, to rounding on any device.
+
+    Box and Muller's two numbers from the halves of 32 bits: 16 bits for the radius, which is at most 4.9, and 16 for
+    the angle.
+    """
+    n = c * h * w
+    place = torch.arange(1, 1 + (n + 1) // 2, device=seed.device)
+    bits = _scrambled(seed[:, None] ^ _scrambled(place))
+    radius = ((bits >> 16).float().add_(0.5).div_(2**16)).log_().mul_(-2).sqrt_()
+    angle = (bits & 0xFFFF).float().mul_(2 * math.pi / 2**16)
+    pairs = torch.stack([angle.cos().mul_(radius), angle.sin().mul_(radius)], 2)
+    return pairs.flatten(1)[:, :n].view(-1, c, h, w)
 
 
 def _scrambled(x: Int64[Tensor, "*s"]) -> Int64[Tensor, "*s"]:
     """32 bits of each number made into 32 that look unrelated: Wellons's lowbias32 (nullprogram.com, 2018)."""
-    x = x & 0xFFFFFFFF
     x = _times(x ^ x >> 16, 0x7FEB352D)
     x = _times(x ^ x >> 15, 0x846CA68B)
     return x ^ x >> 16
@@ -218,4 +227,4 @@ def _scrambled(x: Int64[Tensor, "*s"]) -> Int64[Tensor, "*s"]:
 
 def _times(x: Int64[Tensor, "*s"], factor: int) -> Int64[Tensor, "*s"]:
     """The product modulo 2**32, by halves of the factor: 64 bits never overflow."""
-    return (x * (factor & 0xFFFF) + (x * (factor >> 16) << 16)) & 0xFFFFFFFF
+    return (x * (factor >> 16)).bitwise_left_shift_(16).add_(x, alpha=factor & 0xFFFF).bitwise_and_(0xFFFFFFFF)

@@ -259,14 +259,14 @@ def _decoded(found: Found, img_size: int, crop: float) -> UInt8[Tensor, "n 3 h w
     n, path = len(found.labels), _cache(found, img_size, "safetensors", crop)
     if path is not None and path.exists():
         try:
-            return _read_cache(path, (n, 3, img_size, img_size))
+            return _read_cache(path, (n, img_size, img_size, 3)).permute(0, 3, 1, 2)
         except (SafetensorError, OSError, ValueError) as error:
             _log.warning("%s: damaged (%s); decoding the images again", path, " ".join(str(error).split()))
 
-    images = np.empty((n, 3, img_size, img_size), dtype=np.uint8)
+    images = np.empty((n, img_size, img_size, 3), dtype=np.uint8)  # channels innermost, as they are decoded
 
     def decode(i: int) -> None:
-        images[i] = sources.pixels(found.images, i, img_size, crop)
+        images[i] = sources.pixels(found.images, i, img_size, crop).transpose(1, 2, 0)
 
     # Threads gain on large images; on tiny ones, which hardly leave the interpreter, more than a few get in each
     # other's way. map keeps the order, so of several broken files it is always the first that is named.
@@ -276,19 +276,19 @@ def _decoded(found: Found, img_size: int, crop: float) -> UInt8[Tensor, "n 3 h w
     result = torch.from_numpy(images)
     if path is not None:
         write_atomic(path, save({"images": result}, metadata={"crc32": str(zlib.crc32(images.data))}))
-    return result
+    return result.permute(0, 3, 1, 2)
 
 
 def _cache(found: Found, img_size: int, kind: str, *more: object) -> Path | None:
     """Where something made of a set's images is kept; another content, size or Pillow is another name."""
     if found.key is None:
         return None
-    described = f"2 {PIL.__version__} {img_size} {found.key} {' '.join(map(str, more))}"  # 2: the layout of the file
+    described = f"3 {PIL.__version__} {img_size} {found.key} {' '.join(map(str, more))}"  # 3: the layout of the file
     name = f"{found.name}-{img_size}px-{hashlib.sha256(described.encode()).hexdigest()[:20]}.{kind}"
     return params.root() / "build" / "cache" / name
 
 
-def _read_cache(path: Path, shape: tuple[int, ...]) -> UInt8[Tensor, "n 3 h w"]:
+def _read_cache(path: Path, shape: tuple[int, ...]) -> UInt8[Tensor, "n h w 3"]:
     with safe_open(path, "pt") as file:
         metadata, images = file.metadata() or {}, file.get_tensor("images")
     if images.shape != shape or images.dtype != torch.uint8:

@@ -28,6 +28,7 @@ BASELINE = "none"
 DETERMINISTIC = ("top1_percent", "top5_percent")
 MEASURED = ("train_time_s", "step_time_ms", "peak_memory_mib", "throughput_img_s")
 REPORTED = (*DETERMINISTIC, *MEASURED)
+CURVES = ("strategy", "seed", "epoch", "train_loss", "val_loss", "train_top1_percent", "val_top1_percent")
 # Less of these is better, so that accuracy can be weighed against them.
 COSTS = ("train_time_s", "step_time_ms", "peak_memory_mib", "flops_per_image")
 _SHOWN = ("top1_percent", "train_time_s", "peak_memory_mib")  # by `dvc metrics`
@@ -41,7 +42,6 @@ _HEADINGS = {
     "peak_memory_mib": "peak memory (MiB)",
     "throughput_img_s": "throughput (images/s)",
 }
-_BEGIN, _END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
 def load_runs(sweep: SweepParams, runs_dir: str | Path) -> pd.DataFrame:
@@ -207,6 +207,18 @@ def write_summary(frame: pd.DataFrame, folder: str | Path) -> pd.DataFrame:
     return table
 
 
+def write_curves(history: pd.DataFrame, folder: str | Path) -> pd.DataFrame:
+    """Write curves.csv, which `dvc plots` draws: one row per epoch of every run; return what it holds.
+
+    Args:
+        history: as from `load_history`.
+        folder: if relative, from the repository root.
+    """
+    curves = history.loc[:, list(CURVES)]
+    write_atomic(params.root() / folder / "curves.csv", curves.to_csv(index=False, lineterminator="\n").encode())
+    return curves
+
+
 def load_summary(folder: str | Path) -> pd.DataFrame:
     """What `write_summary` wrote, digit for digit.
 
@@ -302,27 +314,89 @@ def beside_paper(summary: pd.DataFrame) -> pd.DataFrame:
     return frame.astype(dict.fromkeys(columns, float))
 
 
-def readme_text(text: str, summary: pd.DataFrame, name: str = "README.md") -> str:
-    """The text with what stands between its two `results` markers replaced by the summary's table.
+def markdown_beside_paper(ours: Mapping[str, pd.DataFrame]) -> str:
+    """What each strategy changes, in the paper's Table 1 and in runs of ours: a table of differences and shares.
+
+    Top-1 in points above `none`, training time and peak memory as shares of those of `none`: numbers that may be set
+    beside each other, as those of other images, models and machines may not.
+
+    Args:
+        ours: summaries by what their columns are to be called.
 
     Raises:
-        InputError: the markers are not there once each, in order.
+        InputError: a summary without `none`.
     """
-    if text.count(_BEGIN) != 1 or text.count(_END) != 1 or text.index(_BEGIN) > text.index(_END):
-        raise InputError(f"{name}: needs one {_BEGIN} and, after it, one {_END}")
-    before, _, rest = text.partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    return f"{before}{_BEGIN}\n\n{markdown(summary)}\n{_END}{after}"
+    keys = ("top1_percent", "train_time_s", "peak_memory_mib")
+    columns: dict[str, dict[str, tuple[float, ...]]] = {}
+    for row in paper_table().query("table == 1").to_dict("records"):
+        label = f"paper, {row['model']}"
+        columns.setdefault(label, {})[row["strategy"]] = tuple(float(row[key]) for key in keys)
+    for label, summary in ours.items():
+        by_strategy = {row["strategy"]: row for row in summary.to_dict("records")}
+        if BASELINE not in by_strategy:
+            raise InputError(f"summary {label!r}: no runs of {BASELINE}, which the others are set against")
+        columns[label] = {name: tuple(row[f"{key}_mean"] for key in keys) for name, row in by_strategy.items()}
+
+    def cell(values: Mapping[str, tuple[float, ...]], strategy: str) -> str:
+        if strategy not in values:
+            return ""
+        (top1, *cost), (base, *whole) = values[strategy], values[BASELINE]
+        if strategy == BASELINE:
+            return f"{top1:.1f}"
+        points = f"{top1 - base:+.1f}".replace("-", "−")
+        return f"{points}, {cost[0] / whole[0]:.2f}, {cost[1] / whole[1]:.2f}"
+
+    rows = [[name, *(cell(values, name) for values in columns.values())] for name in STRATEGIES]
+    lines = _table(["strategy", *columns], rows)
+    lines += [
+        "",
+        "`none`: its top-1 (%). The others: top-1 above it (points), and training time and peak memory by its.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
-def update_readme(readme_path: str | Path, summary: pd.DataFrame) -> bool:
-    """Bring the README's table up to date; whether that changed it. Errors as in `readme_text`."""
+def readme_text(text: str, blocks: Mapping[str, str], name: str = "README.md") -> str:
+    """The text with what stands between each block's two markers, `<!-- NAME:begin -->` and `:end`, replaced.
+
+    Args:
+        blocks: contents by the blocks' names.
+        name: of the text, for errors.
+
+    Raises:
+        InputError: a block's markers are not there once each, in order.
+    """
+    for block, content in blocks.items():
+        begin, end = f"<!-- {block}:begin -->", f"<!-- {block}:end -->"
+        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+            raise InputError(f"{name}: needs one {begin} and, after it, one {end}")
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        text = f"{before}{begin}\n\n{content}\n{end}{after}"
+    return text
+
+
+def readme_blocks(results_dir: str | Path) -> dict[str, str]:
+    """What the README shows of the results: the sweep's table and, if they were made, the photographs' and the paper's.
+
+    Raises:
+        InputError: a summary of the sweep that is missing, or any that is spoilt.
+    """
+    default, photographs = load_summary(results_dir), params.root() / results_dir / "photographs"
+    blocks = {"results": markdown(default)}
+    if photographs.exists():
+        beside = {"digits": default, "photographs": load_summary(photographs)}
+        blocks |= {"photographs": markdown(beside["photographs"]), "beside": markdown_beside_paper(beside)}
+    return blocks
+
+
+def update_readme(readme_path: str | Path, blocks: Mapping[str, str]) -> bool:
+    """Bring the README's blocks up to date; whether that changed it. Errors as in `readme_text`."""
     path = params.root() / readme_path
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    new = readme_text(text, summary, path.name)
+    new = readme_text(text, blocks, path.name)
     if new != text:
         write_atomic(path, new.encode())
     return new != text

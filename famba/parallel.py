@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from famba import lifeline
 from famba.errors import InputError, TrainingError
 
 _MISSING = "several processes need Accelerate, which is not installed: pip install 'famba[paper]'"
@@ -65,7 +66,10 @@ class Processes:
         from accelerate.utils import broadcast, broadcast_object_list
 
         (described,) = broadcast_object_list([described])
-        return broadcast({key: t.detach().to(self.device, copy=True) for key, t in tensors.items()}), described
+        # In one order: a file's keys come in another than a model's.
+        copies = {key: tensors[key].detach().to(self.device, copy=True) for key in sorted(tensors)}
+        moved: Any = broadcast(copies)
+        return moved, described
 
     def wait(self) -> None:
         """Until all are here."""
@@ -128,7 +132,11 @@ def launch(arguments: Sequence[str], count: int, *, quiet: bool, meanwhile: Call
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE if quiet else None,
         text=True,
-        env={"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)), **os.environ},  # or torchrun says 1
+        env={
+            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)),  # or torchrun says 1
+            **os.environ,
+            lifeline.ENDS_WITH: str(os.getpid()),  # torchrun's processes outlive a torchrun that is killed
+        },
     )
     try:
         said = _wait(process, meanwhile)
@@ -151,6 +159,7 @@ def _wait(process: subprocess.Popen, meanwhile: Callable[[], None]) -> str:
 def _reason(said: str, status: int) -> str:
     """One line: what a process of famba said, else which one was stopped, else torchrun's own status."""
     lines = [line.partition("famba: ")[2] for line in said.splitlines() if "famba: " in line]
+    lines = [line for line in lines if line != lifeline.TERMINATED]  # those that were stopped because of another
     if lines:
         return lines[0]
     if found := re.search(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", said, re.DOTALL):

@@ -244,6 +244,21 @@ class AblationParams:
 EXECUTION: dict[str, tuple[str, ...]] = {"data": ("workers", "memory_mib"), "train": ("processes", "tensorboard")}
 
 
+@dataclass(frozen=True, config=_strict)
+class PhotographsParams:
+    """The sweep's strategies once more, on other images.
+
+    Attributes:
+        profile: that the runs have.
+        seeds: of each strategy.
+        jobs: runs trained at the same time.
+    """
+
+    profile: str
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1, strict=False)]
+    jobs: PositiveInt
+
+
 @dataclass(frozen=True)
 class Params:
     """Everything that determines one run but its seed."""
@@ -293,7 +308,7 @@ _SECTIONS: dict[str, Any] = {
     "options": FusionOptions,
     "train": TrainParams,
 }
-_TOP_LEVEL = {"profile", "profiles", "sweep", "ablation", "fusion", *_SECTIONS}
+_TOP_LEVEL = {"profile", "profiles", "sweep", "ablation", "photographs", "fusion", *_SECTIONS}
 
 
 def identity(described: Mapping[str, Any]) -> dict[str, Any]:
@@ -431,6 +446,16 @@ def load_ablation(path: Path | None = None, **changes: Any) -> AblationParams:
     if ablation.strategy in ablation.strategies:
         raise InputError(f"{name}: ablation.strategies: {ablation.strategy!r} is ablation.strategy already")
     return ablation
+
+
+def load_photographs(path: Path | None = None) -> PhotographsParams:
+    """The runs on photographs that params.yaml asks for; errors as in `load`."""
+    name = "params.yaml" if path is None else path.name
+    asked = _validated(
+        PhotographsParams, _mapping(_read(path).get("photographs"), f"{name}: photographs"), name, "photographs", {}
+    )
+    _once(asked, ("seeds",), f"{name}: photographs")
+    return asked
 
 
 def levels(factor: Factor) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,15 +37,20 @@ class Recipe:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def __call__(self, image: Image.Image, seed: int) -> Float32[Tensor, "3 h w"]:
-        """The image varied and normalised; RGB in.
+    def __call__(self, images: Iterable[Image.Image], seeds: Sequence[int]) -> Float32[Tensor, "b 3 h w"]:
+        """The images varied and normalised, each from its own seed; RGB in.
 
         Up to 32 pixels DeiT crops an image as it comes, a small one; another is first brought to the size here.
         """
-        if self.p.img_size <= _SMALL and image.size != (self.p.img_size, self.p.img_size):
-            image = Image.fromarray(sources.fit(image, self.p.img_size).transpose(1, 2, 0))
-        with _seeded(seed):
-            return self.transform(image)
+        size = self.p.img_size
+        varied = torch.empty(len(seeds), 3, size, size)
+        with _kept_generators():
+            for out, image, seed in zip(varied, images, seeds, strict=True):
+                if size <= _SMALL and image.size != (size, size):
+                    image = Image.fromarray(sources.fit(image, size).transpose(1, 2, 0))
+                _seed(seed)
+                out.copy_(self.transform(image))
+        return varied
 
     @functools.cached_property
     def transform(self) -> Callable[[Image.Image], Tensor]:
@@ -103,7 +108,8 @@ def mixer(
     def mixed(images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         if len(images) % 2:
             raise InputError(f"batch of {len(images)} images: mixing takes pairs, so that it must be even")
-        with _seeded(seed):
+        with _kept_generators():
+            _seed(seed)
             return made(images, labels)
 
     return mixed
@@ -115,18 +121,21 @@ def image_seed(seed: int, i: int) -> int:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """The three global generators that timm draws from, seeded, and afterwards as they were."""
+def _kept_generators() -> Iterator[None]:
+    """The three global generators that timm draws from are afterwards as they were."""
     before = random.getstate(), np.random.get_state(), torch.random.get_rng_state()  # noqa: NPY002 (timm's)
-    random.seed(seed)
-    np.random.seed([seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF])  # noqa: NPY002
-    torch.default_generator.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)  # the CPU's alone
     try:
         yield
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])  # noqa: NPY002
         torch.random.set_rng_state(before[2])
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed([seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF])  # noqa: NPY002
+    torch.default_generator.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)  # the CPU's alone
 
 
 def _timm() -> tuple[Any, Any]:

@@ -162,8 +162,8 @@ class Session:
         self.epoch = epoch
         learned = {"lr": lr, "train_loss": loss_sum / seen, "train_top1_percent": 100 * hits / seen}
         self.history.append({"epoch": epoch, **learned, **self._validate()})
+        self._tell()  # first: who goes on from this epoch's checkpoint will not hear of it again
         self._save()
-        self._tell()
 
     @torch.no_grad()
     def only_evaluate(self) -> None:

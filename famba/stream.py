@@ -8,6 +8,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,11 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float32, Int64, Shaped, UInt8
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from famba import sources
-from famba.errors import InputError
+from famba.errors import FambaError, InputError
 from famba.recipe import Recipe, image_seed
 from famba.sources import Encoded
 
@@ -90,15 +92,26 @@ def read(
 
     Raises:
         InputError: an image that is not whole.
+        FambaError: a worker was killed.
     """
     items = _Items(split.images, split.recipe, seed)
     places = [part.tolist() for part in parts]
     device = split.images.device
     loaded = _loader(items, places, split.workers, device) if split.workers else map(items.__getitem__, places)
-    for part, images in zip(parts, loaded, strict=True):
-        if isinstance(images, InputError):
-            raise images
-        yield images.to(device, non_blocking=True), split.labels[part.to(split.labels.device)]
+    batches = iter(loaded)
+    try:
+        for part in parts:
+            images = next(batches)
+            if isinstance(images, InputError):
+                raise images
+            yield images.to(device, non_blocking=True), split.labels[part.to(split.labels.device)]
+    except (RuntimeError, OSError, EOFError) as error:  # as a killed worker shows depends on what it was about to do
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+            raise
+        said = "a worker was killed while it loaded images; most often the machine ran out of memory, or of /dev/shm"
+        raise FambaError(f"data.workers: {said}") from None
+    finally:
+        del batches  # its workers end with it; an error that is kept would keep them
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,22 +127,20 @@ class _Items(Dataset):
         try:
             if self.recipe is None or self.seed is None:
                 return self.images[torch.tensor(places, dtype=torch.int64)]
-            size = self.images.img_size
-            varied = torch.empty(len(places), 3, size, size)
-            for image, place in zip(varied, places, strict=True):
-                with sources.opened(self.images.encoded, int(self.images.rows[place])) as opened:
-                    plain = sources.rgb(opened)
-                image.copy_(self.recipe(plain, image_seed(self.seed, place)))
-            return varied
+            return self.recipe(map(self._plain, places), [image_seed(self.seed, place) for place in places])
         except InputError as error:
             return error
+
+    def _plain(self, place: int) -> Image.Image:
+        with sources.opened(self.images.encoded, int(self.images.rows[place])) as image:
+            return sources.rgb(image)
 
 
 def _loader(items: _Items, places: list[list[int]], workers: int, device: torch.device) -> DataLoader:
     # Workers are forked, in no time, from a server that has imported all they need but done nothing yet: to fork this
     # process, with its threads and CUDA, might hang, and to start each anew takes seconds in every epoch.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["famba.stream"])
+    context.set_forkserver_preload(["famba.warm" if "timm" in sys.modules else "famba.stream"])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")  # as many as were asked for
         return DataLoader(

@@ -6,25 +6,35 @@ checkout without runs, trains the small ones that it shows.
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
-from famba import params, records
+from famba import params, records, workers
 from famba.errors import InputError
 from famba.params import SweepParams
 
 
-def ensure_runs(sweep: SweepParams, *, profile: str, runs_dir: str | Path, train_missing: bool) -> list[Path]:
-    """The folders of all runs that a sweep names, in its order; arguments and errors as in `ensure_run`."""
-    return [
-        ensure_run(
-            Path(runs_dir) / records.run_name(strategy, seed),
-            strategy=strategy,
-            seed=seed,
-            profile=profile,
-            train_missing=train_missing,
-        )
+def ensure_runs(
+    sweep: SweepParams, *, profile: str, runs_dir: str | Path, train_missing: bool, jobs: int = 1
+) -> list[Path]:
+    """The folders of all runs that a sweep names, in its order; arguments and errors as in `ensure_run`.
+
+    Args:
+        jobs: runs trained at the same time, each in a process of its own if there are several.
+    """
+    wanted = {
+        records.run_name(strategy, seed): {
+            "run_dir": Path(runs_dir) / records.run_name(strategy, seed),
+            "strategy": strategy,
+            "seed": seed,
+            "profile": profile,
+            "train_missing": train_missing,
+        }
         for strategy in sweep.strategies
         for seed in sweep.seeds
-    ]
+    }
+    if jobs == 1:
+        return [ensure_run(**run) for run in wanted.values()]
+    return list(workers.run(_ensure_run, wanted, jobs=jobs).values())
 
 
 def ensure_run(run_dir: str | Path, *, strategy: str, seed: int, profile: str, train_missing: bool) -> Path:
@@ -38,6 +48,10 @@ def ensure_run(run_dir: str | Path, *, strategy: str, seed: int, profile: str, t
         InputError: the run is not what was asked for, and must not be trained; says why.
     """
     return ensure(run_dir, params.load(profile, strategy=strategy), seed=seed, train_missing=train_missing)
+
+
+def _ensure_run(run: dict[str, Any]) -> Path:
+    return ensure_run(**run)
 
 
 def ensure(

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -31,8 +31,8 @@ LIVE_HISTORY = "history.csv"  # beside the checkpoints, rewritten after every ep
 _log = logging.getLogger(__name__)
 # With native/, what makes a result.
 CODE = (
-    "sources", "recipe", "stream", "data", "augment", "scan", "ops", "fusion", "strategies", "mixer", "model", "pretrained", "numerics",
-    "optim", "parallel", "session", "train",
+    "sources", "recipe", "stream", "data", "augment", "dispatch", "mamba", "scan", "ops", "fusion", "strategies",
+    "mixer", "model", "pretrained", "numerics", "optim", "parallel", "session", "train",
 )  # fmt: skip
 
 
@@ -80,14 +80,14 @@ def fit(p: Params, *, seed: int, progress: bool = False, watch: Sequence[Watcher
         session.restore()
         if processes.rank == 0:
             _log.info("%s; its history so far: %s", session.describe(), checkpoints / LIVE_HISTORY)
-            session.watch = [*_own_watchers(p, seed, checkpoints, session.epoch), *watch]
-        if p.train.epochs:
-            session.measure_memory()
-        else:
-            session.only_evaluate()
-        while session.epoch < p.train.epochs:
-            session.run_epoch()
-        return session.finish()
+        with _watchers(p, seed, session, watch) as session.watch:
+            if p.train.epochs:
+                session.measure_memory()
+            else:
+                session.only_evaluate()
+            while session.epoch < p.train.epochs:
+                session.run_epoch()
+            return session.finish()
 
 
 def build(p: Params, *, classes: int, seed: int) -> VisionMamba:
@@ -147,13 +147,17 @@ def _fit_in_processes(p: Params, seed: int, progress: bool, watch: Sequence[Watc
     return Run(**vars(records.read(out)), model_bytes=(out / records.MODEL_FILE).read_bytes())
 
 
-def _own_watchers(p: Params, seed: int, checkpoints: Path, epoch: int) -> list[Watcher]:
-    """What writes down how a run goes while it goes."""
-    watchers: list[Watcher] = [Rows(checkpoints / LIVE_HISTORY)]
-    if p.train.tensorboard:
-        name = f"{p.profile}-{records.run_name(p.strategy, seed)}-{checkpoints.name}"
-        watchers.append(Events(params.root() / "build" / "tensorboard" / name, epoch))
-    return watchers
+@contextlib.contextmanager
+def _watchers(p: Params, seed: int, session: Session, given: Sequence[Watcher]) -> Iterator[list[Watcher]]:
+    """Who is told how a run goes while it goes: what writes it down, and those that were given."""
+    watchers: list[Watcher] = [Rows(session.folder / LIVE_HISTORY), *given]
+    with contextlib.ExitStack() as closing:
+        if p.train.tensorboard and session.processes.rank == 0:
+            name = f"{p.profile}-{records.run_name(p.strategy, seed)}-{session.folder.name}"
+            events = Events(params.root() / "build" / "tensorboard" / name, start_epoch=session.epoch)
+            closing.callback(events.close)
+            watchers.append(events)
+        yield watchers
 
 
 def _start(p: Params, seed: int, model: VisionMamba, images: Dataset) -> Dataset:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pandas as pd
@@ -219,7 +220,9 @@ def test_fusing_is_in_units_of_its_layer():
 
 
 def test_an_unknown_part_is_named():
-    with pytest.raises(InputError, match="part: 'speed' is unknown; allowed: scan, model, fusion, memory, precision"):
+    with pytest.raises(
+        InputError, match="part: 'speed' is unknown; allowed: scan, model, fusion, memory, precision, data"
+    ):
         bench.run(["scan", "speed"], quick=True)
     with pytest.raises(InputError, match="part: 'none' is unknown"):
         bench.run([], quick=True)
@@ -281,3 +284,31 @@ def test_bf16_is_measured_in_turn_with_fp32_and_its_curve_beside_it():
     assert low["faster"] == pytest.approx(single["median_ms"] / low["median_ms"])
     assert [row["step"] for row in result["curves"]] == list(range(1, 21))
     assert set(result["curves"][0]) == {"step", "fp32", "bf16", "fp32, other order"}
+
+
+def test_loading_is_measured_in_turn_with_the_step_that_takes_the_images():
+    import bridge  # noqa: F401 (before timm)
+
+    result = bench.run(["data"], quick=True)
+    assert result["data_left_out"] is None
+    rows = {(row["img_size"], row["what"]): row for row in result["data"]}
+    step, one_by_one = "training step, vim_nano", "timm, image by image"
+    assert set(rows) == {
+        (16, "tensors, whole batches"), (16, one_by_one), (16, step),
+        (40, one_by_one), (40, f"{one_by_one}, 2 workers"), (40, step),
+    }  # fmt: skip
+    for (img_size, what), row in rows.items():
+        assert row["images_per_s"] == pytest.approx(1e3 * row["images"] / row["median_ms"])
+        assert row["of_model"] == pytest.approx(row["images_per_s"] / rows[img_size, step]["images_per_s"])
+        expected = row["images_per_s"] / rows[img_size, one_by_one]["images_per_s"]
+        assert row["faster"] == (None if what == step else pytest.approx(expected))
+    assert "images_per_s" in bench.text(result)
+
+
+def test_without_timm_its_rows_are_left_out_and_the_result_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm.data", None)
+    result = bench.run(["data"], quick=True)
+    assert [row["what"] for row in result["data"]] == ["tensors, whole batches", *["training step, vim_nano"] * 2]
+    assert {row["faster"] for row in result["data"]} == {None}
+    assert "pip install 'famba[paper]'" in result["data_left_out"]
+    assert f"Without timm: {result['data_left_out']}" in bench.text(result)

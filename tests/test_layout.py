@@ -23,18 +23,19 @@ import famba
 from famba import backends, metrics, params, train
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGE_NOTEBOOKS = ("train", "compare", "tokens", "evidence", "ablation", "adaptive")
+STAGE_NOTEBOOKS = ("train", "compare", "tokens", "evidence", "ablation", "adaptive", "photographs")
 # A module imports only from those before it.
 # fmt: off
 ORDER = [
-    "errors", "params", "files", "sources", "recipe", "stream", "data", "augment", "dispatch", "native", "mamba",
-    "scan", "ops", "fusion", "strategies", "mixer", "model", "checkpoint", "pretrained", "cost", "records", "train",
-    "calibrate", "sweep", "workers", "ablation", "metrics", "effects", "paper_memory", "evidence", "tokens", "alike",
-    "adaptive", "canvas", "pictures", "figures", "explore", "bench", "bare", "diagnosis", "__main__",
+    "errors", "lifeline", "params", "files", "sources", "recipe", "stream", "warm", "data", "augment", "dispatch",
+    "native", "mamba", "gpu", "scan", "ops", "fusion", "strategies", "mixer", "model", "checkpoint", "pretrained",
+    "cost", "records", "numerics", "optim", "parallel", "watch", "session", "train", "calibrate", "workers", "sweep",
+    "ablation", "metrics", "effects", "paper_memory", "evidence", "tokens", "alike", "adaptive", "canvas", "pictures",
+    "figures", "explore", "bench", "bare", "hours", "diagnosis", "__main__",
 ]
 NO_TORCH = [
-    "errors", "params", "files", "strategies", "records", "workers", "metrics", "effects", "evidence", "canvas",
-    "pictures", "figures",
+    "errors", "lifeline", "params", "files", "strategies", "records", "workers", "metrics", "effects", "evidence",
+    "canvas", "pictures", "figures",
 ]
 # fmt: on
 
@@ -168,9 +169,10 @@ def test_the_resolved_parameters_depend_on_what_makes_them():
     stage = stages()["resolve"]
     assert set(stage["deps"]) == files_of(closure({"params"}))
     sections = set(YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text()))
-    assert set(stage["params"]) == sections - {"sweep", "ablation"}
-    assert set(stages()["ablation"]["params"]) == sections - {"sweep"}
-    assert set(stages()["adaptive"]["params"]) == sections - {"ablation"}
+    assert set(stage["params"]) == sections - {"sweep", "ablation", "photographs"}
+    assert set(stages()["ablation"]["params"]) == sections - {"sweep", "photographs"}
+    assert set(stages()["adaptive"]["params"]) == sections - {"ablation", "photographs"}
+    assert set(stages()["photographs"]["params"]) == sections - {"profile", "ablation"}
 
 
 def test_each_stage_gives_its_notebook_every_parameter_and_no_other():
@@ -298,13 +300,24 @@ def test_a_wheel_made_of_the_sdist_carries_all_that_it_reads_and_its_kernels_run
 
 
 def test_checkpoints_are_keyed_by_all_code_that_makes_a_result():
-    beside_it = {"errors", "params", "files", "checkpoint", "cost", "records"}  # read, write and measure
+    beside_it = {
+        "errors",
+        "lifeline",
+        "params",
+        "files",
+        "checkpoint",
+        "cost",
+        "records",
+        "watch",
+    }  # read, write and measure
     assert set(train.CODE) | {"native"} == closure({"train"}) - beside_it
 
 
-def test_the_readmes_table_is_that_of_the_results():
+def test_the_readmes_tables_are_those_of_the_results():
     text = (ROOT / "README.md").read_text()
-    assert metrics.readme_text(text, metrics.load_summary(ROOT / "results")) == text
+    blocks = metrics.readme_blocks(ROOT / "results")
+    assert set(blocks) == {"results", "photographs", "beside"}
+    assert metrics.readme_text(text, blocks) == text
 
 
 def test_commands_that_the_readme_names_exist():

@@ -112,6 +112,21 @@ def test_history_has_a_row_per_epoch_and_empty_cells_without_ema(tmp_path):
     assert {str(kind) for kind in frame.dtypes.drop(["strategy", "seed", "epoch"])} == {"float64"}
 
 
+def test_the_curves_are_the_history_of_all_runs_digit_for_digit(tmp_path):
+    history = metrics.load_history(SWEEP, write_runs(tmp_path / "runs"))
+    metrics.write_curves(history, tmp_path / "results")
+    lines = (tmp_path / "results" / "curves.csv").read_text().splitlines()
+    assert lines[0] == "strategy,seed,epoch,train_loss,val_loss,train_top1_percent,val_top1_percent"
+    assert lines[1:3] == ["none,0,1,2.0,1.9,40.0,45.0", "none,0,2,1.0,0.95,80.0,90.0"]
+    assert len(lines) == 1 + len(history)
+
+
+def test_curves_of_runs_that_trained_nothing_are_a_table_without_rows(tmp_path):
+    history = metrics.load_history(SWEEP, write_runs(tmp_path / "runs")).head(0)
+    assert metrics.write_curves(history, tmp_path).empty
+    assert (tmp_path / "curves.csv").read_text().splitlines() == [",".join(metrics.CURVES)]
+
+
 def test_schedules_have_a_row_per_layer_from_the_input_on(tmp_path):
     frame = metrics.load_schedules(SWEEP, write_runs(tmp_path))
     upper = frame[frame["strategy"] == "upper"]
@@ -297,26 +312,51 @@ def test_a_run_of_the_papers_profile_stands_beside_the_papers_model():
     assert here[["model", "strategy", "n", "top1_percent"]].to_numpy().tolist() == [["vim_tiny", "none", 2, 71.5]]
 
 
-def test_the_readme_gets_the_table_between_its_markers_and_nothing_else_changes(tmp_path):
-    table = metrics.summary(runs_frame({"none": [90.0, 96.0], "upper": [89.0, 94.0]}))
+def test_the_readme_gets_the_blocks_between_their_markers_and_nothing_else_changes(tmp_path):
+    blocks = {"results": "a table\n", "beside": "another\n"}
     readme = tmp_path / "README.md"
-    readme.write_text("# a\n<!-- results:begin -->\nold\n<!-- results:end -->\nrest\n")
-    assert metrics.update_readme(readme, table)
+    readme.write_text(
+        "# a\n<!-- results:begin -->\nold\n<!-- results:end -->\nb <!-- beside:begin --><!-- beside:end -->c\n"
+    )
+    assert metrics.update_readme(readme, blocks)
     text = readme.read_text()
-    assert text.startswith("# a\n<!-- results:begin -->\n\n| strategy |")
-    assert text.endswith("\n\n<!-- results:end -->\nrest\n")
-    assert "old" not in text
-    assert not metrics.update_readme(readme, table), "a second time changes nothing"
-    assert metrics.readme_text(text, table) == text
+    assert text == (
+        "# a\n<!-- results:begin -->\n\na table\n\n<!-- results:end -->\n"
+        "b <!-- beside:begin -->\n\nanother\n\n<!-- beside:end -->c\n"
+    )
+    assert not metrics.update_readme(readme, blocks), "a second time changes nothing"
+    assert metrics.readme_text(text, blocks) == text
 
 
 @pytest.mark.parametrize(
     "text", ["", "<!-- results:begin -->", "<!-- results:end --><!-- results:begin -->", "<!-- results:begin -->" * 2]
 )
 def test_a_readme_without_its_markers_is_refused(text):
-    table = metrics.summary(runs_frame({"none": [90.0]}))
     with pytest.raises(InputError, match=r"README\.md: needs one <!-- results:begin --> and"):
-        metrics.readme_text(text, table)
+        metrics.readme_text(text, {"results": ""})
+
+
+def test_the_readmes_blocks_are_the_sweeps_table_and_the_photographs_where_they_were_made(tmp_path):
+    frame = runs_frame({"none": [90.0, 96.0], "upper": [89.0, 94.0]})
+    table = metrics.write_summary(frame, tmp_path)
+    assert metrics.readme_blocks(tmp_path) == {"results": metrics.markdown(table)}
+    other = metrics.write_summary(runs_frame({"none": [50.0], "upper": [40.0]}), tmp_path / "photographs")
+    blocks = metrics.readme_blocks(tmp_path)
+    assert list(blocks) == ["results", "photographs", "beside"]
+    assert blocks["photographs"] == metrics.markdown(other)
+    assert blocks["beside"].startswith("| strategy | paper, vim_tiny | paper, vim_small | digits | photographs |")
+
+
+def test_beside_the_paper_stand_differences_and_shares_not_numbers_of_other_machines():
+    ours = metrics.summary(runs_frame({"none": [90.0, 96.0], "upper": [45.0, 48.0]}))
+    lines = metrics.markdown_beside_paper({"here": ours}).splitlines()
+    assert lines[0] == "| strategy | paper, vim_tiny | paper, vim_small | here |"
+    assert lines[2] == "| none | 70.1 | 76.9 | 93.0 |"
+    # 14,920 s of 16,382 s and 5,996 MiB of 8,302 MiB; ours are multiples of the accuracy, which is half.
+    assert lines[6] == "| upper | +0.4, 0.91, 0.72 | −1.7, 0.81, 0.74 | −46.5, 0.50, 0.50 |"
+    assert lines[4].endswith("|  |"), "a strategy that was not run has an empty cell"
+    with pytest.raises(InputError, match="summary 'here': no runs of none"):
+        metrics.markdown_beside_paper({"here": ours[ours["strategy"] == "upper"]})
 
 
 def test_cosine_similarity_of_a_case_worked_by_hand():

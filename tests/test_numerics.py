@@ -88,7 +88,8 @@ def test_under_autocast_the_scans_states_are_float32_however_long_the_sequence(b
     )
     with torch.no_grad():
         m.dt_proj.bias.fill_(math.log(math.expm1(2**-9)))
-    out = m._scan(selected, torch.full((32, 1), -20.0), torch.zeros(32), m.dt_proj, reverse=False)
+    with numerics.autocast(torch.device("cpu"), "bf16"):
+        out = m._scan(selected, torch.full((32, 1), -20.0), torch.zeros(32), m.dt_proj, reverse=False)
     assert out.dtype == torch.bfloat16
     assert out[0, 0, -1].item() == pytest.approx(8, rel=0.01)
 

@@ -58,16 +58,15 @@ def test_a_step_in_parts_is_the_step_at_once(varied):
 
 
 def test_a_batch_that_the_parts_do_not_divide_is_refused():
-    with pytest.raises(InputError, match=r"train\.batch_size: 16: must be a multiple of .* 1 processes times .*, 5"):
+    with pytest.raises(InputError, match=r"batch_size: 16: must be a multiple of 1 processes times .*, 5"):
         train.fit(smoke(device_batch=5), seed=0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("varied", [{}, MIXED], ids=["plain", "mixed"])
-def test_two_processes_give_the_losses_of_one_at_the_same_batch(varied):
-    one = train.fit(smoke(varied), seed=3)
+def test_two_processes_give_the_losses_of_one_at_the_same_batch():
+    one = train.fit(smoke(MIXED), seed=3)
     shutil.rmtree("build")
-    two = train.fit(smoke(varied, processes=2), seed=3)
+    two = train.fit(smoke(MIXED, processes=2, device_batch=4), seed=3)
     assert numbers(two) == pytest.approx(numbers(one), rel=1e-5)
     assert [row["train_top1_percent"] for row in two.history] == [row["train_top1_percent"] for row in one.history]
     assert two.metrics["top1_percent"] == one.metrics["top1_percent"]
@@ -123,15 +122,9 @@ def ranks(folder: Path) -> list[int]:
     """The processes of a run in this folder that are alive."""
     found = []
     for entry in Path("/proc").iterdir():
-        try:
-            if (
-                entry.name.isdigit()
-                and (entry / "cwd").resolve() == folder
-                and environment(int(entry.name)).get("RANK")
-            ):
+        with contextlib.suppress(OSError, ValueError):  # no process, or one that is gone
+            if (entry / "cwd").resolve() == folder and "RANK" in environment(int(entry.name)):
                 found.append(int(entry.name))
-        except OSError:
-            continue
     return found
 
 

@@ -91,6 +91,24 @@ def test_the_ablation_comes_back_as_it_was_and_changes_replace_its_values():
     assert dataclasses.replace(changed, seeds=(0,), epochs=1) == params.load_ablation(FILE, seeds=[0], epochs=1)
 
 
+def test_the_runs_on_photographs_come_back_as_they_were_and_name_a_profile():
+    written = document()["photographs"]
+    assert json.loads(json.dumps(dataclasses.asdict(params.load_photographs(FILE)))) == written
+    assert written["profile"] in PROFILES
+
+
+def test_bad_runs_on_photographs_are_named_in_one_line(edited: Callable[..., Path]):
+    message = said(lambda: params.load_photographs(edited("photographs", "seeds", to=[0, 0])))
+    assert "params.yaml: photographs.seeds: [0, 0]" in message
+    assert "photographs.jobs: 0" in said(lambda: params.load_photographs(edited("photographs", "jobs", to=0)))
+
+
+def test_other_seeds_than_the_files_can_be_swept():
+    assert params.load_sweep(FILE, seeds=[7]).seeds == (7,)
+    assert params.load_sweep(FILE, seeds=[7]).strategies == params.load_sweep(FILE).strategies
+    assert "sweep.seeds" in said(lambda: params.load_sweep(FILE, seeds=[7, 7]))
+
+
 def test_the_levels_of_a_factor_are_the_values_that_its_option_can_take():
     assert params.levels("feature") == ("normed", "residual", "delta", "B", "C")
     assert get_args(params.Factor) == tuple(field.name for field in dataclasses.fields(FusionOptions))
@@ -132,7 +150,7 @@ def test_a_profile_replaces_the_budget_whole(edited: Callable[..., Path]):
 
 
 def test_no_section_is_left_untested():
-    assert {*SECTIONS, "sweep", "ablation", "fusion", "profile", "profiles"} == set(document())
+    assert {*SECTIONS, "sweep", "ablation", "photographs", "fusion", "profile", "profiles"} == set(document())
 
 
 @pytest.mark.parametrize("profile", PROFILES)

@@ -30,8 +30,8 @@ def copy(tmp_path_factory) -> Path:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
     (folder / "dvc.lock").unlink(missing_ok=True)
-    for old in [*folder.glob("figures/*"), *folder.glob("results/*")]:
-        old.unlink()
+    for made in ("figures", "results"):
+        shutil.rmtree(folder / made, ignore_errors=True)
     edit(folder, lambda document: document.update(profile="smoke"))
     edit(folder, lambda document: document["sweep"].update(strategies=["none", "upper"], seeds=[0]))
     less = {"strategies": ["lower"], "factors": ["order"], "seeds": [0, 1], "epochs": None}

@@ -119,10 +119,21 @@ def test_two_checkpoints_are_kept_and_forgotten_when_told():
     p = smoke(epochs=3)
     train.fit(p, seed=1)
     kept = sorted(path.name for path in train.folder(p, seed=1).iterdir())
-    assert kept == ["epoch-00002.safetensors", "epoch-00003.safetensors"]
+    assert kept == ["epoch-00002.safetensors", "epoch-00003.safetensors", "history.csv"]
     train.forget(p, seed=1)
     assert not train.folder(p, seed=1).exists()
     train.forget(p, seed=1)
+
+
+def test_a_run_tells_after_each_epoch_how_it_goes(repository):
+    told: list[tuple[int, float]] = []
+    p = smoke(epochs=2, tensorboard=True)
+    run = train.fit(p, seed=1, watch=[lambda history, cost: told.append((len(history), cost["throughput_img_s"]))])
+    assert [epoch for epoch, _ in told] == [1, 2]
+    assert all(rate > 0 for _, rate in told)
+    assert (train.folder(p, seed=1) / train.LIVE_HISTORY).read_bytes() == records.history_bytes(run.history)
+    (events,) = (repository / "build" / "tensorboard").glob("smoke-upper-1-*/events.*")
+    assert events.stat().st_size > 500
 
 
 def test_another_value_anywhere_is_another_run():

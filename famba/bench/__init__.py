@@ -17,6 +17,7 @@ import torch
 from famba import cost, params
 from famba.bench import gpu
 from famba.bench.fusing import bench_layer, bench_schedules, break_even
+from famba.bench.loading import bench_loading, left_out
 from famba.bench.memory import bench_memory
 from famba.bench.model import able, bench_model, bench_profile
 from famba.bench.precision import bench_curves, bench_precision
@@ -34,6 +35,7 @@ _PARTS: dict[str, Callable[[Setting], _Tables]] = {
     "fusion": lambda s: {"layer": bench_layer(s), **bench_schedules(s)},
     "memory": lambda s: {"memory": bench_memory(s)},
     "precision": lambda s: {"precision": bench_precision(s), "curves": bench_curves(s)},
+    "data": lambda s: {"data": bench_loading(s)},
 }
 PARTS = tuple(_PARTS)
 TABLES = {
@@ -47,6 +49,7 @@ TABLES = {
     "memory": "Peak memory of a training step, in units of the formula's and of the torch backend's",
     "precision": "A training step in fp32 and in bf16, and how many times faster than in fp32",
     "curves": "The loss of vim_nano on digits, by training step",
+    "data": "Images loaded and varied, beside those that a training step takes, and in units of timm's",
 }
 
 
@@ -73,6 +76,7 @@ def run(parts: Sequence[str] = PARTS, *, quick: bool = False) -> dict[str, Any]:
     return {
         **tables,
         **({"break_even_r": break_even(tables["uniform"])} if "uniform" in tables else {}),
+        **({"data_left_out": left_out()} if "data" in tables else {}),
         "setting": dataclasses.asdict(setting),
         "command": f"python -m famba bench{chosen}{' --quick' if quick else ''}",
         "kernels": runtime.instruction_set() if able("native") else None,
@@ -122,4 +126,6 @@ def text(result: Mapping[str, Any]) -> str:
             lines += ["", TABLES[name], table(result[name])]
     if "break_even_r" in result:
         lines += ["", f"Smallest r with which fusing wins: {result['break_even_r']}"]
+    if reason := result.get("data_left_out"):
+        lines += ["", f"Without timm: {reason}"]
     return "\n".join(lines)

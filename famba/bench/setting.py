@@ -24,6 +24,9 @@ class Setting:
         uniform: tokens removed by every layer alike, where fusing might begin to win.
         rounds: times that each thing is measured, after one for warming up.
         curve_steps: training steps of a loss curve; 20 points are made of them.
+        loads: by pixels, the model whose training step takes the images, and its batch; the first size is of images
+            that lie in memory, the second of some that stream.
+        loaded: images that stream in one turn.
         slow_s: seconds after which something slow is measured no further, two times apart.
         device: that all of it runs on.
         precision: of the training steps, if nothing else is said: fp32, or bf16 for autocast.
@@ -38,6 +41,8 @@ class Setting:
     uniform: tuple[int, ...]
     rounds: int
     curve_steps: int
+    loads: Mapping[int, tuple[str, int]]
+    loaded: int
     slow_s: float
     depth: int | None = None
     device: str = "cpu"
@@ -73,6 +78,8 @@ FULL = Setting(
     uniform=(1, 2, 3, 5),
     rounds=5,
     curve_steps=200,
+    loads={32: ("vim_micro", 64), 224: ("vim_tiny", 8)},
+    loaded=256,
     slow_s=10.0,
 )
 QUICK = Setting(
@@ -85,5 +92,7 @@ QUICK = Setting(
     uniform=(1, 6),
     rounds=2,
     curve_steps=20,
+    loads={16: ("vim_nano", 4), 40: ("vim_nano", 4)},
+    loaded=8,
     slow_s=1.0,
 )

@@ -1,0 +1,11 @@
+"""Imported by the process that workers are forked from (`stream`), so that they need not import it themselves.
+
+timm takes seconds to import. Where it cannot be, those who need it say so.
+"""
+
+import contextlib
+
+from famba import stream  # noqa: F401
+
+with contextlib.suppress(Exception):
+    import timm.data  # noqa: F401

@@ -1,0 +1,356 @@
+"""Runs that are killed, ended or interrupted anywhere, and finish later as if they had not been.
+
+Most kills are of processes forked off one that has imported everything, so that twenty of them are cheap, and real.
+"""
+
+import functools
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from ruamel.yaml import YAML
+
+from famba import checkpoint, records
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAIN = ["train", "--profile", "smoke", "--strategy", "upper", "--out", "run"]
+FILES = {"cost.json", "history.csv", "metrics.json", "model.safetensors", "params.json", "schedule.json"}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks into /proc"),
+]
+
+
+class Incubator:
+    """A process that has imported all of famba, and forks one child at a time to run a command line."""
+
+    def __init__(self, folder: Path) -> None:
+        code = "import test_survive; test_survive.incubate()"
+        path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": path, "OMP_WAIT_POLICY": "passive"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *command: str, **disturbance: Any) -> dict[str, Any]:
+        """Its exit status (minus the signal that ended it), seconds, file operations and stderr.
+
+        Args:
+            disturbance: `how`, a signal, with either `after_s`, or `operation`, the number of the file operation, and
+                `when`: before it, after it, or half-way in the first write from there on.
+        """
+        self.process.stdin.write(json.dumps({"command": command, **disturbance}) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+
+def incubate() -> None:
+    """The incubator's own side: a line of JSON in, a line of JSON out."""
+    import torch
+
+    from famba import data, params, train
+    from famba.__main__ import main
+
+    torch.set_num_threads(1)  # a fork has none of its parent's threads
+    train.build(params.load("smoke", strategy="upper"), classes=10, seed=0)
+    data.load(params.load("smoke", strategy="upper").data)  # imports what it needs
+    report, said = (Path(tempfile.mkdtemp()) / name for name in ("operations", "stderr"))
+    for line in sys.stdin:
+        asked = json.loads(line)
+        start = time.monotonic()
+        if (pid := os.fork()) == 0:
+            _live(main, asked, report, said)
+        if "after_s" in asked:
+            time.sleep(asked["after_s"])
+            os.kill(pid, asked["how"])  # not waited for yet, so there is still such a process
+        _, status = os.waitpid(pid, 0)
+        seconds = time.monotonic() - start
+        operations = int(report.read_text()) if report.exists() else 0
+        answer = {"status": os.waitstatus_to_exitcode(status), "seconds": seconds, "operations": operations}
+        print(json.dumps({**answer, "stderr": said.read_text()}), flush=True)
+        report.unlink(missing_ok=True)
+
+
+def _live(main, asked: dict[str, Any], report: Path, said: Path) -> None:
+    status = 70  # a defect of this file
+    try:
+        for number, to in ((1, os.devnull), (2, said)):
+            os.dup2(os.open(to, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background ignores it
+        count = 0
+
+        def counted(operation, *arguments, **options):
+            nonlocal count
+            count += 1
+            mine = count == asked.get("operation")
+            if mine and asked["when"] == "before":
+                os.kill(os.getpid(), asked["how"])
+            if mine and asked["when"] == "half-way":
+                signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+                resource.setrlimit(resource.RLIMIT_FSIZE, (150, 150))
+            done = operation(*arguments, **options)
+            if mine and asked["when"] == "after":
+                os.kill(os.getpid(), asked["how"])
+            return done
+
+        for name in ("ftruncate", "fsync", "replace", "unlink", "mkdir", "rmdir"):
+            setattr(os, name, functools.partial(counted, getattr(os, name)))
+        status = main(asked["command"], hold=True)
+        report.write_text(str(count))
+    finally:
+        os._exit(status)
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory) -> Path:
+    """A repository of its own, in which a run takes about a second."""
+    folder = tmp_path_factory.mktemp("repository")
+    shutil.copy(ROOT / "dvc.yaml", folder)
+    yaml = YAML()
+    document = yaml.load(ROOT / "params.yaml")
+    document["profiles"]["smoke"]["data"]["limit"] = 64
+    document["profiles"]["smoke"]["train"]["epochs"] = 4
+    yaml.dump(document, folder / "params.yaml")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def incubator(repository) -> Iterator[Incubator]:
+    incubator = Incubator(repository)
+    yield incubator
+    incubator.process.communicate(timeout=30)
+    assert incubator.process.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(incubator, repository) -> dict[str, Any]:
+    """What a run reports, and the files that it leaves."""
+    incubator.run(*TRAIN)  # the first one pays for what is done once on a machine
+    shutil.rmtree(repository / "run")
+    done = incubator.run(*TRAIN)
+    assert (done["status"], done["stderr"]) == (0, "")
+    assert done["operations"] > 50
+    return {**done, "files": contents(repository, "run")}
+
+
+@pytest.fixture
+def run(repository) -> Iterator[Path]:
+    """The run's folder, which is not there yet."""
+    yield repository / "run"
+    shutil.rmtree(repository / "run", ignore_errors=True)
+    shutil.rmtree(repository / "build", ignore_errors=True)
+
+
+def contents(folder: Path, run: str) -> dict[str, bytes]:
+    """The files of a run that must not change from run to run; that nothing else lies there or with its checkpoints."""
+    assert {path.name for path in (folder / run).iterdir()} == FILES
+    assert not list((folder / "build").rglob("*.safetensors"))
+    stray = [path for path in folder.rglob("*") if path.name.endswith((".tmp", "lock")) and ".dvc" not in path.parts]
+    assert [path for path in stray if path.name != "dvc.lock"] == []
+    return {name: (folder / run / name).read_bytes() for name in ("metrics.json", "history.csv", "model.safetensors")}
+
+
+def check_that_nothing_half_is_read_as_whole(repository: Path) -> None:
+    for path in repository.rglob("*.safetensors"):
+        if not path.name.startswith("."):
+            checkpoint.read(path)
+    if (repository / "run" / "metrics.json").exists():
+        records.read(repository / "run")
+
+
+def points(undisturbed: dict[str, Any]) -> list[dict[str, Any]]:
+    """Twenty kills: at moments spread over the life of the run, and around and within what it does to files."""
+    chance = random.Random(7)
+    moments = [{"after_s": undisturbed["seconds"] * (k + chance.random()) / 9} for k in range(9)]
+    places = [chance.randint(1, undisturbed["operations"]) for _ in range(8)]
+    around = [{"operation": k, "when": chance.choice(["before", "after"])} for k in places]
+    within = [{"operation": k, "when": "half-way"} for k in (1, undisturbed["operations"] // 2)]
+    within.append({"operation": undisturbed["operations"] - 12, "when": "half-way"})
+    return [*moments, *around, *within]
+
+
+def test_twenty_kills_anywhere_leave_the_same_run_and_nothing_else(incubator, repository, undisturbed, run):
+    killed = 0
+    asked = points(undisturbed)
+    assert len(asked) == 20
+    for index, point in enumerate(asked):
+        for _ in range(1 + index % 2):  # every other one is killed again on its way
+            done = incubator.run(*TRAIN, **point, how=signal.SIGKILL)
+            killed += done["status"] in (-signal.SIGKILL, -signal.SIGXFSZ)
+            assert done["status"] <= 0, (point, done)
+            check_that_nothing_half_is_read_as_whole(repository)
+        done = incubator.run(*TRAIN)
+        assert (done["status"], done["stderr"]) == (0, ""), (point, done)
+        assert contents(repository, "run") == undisturbed["files"], point
+        shutil.rmtree(run)
+    assert killed >= 20
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "said"),
+    [(signal.SIGINT, 130, "famba: interrupted\n"), (signal.SIGTERM, 143, "famba: terminated\n")],
+)
+def test_a_run_that_is_told_to_end_says_so_in_one_line_and_goes_on_later(
+    incubator, repository, undisturbed, run, how, status, said
+):
+    ended = 0
+    for share in (0.1, 0.35, 0.6, 0.85):
+        done = incubator.run(*TRAIN, after_s=share * undisturbed["seconds"], how=how)
+        assert (done["status"], done["stderr"]) in ((status, said), (0, ""))
+        ended += done["status"] == status
+        assert not list(repository.rglob(".*.tmp"))
+    assert ended >= 3
+    assert incubator.run(*TRAIN)["status"] == 0
+    assert contents(repository, "run") == undisturbed["files"]
+
+
+def alive(folder: Path) -> dict[int, str]:
+    """The processes that work in a folder or name it, by their numbers; those that have ended do not count."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            here = Path(os.readlink(entry / "cwd"))
+        except (OSError, ValueError):  # no process, or one that has ended
+            continue
+        if entry.name.isdecimal() and (folder in (here, *here.parents) or str(folder) in command):
+            found[int(entry.name)] = command
+    return found
+
+
+def wait_until(what, seconds: float, process: subprocess.Popen | None = None):
+    """What is waited for; a process that ends meanwhile shows what it printed."""
+    end = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < end, "waited in vain"
+        assert process is None or process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    return found
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    """The tracked files under git, the pipeline cut down to training one run, which takes some seconds."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout: which files are tracked is not known")
+    folder = tmp_path_factory.mktemp("copy")
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    left_out = ("tests/", "figures/", "results/", "dvc.lock")
+    names = [name for name in names.split("\0") if name and not name.startswith(left_out)]
+    assert "dvc.yaml" in names
+    for name in names:
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    yaml = YAML()
+    document = yaml.load(folder / "params.yaml")
+    document["profile"] = "smoke"
+    document["profiles"]["smoke"]["train"]["epochs"] = 16
+    document["sweep"].update(strategies=["upper"], seeds=[0])
+    yaml.dump(document, folder / "params.yaml")
+    document = yaml.load(folder / "dvc.yaml")
+    document["stages"] = {name: document["stages"][name] for name in ("strip", "resolve", "train")}
+    document["stages"]["strip"]["foreach"] = ["train"]
+    yaml.dump(document, folder / "dvc.yaml")
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    (folder / "build").mkdir()
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / ".venv" / "bin" / "activate").touch()  # for make; PATH has the environment already
+    return folder
+
+
+def start(folder: Path, *command: str) -> subprocess.Popen:
+    environment = {key: value for key, value in os.environ.items() if key not in ("DVC_STAGE", "FAMBA_ENDS_WITH")}
+    environment |= {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(folder),
+        "DVC_SITE_CACHE_DIR": str(folder.parent / "dvc-site"),
+        "OMP_WAIT_POLICY": "passive",
+    }
+    to = subprocess.PIPE
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, start_new_session=True, stdout=to, stderr=to, text=True
+    )
+
+
+def finish(process: subprocess.Popen, status: int = 0) -> str:
+    """What it printed on stderr."""
+    printed, said = process.communicate(timeout=150)
+    assert process.returncode == status, printed + said
+    return said
+
+
+@pytest.fixture(scope="module")
+def wanted(copy) -> dict[str, bytes]:
+    """What the stage's run leaves if nobody disturbs it."""
+    finish(start(copy, sys.executable, "-m", "famba", "train", "--strategy", "upper", "--out", "undisturbed"))
+    return contents(copy, "undisturbed")
+
+
+def trains(folder: Path, since: float) -> bool:
+    return any(path.stat().st_mtime > since for path in folder.glob("build/checkpoints/*/epoch-*.safetensors"))
+
+
+SLEEP = ["from pathlib import Path; import time", "Path('build/sleeps').touch()\ntime.sleep(60)"]
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "said"), [(signal.SIGINT, 130, "famba: interrupted\n"), (signal.SIGKILL, -9, "")]
+)
+def test_a_notebook_that_is_interrupted_or_killed_takes_its_kernel_with_it(copy, how, status, said):
+    kernel = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
+    cells = [nbformat.v4.new_code_cell(source) for source in SLEEP]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), copy / "build" / "sleep.ipynb")
+    words = [sys.executable, "-m", "famba", "notebook", "build/sleep.ipynb", "build/slept.ipynb"]
+    interruptible = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # whatever started these tests
+    notebook = start(copy, sys.executable, "-c", f"import os, signal; {interruptible}; os.execv({words[0]!r}, {words})")
+    sleeps = copy / "build" / "sleeps"
+    wait_until(sleeps.exists, 60, notebook)
+    sleeps.unlink()
+    assert len(alive(copy)) == 2
+    notebook.send_signal(how)
+    assert finish(notebook, status) == said
+    wait_until(lambda: not alive(copy), 5)
+
+
+def test_sigterm_to_anything_that_trains_leaves_nothing_that_trains_on_and_dvc_finishes_it(copy, wanted):
+    """The same run each time, which goes on from where the one before was ended."""
+    given = ["-p", "profile", "smoke", "-p", "run_dir", "results/runs/upper-0"]
+    for name, command in {
+        "python": [sys.executable, "-m", "famba", "notebook", "notebooks/train.ipynb", "build/train.ipynb", *given],
+        "dvc": ["dvc", "repro", "train@upper-0"],
+        "xargs": ["make", "-o", "env", "repro"],
+        "make": ["make", "-o", "env", "repro"],
+    }.items():
+        since = time.time()
+        process = start(copy, *command)
+        wait_until(functools.partial(trains, copy, since), 120, process)
+        found = alive(copy)
+        assert len(found) >= 2
+        to = process.pid if name != "xargs" else next(pid for pid, words in found.items() if words.startswith(name))
+        os.kill(to, signal.SIGTERM)
+        printed, said = process.communicate(timeout=60)
+        wait_until(lambda: not alive(copy), 8)
+        assert process.returncode == (143 if name == "python" else 2 if name == "xargs" else -15), printed + said
+        assert said == "famba: terminated\n" or name != "python"
+        assert not (copy / "results" / "runs" / "upper-0" / "metrics.json").exists()
+    finish(start(copy, "dvc", "repro", "-s", "train@upper-0"))
+    assert contents(copy, "results/runs/upper-0") == wanted
