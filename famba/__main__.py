@@ -134,6 +134,12 @@ def _parser() -> argparse.ArgumentParser:
 
     command("doctor", _doctor, "say what works on this machine, and the command that mends what does not")
 
+    sub = command("hours", _hours, "say how long the sweep would take on this device, from a few training steps")
+    sub.add_argument("--profile", help="one of params.yaml's; the one that it names itself if not given")
+    sub.add_argument("--steps", type=int, default=20, help="timed for each strategy")
+    sub.add_argument("--images", type=int, default=45_000, help="that an epoch trains on")
+    sub.add_argument("--device", help="instead of the profile's")
+
     command("readme", _readme, "bring the table in README.md up to date with results/summary.csv")
 
     sub = command("bench", _bench, "time scans, training steps and fusion; this machine should do nothing else")
@@ -189,6 +195,15 @@ def _doctor(options: argparse.Namespace) -> int:
     from famba import diagnosis
 
     print(diagnosis.text(diagnosis.doctor()))
+    return 0
+
+
+def _hours(options: argparse.Namespace) -> int:
+    from famba import hours
+
+    device = hours.place(options.profile, options.device)
+    rows = hours.hours(options.profile, steps=options.steps, images=options.images, device=options.device)
+    print(hours.text(rows, params.load(options.profile, strategy="none").profile, device))
     return 0
 
 

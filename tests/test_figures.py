@@ -329,7 +329,62 @@ def test_a_benchmark_of_some_parts_has_their_panels_alone(benchmarks):
         figures.benchmark({"lengths": benchmarks["lengths"]})
 
 
-def test_no_text_of_the_saved_figures_overlaps_another(runs, schedules, history, benchmarks, likeness):
+@pytest.fixture
+def made_up_gpu(benchmarks):
+    """Tables of a GPU's benchmark with numbers that nobody measured."""
+    scans = {("triton", "bf16"): 0.5, ("mamba_ssm", "bf16"): 2.0, ("torch", "bf16"): None, ("triton", "fp32"): 1.0}
+    steps = {"triton": 1.0, "published, triton": 1.5, "torch": 40.0}
+    tables = {
+        "scan": [
+            {
+                "contestant": name,
+                "precision": kind,
+                "median_ms": 300.0,
+                "device_ms": ms,
+                "of_roofline": (ms or 300) / 0.4,
+            }
+            for (name, kind), ms in scans.items()
+        ],
+        "steps": [
+            {"model": model, "contestant": name, "times": x, "img_per_s": 4000 / x, "peak_mib": 10240 * x}
+            for model in ("vim_tiny", "vim_small")
+            for name, x in steps.items()
+        ],
+        "graphs": [
+            {"what": what, "median_ms": 10 * x, "times": x}
+            for what, x in {"called": 1.0, "captured": 0.2, "called, fused in all layers": 1.25}.items()
+        ],
+        "setting": [{"device": "cuda: a GPU that is made up", "versions": "torch 9"}],
+    }
+    return {name: pd.DataFrame(rows) for name, rows in tables.items()} | {
+        name: benchmarks[name] for name in ("lengths", "schedules")
+    }
+
+
+def test_a_gpus_benchmark_draws_the_numbers_of_its_tables(made_up_gpu):
+    figure = figures.gpu_benchmark(made_up_gpu)
+    scan, steps, schedules, graphs = figure.axes
+    assert [bar.get_width() for bar in scan.containers[0]] == [0.5, 2.0, 300.0, 1.0], (
+        "as called where none was captured"
+    )
+    assert [text.get_text() for text in scan.texts] == [" 1.2×", " 5.0×", " 750.0×", " 2.5×"]
+    assert [bar.get_width() for bar in steps.containers[0]] == 2 * [1.0, 1.5, 40.0]
+    assert steps.texts[1].get_text() == " 2,667/s, 15.0 GiB"
+    assert [text.get_text().replace("\n", " ") for text in steps.get_yticklabels()][3] == "Vim-S: triton"
+    assert len(schedules.get_lines()) == 1
+    assert [bar.get_width() for bar in graphs.containers[0]] == [10, 2, 12.5]
+    colours = [bar.get_facecolor() for bar in steps.containers[0]]
+    assert colours[:3] == colours[3:]
+    assert len(set(colours)) == 3
+    assert any("cuda: a GPU that is made up" in text.get_text() for text in figure.findobj(matplotlib.text.Text))
+
+
+def test_without_a_gpus_benchmark_its_figure_says_so():
+    (said,) = figures.gpu_benchmark({}).texts
+    assert said.get_text() == "no GPU has been measured yet: make bench-gpu"
+
+
+def test_no_text_of_the_saved_figures_overlaps_another(runs, schedules, history, benchmarks, likeness, made_up_gpu):
     drawn = [
         figures.accuracy_against(runs),
         figures.tokens_per_layer(schedules),
@@ -337,6 +392,7 @@ def test_no_text_of_the_saved_figures_overlaps_another(runs, schedules, history,
         figures.strategies_overview(schedules),
         figures.paper_beside_ours(metrics.beside_paper(metrics.summary(runs))),
         figures.benchmark(benchmarks),
+        figures.gpu_benchmark(made_up_gpu),
         figures.alike_similarity(likeness),
         figures.alike_distance(likeness),
         figures.alike_size(likeness),

@@ -1,0 +1,106 @@
+"""How long a sweep would take: the arithmetic, the models it counts, and what it refuses."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from famba import hours, params
+from famba.__main__ import main
+from famba.errors import InputError
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    """Rows of a profile without training anything: a step takes 100 ms in each strategy of each model."""
+
+    def measured(p, steps, images):
+        epoch_s = images // p.train.batch_size * 0.1
+        row = {"step_ms": 100.0, "least_ms": 90.0, "peak_mib": None, "epoch_s": epoch_s, "epochs": p.train.epochs}
+        row |= {"hours": p.train.epochs * epoch_s / 3600, "batch": p.train.batch_size, "precision": p.train.precision}
+        return {"model": p.model.name, "strategy": p.strategy, **row}
+
+    monkeypatch.setattr(hours, "_row", measured)
+    return lambda profile, **options: hours.hours(profile, **options)
+
+
+def test_the_papers_profile_stands_for_both_models_of_its_table_and_each_strategy_of_the_sweep(rows):
+    found = rows("paper", device="cpu")
+    strategies = list(params.load_sweep().strategies)
+    assert [(row["model"], row["strategy"]) for row in found] == [(m, s) for m in hours.MODELS for s in strategies]
+
+
+def test_the_hours_of_a_table_by_hand(rows):
+    # 45,000 // 128 = 351 steps of 0.1 s are 35.1 s an epoch, 300 epochs 2.925 h, five strategies of two models 29.25 h
+    found = rows("paper", device="cpu")
+    assert [row["epoch_s"] for row in found] == pytest.approx([35.1] * 10)
+    assert [row["hours"] for row in found] == pytest.approx([2.925] * 10)
+    said = hours.text(found, "paper", torch.device("cpu"))
+    assert "vim_tiny, 5 strategies: 14.6 hours" in said
+    assert "vim_small, 5 strategies: 14.6 hours" in said
+    assert "the whole table, one seed: 29.2 hours" in said
+    assert "300 epochs, 128 images a step, fp32" in said
+
+
+def test_the_command_times_the_steps_of_training_on_the_smoke_profile(capsys):
+    assert main(["hours", "--profile", "smoke", "--steps", "2", "--images", "128"]) == 0
+    printed = capsys.readouterr().out
+    assert "profile smoke: 2 epochs, 32 images a step" in printed
+    for strategy in params.load_sweep().strategies:
+        assert f" {strategy} " in printed
+    assert "vim_nano, 5 strategies: " in printed
+    assert "the whole table, one seed: " in printed
+
+
+def test_a_row_counts_whole_steps_of_the_images_and_fuses_as_its_strategy_says(monkeypatch):
+    p, seen = params.load("smoke", strategy="upper"), []
+    step = hours.Session._step
+    monkeypatch.setattr(hours.Session, "_step", lambda s, *rest: seen.append(s.token_counts) or step(s, *rest))
+    row = hours._row(hours._alone(p, "vim_nano", None), 2, 100)
+    assert row["epoch_s"] == pytest.approx(100 // 32 * row["step_ms"] / 1000)
+    assert row["hours"] == pytest.approx(2 * row["epoch_s"] / 3600)
+    assert row["least_ms"] <= row["step_ms"]
+    assert len(seen) == hours._WARMUP + 2
+    assert seen[0][-1] < seen[0][0]
+
+
+def test_the_papers_recipe_is_timed_without_timm_in_its_parts_and_with_mixed_labels():
+    p = params.load("paper", strategy="all")
+    small = dataclasses.replace(
+        p,
+        data=dataclasses.replace(p.data, img_size=32),
+        model=dataclasses.replace(p.model, depth=2, d_model=16, patch_size=8, stride=8),
+        train=dataclasses.replace(p.train, batch_size=4, device_batch=2, device="cpu"),
+        fusion=dataclasses.replace(p.fusion, r=2),
+    )
+    session, parts = hours._session(small, torch.device("cpu"))
+    assert [(images.shape, labels.shape) for images, labels in parts] == 2 * [((2, 3, 32, 32), (2, 100))]
+    assert session.ema is not None
+    loss, _ = session._step(parts, 1e-3, 0)
+    assert 3 < loss < 7
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--profile", "paper", "--device", "cuda:99"], "'cuda:99'; torch sees"),
+        (["--profile", "paper", "--device", "tpu"], "'tpu' is not one of auto, cpu, cuda, cuda:N; to try"),
+        (["--profile", "smoke", "--images", "3"], "images: 3: must be at least train.batch_size, 32"),
+        (["--profile", "smoke", "--steps", "0"], "steps: 0: must be at least 1"),
+        (["--profile", "evaluate"], "train.epochs: 0: profile 'evaluate' trains nothing"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused_in_one_line(options, said, capsys):
+    assert main(["hours", *options]) == 1
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_a_missing_gpu_is_said_with_a_way_to_try(capsys):
+    assert main(["hours", "--profile", "paper"]) == 1
+    printed = capsys.readouterr().err
+    assert printed == ("famba: train.device: 'cuda'; torch sees 0 CUDA devices here; to try it here: --device cpu\n")
+    with pytest.raises(InputError, match="--device cpu"):
+        hours.place("paper")
