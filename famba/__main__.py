@@ -138,6 +138,8 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("bench", _bench, "time scans, training steps and fusion; this machine should do nothing else")
     sub.add_argument("parts", nargs="*", metavar="part", help="scan, model, fusion, memory; all if none is given")
+    sub.add_argument("--gpu", action="store_true", help="that of a GPU, whose parts are scan, steps, fusion, graphs")
+    sub.add_argument("--device", default="cuda", help="with --gpu: cuda, cuda:N; cpu with --quick")
     sub.add_argument("--quick", action="store_true", help="small sizes: seconds, to see that it works")
     sub.add_argument("--json", type=Path, help="write the result there; results/benchmark.json if it is whole")
     sub.add_argument("--figure", type=Path, help="draw it there; figures/benchmark.png if it is whole")
@@ -200,6 +202,9 @@ def _readme(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from famba import bench, figures
 
+    if options.gpu:
+        bench.gpu.main(options.parts, quick=options.quick, device=options.device, json=options.json)
+        return 0
     parts = options.parts or bench.PARTS
     result = bench.run(parts, quick=options.quick)
     print(bench.text(result))

@@ -365,6 +365,78 @@ def _loss_curves(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
     axes.legend(fontsize=8, title="vim_nano on digits", title_fontsize=8)
 
 
+@styled
+def gpu_benchmark(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """What famba makes of a GPU: scans, training steps, what fusing gains, and graphs of a small model.
+
+    Args:
+        tables: as from `bench.gpu_frames`; a panel for each of `scan`, `steps`, `schedules` and `graphs` that is there.
+            `schedules` needs `lengths` beside it. Without any, as where no GPU was measured, the figure says so.
+    """
+    panels = {name: draw for name, draw in _GPU_BENCHMARKS.items() if name in tables}
+    if not panels:
+        figure = Figure(figsize=(5.6, 1.0))
+        figure.text(0.5, 0.5, "no GPU has been measured yet: make bench-gpu", ha="center", va="center", color=GREY)
+        return figure
+    across = min(2, len(panels))
+    down = math.ceil(len(panels) / across)
+    figure = Figure(figsize=(5.6 * across, 3.6 * down), layout="constrained")
+    places = figure.subplots(down, across, squeeze=False)
+    for axes in places.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, draw in zip(places.flat, panels.values(), strict=False):
+        draw(axes, tables)
+    said = f" {tables['setting'].iloc[0]['device']}." if "setting" in tables else ""
+    caption(figure, f"Medians of times taken in turn in one process.{said}", width=100 * across)
+    return figure
+
+
+def _gpu_scans(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
+    table = tables["scan"].assign(ms=lambda x: x["device_ms"].fillna(x["median_ms"]).astype(float))
+    labels = (table["contestant"] + ", " + table["precision"]).tolist()
+    written = [f" {x:,.1f}×" for x in table["of_roofline"]]
+    _rows(axes, labels, table["ms"].tolist(), written, table["contestant"].tolist())
+    axes.set(xscale="log", xlabel="time (ms); labels: in units of what its bytes take")
+    axes.set_title("selective scan, forward and backward")
+
+
+def _gpu_steps(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
+    table = tables["steps"]
+    names = table["model"].map(lambda name: _MODELS.get(name, name))
+    labels = (names + ": " + table["contestant"]).tolist()
+    written = [f" {x:,.0f}/s, {y:,.1f} GiB" for x, y in zip(table["img_per_s"], table["peak_mib"] / 1024, strict=True)]
+    _rows(axes, labels, table["times"].tolist(), written, table["contestant"].tolist())
+    axes.set(xlabel="time, in units of each model's first; labels: images, peak memory")
+    axes.set_title("a training step")
+    axes.margins(x=0.45)
+
+
+def _gpu_graphs(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
+    table = tables["graphs"]
+    names, written = table["what"].tolist(), [f" {x:.2f}×" for x in table["times"]]
+    _rows(axes, names, table["median_ms"].tolist(), written, names)
+    axes.set(xlabel="time (ms); labels: in units of the first", title="a training step of a small model")
+
+
+def _rows(
+    axes: Axes, labels: Sequence[str], lengths: Sequence[float], written: Sequence[str], colours: Sequence[str]
+) -> None:
+    """A bar for each label, from the top; what is alike in `colours` has one colour."""
+    shades = dict(zip(dict.fromkeys(colours), seaborn.color_palette("crest", len(set(colours))), strict=True))
+    bars = axes.barh(range(len(labels)), lengths, height=0.65, color=[shades[x] for x in colours], linewidth=0)
+    axes.bar_label(bars, written, fontsize=8)
+    axes.set_yticks(range(len(labels)), [textwrap.fill(label, 24) for label in labels])
+    axes.margins(x=0.2)
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+
+
+_GPU_BENCHMARKS: dict[str, Callable[[Axes, Mapping[str, pd.DataFrame]], None]] = {
+    "scan": _gpu_scans,
+    "steps": _gpu_steps,
+    "schedules": _step_times,
+    "graphs": _gpu_graphs,
+}
 _BENCHMARKS: dict[str, Callable[[Axes, Mapping[str, pd.DataFrame]], None]] = {
     "scan": _scan_times,
     "profile": _step_parts,

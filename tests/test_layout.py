@@ -31,7 +31,7 @@ ORDER = [
     "native", "mamba", "gpu", "scan", "ops", "fusion", "strategies", "mixer", "model", "checkpoint", "pretrained",
     "cost", "records", "numerics", "optim", "parallel", "watch", "session", "train", "calibrate", "workers", "sweep",
     "ablation", "metrics", "effects", "paper_memory", "evidence", "tokens", "alike", "adaptive", "canvas", "pictures",
-    "figures", "explore", "bench", "hours", "diagnosis", "__main__",
+    "figures", "explore", "bench", "bare", "hours", "diagnosis", "__main__",
 ]
 NO_TORCH = [
     "errors", "lifeline", "params", "files", "strategies", "records", "workers", "metrics", "effects", "evidence",

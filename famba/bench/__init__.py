@@ -6,6 +6,7 @@ depend on: `setting`, device, instruction set, threads, versions, command.
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pandas as pd
 import torch
 
 from famba import cost, params
+from famba.bench import gpu
 from famba.bench.fusing import bench_layer, bench_schedules, break_even
 from famba.bench.loading import bench_loading, left_out
 from famba.bench.memory import bench_memory
@@ -21,6 +23,7 @@ from famba.bench.model import able, bench_model, bench_profile
 from famba.bench.precision import bench_curves, bench_precision
 from famba.bench.scan import bench_scan
 from famba.bench.setting import FULL, QUICK, Setting
+from famba.bench.table import table
 from famba.errors import InputError
 from famba.files import json_bytes, write_atomic
 from famba.native import runtime
@@ -93,24 +96,36 @@ def write(result: Mapping[str, Any], path: str | Path) -> Path:
 
 
 def frames(result: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
-    """The tables of a result, for figures and notebooks."""
-    return {name: pd.DataFrame(result[name]) for name in TABLES if name in result}
+    """The tables of a result, of this benchmark or of a GPU's, for figures and notebooks."""
+    return {name: pd.DataFrame(result[name]) for name in TABLES | gpu.TABLES if name in result}
+
+
+def gpu_frames(path: str | Path = gpu.PATH) -> dict[str, pd.DataFrame]:
+    """The tables that `bench --gpu` has written, and `setting`: the device and what was installed; empty without them.
+
+    Raises:
+        InputError: a file that is no JSON.
+    """
+    path = params.root() / path
+    if not path.is_file():
+        return {}
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not readable as JSON: {error}") from None
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(result["versions"].items()))
+    return {**frames(result), "setting": pd.DataFrame([{"device": result["device"], "versions": versions}])}
 
 
 def text(result: Mapping[str, Any]) -> str:
     """A result to be read in a terminal."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     lines = [f"{result['device']}, kernels {result['kernels']}, {result['threads']} threads; {versions}"]
-    for name, frame in frames(result).items():
-        shown = frame.drop(columns=[column for column in frame if str(column).endswith("_least_ms")])
-        table = shown.to_string(index=False, float_format=_number)
-        lines += ["", TABLES[name], table]
+    for name in TABLES:
+        if name in result:
+            lines += ["", TABLES[name], table(result[name])]
     if "break_even_r" in result:
         lines += ["", f"Smallest r with which fusing wins: {result['break_even_r']}"]
     if reason := result.get("data_left_out"):
         lines += ["", f"Without timm: {reason}"]
     return "\n".join(lines)
-
-
-def _number(x: float) -> str:
-    return f"{x:.3f}" if abs(x) < 10 else f"{x:.1f}"

@@ -1,0 +1,52 @@
+"""Vim's mixer as published, of the same weights: what famba's own is measured against.
+
+Each direction is a mixer of its own: the tokens are flipped, convolved, scanned and gated, and flipped back, each by an
+operation of its own (Vim, arXiv:2401.09417, algorithm 1). famba's reads them in reverse instead, gates once, and makes
+the steps inside the scan. Axes: b batch, t tokens, d d_model, e d_inner.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from famba.mixer import BidirectionalMixer
+from famba.model import VisionMamba
+from famba.ops import causal_conv1d_silu
+from famba.scan import selective_scan
+
+
+class PublishedMixer(nn.Module):
+    """The published order of operations, on the weights of a mixer."""
+
+    def __init__(self, mixer: BidirectionalMixer) -> None:
+        super().__init__()
+        self.mixer = mixer
+
+    def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+        m = self.mixer
+        xz = m.in_proj(x).mT
+        left = self._direction(xz, m.conv1d, m.x_proj, m.dt_proj, m.A_log, m.D)
+        right = self._direction(xz.flip(-1), m.conv1d_b, m.x_proj_b, m.dt_proj_b, m.A_b_log, m.D_b)
+        total = left + right.flip(-1)
+        return m.out_proj((total / 2 if m.average_directions else total).mT)
+
+    def _direction(
+        self, xz: Tensor, conv: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor
+    ) -> Float[Tensor, "b e t"]:
+        m = self.mixer
+        x, z = xz.chunk(2, dim=1)
+        u = causal_conv1d_silu(x, conv.weight[:, 0], conv.bias, backend=m.backend)
+        step, B, C = x_proj(u.mT).split([m.dt_rank, m.d_state, m.d_state], dim=-1)
+        delta = functional.linear(step, dt_proj.weight).mT
+        A = -torch.exp(A_log.float() if A_log.dtype != torch.float64 else A_log)
+        return selective_scan(u, delta, A, B.mT, C.mT, D, z, dt_proj.bias, delta_softplus=True, backend=m.backend)
+
+
+def as_published(model: VisionMamba) -> VisionMamba:
+    """The model with each of its mixers so; the same model, changed."""
+    for block in model.layers:
+        mixer = block.get_submodule("mixer")
+        assert isinstance(mixer, BidirectionalMixer)
+        block.mixer = PublishedMixer(mixer)
+    return model

@@ -1,0 +1,199 @@
+"""The benchmark of a GPU, on CPU tensors: what it compares, what it leaves out and says, and where it runs."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from famba import bench, cost
+from famba.__main__ import main
+from famba.bench import fusing, gpu, timing
+from famba.bench.model import Training
+from famba.bench.published import PublishedMixer, as_published
+from famba.bench.table import table
+from famba.errors import BackendError, InputError
+from famba.mixer import BidirectionalMixer
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = dataclasses.replace(gpu._QUICK, device="cpu")
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_the_published_mixer_computes_what_famba_does(average):
+    torch.manual_seed(0)
+    mixer = BidirectionalMixer(16, 4, average_directions=average, backend="torch")
+    x = torch.randn(2, 7, 16, requires_grad=True)
+    inputs, to_out = [x, *mixer.parameters()], torch.randn(2, 7, 16)
+    found, expected = PublishedMixer(mixer)(x), mixer(x)
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(*(torch.autograd.grad(y, inputs, to_out) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_as_published_has_its_mixers_and_weights_alone():
+    training = Training(QUICK, "torch")
+    before = list(training.model.parameters())
+    expected = training.model(training.images)
+    model = as_published(training.model)
+    assert [type(block.mixer) for block in model.layers] == [PublishedMixer] * model.depth
+    assert {id(weight) for weight in model.parameters()} == {id(weight) for weight in before}
+    torch.testing.assert_close(model(training.images), expected)
+
+
+def test_calls_that_are_only_started_are_made_in_rows_and_waited_for(monkeypatch):
+    clock, seen = [0.0], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+
+    def finish() -> None:
+        clock[0] += 1.0 * (len(seen) - sum(len(row) for row in rows))
+        rows.append("c" * (len(seen) - sum(len(row) for row in rows)))
+
+    rows: list[str] = []
+    calls = {"c": lambda: seen.append("c")}
+    assert timing.interleaved(calls, rounds=1, warmup=0, turn_s=3.5, finish=finish) == {"c": [1.0]}
+    assert rows == ["c", "c", "cc"]
+
+
+def test_a_table_by_hand():
+    rows = [{"what": "a", "x": 1.5, "x_least_ms": 9.0}, {"what": "bb", "x": 12.25, "n": 3}]
+    assert table(rows) == "what      x  n\n   a  1.500   \n  bb   12.2  3"
+
+
+def test_the_bytes_of_a_scan_by_hand():
+    # forward: u, delta, z in and y out; backward: those three and y's gradient in, three gradients out; B and C alike
+    assert gpu.scan_bytes(2, 3, 5, 7, torch.bfloat16) == 2 * (11 * 2 * 3 * 5 + 6 * 2 * 7 * 5)
+    assert gpu.scan_bytes(2, 3, 5, 7, torch.float32) == 2 * gpu.scan_bytes(2, 3, 5, 7, torch.bfloat16)
+
+
+def test_what_raises_is_left_out_with_its_reason_and_the_others_go_on():
+    def fail() -> int:
+        raise BackendError("no such chip\nat all")
+
+    left: gpu.Left = []
+    assert gpu._tried({"a": lambda: 1, "b": fail, "c": lambda: 3}, left, "x, ") == {"a": 1, "c": 3}
+    assert left == [{"what": "x, b", "reason": "BackendError: no such chip"}]
+
+
+def test_a_step_that_takes_too_long_is_left_out(monkeypatch):
+    monkeypatch.setattr(cost, "peak_memory", lambda *_: 0)
+    left: gpu.Left = []
+    assert gpu.bench_steps(dataclasses.replace(QUICK, slow_s=-1.0), left) == []
+    assert left
+    assert all("TimeoutError: one step took" in row["reason"] for row in left)
+
+
+def test_a_compiler_is_given_up_after_its_time():
+    before = gpu.signal.getsignal(gpu.signal.SIGALRM)
+    with pytest.raises(TimeoutError, match=r"compiling took more than 0\.05 s"), gpu._within(0.05, "compiling"):
+        gpu.time.sleep(5)
+    assert gpu.signal.getsignal(gpu.signal.SIGALRM) is before
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--device", "tpu"], "device: 'tpu' is not one of cuda, cuda:N, cpu"),
+        (["--device", "cpu"], "device: 'cpu' takes only a quick benchmark"),
+        (["--device", "cuda:99"], "device: 'cuda:99'; torch sees"),
+        (["speed", "--device", "cpu", "--quick"], "part: 'speed' is unknown; allowed: scan, steps, fusion, graphs"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_line(options, said, capsys):
+    assert main(["bench", "--gpu", *options]) == 1
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert printed.count("\n") == 1
+
+
+def test_a_quick_benchmark_measures_every_table_and_writes_it(tmp_path, capsys):
+    path = tmp_path / "gpu.json"
+    assert main(["bench", "--gpu", "--quick", "--device", "cpu", "--json", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert set(gpu.TABLES) <= set(result)
+    assert result["command"] == "python -m famba bench --gpu --quick --device cpu"
+    assert {"device", "versions", "setting"} <= set(result)
+    printed = capsys.readouterr().out
+    assert all(title in printed for title in gpu.TABLES.values())
+    (copy,) = result["copy"]
+    for row in result["scan"]:
+        bound_ms = row["mib"] * 2**20 / copy["gb_per_s"] / 1e6
+        assert row["of_roofline"] == pytest.approx(row["median_ms"] / bound_ms)
+    assert {row["precision"] for row in result["scan"]} == {"bf16", "fp32"}
+    first, *others = result["steps"]
+    assert (first["times"], first["memory"]) == (1, 1)
+    assert {"torch", f"published, {first['contestant']}"} <= {first["contestant"]} | {x["contestant"] for x in others}
+    for row in others:
+        assert row["times"] == pytest.approx(row["median_ms"] / first["median_ms"])
+        assert row["memory"] == pytest.approx(row["peak_mib"] / first["peak_mib"])
+    left = {row["what"]: row["reason"] for row in result["left_out"]}
+    assert "vim_nano, captured" in left, "no CUDA graph on a CPU"
+    assert left["vim_nano, compiled"] == "TimeoutError: torch.compile took more than 0 s"
+    tables = bench.gpu_frames(path)
+    assert set(tables) == {*gpu.TABLES, "setting"}
+    assert bench.gpu_frames(tmp_path / "absent.json") == {}
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(InputError, match=r"broken\.json: not readable as JSON"):
+        bench.gpu_frames(tmp_path / "broken.json")
+
+
+def test_the_result_so_far_is_kept_when_a_later_part_breaks(tmp_path, monkeypatch):
+    def broken(setting, left):
+        raise RuntimeError("the device fell off the bus")
+
+    monkeypatch.setitem(gpu._PARTS, "graphs", broken)
+    with pytest.raises(RuntimeError, match="fell off the bus"):
+        gpu.run(["scan", "graphs"], quick=True, device="cpu", path=tmp_path / "gpu.json")
+    assert json.loads((tmp_path / "gpu.json").read_text())["scan"]
+
+
+def test_fusing_runs_under_autocast_too():
+    rows = fusing.bench_layer(QUICK)
+    assert rows[0]["what"] == "layer"
+    assert QUICK.precision == "bf16"
+
+
+def test_it_runs_where_torch_and_numpy_are_all_there_is(tmp_path):
+    """In a process that finds no other package than torch, NumPy and what torch itself needs."""
+    installed = Path(sysconfig.get_paths()["purelib"])
+    needed = "torch functorch torchgen numpy numpy.libs typing_extensions.py sympy mpmath filelock fsspec jinja2"
+    for name in [*needed.split(), "markupsafe", "networkx"]:
+        if (installed / name).exists():
+            (tmp_path / name).symlink_to(installed / name)
+    code = (
+        "import sys; from famba import bare; status = bare.main(sys.argv[1:])\n"
+        "from famba import params\n"
+        "assert not {'jaxtyping', 'pydantic', 'pandas', 'ruamel'} & set(sys.modules)\n"
+        "try: params.load('smoke', strategy='none')\n"
+        "except ImportError as error: print(error)\n"
+        "sys.exit(status)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code, "scan", "--quick", "--device", "cpu", "--json", str(tmp_path / "gpu.json")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert gpu.TABLES["scan"] in done.stdout
+    assert "ruamel.yaml.YAML was called, and ruamel is not installed" in done.stdout
+    assert {row["precision"] for row in json.loads((tmp_path / "gpu.json").read_text())["scan"]} == {"bf16", "fp32"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_captured_step_trains_as_the_called_one():
+    losses = []
+    for capture in (False, True):
+        training = Training(dataclasses.replace(QUICK, device="cuda", precision="fp32"))
+        step = gpu.captured(training.step) if capture else training.step
+        for _ in range(2 if capture else 6):  # three warm it up, one records
+            step()
+        losses.append(training.forward(training.images).sum().item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
