@@ -38,7 +38,8 @@ class Draws:
         noise: seed of that noise.
         share: of the image itself in a mixture, the rest being its neighbour's; 1 where it is left alone. By its box,
             what lies outside.
-        box: top, left, bottom, right of what its neighbour puts in; of no size where the mixture is not by a box.
+        box: top, left, bottom, right of what its neighbour puts in; of no size where the mixture is not by a box. None
+            where none is.
         classes: that labels tell apart.
     """
 
@@ -113,19 +114,17 @@ def apply(
     shown = data.normalise(_moved(images, draws), mean, std)
     if draws.erased is not None and draws.noise is not None:
         shown = _erase(shown, draws.erased, draws.noise)
-    if draws.share is None or draws.box is None:
+    if draws.share is None:
         return shown, labels
     b, device = len(images), images.device
     partner = torch.arange(b) ^ 1
     partner[partner == b] = b - 1  # the last of an odd batch, whose share is 1
-    partner = partner.to(device)
-    share = draws.share.to(device)
-    by_box = (draws.box[:, 2:] > draws.box[:, :2]).all(1).to(device)
-    own = torch.where(
-        by_box[:, None, None, None],
-        1 - _inside(draws.box.to(device), *images.shape[2:]).float(),
-        share[:, None, None, None],
-    )
+    partner, share = partner.to(device), draws.share.to(device)
+    own = share[:, None, None, None]
+    if draws.box is not None:
+        by_box = (draws.box[:, 2:] > draws.box[:, :2]).all(1).to(device)
+        outside = 1 - _inside(draws.box.to(device), *images.shape[2:]).float()
+        own = torch.where(by_box[:, None, None, None], outside, own)
     mixed = torch.lerp(shown[partner], shown, own)
     off = label_smoothing / draws.classes
     told = torch.full((b, draws.classes), off, device=device)
@@ -163,7 +162,9 @@ def _rectangles(b: int, size: int, generator: torch.Generator) -> Int64[Tensor, 
     return torch.where(fits.any(1, keepdim=True), found, 0)
 
 
-def _mixtures(p: DataParams, b: int, generator: torch.Generator) -> tuple[Float32[Tensor, "b"], Int64[Tensor, "b 4"]]:
+def _mixtures(
+    p: DataParams, b: int, generator: torch.Generator
+) -> tuple[Float32[Tensor, "b"], Int64[Tensor, "b 4"] | None]:
     """Share and box of each image, the lambda of a box being what its pixels leave."""
     # NumPy's legacy generator is frozen, and torch's Beta takes none.
     numbers = np.random.RandomState(int(torch.randint(2**32, (), generator=generator)))
@@ -172,14 +173,15 @@ def _mixtures(p: DataParams, b: int, generator: torch.Generator) -> tuple[Float3
     for alpha, chosen in ((p.mixup, ~by_box), (p.cutmix, by_box)):
         if alpha:
             share[chosen] = numbers.beta(alpha, alpha, b)[chosen]
+    if b % 2:
+        share[-1], by_box[-1] = 1, False
+    if not p.cutmix:
+        return torch.from_numpy(share).float(), None
     side = (p.img_size * np.sqrt(1 - share)).astype(np.int64)
     centre = numbers.randint(0, p.img_size, (2, b))
     low, high = (np.clip(edge, 0, p.img_size) for edge in (centre - side // 2, centre + (side + 1) // 2))
-    left_alone = ~by_box
-    if b % 2:
-        share[-1], left_alone[-1] = 1, True
-    low[:, left_alone] = high[:, left_alone] = 0
-    share[~left_alone] = 1 - (high - low).prod(0)[~left_alone] / p.img_size**2
+    low[:, ~by_box] = high[:, ~by_box] = 0
+    share[by_box] = 1 - (high - low).prod(0)[by_box] / p.img_size**2
     return torch.from_numpy(share).float(), torch.from_numpy(np.concatenate([low, high]).T.copy())
 
 
@@ -194,28 +196,31 @@ def _inside(box: Int64[Tensor, "b 4"], h: int, w: int) -> Bool[Tensor, "b 1 h w"
 def _erase(
     images: Float32[Tensor, "b 3 h w"], rectangle: Int64[Tensor, "b 4"], seed: Int64[Tensor, "b"]
 ) -> Float32[Tensor, "b 3 h w"]:
-    """The rectangles filled with noise of mean 0 and deviation 1; only images that have one are touched."""
-    chosen = rectangle[:, 2:].all(1).nonzero().flatten()  # on the CPU: no waiting for the device
-    box = torch.cat([rectangle[:, :2], rectangle[:, :2] + rectangle[:, 2:]], 1)[chosen].to(images.device)
-    noise = _noise(seed[chosen].to(images.device), *images.shape[1:])
-    chosen = chosen.to(images.device)
-    inside = _inside(box, *images.shape[2:])
-    return images.index_copy(0, chosen, torch.where(inside, noise, images[chosen]))
+    """The rectangles filled, in place, with noise of mean 0 and deviation 1; no other pixel is touched."""
+    # The rectangles lie on the CPU, so that the device need not be waited for to know how many pixels they hold.
+    area = rectangle[:, 2] * rectangle[:, 3]
+    total, device = int(area.sum()), images.device
+    described = torch.stack([torch.arange(len(area)), area.cumsum(0) - area, seed, *rectangle.T])
+    described = described.to(device).repeat_interleave(area.to(device), 1, output_size=total)
+    image, start, seed, top, left, _, width = described
+    pixel = torch.arange(total, device=device) - start
+    y, x = top + pixel // width, left + pixel % width
+    images[image, :, y, x] = _noise(seed, y * images.shape[3] + x)
+    return images
 
 
-def _noise(seed: Int64[Tensor, "b"], c: int, h: int, w: int) -> Float32[Tensor, "b c h w"]:
-    """Standard normal numbers that follow from seed and place alone, to rounding on any device.
+def _noise(seed: Int64[Tensor, "m"], pixel: Int64[Tensor, "m"]) -> Float32[Tensor, "m 3"]:
+    """Standard normal numbers that follow from seed and pixel alone, to rounding on any device.
 
-    Box and Muller's two numbers from the halves of 32 bits: 16 bits for the radius, which is at most 4.9, and 16 for
-    the angle.
+    Box and Muller's two numbers from the halves of 32 bits, twice, the fourth left over: 16 bits for a radius, which is
+    at most 4.9, and 16 for an angle.
     """
-    n = c * h * w
-    place = torch.arange(1, 1 + (n + 1) // 2, device=seed.device)
-    bits = _scrambled(seed[:, None] ^ _scrambled(place))
+    place = 2 * pixel + torch.arange(1, 3, device=pixel.device)[:, None]
+    bits = _scrambled(seed ^ _scrambled(place))
     radius = ((bits >> 16).float().add_(0.5).div_(2**16)).log_().mul_(-2).sqrt_()
     angle = (bits & 0xFFFF).float().mul_(2 * math.pi / 2**16)
-    pairs = torch.stack([angle.cos().mul_(radius), angle.sin().mul_(radius)], 2)
-    return pairs.flatten(1)[:, :n].view(-1, c, h, w)
+    (red, green), blue = angle.cos().mul_(radius), angle[0].sin().mul_(radius[0])
+    return torch.stack([red, green, blue], 1)
 
 
 def _scrambled(x: Int64[Tensor, "*s"]) -> Int64[Tensor, "*s"]:

@@ -72,6 +72,10 @@ class Recipe:
         )
         if p.img_size <= _SMALL:
             made.transforms[0] = torchvision.transforms.RandomCrop(p.img_size, padding=4)
+        for step in made.transforms:
+            for op in getattr(step, "ops", ()):
+                if op.name.startswith("Posterize"):
+                    op.aug_fn = functools.partial(_posterized, op.aug_fn)
         return made
 
     def __getstate__(self) -> dict[str, Any]:
@@ -118,6 +122,11 @@ def mixer(
 def image_seed(seed: int, i: int) -> int:
     """A seed for one image of an epoch; neighbours' are unrelated."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {i}".encode(), digest_size=8).digest(), "little")
+
+
+def _posterized(posterize: Callable[..., Image.Image], image: Image.Image, bits: int, **more: Any) -> Image.Image:
+    """A policy's strongest step keeps 0 bits: black, as Pillow made it before version 13, which raises."""
+    return posterize(image, bits, **more) if bits else Image.new(image.mode, image.size)
 
 
 @contextlib.contextmanager

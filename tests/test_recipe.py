@@ -72,6 +72,16 @@ def test_each_parameter_reaches_its_step():
     assert kinds(made())[0] == "RandomResizedCropAndInterpolation"
 
 
+def test_the_strongest_posterising_is_black_and_no_error():
+    ops = {op.name: op for op in made(rand_augment="rand-m10-inc1").transform.transforms[2].ops}
+    op = ops["PosterizeIncreasing"]
+    op.prob = 1.0
+    (image,) = photographs(1)
+    assert op(image).getextrema() == ((0, 0),) * 3
+    op.magnitude = 9
+    assert np.array_equal(np.asarray(op(image)), np.asarray(image) & 0x80)
+
+
 def test_small_images_are_padded_by_four_and_cropped_as_deit_does():
     small = made(img_size=32, rand_augment=None, erase=0.0, flip=False)
     first = small.transform.transforms[0]

@@ -164,5 +164,5 @@ def test_the_rows_so_far_are_the_finished_runs_own(tmp_path):
     for count in (1, 2, 3):
         rows(epochs(count), {"peak_memory_mib": 1.0})
         assert (tmp_path / "deep" / "history.csv").read_bytes() == records.history_bytes(epochs(count))
-    assert records._read_history(tmp_path / "deep" / "history.csv") == epochs(3)
+    assert records.read_history(tmp_path / "deep" / "history.csv") == epochs(3)
     assert len(list((tmp_path / "deep").iterdir())) == 1

@@ -25,6 +25,7 @@ from famba.sources import Files
 _CLASSES = 100
 _MEAN, _STD = data.IMAGENET_MEAN, data.IMAGENET_STD
 _ONE_BY_ONE = "timm, image by image"
+_WORKERS = (0, 2)
 _PLAIN = DataParams(
     dataset="cifar100", root=None, img_size=32, val_fraction=0.1, split_seed=0, limit=None, eval_crop=1.0,
     normalise="imagenet", augment="tensor", shift=4, flip=True, erase=0.25, mixup=0.8, cutmix=0.0, rand_augment=None,
@@ -88,7 +89,7 @@ def _streamed(setting: Setting, img_size: int) -> list[dict[str, Any]]:
             labels = torch.arange(setting.loaded) % _CLASSES
             files = Files([str(path) for path in itertools.islice(_photographs(Path(folder)), setting.loaded)])
             images = stream.Images(files, torch.arange(setting.loaded), img_size, 1.0)
-            for workers in (0, 2):
+            for workers in _WORKERS:
                 split = stream.Streamed(images, labels, Recipe(p, _MEAN, _STD), workers)
                 name = f"{_ONE_BY_ONE}, {workers} workers" if workers else _ONE_BY_ONE
                 calls[name] = _epoch(split, b), setting.loaded
