@@ -12,7 +12,7 @@ from torch import Tensor
 
 from famba.errors import BackendError, InputError
 
-NAMES = ("reference", "torch", "native")  # slowest first
+NAMES = ("reference", "torch", "native", "triton")  # slowest first
 # What "auto" tries on the tensors of a device, fastest first; torch runs everywhere.
 _FASTEST = {"cpu": ("native", "torch"), "cuda": ("triton", "mamba_ssm", "torch")}
 

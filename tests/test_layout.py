@@ -27,10 +27,10 @@ STAGE_NOTEBOOKS = ("train", "compare", "tokens", "evidence", "ablation", "adapti
 # A module imports only from those before it.
 # fmt: off
 ORDER = [
-    "errors", "params", "files", "data", "dispatch", "native", "scan", "ops", "fusion", "strategies", "mixer", "model",
-    "checkpoint", "pretrained", "cost", "records", "train", "calibrate", "sweep", "workers", "ablation", "metrics",
-    "effects", "paper_memory", "evidence", "tokens", "alike", "adaptive", "canvas", "pictures", "figures", "explore",
-    "bench", "__main__",
+    "errors", "params", "files", "data", "dispatch", "native", "gpu", "scan", "ops", "fusion", "strategies", "mixer",
+    "model", "checkpoint", "pretrained", "cost", "records", "train", "calibrate", "sweep", "workers", "ablation",
+    "metrics", "effects", "paper_memory", "evidence", "tokens", "alike", "adaptive", "canvas", "pictures", "figures",
+    "explore", "bench", "__main__",
 ]
 NO_TORCH = [
     "errors", "params", "files", "strategies", "records", "workers", "metrics", "effects", "evidence", "canvas",
