@@ -12,7 +12,7 @@ from torch import Tensor
 
 from famba.errors import BackendError, InputError
 
-NAMES = ("reference", "torch", "native", "mamba_ssm")  # slowest first
+NAMES = ("reference", "torch", "native", "mamba_ssm", "triton")  # slowest first
 # What "auto" tries on the tensors of a device, fastest first; torch runs everywhere.
 _FASTEST = {"cpu": ("native", "torch"), "cuda": ("triton", "mamba_ssm", "torch")}
 

@@ -393,7 +393,7 @@ def gpu_benchmark(tables: Mapping[str, pd.DataFrame]) -> Figure:
 
 def _gpu_scans(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
     table = tables["scan"].assign(ms=lambda x: x["device_ms"].fillna(x["median_ms"]).astype(float))
-    labels = (table["contestant"] + ", " + table["precision"]).tolist()
+    labels = (table["contestant"] + ", " + table["directions"] + ", " + table["precision"]).tolist()
     written = [f" {x:,.1f}×" for x in table["of_roofline"]]
     _rows(axes, labels, table["ms"].tolist(), written, table["contestant"].tolist())
     axes.set(xscale="log", xlabel="time (ms); labels: in units of what its bytes take")
@@ -424,7 +424,7 @@ def _rows(
     shades = dict(zip(dict.fromkeys(colours), seaborn.color_palette("crest", len(set(colours))), strict=True))
     bars = axes.barh(range(len(labels)), lengths, height=0.65, color=[shades[x] for x in colours], linewidth=0)
     axes.bar_label(bars, written, fontsize=8)
-    axes.set_yticks(range(len(labels)), [textwrap.fill(label, 24) for label in labels])
+    axes.set_yticks(range(len(labels)), [textwrap.fill(label, 28) for label in labels])
     axes.margins(x=0.2)
     axes.invert_yaxis()
     axes.grid(False, axis="y")

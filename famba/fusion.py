@@ -18,6 +18,9 @@ from torch.nn import functional
 
 from famba.dispatch import Backend, choose
 from famba.errors import InputError
+from famba.gpu import fuse as triton_fusing
+from famba.gpu import match as triton_pairing
+from famba.gpu.runtime import unavailable as triton_unavailable
 from famba.native import fuse as fusing
 from famba.native import match as pairing
 from famba.native.scan import unavailable
@@ -54,7 +57,8 @@ def match_tokens(
         r: tokens removed from every sequence.
         protected: positions that neither disappear nor absorb: the same for all sequences, or a (b,) tensor with
             one for each.
-        backend: "native" compares in float32 on a CPU.
+        backend: "native" on a CPU and "triton" on a GPU compare in float32. Triton's does not look at a tensor of
+            positions: it would have to wait for them.
 
     Raises:
         InputError: r is negative or exceeds (t - protected) // 2 (or what the protected positions leave on one
@@ -214,6 +218,10 @@ def _apply_native(plan: Plan, x: Tensor, other: Tensor | None) -> tuple[Tensor, 
     return fusing.fuse(x, other, plan.destination, plan.weight, plan.survivors.shape[1])
 
 
+def _apply_triton(plan: Plan, x: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor]:
+    return triton_fusing.fuse(x, other, *plan[:4])
+
+
 class _Mean(torch.autograd.Function):
     """Weighted means by torch. Every token has one destination, so its gradient is one row: a gather, no sum."""
 
@@ -284,6 +292,18 @@ def _known_option(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise InputError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
 
 
-_MATCH = {"torch": Backend(_match), "native": Backend(pairing.match_tokens, unavailable, pairing.unsuited)}
-_PLAN = {"torch": Backend(_plan), "native": Backend(fusing.plan, unavailable, fusing.unsuited_plan)}
-_APPLY = {"torch": Backend(_apply), "native": Backend(_apply_native, unavailable, fusing.unsuited)}
+_MATCH = {
+    "torch": Backend(_match),
+    "native": Backend(pairing.match_tokens, unavailable, pairing.unsuited),
+    "triton": Backend(triton_pairing.match_tokens, triton_unavailable, triton_pairing.unsuited),
+}
+_PLAN = {
+    "torch": Backend(_plan),
+    "native": Backend(fusing.plan, unavailable, fusing.unsuited_plan),
+    "triton": Backend(triton_fusing.plan, triton_unavailable, triton_fusing.unsuited_plan),
+}
+_APPLY = {
+    "torch": Backend(_apply),
+    "native": Backend(_apply_native, unavailable, fusing.unsuited),
+    "triton": Backend(_apply_triton, triton_unavailable, triton_fusing.unsuited),
+}

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from famba.ops import causal_conv1d_silu, gated_sum, projected_scan
+from famba.ops import Side, bidirectional_conv1d_silu, bidirectional_scan
 
 _STEP_RANGE = (1e-3, 1e-1)  # initial steps are drawn log-uniformly from this range
 _STEP_FLOOR = 1e-4
@@ -90,16 +90,16 @@ class BidirectionalMixer(nn.Module):
     def select(self, x: Float[Tensor, "b t d"]) -> tuple[Selection, Selection, Float[Tensor, "b t e"]]:
         """Both directions' input and selection, and the gate."""
         u, gate = self.in_proj(x).chunk(2, dim=-1)
-        forward = self._select(u, self.conv1d, self.x_proj, reverse=False)
-        backward = self._select(u, self.conv1d_b, self.x_proj_b, reverse=True)
-        return forward, backward, gate
+        weights = [(conv.weight[:, 0], conv.bias) for conv in (self.conv1d, self.conv1d_b)]
+        left, right = bidirectional_conv1d_silu(u.mT, *weights, backend=self.backend)
+        return self._select(left, self.x_proj), self._select(right, self.x_proj_b), gate
 
     def scan(self, forward: Selection, backward: Selection, gate: Float[Tensor, "b t e"]) -> Float[Tensor, "b t e"]:
         """Both scans, joined and gated: what the output projection sees."""
-        left = self._scan(forward, self.A_log, self.D, self.dt_proj, reverse=False)
-        right = self._scan(backward, self.A_b_log, self.D_b, self.dt_proj_b, reverse=True)
+        left = self._side(forward, self.A_log, self.D, self.dt_proj)
+        right = self._side(backward, self.A_b_log, self.D_b, self.dt_proj_b)
         scale = 0.5 if self.average_directions else 1.0
-        return gated_sum(left, right, gate.mT, scale=scale, backend=self.backend).mT
+        return bidirectional_scan(left, right, gate.mT, scale=scale, backend=self.backend).mT
 
     def feature(self, forward: Selection, backward: Selection, kind: str) -> Float[Tensor, "b t c"]:
         """What of the selection fusion may compare, both directions side by side: the step `delta`, `B` or `C`."""
@@ -109,21 +109,10 @@ class BidirectionalMixer(nn.Module):
             return functional.softplus(torch.cat(deltas, dim=-1))
         return torch.cat([getattr(forward, kind).mT, getattr(backward, kind).mT], dim=-1)
 
-    def _select(self, u: Float[Tensor, "b t e"], conv: nn.Conv1d, x_proj: nn.Linear, *, reverse: bool) -> Selection:
-        u = causal_conv1d_silu(u.mT, conv.weight[:, 0], conv.bias, reverse=reverse, backend=self.backend)
+    def _select(self, u: Float[Tensor, "b e t"], x_proj: nn.Linear) -> Selection:
         step, B, C = x_proj(u.mT).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         return Selection(u, step.mT, B.mT, C.mT)
 
-    def _scan(self, s: Selection, A_log: Tensor, D: Tensor, dt_proj: nn.Linear, *, reverse: bool) -> Tensor:
-        return projected_scan(
-            s.u,
-            s.step,
-            dt_proj.weight,
-            -torch.exp(A_log.float() if A_log.dtype != torch.float64 else A_log),
-            s.B,
-            s.C,
-            D,
-            delta_bias=dt_proj.bias,
-            reverse=reverse,
-            backend=self.backend,
-        )
+    def _side(self, s: Selection, A_log: Tensor, D: Tensor, dt_proj: nn.Linear) -> Side:
+        A = -torch.exp(A_log.float() if A_log.dtype != torch.float64 else A_log)
+        return Side(s.u, s.step, dt_proj.weight, A, s.B, s.C, D, dt_proj.bias)

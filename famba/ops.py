@@ -3,6 +3,10 @@
 Axes: b batch, e channels (d_inner), t tokens in scan order, k taps, n states per channel, m dt_rank.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -10,6 +14,9 @@ from torch import Tensor
 from famba import mamba
 from famba.dispatch import Backend, choose
 from famba.errors import InputError
+from famba.gpu import conv as triton_conv
+from famba.gpu import norm as triton_norm
+from famba.gpu.runtime import unavailable as triton_unavailable
 from famba.native import conv, norm
 from famba.native import gate as gating
 from famba.native.scan import unavailable
@@ -32,7 +39,8 @@ def causal_conv1d_silu(
 
     Args:
         backend: a name from `famba.backends()`, or "auto": the fastest that can run on these tensors. One that has no
-            kernel for this leaves it to plain torch; that of "native" takes float32 and bfloat16 on a CPU.
+            kernel for this leaves it to plain torch; those of "native" (on a CPU) and "triton" (on a GPU) take float32
+            and bfloat16.
 
     Raises:
         InputError: shapes that do not fit together, or an unknown backend.
@@ -40,6 +48,25 @@ def causal_conv1d_silu(
     """
     _check(x, weight, bias)
     return choose(_CONV, backend, x, weight, bias).run(x, weight, bias, reverse)
+
+
+def bidirectional_conv1d_silu(
+    x: Float[Tensor, "b e t"],
+    forward: tuple[Float[Tensor, "e k"], Float[Tensor, "e"] | None],
+    backward: tuple[Float[Tensor, "e k"], Float[Tensor, "e"] | None],
+    *,
+    backend: str = "auto",
+) -> tuple[Float[Tensor, "b e t"], Float[Tensor, "b e t"]]:
+    """`causal_conv1d_silu` of x by one weight and bias, and in reverse by another; on a GPU by one read of x."""
+    for weight, bias in (forward, backward):
+        _check(x, weight, bias)
+    chosen = choose(_CONV, backend, x, *forward)
+    if chosen.run_both is not None and forward[0].shape == backward[0].shape:
+        return chosen.run_both(x, forward, backward)
+    return (
+        causal_conv1d_silu(x, *forward, backend=backend),
+        causal_conv1d_silu(x, *backward, reverse=True, backend=backend),
+    )
 
 
 def gated_sum(
@@ -89,6 +116,36 @@ def projected_scan(
     return chosen.run(u, delta, A, B, C, D, None, delta_bias, True, reverse)
 
 
+class Side(NamedTuple):
+    """What one direction of a mixer scans: the arguments of `projected_scan`, in their order."""
+
+    u: Float[Tensor, "b e t"]
+    step: Float[Tensor, "b m t"]
+    weight: Float[Tensor, "e m"]
+    A: Float[Tensor, "e n"]
+    B: Float[Tensor, "b n t"]
+    C: Float[Tensor, "b n t"]
+    D: Float[Tensor, "e"] | None = None
+    delta_bias: Float[Tensor, "e"] | None = None
+
+
+def bidirectional_scan(
+    forward: Side, backward: Side, gate: Float[Tensor, "b e t"], *, scale: float = 1.0, backend: str = "auto"
+) -> Float[Tensor, "b e t"]:
+    """Two `projected_scan`s, the second in reverse, joined by `gated_sum`; on a GPU in one launch."""
+    for side in (forward, backward):
+        check(side.u, side.u, side.A, side.B, side.C, side.D, None, side.delta_bias)
+        _check_projection(side.u, side.step, side.weight)
+    u, step, _, A, B, C, D, bias = forward
+    run_both = choose_scan(backend, u, step, A, B, C, D, None, bias).run_both
+    alike = backward.u.shape == gate.shape == u.shape and backward.A.shape == A.shape
+    if run_both is not None and alike and u.dtype == gate.dtype:
+        return run_both(forward, backward, gate, scale)
+    left = projected_scan(*forward, backend=backend)
+    right = projected_scan(*backward, reverse=True, backend=backend)
+    return gated_sum(left, right, gate, scale=scale, backend=backend)
+
+
 def add_rms_norm(
     x: Float[Tensor, "b t d"],
     residual: Float[Tensor, "b t d"] | None,
@@ -99,8 +156,8 @@ def add_rms_norm(
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b t d"]]:
     """The sum x + residual, divided by its root mean square over d and multiplied by weight; and the sum itself.
 
-    Without a residual the sum is x. The native kernel runs on float32 only; other backends and errors are those of
-    `causal_conv1d_silu` (Zhang and Sennrich 2019, arXiv:1910.07467).
+    Without a residual the sum is x. The native kernel takes float32 only, that for a GPU also an x of bfloat16; other
+    backends and errors are those of `causal_conv1d_silu` (Zhang and Sennrich 2019, arXiv:1910.07467).
     """
     if x.ndim != 3 or 0 in x.shape:
         raise InputError(f"x: shape {tuple(x.shape)}; allowed: (b, t, d), none of them zero")
@@ -127,13 +184,30 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tup
     return F.rms_norm(total, weight.shape, weight, eps), total
 
 
+@dataclass(frozen=True)
+class _Conv(Backend):
+    """`run_both`, if there is one, takes the arguments of `bidirectional_conv1d_silu`."""
+
+    run_both: Callable[..., tuple[Tensor, Tensor]] | None = None
+
+
 _CONV = {
-    "torch": Backend(_conv),
-    "native": Backend(conv.causal_conv1d_silu, unavailable, conv.unsuited),
-    "mamba_ssm": Backend(mamba.causal_conv1d_silu, mamba.conv_unavailable, mamba.conv_unsuited),
+    "torch": _Conv(_conv),
+    "native": _Conv(conv.causal_conv1d_silu, unavailable, conv.unsuited),
+    "mamba_ssm": _Conv(mamba.causal_conv1d_silu, mamba.conv_unavailable, mamba.conv_unsuited),
+    "triton": _Conv(
+        triton_conv.causal_conv1d_silu,
+        triton_unavailable,
+        triton_conv.unsuited,
+        triton_conv.bidirectional_conv1d_silu,
+    ),
 }
 _GATE = {"torch": Backend(_gate), "native": Backend(gating.gated_sum, unavailable, gating.unsuited)}
-_NORM = {"torch": Backend(_norm), "native": Backend(norm.add_rms_norm, unavailable, norm.unsuited)}
+_NORM = {
+    "torch": Backend(_norm),
+    "native": Backend(norm.add_rms_norm, unavailable, norm.unsuited),
+    "triton": Backend(triton_norm.add_rms_norm, triton_unavailable, triton_norm.unsuited),
+}
 
 
 def _check(x, weight, bias) -> None:

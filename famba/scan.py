@@ -22,6 +22,8 @@ from torch.autograd.function import once_differentiable
 
 from famba import dispatch, mamba
 from famba.errors import InputError
+from famba.gpu import runtime as gpu
+from famba.gpu import scan as triton
 from famba.native import scan as native
 
 
@@ -272,10 +274,12 @@ def _state_dtype(*tensors: Tensor | None) -> torch.dtype:
 class _Backend(dispatch.Backend):
     """A backend of the scan, whose `run` takes the arguments of `selective_scan_ref`.
 
-    `run_projected`, if there is one, takes those of `famba.ops.projected_scan`, and keeps no delta for backward.
+    `run_projected`, if there is one, takes those of `famba.ops.projected_scan`, and keeps no delta for backward;
+    `run_both` those of `famba.ops.bidirectional_scan`, both directions and the gate in one.
     """
 
     run_projected: Callable[..., Tensor] | None = None
+    run_both: Callable[..., Tensor] | None = None
 
 
 # Slowest first. A new backend is one more entry, and a name in famba.dispatch.
@@ -284,6 +288,9 @@ _BACKENDS: dict[str, _Backend] = {
     "torch": _Backend(_ChunkedScan.apply),  # pyright: ignore[reportArgumentType]
     "native": _Backend(native.selective_scan, native.unavailable, native.unsuited, native.projected_scan),
     "mamba_ssm": _Backend(mamba.selective_scan, mamba.unavailable, mamba.unsuited),
+    "triton": _Backend(
+        triton.selective_scan, gpu.unavailable, triton.unsuited, triton.projected_scan, triton.bidirectional_scan
+    ),
 }
 
 

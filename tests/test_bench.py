@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from famba import bench, cost, fusion, mixer
+from famba import bench, cost, fusion, ops
 from famba.__main__ import main
 from famba.bench import fusing, loading, model, precision, scan, timing
 from famba.bench.model import Training, able
@@ -154,11 +154,11 @@ def test_own_times_by_hand():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_part_of_a_step_is_found(backend):
     training = Training(QUICK, backend)
-    before = mixer.projected_scan, fusion.apply_both
+    before = ops.projected_scan, fusion.apply_both
     unfused = model.parts_of(training.step)
     schedule = QUICK.schedules(training.model.depth)["all"]
     fused = model.parts_of(lambda: training.step(schedule))
-    assert (mixer.projected_scan, fusion.apply_both) == before
+    assert (ops.projected_scan, fusion.apply_both) == before
     assert unfused.pop("fusion") == 0 < fused.pop("fusion")
     assert all(x > 0 for x in [*unfused.values(), *fused.values()])
 
@@ -167,7 +167,7 @@ def test_the_gradient_counts_where_its_operation_does():
     """Nearly all of this backward is a scan's, whatever it is made of."""
     u = torch.randn(4, 64, 40, requires_grad=True)
     A, B = -torch.ones(64, 16), torch.randn(4, 16, 40)
-    scanned = lambda: mixer.projected_scan(u, u, torch.eye(64), A, B, B, backend="reference")  # noqa: E731
+    scanned = lambda: ops.projected_scan(u, u, torch.eye(64), A, B, B, backend="reference")  # noqa: E731
     found = model.parts_of(lambda: scanned().backward(torch.ones(4, 64, 40)))
     assert found["scan"] > 0.8 * math.fsum(found.values())
 

@@ -67,8 +67,8 @@ def test_a_table_by_hand():
 
 def test_the_bytes_of_a_scan_by_hand():
     # forward: u, delta, z in and y out; backward: those three and y's gradient in, three gradients out; B and C alike
-    assert gpu.scan_bytes(2, 3, 5, 7, torch.bfloat16) == 2 * (11 * 2 * 3 * 5 + 6 * 2 * 7 * 5)
-    assert gpu.scan_bytes(2, 3, 5, 7, torch.float32) == 2 * gpu.scan_bytes(2, 3, 5, 7, torch.bfloat16)
+    assert gpu.one_scan_bytes(2, 3, 5, 7, torch.bfloat16) == 2 * (11 * 2 * 3 * 5 + 6 * 2 * 7 * 5)
+    assert gpu.one_scan_bytes(2, 3, 5, 7, torch.float32) == 2 * gpu.one_scan_bytes(2, 3, 5, 7, torch.bfloat16)
 
 
 def test_what_raises_is_left_out_with_its_reason_and_the_others_go_on():
@@ -124,7 +124,8 @@ def test_a_quick_benchmark_measures_every_table_and_writes_it(tmp_path, capsys):
     for row in result["scan"]:
         bound_ms = row["mib"] * 2**20 / copy["gb_per_s"] / 1e6
         assert row["of_roofline"] == pytest.approx(row["median_ms"] / bound_ms)
-    assert {row["precision"] for row in result["scan"]} == {"bf16", "fp32"}
+    kinds = {(row["precision"], row["directions"]) for row in result["scan"]}
+    assert kinds == {(x, y) for x in ("bf16", "fp32") for y in ("one", "both, gated")}
     first, *others = result["steps"]
     assert (first["times"], first["memory"]) == (1, 1)
     assert {"torch", f"published, {first['contestant']}"} <= {first["contestant"]} | {x["contestant"] for x in others}

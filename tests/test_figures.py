@@ -338,6 +338,7 @@ def made_up_gpu(benchmarks):
         "scan": [
             {
                 "contestant": name,
+                "directions": "one",
                 "precision": kind,
                 "median_ms": 300.0,
                 "device_ms": ms,

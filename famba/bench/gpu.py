@@ -25,12 +25,13 @@ from famba import cost, params
 from famba.bench.fusing import bench_layer, bench_schedules
 from famba.bench.model import Training, able
 from famba.bench.published import as_published
-from famba.bench.scan import scan_call
+from famba.bench.scan import both_call, scan_call
 from famba.bench.setting import FULL, QUICK, Setting
 from famba.bench.table import table
 from famba.bench.timing import ratio
 from famba.errors import InputError
 from famba.files import json_bytes, write_atomic
+from famba.gpu.scan import scan_bytes
 
 PATH = "results/benchmark_gpu.json"
 TABLES = {
@@ -148,8 +149,8 @@ def text(result: Mapping[str, Any]) -> str:
     return "\n".join(lines).rstrip()
 
 
-def scan_bytes(b: int, e: int, t: int, n: int, dtype: torch.dtype) -> int:
-    """What forward and backward of one gated scan must read and write at least, each once.
+def one_scan_bytes(b: int, e: int, t: int, n: int, dtype: torch.dtype) -> int:
+    """What forward and backward of a gated scan in one direction must read and write at least, each once.
 
     Forward reads u, delta, z, B and C and writes the output; backward reads those five and the output's gradient, and
     writes the gradients of the five. A, D and the bias, and the states that a kernel may keep, are not counted.
@@ -159,17 +160,20 @@ def scan_bytes(b: int, e: int, t: int, n: int, dtype: torch.dtype) -> int:
 
 
 def bench_scans(setting: GpuSetting, left: Left) -> dict[str, list[dict[str, Any]]]:
-    """The unit, and one row for each shape, precision and backend.
+    """The unit, and one row for each shape, precision, number of directions and backend.
 
     `median_ms` is a scan called from Python, `device_ms` the same replayed from a CUDA graph: what the device alone
-    takes. Both inputs lie as the contestant wants them: mamba-ssm's with tokens innermost, the others' with channels.
+    takes. `both, gated` is what a mixer asks for, from steps yet to be projected, as it lies there; its bytes are those
+    of `famba.gpu.scan`. Of `one` direction, which is what mamba-ssm's function does, the inputs lie as the contestant
+    wants them: mamba-ssm's with tokens innermost, the others' with channels.
     """
     copy = _copy(setting)
     rows = [
         row
         for shape in setting.scans
         for precision in _DTYPES
-        for row in _scans(setting, left, shape, precision, copy["gb_per_s"])
+        for both in (True, False)
+        for row in _scans(setting, left, shape, precision, both, copy["gb_per_s"])
     ]
     return {"copy": [copy], "scan": rows}
 
@@ -233,25 +237,30 @@ def _copy(setting: GpuSetting) -> dict[str, Any]:
 
 
 def _scans(
-    setting: GpuSetting, left: Left, shape: tuple[int, int, int, int], precision: str, gb_per_s: float
+    setting: GpuSetting, left: Left, shape: tuple[int, int, int, int], precision: str, both: bool, gb_per_s: float
 ) -> list[dict[str, Any]]:
     dtype, fast = _DTYPES[precision], _fast(setting)
+    what = "both, gated" if both else "one"
+    of = f"scan {what} {precision}, "
 
     def make(name: str) -> Callable[[], object]:
-        channels_last = name != "mamba_ssm"
-        return _warm(scan_call(shape, name, device=setting.device, dtype=dtype, channels_last=channels_last))
+        how: dict[str, Any] = {"device": setting.device, "dtype": dtype}
+        if both:
+            return _warm(both_call(shape, name, **how))
+        return _warm(scan_call(shape, name, **how, channels_last=name != "mamba_ssm"))
 
-    calls = _tried({name: partial(make, name) for name in (*fast, "torch")}, left, f"scan {precision}, ")
+    calls = _tried({name: partial(make, name) for name in (*fast, "torch")}, left, of)
     found = setting.times(calls, rounds=3 * setting.rounds, budget_s=setting.slow_s)
     # torch's thousands of calls would be too large a graph.
     replays = {name: partial(captured, call) for name, call in calls.items() if name in fast}
-    device = setting.times(_tried(replays, left, f"device_ms of scan {precision}, "), rounds=3 * setting.rounds)
-    moved = scan_bytes(*shape, dtype)
+    device = setting.times(_tried(replays, left, f"device_ms of {of}"), rounds=3 * setting.rounds)
+    moved = (scan_bytes if both else one_scan_bytes)(*shape, dtype)
     bound_ms = moved / gb_per_s / 1e6
     first = next(iter(found.values()), {})
     return [
         {
             "shape": str(tuple(shape)),
+            "directions": what,
             "precision": precision,
             "contestant": name,
             **row,

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from famba import cost, fusion, mixer, model, numerics, optim, scan
+from famba import cost, fusion, model, numerics, ops, optim, scan
 from famba.bench.setting import Setting
 from famba.bench.timing import ratio
 
@@ -215,9 +215,9 @@ _BACKWARD = "autograd::engine::evaluate_function: "
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::convolution", "aten::convolution_backward")
 # The functions that a block calls, by the names that it calls them by.
 _FUNCTIONS = (
-    ("scan", mixer, "projected_scan"),
-    ("convolution", mixer, "causal_conv1d_silu"),
-    ("gate", mixer, "gated_sum"),
+    ("scan", ops, "projected_scan"),
+    ("convolution", ops, "causal_conv1d_silu"),
+    ("gate", ops, "gated_sum"),
     ("norm", model, "add_rms_norm"),
     ("fusion", fusion, "match_tokens"),
     ("fusion", fusion, "plan"),

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from famba.bench.model import able
 from famba.bench.timing import interleaved, ratio, summary
 from famba.errors import InputError
+from famba.ops import Side, bidirectional_scan
 from famba.scan import selective_scan
 
 UNIT = "matmul 2048^3"
@@ -108,6 +109,38 @@ def scan_call(
             out = (_OTHERS[name](u, step, A, B, C) + D[:, None] * u) * F.silu(z)
         else:
             out = selective_scan(u, delta, A, B, C, D, z, bias, delta_softplus=True, backend=name)
+        torch.autograd.grad(out, inputs, cotangent)
+
+    return call
+
+
+def both_call(
+    shape: Sequence[int], name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Callable[[], None]:
+    """Forward and backward of both directions of a mixer, from steps yet to be projected, joined and gated."""
+    b, e, t, n = shape
+    m = math.ceil(e / 32)  # as in a mixer, whose d_model is half of e
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*size, generator=generator).to(device, kind)
+
+    def side() -> list[Tensor]:
+        A = -torch.arange(1.0, n + 1, device=device).repeat(e, 1)
+        tokens = [draw(b, t, k) for k in (e, m, n, n)]
+        single = {"kind": torch.float32}
+        return [*tokens, draw(e, m), A, draw(e, **single), draw(e, **single) - 3]
+
+    left, right, gate = side(), side(), draw(b, t, e)
+    inputs, cotangent = [*left, *right, gate], draw(b, t, e).mT
+    for x in inputs:
+        x.requires_grad_()
+
+    def call() -> None:
+        sides = [
+            Side(u.mT, step.mT, weight, A, B.mT, C.mT, D, bias) for u, step, B, C, weight, A, D, bias in (left, right)
+        ]
+        out = bidirectional_scan(*sides, gate.mT, scale=0.5, backend=name)
         torch.autograd.grad(out, inputs, cotangent)
 
     return call

@@ -1,0 +1,254 @@
+"""Fusing on a GPU as torch operators: `famba::gpu_plan`, where tokens go; `famba::gpu_fuse`, their means.
+
+Axes: b batch, t tokens, r pairs, s = t - r tokens left, d width. What is fused is float32 or bfloat16, weights and
+sizes float32, sums float32. Each output token gathers what joins it in the order of the pairs: the same bits every
+time. Each input token's gradient is one row. Nothing waits for the host, which therefore does not look at positions:
+those outside a sequence are passed over.
+"""
+
+import torch
+from torch import Tensor
+
+from famba.gpu import runtime
+from famba.gpu.runtime import jit, launch, tl
+
+_ROWS = 16
+_COLUMNS = 256
+MOST_TOKENS = 8192
+
+
+def unsuited_plan(source: Tensor, target: Tensor, size: Tensor) -> str:
+    """Why `plan` cannot run on these tensors ("": it can)."""
+    integers = (torch.int64, torch.int32)
+    if reason := runtime.unsuited(source, target, dtypes=integers) or runtime.unsuited(size, dtypes=(torch.float32,)):
+        return reason
+    return "" if size.shape[1] <= MOST_TOKENS else f"it runs on at most {MOST_TOKENS} tokens, got {size.shape[1]}"
+
+
+def unsuited(weight: Tensor, *tensors: Tensor) -> str:
+    """Why `fuse` cannot run on these tensors ("": it can)."""
+    return runtime.unsuited(*tensors) or runtime.unsuited(weight, dtypes=(torch.float32,))
+
+
+@jit
+def _plan_kernel(
+    source, target, size, survivors, destination, weight, total, t, r,
+    IN_ORDER: tl.constexpr, BY_SIZE: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(0).to(tl.int64)
+    position = tl.arange(0, T)
+    inside = position < t
+    source += batch * r
+    target += batch * r
+    size += batch * t
+    destination += batch * t
+    own = tl.load(size + position, mask=inside, other=1.0)
+    sum = own
+    count = tl.full([T], 1.0, dtype=tl.float32)
+    gone = position >= t
+    for j in range(r):
+        leaves = tl.load(source + j)
+        stays = tl.load(target + j)
+        gone |= position == leaves
+        joined = tl.load(size + leaves, mask=(leaves >= 0) & (leaves < t), other=0.0)
+        sum += tl.where(position == stays, joined, 0.0)
+        count += tl.where(position == stays, 1.0, 0.0)
+    if IN_ORDER:
+        place = tl.cumsum((~gone).to(tl.int32), 0) - 1
+    else:
+        even = position % 2 == 0
+        first = (~gone & even).to(tl.int32)
+        last = (~gone & ~even).to(tl.int32)
+        place = tl.where(even, tl.cumsum(first, 0) - 1, tl.sum(first, axis=0) + tl.cumsum(last, 0) - 1)
+    left = t - r
+    kept = ~gone & (place < left)
+    share = own / sum if BY_SIZE else 1 / count
+    weight += batch * t
+    survivors += batch * left
+    total += batch * left
+    tl.store(survivors + place, position.to(tl.int64), mask=kept)
+    tl.store(total + place, sum, mask=kept)
+    tl.store(destination + position, place.to(tl.int64), mask=kept)
+    tl.store(weight + position, share, mask=kept)
+    divisor = sum if BY_SIZE else count
+    for j in range(r):
+        leaves = tl.load(source + j)
+        stays = tl.load(target + j)
+        ours = position == stays
+        valid = (leaves >= 0) & (leaves < t)
+        joined = tl.load(size + leaves, mask=valid, other=0.0) if BY_SIZE else 1.0
+        tl.store(destination + leaves, tl.sum(tl.where(ours, place, 0), axis=0).to(tl.int64), mask=valid)
+        tl.store(weight + leaves, joined / tl.sum(tl.where(ours, divisor, 0.0), axis=0), mask=valid)
+
+
+@jit
+def _gather(
+    x, out, survivors, destination, weight, source, batch, row, column, t, s, r, d, ROWS: tl.constexpr
+):  # fmt: skip
+    inside = (row[:, None] < s) & (column < d)
+    own = tl.load(survivors + batch * s + row, mask=row < s, other=0)
+    share = tl.load(weight + batch * t + own, mask=row < s, other=0.0)[:, None]
+    x += batch * t * d
+    total = share * tl.load(x + own[:, None] * d + column, mask=inside, other=0.0).to(tl.float32)
+    first = tl.min(row)
+    for j in range(r):
+        leaves = tl.load(source + batch * r + j)
+        valid = (leaves >= 0) & (leaves < t)
+        into = tl.load(destination + batch * t + leaves, mask=valid, other=-1)
+        if (into >= first) & (into < first + ROWS):
+            joined = tl.load(x + leaves * d + column, mask=column < d, other=0.0).to(tl.float32)
+            joined *= tl.load(weight + batch * t + leaves)
+            total += tl.where(row[:, None] == into, joined, 0.0)
+    tl.store(out + (batch * s + row[:, None]) * d + column, total.to(out.dtype.element_ty), mask=inside)
+
+
+@jit
+def _forward_kernel(
+    x, other, out, other_out, survivors, destination, weight, source, blocks, t, s, r, d, e,
+    BOTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    row = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    if tl.program_id(2) == 0:
+        _gather(x, out, survivors, destination, weight, source, batch, row, column, t, s, r, d, ROWS)
+    elif BOTH:
+        _gather(other, other_out, survivors, destination, weight, source, batch, row, column, t, s, r, e, ROWS)
+
+
+@jit
+def _spread(grad, to_x, destination, weight, batch, row, column, t, s, d):
+    into = tl.load(destination + batch * t + row, mask=row < t, other=0)[:, None]
+    share = tl.load(weight + batch * t + row, mask=row < t, other=0.0)[:, None]
+    inside = (row[:, None] < t) & (column < d)
+    g = tl.load(grad + (batch * s + into) * d + column, mask=inside & (into >= 0) & (into < s), other=0.0)
+    made = (g.to(tl.float32) * share).to(to_x.dtype.element_ty)
+    tl.store(to_x + (batch * t + row[:, None]) * d + column, made, mask=inside)
+
+
+@jit
+def _backward_kernel(
+    destination, weight, grad, other, to_x, to_other, blocks, t, s, d, e,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    row = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    # nested: what is absent is decided when this is compiled, which it is for the rest of the condition
+    if grad is not None:  # noqa: SIM102
+        if tl.program_id(2) == 0:
+            _spread(grad, to_x, destination, weight, batch, row, column, t, s, d)
+    if other is not None:  # noqa: SIM102
+        if tl.program_id(2) == 1:
+            _spread(other, to_other, destination, weight, batch, row, column, t, s, e)
+
+
+def plan(source: Tensor, target: Tensor, size: Tensor, order: str, weighting: str) -> tuple[Tensor, ...]:
+    """`famba.fusion.plan` by the kernel: survivors, destination, weight, size."""
+    source, target = source.to(torch.int64), target.to(torch.int64)
+    return torch.ops.famba.gpu_plan(source, target, size.detach(), order == "scan", weighting == "size")
+
+
+def fuse(
+    x: Tensor, other: Tensor | None, survivors: Tensor, destination: Tensor, weight: Tensor, source: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`famba.fusion.apply` by the kernel, to one tensor or two."""
+    return torch.ops.famba.gpu_fuse(x, other, survivors, destination, weight, source)
+
+
+_library = torch.library.Library("famba", "FRAGMENT")
+_library.define(
+    "gpu_plan(Tensor source, Tensor target, Tensor size, bool in_order, bool by_size) -> "
+    "(Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "gpu_fuse(Tensor x, Tensor? other, Tensor survivors, Tensor destination, Tensor weight, Tensor source) -> "
+    "(Tensor, Tensor)"
+)
+_library.define(
+    "gpu_fuse_backward(Tensor? grad, Tensor? other, Tensor destination, Tensor weight) -> (Tensor, Tensor)"
+)  # what is absent has no elements in the result
+
+
+def _plan_fake(source, target, size, in_order, by_size):
+    (b, t), s = size.shape, size.shape[1] - source.shape[1]
+    return source.new_empty(b, s), source.new_empty(b, t), size.new_empty(b, t), size.new_empty(b, s)
+
+
+def _plan(source, target, size, in_order, by_size):
+    made = _plan_fake(source, target, size, in_order, by_size)
+    b, t = size.shape
+    launch(
+        _plan_kernel, (b,), source.contiguous(), target.contiguous(), size.contiguous(), *made, t, source.shape[1],
+        IN_ORDER=in_order, BY_SIZE=by_size, T=runtime.power_of_two(t), num_warps=4,
+    )  # fmt: skip
+    return made
+
+
+def _fuse_fake(x, other, survivors, destination, weight, source):
+    b, s = survivors.shape
+    out = x.new_empty(b, s, x.shape[2])
+    return out, x.new_empty(0) if other is None else other.new_empty(b, s, other.shape[2])
+
+
+def _fuse(x, other, survivors, destination, weight, source):
+    made = _fuse_fake(x, other, survivors, destination, weight, source)
+    (b, t, d), s, e = x.shape, survivors.shape[1], 1 if other is None else other.shape[2]
+    rows, columns = _tile(max(d, e))
+    blocks = runtime.blocks(s, rows)
+    launch(
+        _forward_kernel, (blocks * b, runtime.blocks(max(d, e), columns), 1 + (other is not None)),
+        x.contiguous(), None if other is None else other.contiguous(), *made,
+        *(x.contiguous() for x in (survivors, destination, weight, source)), blocks, t, s, source.shape[1], d, e,
+        BOTH=other is not None, ROWS=rows, COLUMNS=columns, num_warps=4,
+    )  # fmt: skip
+    return made
+
+
+def _fuse_backward_fake(grad, other, destination, weight):
+    return tuple(weight.new_empty(0) if x is None else x.new_empty(*weight.shape, x.shape[2]) for x in (grad, other))
+
+
+def _fuse_backward(grad, other, destination, weight):
+    made = _fuse_backward_fake(grad, other, destination, weight)
+    given = [x if x is None else x.contiguous() for x in (grad, other)]
+    present = [x for x in given if x is not None]
+    if not present:
+        return made
+    b, t = weight.shape
+    width = max(x.shape[2] for x in present)
+    rows, columns = _tile(width)
+    blocks = runtime.blocks(t, rows)
+    launch(
+        _backward_kernel, (blocks * b, runtime.blocks(width, columns), 2), destination.contiguous(),
+        weight.contiguous(), *given, *made, blocks, t, present[0].shape[1],
+        *(0 if x is None else x.shape[2] for x in given),
+        ROWS=rows, COLUMNS=columns, num_warps=4,
+    )  # fmt: skip
+    return made
+
+
+def _tile(width: int) -> tuple[int, int]:
+    return _ROWS, min(_COLUMNS, runtime.power_of_two(width))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, other, _, destination, weight, _ = inputs
+    ctx.two = other is not None
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(destination, weight)
+
+
+def _backward(ctx, grad, other):
+    to_x, to_other = torch.ops.famba.gpu_fuse_backward(grad, other if ctx.two else None, *ctx.saved_tensors)
+    return None if grad is None else to_x, None if other is None or not ctx.two else to_other, None, None, None, None
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("gpu_plan", _plan, _device)
+    _library.impl("gpu_fuse", _fuse, _device)
+    _library.impl("gpu_fuse_backward", _fuse_backward, _device)
+torch.library.register_fake("famba::gpu_plan", _plan_fake, lib=_library)
+torch.library.register_fake("famba::gpu_fuse", _fuse_fake, lib=_library)
+torch.library.register_fake("famba::gpu_fuse_backward", _fuse_backward_fake, lib=_library)
+torch.library.register_autograd("famba::gpu_fuse", _backward, setup_context=_setup_context, lib=_library)

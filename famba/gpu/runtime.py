@@ -1,0 +1,74 @@
+"""What the GPU kernels share: Triton if it is there, the check of a tensor, the launch.
+
+With TRITON_INTERPRET=1 in the environment before famba is imported, Triton's interpreter runs the kernels on CPU
+tensors, slowly: so they are tested where there is no GPU.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit: Any = triton.jit
+except ImportError:  # the kernels are then defined, and never called
+    triton: Any = None
+    tl: Any = SimpleNamespace(constexpr=None)
+
+    def jit(function: Callable | None = None, **options: Any) -> Any:
+        return (lambda function: function) if function is None else function
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on")
+DTYPES = (torch.float32, torch.bfloat16)
+PARAMETERS = (torch.float32, torch.bfloat16, torch.float16)  # taken as float32
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+@torch.compiler.assume_constant_result
+def unavailable() -> str:
+    """Why the kernels cannot run here ("": they can)."""
+    if triton is None:
+        return "triton is missing; pip install triton"
+    if not INTERPRETED and not torch.cuda.is_available():
+        return "no CUDA device; TRITON_INTERPRET=1 runs the kernels on a CPU, for tests"
+    return ""
+
+
+def unsuited(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str:
+    """Why the kernels cannot run on tensors of such a device and type ("": they can)."""
+    for x in tensors:
+        if x is not None and x.device.type != DEVICE:
+            return f"it runs on {DEVICE} tensors, got {x.device}"
+        if x is not None and x.dtype not in dtypes:
+            names = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            return f"it runs on {names}, got {x.dtype}"
+    return ""
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Start a kernel on the device of its first argument; constants are compiled into it."""
+    device = arguments[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*arguments, **constants)
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two that is not below a number."""
+    return 1 << (number - 1).bit_length()
+
+
+def blocks(number: int, block: int) -> int:
+    return -(-number // block)
+
+
+def channels_last(b: int, e: int, t: int, like: Tensor) -> Tensor:
+    """An empty (b, e, t) tensor with channels innermost in memory."""
+    return like.new_empty(b, t, e).transpose(1, 2)

@@ -1,0 +1,566 @@
+"""The selective scan on a GPU as torch operators, `famba::gpu_scan` and its backward: one direction, or both at once.
+
+Axes as in famba.scan: b batch, e channels, t tokens, n states. Activations may be float32 or bfloat16 and have any
+strides; the fast layout is (b, t, e) in memory seen as (b, e, t). The recurrence is float32. Results and gradients lie
+channels last.
+
+One warp scans a block of channels of one sequence, token by token. Its tile of states is (ER, NR, NL, EL): channels in
+registers, states in registers, states across lanes, channels across lanes. A sum over states then takes log2(NL)
+shuffles and one over channels log2(EL), and a token's channels are read as consecutive numbers. Both directions go one
+after the other in forward, which adds, gates and scales them as it writes; side by side in backward.
+
+Backward recomputes: forward keeps the state before every 32nd token, backward from it that before every 4th in scratch
+memory, and from that the four states in between in registers. No product of decays is formed and nothing is divided by
+one, so steps of any size are safe. What sums over blocks or sequences (A, D, bias; B, C) is written per block and added
+up in a fixed order: the same bits every time.
+
+Bytes that both directions' forward and backward must move for one channel of one token, activations of w bytes:
+
+    forward     read u, delta twice each, z; write the sum y, the output                        7 w
+                write the kept states, 4 n / 32 bytes for each direction                        n / 4
+    backward    read u, delta twice each, z, y, the output's gradient; write gradients of z,
+                of u and delta twice each                                                       12 w
+                read the kept states                                                            n / 4
+
+B, C and their gradients are n numbers for all channels of a token, 8 w n / e for one channel, and are counted too; what
+backward writes to scratch memory and adds up is the implementation's own. At (128, 384, 197, 16) in bf16 this is
+0.45 GB: 0.13 ms at 3.35 TB/s, 0.09 ms at 4.8 TB/s. The exponentials, 3 n for each direction, take at 16 a clock and
+multiprocessor (132 of them, 1.75 GHz) 0.25 ms: they are what limits, not memory.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from famba.gpu import runtime
+from famba.gpu.runtime import jit, launch, tl
+
+MOST_STATES = 64
+_CHUNK = 32  # tokens between kept states
+_SUB = 4  # tokens whose states and decays are in registers at once; divides _CHUNK
+_TILE = 16  # numbers of a tile that one thread holds
+_LANES = 32
+_LOG2_E = 1.4426950408889634
+
+
+def scan_bytes(b: int, e: int, t: int, n: int, dtype: torch.dtype) -> int:
+    """Bytes that forward and backward of both directions must move; the table above."""
+    width = torch.finfo(dtype).bits // 8
+    kept = 2 * 2 * 4 * b * e * n * runtime.blocks(t, _CHUNK)
+    return 19 * width * b * e * t + 8 * width * b * n * t + kept
+
+
+def unsuited(u, delta, A, B, C, D, z, delta_bias) -> str:
+    """Why the kernels cannot run on these tensors ("": they can)."""
+    if reason := runtime.unsuited(u, delta, B, C, z) or runtime.unsuited(A, D, delta_bias, dtypes=runtime.PARAMETERS):
+        return reason
+    return "" if A.shape[1] <= MOST_STATES else f"it runs with at most {MOST_STATES} states, got {A.shape[1]}"
+
+
+@jit
+def _softplus(x):
+    # log1p(v) = 2 atanh(v / (2 + v)): exact to the last bits where a logarithm of 1 + v would lose them
+    v = tl.exp(-tl.abs(x))
+    s = v / (2 + v)
+    q = s * s
+    series = 1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13))))))
+    return tl.where(x > 0, x, 0 * x) + 2 * s * series
+
+
+@jit
+def _sum_states(x):
+    return tl.sum(tl.sum(x, axis=1), axis=1)
+
+
+@jit
+def _sum_channels(x):
+    return tl.sum(tl.sum(x, axis=0), axis=2)
+
+
+@jit
+def _direction(
+    u, delta, A, B, C, D, bias, z, y, out, states, batch, block, t, e, n, scale,
+    u_b, u_e, u_t, delta_b, delta_e, delta_t, B_b, B_n, B_t, C_b, C_n, C_t, z_b, z_e, z_t,
+    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, ADD: tl.constexpr, LAST: tl.constexpr, KEEP: tl.constexpr,
+    KEEP_Y: tl.constexpr, ER: tl.constexpr, NR: tl.constexpr, NL: tl.constexpr, EL: tl.constexpr,
+    CHUNK: tl.constexpr, LOG2_E: tl.constexpr,
+):  # fmt: skip
+    channel = block * (ER * EL) + tl.arange(0, ER)[:, None] * EL + tl.arange(0, EL)[None, :]
+    state = tl.arange(0, NR)[:, None] * NL + tl.arange(0, NL)[None, :]
+    here, real = channel < e, state < n
+    tile = tl.arange(0, ER)[:, None, None, None] * NR + tl.arange(0, NR)[None, :, None, None]
+    tile = (tile * NL + tl.arange(0, NL)[None, None, :, None]) * EL + tl.arange(0, EL)[None, None, None, :]
+    rates = A + state[None, :, :, None] * e + channel[:, None, None, :]
+    rate = tl.load(rates, mask=real[None, :, :, None] & here[:, None, None, :], other=0.0) * LOG2_E
+    h = tl.zeros([ER, NR, NL, EL], dtype=tl.float32)
+    skip = tl.zeros([ER, EL], dtype=tl.float32)
+    shift = tl.zeros([ER, EL], dtype=tl.float32)
+    if D is not None:
+        skip += tl.load(D + channel, mask=here, other=0.0)
+    if bias is not None:
+        shift += tl.load(bias + channel, mask=here, other=0.0)
+
+    u += batch * u_b + channel * u_e
+    delta += batch * delta_b + channel * delta_e
+    B += batch * B_b + state * B_n
+    C += batch * C_b + state * C_n
+    y += batch * t * e + channel
+    out += batch * t * e + channel
+    if z is not None:
+        z += batch * z_b + channel * z_e
+    chunks = tl.cdiv(t, CHUNK)
+    states += ((batch * tl.cdiv(e, ER * EL) + block) * chunks) * (ER * NR * NL * EL) + tile
+
+    token = (t - 1) if REVERSE else 0
+    x = tl.load(u + token * u_t, mask=here, other=0.0)
+    raw = tl.load(delta + token * delta_t, mask=here, other=0.0)
+    entry = tl.load(B + token * B_t, mask=real, other=0.0)
+    reading = tl.load(C + token * C_t, mask=real, other=0.0)
+    for chunk in range(chunks):
+        if KEEP:
+            tl.store(states + chunk * (ER * NR * NL * EL), h)
+        for p in range(chunk * CHUNK, tl.minimum(t, (chunk + 1) * CHUNK)):
+            token = (t - 1 - p) if REVERSE else p
+            # the next token's numbers are on their way while this one's are used
+            after = tl.maximum(token - 1, 0) if REVERSE else tl.minimum(token + 1, t - 1)
+            next_x = tl.load(u + after * u_t, mask=here, other=0.0)
+            next_raw = tl.load(delta + after * delta_t, mask=here, other=0.0)
+            next_entry = tl.load(B + after * B_t, mask=real, other=0.0)
+            next_reading = tl.load(C + after * C_t, mask=real, other=0.0)
+            if ADD:
+                before = tl.load(y + token * e, mask=here, other=0.0).to(tl.float32)
+            if LAST and z is not None:
+                gate = tl.load(z + token * z_t, mask=here, other=0.0).to(tl.float32)
+
+            step = raw.to(tl.float32) + shift
+            if SOFTPLUS:
+                step = _softplus(step)
+            wide = x.to(tl.float32)
+            into = (step * wide)[:, None, None, :] * entry.to(tl.float32)[None, :, :, None]
+            h = tl.exp2(step[:, None, None, :] * rate) * h + into
+            total = _sum_states(h * reading.to(tl.float32)[None, :, :, None]) + skip * wide
+            if ADD:
+                total += before
+            if KEEP_Y or not LAST:
+                tl.store(y + token * e, total.to(y.dtype.element_ty), mask=here)
+            if LAST:
+                if z is not None:
+                    total *= gate * tl.sigmoid(gate)
+                tl.store(out + token * e, (total * scale).to(out.dtype.element_ty), mask=here)
+            x, raw, entry, reading = next_x, next_raw, next_entry, next_reading
+
+
+# As if not aligned: else wide loads and stores of whole tiles would decide how tiles lie, four channels to a thread.
+@jit(do_not_specialize_on_alignment=["A0", "A1", "states"])
+def _forward_kernel(
+    u0, delta0, A0, B0, C0, D0, bias0, u1, delta1, A1, B1, C1, D1, bias1, z, y, out, states, blocks, b, t, e, n, scale,
+    u_b, u_e, u_t, delta_b, delta_e, delta_t, B_b, B_n, B_t, C_b, C_n, C_t, z_b, z_e, z_t,
+    BOTH: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, KEEP: tl.constexpr, KEEP_Y: tl.constexpr,
+    ER: tl.constexpr, NR: tl.constexpr, NL: tl.constexpr, EL: tl.constexpr, CHUNK: tl.constexpr, LOG2_E: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0) % blocks
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    _direction(
+        u0, delta0, A0, B0, C0, D0, bias0, z, y, out, states, batch, block, t, e, n, scale,
+        u_b, u_e, u_t, delta_b, delta_e, delta_t, B_b, B_n, B_t, C_b, C_n, C_t, z_b, z_e, z_t,
+        REVERSE, SOFTPLUS, False, not BOTH, KEEP, KEEP_Y, ER, NR, NL, EL, CHUNK, LOG2_E,
+    )  # fmt: skip
+    if BOTH:
+        tl.debug_barrier()  # what the other direction adds to has been written
+        more = b.to(tl.int64) * blocks * tl.cdiv(t, CHUNK) * (ER * NR * NL * EL)
+        _direction(
+            u1, delta1, A1, B1, C1, D1, bias1, z, y, out, states + more, batch, block, t, e, n, scale,
+            u_b, u_e, u_t, delta_b, delta_e, delta_t, B_b, B_n, B_t, C_b, C_n, C_t, z_b, z_e, z_t,
+            not REVERSE, SOFTPLUS, True, True, KEEP, KEEP_Y, ER, NR, NL, EL, CHUNK, LOG2_E,
+        )  # fmt: skip
+
+
+@jit(do_not_specialize_on_alignment=["A0", "A1", "states", "scratch", "to_A"])
+def _backward_kernel(
+    grad, u0, delta0, A0, B0, C0, D0, bias0, u1, delta1, A1, B1, C1, D1, bias1, z, y, states, scratch,
+    to_u0, to_delta0, to_u1, to_delta1, to_z, to_A, to_D, to_bias, to_B, to_C, blocks, b, t, e, n, scale,
+    grad_b, grad_e, grad_t, u_b, u_e, u_t, delta_b, delta_e, delta_t, B_b, B_n, B_t, C_b, C_n, C_t, z_b, z_e, z_t,
+    BOTH: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr,
+    ER: tl.constexpr, NR: tl.constexpr, NL: tl.constexpr, EL: tl.constexpr, CHUNK: tl.constexpr, SUB: tl.constexpr,
+    LOG2_E: tl.constexpr,
+):  # fmt: skip
+    TILE: tl.constexpr = ER * NR * NL * EL
+    block = tl.program_id(0) % blocks
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    side = tl.program_id(1)
+    u, delta, A, B, C, D, bias = u0, delta0, A0, B0, C0, D0, bias0
+    to_u, to_delta = to_u0, to_delta0
+    backwards = side * 0 + REVERSE
+    if BOTH:
+        backwards = side
+        if side == 1:
+            u, delta, A, B, C, to_u, to_delta = u1, delta1, A1, B1, C1, to_u1, to_delta1
+            if D is not None:
+                D = D1
+            if bias is not None:
+                bias = bias1
+    start = backwards * (t - 1)  # the token that is scanned first
+    stride = 1 - 2 * backwards
+
+    channel = block * (ER * EL) + tl.arange(0, ER)[:, None] * EL + tl.arange(0, EL)[None, :]
+    state = tl.arange(0, NR)[:, None] * NL + tl.arange(0, NL)[None, :]
+    here, real = channel < e, state < n
+    tile = tl.arange(0, ER)[:, None, None, None] * NR + tl.arange(0, NR)[None, :, None, None]
+    tile = (tile * NL + tl.arange(0, NL)[None, None, :, None]) * EL + tl.arange(0, EL)[None, None, None, :]
+    rates = A + state[None, :, :, None] * e + channel[:, None, None, :]
+    rate = tl.load(rates, mask=real[None, :, :, None] & here[:, None, None, :], other=0.0) * LOG2_E
+    skip = tl.zeros([ER, EL], dtype=tl.float32)
+    shift = tl.zeros([ER, EL], dtype=tl.float32)
+    if D is not None:
+        skip += tl.load(D + channel, mask=here, other=0.0)
+    if bias is not None:
+        shift += tl.load(bias + channel, mask=here, other=0.0)
+
+    u += batch * u_b + channel * u_e
+    delta += batch * delta_b + channel * delta_e
+    B += batch * B_b + state * B_n
+    C += batch * C_b + state * C_n
+    grad += batch * grad_b + channel * grad_e
+    dense = batch * t * e + channel
+    if z is not None:
+        z += batch * z_b + channel * z_e
+        y += dense
+        to_z += dense
+    to_u += dense
+    to_delta += dense
+    summed = ((side.to(tl.int64) * blocks + block) * b + batch) * t * n + state
+    to_B += summed
+    to_C += summed
+    program = (side * b + batch) * blocks + block
+    chunks = tl.cdiv(t, CHUNK)
+    states += program * chunks * TILE + tile
+    scratch += program * (CHUNK // SUB) * TILE + tile
+
+    later = tl.zeros([ER, NR, NL, EL], dtype=tl.float32)  # gradient that reaches a state from the tokens after it
+    grad_rate = tl.zeros([ER, NR, NL, EL], dtype=tl.float32)
+    grad_skip = tl.zeros([ER, EL], dtype=tl.float32)
+    grad_shift = tl.zeros([ER, EL], dtype=tl.float32)
+    for back in range(chunks):
+        chunk = chunks - 1 - back
+        h = tl.load(states + chunk * TILE)
+        subs = tl.cdiv(tl.minimum(CHUNK, t - chunk * CHUNK), SUB)
+        for sub in range(subs - 1):
+            tl.store(scratch + sub * TILE, h)
+            for i in tl.static_range(SUB):
+                p = chunk * CHUNK + sub * SUB + i
+                token = start + stride * tl.minimum(p, t - 1)
+                x = tl.load(u + token * u_t, mask=here, other=0.0).to(tl.float32)
+                step = tl.load(delta + token * delta_t, mask=here, other=0.0).to(tl.float32) + shift
+                entry = tl.load(B + token * B_t, mask=real, other=0.0).to(tl.float32)
+                if SOFTPLUS:
+                    step = _softplus(step)
+                step = tl.where(p < t, step, 0.0)  # beyond the last token nothing happens
+                h = tl.exp2(step[:, None, None, :] * rate) * h + (step * x)[:, None, None, :] * entry[None, :, :, None]
+        tl.store(scratch + (subs - 1) * TILE, h)
+
+        for turn in range(subs):
+            sub = subs - 1 - turn
+            h = tl.load(scratch + sub * TILE)
+            held, decays, xs, steps, slopes = (h,), (), (), (), ()
+            for i in tl.static_range(SUB):
+                p = chunk * CHUNK + sub * SUB + i
+                token = start + stride * tl.minimum(p, t - 1)
+                x = tl.load(u + token * u_t, mask=here, other=0.0).to(tl.float32)
+                step = tl.load(delta + token * delta_t, mask=here, other=0.0).to(tl.float32) + shift
+                entry = tl.load(B + token * B_t, mask=real, other=0.0).to(tl.float32)
+                slope = tl.full([ER, EL], 1.0, dtype=tl.float32)
+                if SOFTPLUS:
+                    slope = tl.sigmoid(step)
+                    step = _softplus(step)
+                step = tl.where(p < t, step, 0.0)
+                decay = tl.exp2(step[:, None, None, :] * rate)
+                h = decay * h + (step * x)[:, None, None, :] * entry[None, :, :, None]
+                held += (h,)
+                decays += (decay,)
+                xs += (x,)
+                steps += (step,)
+                slopes += (slope,)
+
+            for j in tl.static_range(SUB):
+                p = chunk * CHUNK + sub * SUB + SUB - 1 - j
+                token = start + stride * tl.minimum(p, t - 1)
+                inside = here & (p < t)
+                entry = tl.load(B + token * B_t, mask=real, other=0.0).to(tl.float32)
+                reading = tl.load(C + token * C_t, mask=real, other=0.0).to(tl.float32)
+                g = tl.load(grad + token * grad_t, mask=inside, other=0.0).to(tl.float32) * scale
+                if z is not None:
+                    gate = tl.load(z + token * z_t, mask=inside, other=0.0).to(tl.float32)
+                    sigmoid = tl.sigmoid(gate)
+                    if side == 0:
+                        total = tl.load(y + token * e, mask=inside, other=0.0).to(tl.float32)
+                        slope_z = sigmoid + gate * sigmoid * (1 - sigmoid)
+                        tl.store(to_z + token * e, (g * total * slope_z).to(to_z.dtype.element_ty), mask=inside)
+                    g *= gate * sigmoid
+                x, step = xs[SUB - 1 - j], steps[SUB - 1 - j]
+                grad_h = later + g[:, None, None, :] * reading[None, :, :, None]
+                wanted = real & (p < t)
+                tl.store(to_C + token * n, _sum_channels(g[:, None, None, :] * held[SUB - j]), mask=wanted)
+                tl.store(to_B + token * n, _sum_channels((step * x)[:, None, None, :] * grad_h), mask=wanted)
+                grad_into = _sum_states(grad_h * entry[None, :, :, None])
+                later = grad_h * decays[SUB - 1 - j]
+                grad_decay = later * held[SUB - 1 - j]
+                grad_step = grad_into * x + _sum_states(grad_decay * rate) * (1 / LOG2_E)
+                grad_rate += grad_decay * step[:, None, None, :]
+                grad_raw = tl.where(inside, grad_step * slopes[SUB - 1 - j], 0.0)
+                grad_shift += grad_raw
+                grad_skip += g * x
+                tl.store(to_u + token * e, (grad_into * step + g * skip).to(to_u.dtype.element_ty), mask=inside)
+                tl.store(to_delta + token * e, grad_raw.to(to_delta.dtype.element_ty), mask=inside)
+
+    tl.store(to_A + program * TILE + tile, grad_rate)
+    place = program * (ER * EL) + tl.arange(0, ER)[:, None] * EL + tl.arange(0, EL)[None, :]
+    tl.store(to_D + place, grad_skip)
+    tl.store(to_bias + place, grad_shift)
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+) -> Tensor:
+    """`famba.scan.selective_scan` by the kernel; states are kept only if a gradient may be asked for."""
+    inputs = (u, delta, A, B, C, D, delta_bias)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, z))
+    return torch.ops.famba.gpu_scan(*inputs, *_NONE, z, delta_softplus, reverse, 1.0, keep)[0]
+
+
+def projected_scan(
+    u: Tensor,
+    step: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    reverse: bool,
+) -> Tensor:
+    """`famba.ops.projected_scan` by the kernel."""
+    return _projected((u, step, weight, A, B, C, D, delta_bias), 8 * (None,), None, reverse, 1.0)
+
+
+def bidirectional_scan(
+    forward: tuple[Tensor | None, ...], backward: tuple[Tensor | None, ...], gate: Tensor, scale: float
+) -> Tensor:
+    """`famba.ops.bidirectional_scan` by the kernel."""
+    return _projected(forward, backward, gate, False, scale)
+
+
+_NONE = 7 * (None,)
+
+
+def _projected(forward, backward, gate: Tensor | None, reverse: bool, scale: float) -> Tensor:
+    inputs = (*forward, *backward, gate)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        return _ProjectedScan.apply(*inputs, reverse, scale)  # pyright: ignore[reportReturnType]
+    return _scan_steps(forward, backward, gate, reverse, scale, False)[0]
+
+
+def _scan_steps(forward, backward, gate, reverse: bool, scale: float, keep: bool):
+    sides = _with_delta(forward), _with_delta(backward)
+    return torch.ops.famba.gpu_scan(*sides[0], *sides[1], gate, True, reverse, scale, keep)
+
+
+def _with_delta(side: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """A direction's arguments as the scan takes them: the step projected."""
+    u, step, weight, *others = side
+    if step is None or weight is None:
+        return _NONE
+    with torch.autocast(
+        step.device.type, enabled=False
+    ):  # it reigns in forward only, and both passes must make the same
+        return u, functional.linear(step.mT, weight.to(step.dtype)).mT, *others
+
+
+class _ProjectedScan(torch.autograd.Function):
+    """The steps are projected again in backward: kept, they would be as large as u."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        *tensors, ctx.reverse, ctx.scale = inputs
+        out, y, states = _scan_steps(tensors[:8], tensors[8:16], tensors[16], ctx.reverse, ctx.scale, True)
+        ctx.save_for_backward(*tensors, y, states)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
+        *tensors, y, states = ctx.saved_tensors
+        sides, gate = (tensors[:8], tensors[8:16]), tensors[16]
+        found = torch.ops.famba.gpu_scan_backward(
+            grads[0], *_with_delta(sides[0]), *_with_delta(sides[1]), gate, y, states, True, ctx.reverse, ctx.scale
+        )
+        gradients = []
+        for side, (to_u, to_delta, *others) in zip(sides, (found[:7], found[7:14]), strict=True):
+            _, step, weight, *_ = side
+            if step is None:
+                gradients += 8 * [None]
+                continue
+            to_delta = to_delta.mT
+            to_step = torch.matmul(to_delta, weight.to(to_delta.dtype)).mT
+            to_weight = torch.matmul(to_delta.flatten(0, 1).mT, step.mT.flatten(0, 1)).to(weight.dtype)
+            gradients += [to_u, to_step, to_weight, *others]
+        gradients.append(found[14])
+        return *(None if x is None else g for x, g in zip(tensors, gradients, strict=True)), None, None
+
+
+_SIDES = ", ".join(
+    f"Tensor{'' if side == 0 else '?'} u{side}, Tensor{'' if side == 0 else '?'} delta{side}, "
+    f"Tensor{'' if side == 0 else '?'} A{side}, Tensor{'' if side == 0 else '?'} B{side}, "
+    f"Tensor{'' if side == 0 else '?'} C{side}, Tensor? D{side}, Tensor? bias{side}"
+    for side in (0, 1)
+)
+_library = torch.library.Library("famba", "FRAGMENT")
+_library.define(
+    f"gpu_scan({_SIDES}, Tensor? z, bool softplus, bool reverse, float scale, bool keep) -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    f"gpu_scan_backward(Tensor grad, {_SIDES}, Tensor? z, Tensor y, Tensor states, bool softplus, bool reverse, "
+    f"float scale) -> ({', '.join(15 * ['Tensor'])})"
+)
+
+
+def _shape(n: int) -> tuple[int, int, int, int]:
+    """ER, NR, NL, EL of a tile for n states."""
+    padded = runtime.power_of_two(n)
+    across = min(padded, 4)
+    states = padded // across
+    return max(1, _TILE // states), states, across, _LANES // across
+
+
+def _outputs(u: Tensor, A: Tensor, both: bool, z: Tensor | None, keep: bool):
+    b, e, t = u.shape
+    er, nr, nl, el = _shape(A.shape[1])
+    out = runtime.channels_last(b, e, t, u)
+    y = runtime.channels_last(b, e, t, u) if keep and z is not None else u.new_empty(0)
+    kept = (1 + both, b, runtime.blocks(e, er * el), runtime.blocks(t, _CHUNK), er * nr * nl * el) if keep else (0,)
+    return out, y, u.new_empty(kept, dtype=torch.float32)
+
+
+def _alike(first: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both with the same strides, which one launch takes for both; they are copied only if they differ."""
+    if second is None or first.stride() == second.stride():
+        return first, second
+    return first.mT.contiguous().mT, second.mT.contiguous().mT
+
+
+def _prepared(sides) -> tuple[list[Tensor | None], list[int]]:
+    """Both directions' tensors as the kernels take them, and the strides of u, delta, B and C."""
+    (u0, delta0, A0, B0, C0, D0, bias0), (u1, delta1, A1, B1, C1, D1, bias1) = sides
+    pairs = [_alike(x, other) for x, other in ((u0, u1), (delta0, delta1), (B0, B1), (C0, C1))]
+    rates = [None if A is None else A.detach().float().t().contiguous() for A in (A0, A1)]
+    shifts = [None if x is None else x.detach().float().contiguous() for x in (D0, bias0, D1, bias1)]
+    tensors = []
+    for i in (0, 1):
+        u, delta, B, C = (pair[i] for pair in pairs)
+        tensors += [u, delta, rates[i], B, C, *shifts[2 * i : 2 * i + 2]]
+    return tensors, [stride for first, _ in pairs for stride in first.stride()]
+
+
+def _scan(*inputs):
+    *tensors, z, softplus, reverse, scale, keep = inputs
+    u, A, both = tensors[0], tensors[2], tensors[7] is not None
+    out, y, states = _outputs(u, A, both, z, keep)
+    (b, e, t), n = u.shape, A.shape[1]
+    er, nr, nl, el = _shape(n)
+    blocks = runtime.blocks(e, er * el)
+    sides, strides = _prepared((tensors[:7], tensors[7:]))
+    launch(
+        _forward_kernel, (blocks * b,), *sides, z, y if y.numel() else out, out, states, blocks, b, t, e, n, scale,
+        *strides, *((0, 0, 0) if z is None else z.stride()),
+        BOTH=both, REVERSE=reverse, SOFTPLUS=softplus, KEEP=keep, KEEP_Y=y.numel() > 0, ER=er, NR=nr, NL=nl, EL=el,
+        CHUNK=_CHUNK, LOG2_E=_LOG2_E, num_warps=1,
+    )  # fmt: skip
+    return out, y, states
+
+
+def _scan_backward(grad, *inputs):
+    *tensors, z, y, states, softplus, reverse, scale = inputs
+    u, A, both = tensors[0], tensors[2], tensors[7] is not None
+    (b, e, t), n, count = u.shape, A.shape[1], 1 + both
+    er, nr, nl, el = _shape(n)
+    blocks, tile = runtime.blocks(e, er * el), er * nr * nl * el
+    sides, strides = _prepared((tensors[:7], tensors[7:]))
+    to_u, to_delta = ([runtime.channels_last(b, e, t, x) for _ in range(count)] for x in tensors[:2])
+    to_z = u.new_empty(0) if z is None else runtime.channels_last(b, e, t, z)
+    scratch = u.new_empty(count * b * blocks * (_CHUNK // _SUB) * tile, dtype=torch.float32)
+    to_A = u.new_empty(count, b, blocks, er, nr, nl, el, dtype=torch.float32)
+    to_D, to_bias = (u.new_empty(count, b, blocks * er * el, dtype=torch.float32) for _ in range(2))
+    to_B, to_C = (u.new_empty(count, blocks, b, t, n, dtype=torch.float32) for _ in range(2))
+    launch(
+        _backward_kernel, (blocks * b, count), grad, *sides, z, y, states, scratch,
+        to_u[0], to_delta[0], to_u[-1], to_delta[-1], to_z, to_A, to_D, to_bias, to_B, to_C, blocks, b, t, e, n, scale,
+        *grad.stride(), *strides, *((0, 0, 0) if z is None else z.stride()),
+        BOTH=both, REVERSE=int(reverse), SOFTPLUS=softplus, ER=er, NR=nr, NL=nl, EL=el, CHUNK=_CHUNK, SUB=_SUB,
+        LOG2_E=_LOG2_E, num_warps=1,
+    )  # fmt: skip
+    rates = to_A.sum(1).permute(0, 1, 2, 5, 3, 4).reshape(count, blocks * er * el, nr * nl)[:, :e, :n]
+    skips, shifts, entries, readings = to_D.sum(1)[:, :e], to_bias.sum(1)[:, :e], to_B.sum(1), to_C.sum(1)
+    gradients = []
+    for i, given in enumerate((tensors[:7], tensors[7:])):
+        if given[0] is None:
+            gradients += [u.new_empty(0) for _ in given]
+            continue
+        small = (rates[i], entries[i], readings[i], skips[i], shifts[i])
+        small = [
+            u.new_empty(0)
+            if x is None
+            else found.to(x.dtype, copy=True)  # of its own, as an operator's results must be
+            for x, found in zip(given[2:], small, strict=True)
+        ]
+        gradients += [to_u[i], to_delta[i], small[0], small[1].mT, small[2].mT, *small[3:]]
+    return *gradients, to_z
+
+
+def _scan_fake(*inputs):
+    *tensors, z, _, _, _, keep = inputs
+    return _outputs(tensors[0], tensors[2], tensors[7] is not None, z, keep)
+
+
+def _scan_backward_fake(grad, *inputs):
+    *tensors, z, _, _, _, _, _ = inputs
+    u = tensors[0]
+    gradients = []
+    for x in tensors:
+        if x is None:
+            gradients.append(u.new_empty(0))
+        elif x.ndim == 3:
+            gradients.append(runtime.channels_last(*x.shape, x))
+        else:
+            gradients.append(x.new_empty(x.shape))
+    return (*gradients, u.new_empty(0) if z is None else runtime.channels_last(*z.shape, z))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.softplus, ctx.reverse, ctx.scale, keep = inputs
+    if not keep:
+        raise RuntimeError("famba::gpu_scan was called with keep=False, and so kept no states for the gradient")
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, output[1], output[2])
+
+
+def _backward(ctx, grad, *_):
+    *tensors, y, states = ctx.saved_tensors
+    found = torch.ops.famba.gpu_scan_backward(grad, *tensors, y, states, ctx.softplus, ctx.reverse, ctx.scale)
+    return *(None if x is None else g for x, g in zip(tensors, found, strict=True)), None, None, None, None
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("gpu_scan", _scan, _device)
+    _library.impl("gpu_scan_backward", _scan_backward, _device)
+torch.library.register_fake("famba::gpu_scan", _scan_fake, lib=_library)
+torch.library.register_fake("famba::gpu_scan_backward", _scan_backward_fake, lib=_library)
+torch.library.register_autograd("famba::gpu_scan", _backward, setup_context=_setup_context, lib=_library)
