@@ -300,7 +300,7 @@ def copy(tmp_path_factory) -> Path:
     yaml = YAML()
     document = yaml.load(folder / "params.yaml")
     document["profile"] = "smoke"
-    document["profiles"]["smoke"]["train"]["epochs"] = 40  # so many that it does not end before it is ended
+    document["profiles"]["smoke"]["train"]["epochs"] = 24  # so many that it does not end before it is ended
     document["profiles"]["smoke"]["data"]["limit"] = 64
     document["sweep"].update(strategies=["upper"], seeds=[0])
     yaml.dump(document, folder / "params.yaml")
