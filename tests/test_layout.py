@@ -299,7 +299,7 @@ def test_a_wheel_made_of_the_sdist_carries_all_that_it_reads_and_its_kernels_run
 
 def test_checkpoints_are_keyed_by_all_code_that_makes_a_result():
     beside_it = {"errors", "params", "files", "checkpoint", "cost", "records"}  # read, write and measure
-    assert set(train.CODE) | {"native"} == closure({"train"}) - beside_it
+    assert set(train.CODE) | {"native", "gpu"} == closure({"train"}) - beside_it
 
 
 def test_the_readmes_table_is_that_of_the_results():
