@@ -142,10 +142,10 @@ def _moved(images: UInt8[Tensor, "b 3 h w"], draws: Draws) -> UInt8[Tensor, "b 3
     y, x = top + torch.arange(h, device=images.device), torch.arange(w, device=images.device).expand(b, w)
     if mirrored is not None:
         x = torch.where(mirrored[:, None], x.flip(1), x)
-    # One look-up of each pixel in the padded image, the same for its channels.
+    # One look-up of each pixel in the padded image, for all its channels, which lie side by side.
     place = y[:, :, None] * (w + 2 * draws.shift) + (left + x)[:, None, :]
-    padded = F.pad(images, (draws.shift,) * 4).flatten(2)
-    return padded.gather(2, place.view(b, 1, h * w).expand(b, 3, h * w)).view(images.shape)
+    padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, *(draws.shift,) * 4)).flatten(1, 2)
+    return padded.gather(1, place.view(b, h * w, 1).expand(b, h * w, 3)).view(b, h, w, 3).permute(0, 3, 1, 2)
 
 
 def _rectangles(b: int, size: int, generator: torch.Generator) -> Int64[Tensor, "b 4"]:

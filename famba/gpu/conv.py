@@ -28,7 +28,7 @@ def _side(xs, weight, bias, out, channel, here, SIGN: tl.constexpr, K: tl.conste
     total = tl.zeros_like(xs[0])
     if bias is not None:
         total += tl.load(bias + channel)
-    for j in tl.static_range(K):
+    for j in tl.static_range(K):  # pyright: ignore[reportGeneralTypeIssues]
         total += tl.load(weight + channel * K + j) * xs[(K - 1) + SIGN * (j - (K - 1))]
     tl.store(out, (total * tl.sigmoid(total)).to(out.dtype.element_ty), mask=here)
 
@@ -37,7 +37,7 @@ def _side(xs, weight, bias, out, channel, here, SIGN: tl.constexpr, K: tl.conste
 def _around(x, token, t, inside, x_t, K: tl.constexpr):
     """x at every distance from -(k - 1) to k - 1 of each token, zero outside the sequence."""
     xs = ()
-    for o in tl.static_range(2 * K - 1):
+    for o in tl.static_range(2 * K - 1):  # pyright: ignore[reportGeneralTypeIssues]
         at = token + (o - (K - 1))
         xs += (tl.load(x + at * x_t, mask=inside & (at >= 0) & (at < t), other=0.0).to(tl.float32),)
     return xs
@@ -66,12 +66,12 @@ def _side_backward(
     xs, grad, weight, bias, part, token, channel, inside, e, t, SIGN: tl.constexpr, K: tl.constexpr
 ):  # fmt: skip
     to_x = tl.zeros_like(xs[0])
-    for m in tl.static_range(K):
+    for m in tl.static_range(K):  # pyright: ignore[reportGeneralTypeIssues]
         # the token m places on, which x of this one went into by the tap k - 1 - m
         total = tl.zeros_like(xs[0])
         if bias is not None:
             total += tl.load(bias + channel)
-        for j in tl.static_range(K):
+        for j in tl.static_range(K):  # pyright: ignore[reportGeneralTypeIssues]
             total += tl.load(weight + channel * K + j) * xs[(K - 1) + SIGN * (m + j - (K - 1))]
         at = token + SIGN * m
         g = tl.load(grad + at * e, mask=inside & (at >= 0) & (at < t), other=0.0).to(tl.float32)
@@ -80,7 +80,7 @@ def _side_backward(
         to_x += tl.load(weight + channel * K + (K - 1 - m)) * g
         if m == 0:
             g = tl.where(token < t, g, 0.0)
-            for j in tl.static_range(K):
+            for j in tl.static_range(K):  # pyright: ignore[reportGeneralTypeIssues]
                 tap = tl.sum(g * xs[(K - 1) + SIGN * (j - (K - 1))], axis=0)[None, :]
                 tl.store(part + j * e, tap, mask=inside)
             tl.store(part + K * e, tl.sum(g, axis=0)[None, :], mask=inside)
@@ -142,8 +142,8 @@ def _float32(*parameters: Tensor | None) -> list[Tensor | None]:
 
 
 def _conv_fake(x, weight0, bias0, weight1, bias1, reverse):
-    made = runtime.channels_last(*x.shape, x)
-    return made, x.new_empty(0) if weight1 is None else runtime.channels_last(*x.shape, x)
+    made = runtime.channels_last(x)
+    return made, x.new_empty(0) if weight1 is None else runtime.channels_last(x)
 
 
 def _conv(x, weight0, bias0, weight1, bias1, reverse):
@@ -161,7 +161,7 @@ def _conv_backward(grad0, grad1, x, weight0, bias0, weight1, bias1, reverse):
     both = weight1 is not None
     (b, e, t), k, (blocks, spans, tokens, channels) = x.shape, weight0.shape[1], _grid(x)
     grads = [grad.mT.contiguous().mT for grad in ((grad0, grad1) if both else (grad0, grad0))]
-    to_x = runtime.channels_last(b, e, t, x)
+    to_x = runtime.channels_last(x)
     part = x.new_empty(1 + both, b * spans, k + 1, e, dtype=torch.float32)
     launch(
         _backward_kernel, (blocks * spans * b,), x, *grads, *_float32(weight0, bias0, weight1, bias1), to_x, part,
@@ -179,7 +179,7 @@ def _conv_backward(grad0, grad1, x, weight0, bias0, weight1, bias1, reverse):
 
 def _conv_backward_fake(grad0, grad1, x, weight0, bias0, weight1, bias1, reverse):
     parameters = [x.new_empty(0) if w is None else w.new_empty(w.shape) for w in (weight0, bias0, weight1, bias1)]
-    return runtime.channels_last(*x.shape, x), *parameters
+    return runtime.channels_last(x), *parameters
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -16,16 +16,16 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-
-    jit: Any = triton.jit
-except ImportError:  # the kernels are then defined, and never called
+except ImportError:
     triton: Any = None
     tl: Any = SimpleNamespace(constexpr=None)
 
-    def jit(function: Callable | None = None, **options: Any) -> Any:
-        return (lambda function: function) if function is None else function
+
+def _undecorated(function: Callable | None = None, **options: Any) -> Any:
+    return (lambda function: function) if function is None else function
 
 
+jit: Any = _undecorated if triton is None else triton.jit  # without Triton kernels are defined, and never called
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on")
 DTYPES = (torch.float32, torch.bfloat16)
 PARAMETERS = (torch.float32, torch.bfloat16, torch.float16)  # taken as float32
@@ -69,6 +69,7 @@ def blocks(number: int, block: int) -> int:
     return -(-number // block)
 
 
-def channels_last(b: int, e: int, t: int, like: Tensor) -> Tensor:
-    """An empty (b, e, t) tensor with channels innermost in memory."""
+def channels_last(like: Tensor) -> Tensor:
+    """An empty (b, e, t) tensor of that shape and type, with channels innermost in memory."""
+    b, e, t = like.shape
     return like.new_empty(b, t, e).transpose(1, 2)

@@ -28,6 +28,8 @@ backward writes to scratch memory and adds up is the implementation's own. At (1
 multiprocessor (132 of them, 1.75 GHz) 0.25 ms: they are what limits, not memory.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -247,7 +249,7 @@ def _backward_kernel(
         subs = tl.cdiv(tl.minimum(CHUNK, t - chunk * CHUNK), SUB)
         for sub in range(subs - 1):
             tl.store(scratch + sub * TILE, h)
-            for i in tl.static_range(SUB):
+            for i in tl.static_range(SUB):  # pyright: ignore[reportGeneralTypeIssues]
                 p = chunk * CHUNK + sub * SUB + i
                 token = start + stride * tl.minimum(p, t - 1)
                 x = tl.load(u + token * u_t, mask=here, other=0.0).to(tl.float32)
@@ -263,7 +265,7 @@ def _backward_kernel(
             sub = subs - 1 - turn
             h = tl.load(scratch + sub * TILE)
             held, decays, xs, steps, slopes = (h,), (), (), (), ()
-            for i in tl.static_range(SUB):
+            for i in tl.static_range(SUB):  # pyright: ignore[reportGeneralTypeIssues]
                 p = chunk * CHUNK + sub * SUB + i
                 token = start + stride * tl.minimum(p, t - 1)
                 x = tl.load(u + token * u_t, mask=here, other=0.0).to(tl.float32)
@@ -282,7 +284,7 @@ def _backward_kernel(
                 steps += (step,)
                 slopes += (slope,)
 
-            for j in tl.static_range(SUB):
+            for j in tl.static_range(SUB):  # pyright: ignore[reportGeneralTypeIssues]
                 p = chunk * CHUNK + sub * SUB + SUB - 1 - j
                 token = start + stride * tl.minimum(p, t - 1)
                 inside = here & (p < t)
@@ -374,7 +376,7 @@ def _scan_steps(forward, backward, gate, reverse: bool, scale: float, keep: bool
     return torch.ops.famba.gpu_scan(*sides[0], *sides[1], gate, True, reverse, scale, keep)
 
 
-def _with_delta(side: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def _with_delta(side: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """A direction's arguments as the scan takes them: the step projected."""
     u, step, weight, *others = side
     if step is None or weight is None:
@@ -444,8 +446,8 @@ def _shape(n: int) -> tuple[int, int, int, int]:
 def _outputs(u: Tensor, A: Tensor, both: bool, z: Tensor | None, keep: bool):
     b, e, t = u.shape
     er, nr, nl, el = _shape(A.shape[1])
-    out = runtime.channels_last(b, e, t, u)
-    y = runtime.channels_last(b, e, t, u) if keep and z is not None else u.new_empty(0)
+    out = runtime.channels_last(u)
+    y = runtime.channels_last(u) if keep and z is not None else u.new_empty(0)
     kept = (1 + both, b, runtime.blocks(e, er * el), runtime.blocks(t, _CHUNK), er * nr * nl * el) if keep else (0,)
     return out, y, u.new_empty(kept, dtype=torch.float32)
 
@@ -494,8 +496,8 @@ def _scan_backward(grad, *inputs):
     er, nr, nl, el = _shape(n)
     blocks, tile = runtime.blocks(e, er * el), er * nr * nl * el
     sides, strides = _prepared((tensors[:7], tensors[7:]))
-    to_u, to_delta = ([runtime.channels_last(b, e, t, x) for _ in range(count)] for x in tensors[:2])
-    to_z = u.new_empty(0) if z is None else runtime.channels_last(b, e, t, z)
+    to_u, to_delta = ([runtime.channels_last(x) for _ in range(count)] for x in tensors[:2])
+    to_z = u.new_empty(0) if z is None else runtime.channels_last(z)
     scratch = u.new_empty(count * b * blocks * (_CHUNK // _SUB) * tile, dtype=torch.float32)
     to_A = u.new_empty(count, b, blocks, er, nr, nl, el, dtype=torch.float32)
     to_D, to_bias = (u.new_empty(count, b, blocks * er * el, dtype=torch.float32) for _ in range(2))
@@ -538,10 +540,10 @@ def _scan_backward_fake(grad, *inputs):
         if x is None:
             gradients.append(u.new_empty(0))
         elif x.ndim == 3:
-            gradients.append(runtime.channels_last(*x.shape, x))
+            gradients.append(runtime.channels_last(x))
         else:
             gradients.append(x.new_empty(x.shape))
-    return (*gradients, u.new_empty(0) if z is None else runtime.channels_last(*z.shape, z))
+    return (*gradients, u.new_empty(0) if z is None else runtime.channels_last(z))
 
 
 def _setup_context(ctx, inputs, output) -> None:
