@@ -297,7 +297,7 @@ def _scan_times(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
     seaborn.barplot(table, y="contestant", x="matmuls", hue="shape", **order, **look, ax=axes)
     times = table.pivot(index="contestant", columns="shape", values="times")
     for bars, shape in zip(axes.containers, shapes, strict=True):
-        written = [f" {times.loc[name, shape]:,.3g}×" for name in names]
+        written = [f" {_three_digits(times.loc[name, shape])}×" for name in names]
         axes.bar_label(bars, written, fontsize=7.5)  # pyright: ignore[reportArgumentType]
     axes.set(xscale="log", ylabel="", xlabel=f"time, in units of one {names[-1]}; labels: in units of {names[0]}")
     axes.set_title("selective scan, forward and backward")
@@ -366,6 +366,10 @@ def _loss_curves(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
 
 
 @styled
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def gpu_benchmark(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """What famba makes of a GPU: scans, training steps, what fusing gains, and graphs of a small model.
 

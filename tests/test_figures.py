@@ -528,3 +528,10 @@ def test_paper_memory_draws_the_papers_points_and_both_formulas_against_layer_an
     assert by_r.lines[1].get_xydata().tolist() == pytest.approx(np.array([[1, 0.95], [9, 0.55]]))
     assert by_r.lines[0].get_linestyle() == "None"
     assert [len(axes.lines) for axes in figure.axes] == [4, 4]  # and the line at 1
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(1419.4, "1,419"), (154.2, "154"), (99.6, "99.6"), (1.0, "1"), (0.0421, "0.0421")]
+)
+def test_a_ratio_is_written_with_three_digits_and_no_exponent(value, text):
+    assert figures._three_digits(value) == text
