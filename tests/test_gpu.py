@@ -122,7 +122,7 @@ def exactly(*tensors, reverse=False):
     return selective_scan_ref(*tensors, delta_softplus=True, reverse=reverse)
 
 
-SHAPES = [(2, 5, 1, 1), (1, 40, 9, 16), (2, 3, 5, 3), (1, 9, 5, 64), (1, 70, 3, 8), (1, 2, 70, 2)]
+SHAPES = [(2, 5, 1, 1), (1, 33, 5, 16), (2, 3, 5, 3), (1, 9, 5, 64), (1, 70, 3, 8), (1, 2, 37, 2)]
 
 
 @on_each_device
@@ -195,7 +195,7 @@ def both_scans(*tensors, backend):
 
 
 @on_each_device
-@pytest.mark.parametrize("shape", [(2, 5, 6, 4, 3), (1, 40, 35, 16, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 6, 4, 3), (1, 9, 35, 4, 2)], ids=str)
 def test_both_directions_in_one_launch_are_two_scans_and_a_gate(device, shape):
     b, e, t, *_ = shape
     gate = torch.randn(b, t, 2 * e, generator=torch.Generator().manual_seed(2)).chunk(2, dim=-1)[1].mT
@@ -391,7 +391,7 @@ def test_bytes_of_the_scan_follow_the_table():
     b, e, t, n = 128, 384, 197, 16
     element = b * e * t
     assert kernels.scan_bytes(b, e, t, n, torch.bfloat16) == pytest.approx(
-        19 * 2 * element + 8 * 2 * b * n * t + 4 * n * 4 * b * e * 7
+        19 * 2 * element + 12 * 2 * b * n * t + 4 * n * 4 * b * e * 7
     )
     assert 0.4e9 < kernels.scan_bytes(b, e, t, n, torch.bfloat16) < 0.5e9
 

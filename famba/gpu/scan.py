@@ -22,10 +22,10 @@ Bytes that both directions' forward and backward must move for one channel of on
                 of u and delta twice each                                                       12 w
                 read the kept states                                                            n / 4
 
-B, C and their gradients are n numbers for all channels of a token, 8 w n / e for one channel, and are counted too; what
-backward writes to scratch memory and adds up is the implementation's own. At (128, 384, 197, 16) in bf16 this is
-0.45 GB: 0.13 ms at 3.35 TB/s, 0.09 ms at 4.8 TB/s. The exponentials, 3 n for each direction, take at 16 a clock and
-multiprocessor (132 of them, 1.75 GHz) 0.25 ms: they are what limits, not memory.
+B and C, each read twice by both directions, and their gradients are 12 w n for all channels of a token, and are counted
+too; what backward writes to scratch memory and adds up is the implementation's own. At (128, 384, 197, 16) in bf16 this
+is 0.47 GB: 0.14 ms at 3.35 TB/s, 0.10 ms at 4.8 TB/s. The exponentials, 3 n for each direction, take 0.25 ms at 16 a
+clock and multiprocessor (132 of them, 1.75 GHz): worked out on paper, they and not memory are what limits.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ def scan_bytes(b: int, e: int, t: int, n: int, dtype: torch.dtype) -> int:
     """Bytes that forward and backward of both directions must move; the table above."""
     width = torch.finfo(dtype).bits // 8
     kept = 2 * 2 * 4 * b * e * n * runtime.blocks(t, _CHUNK)
-    return 19 * width * b * e * t + 8 * width * b * n * t + kept
+    return 19 * width * b * e * t + 12 * width * b * n * t + kept
 
 
 def unsuited(u, delta, A, B, C, D, z, delta_bias) -> str:
