@@ -69,6 +69,9 @@ lab: env  ## explore in JupyterLab
 bench: env  ## measure speed and memory on this machine: minutes, in which nothing else should run
 	$(IN_VENV) python -m famba bench
 
+bench-gpu: env  ## measure the kernels and training steps on a CUDA device, beside mamba-ssm's: less than eight minutes
+	$(IN_VENV) python -m famba bench --gpu
+
 doctor: env  ## what of all that famba can use works here, why not, and what mends it
 	$(IN_VENV) python -m famba doctor
 

@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import PIL
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float32, Int64, Shaped, UInt8
 from PIL import Image
 from safetensors import SafetensorError, safe_open
@@ -208,30 +207,12 @@ def normalise(
     return images.to(torch.float32).sub_(scale[0]).div_(scale[1])
 
 
-def augment(
-    images: UInt8[Tensor, "b 3 h w"], *, shift: int, flip: bool, generator: torch.Generator
+def pictures(
+    images: Float32[Tensor, "b 3 h w"], mean: Sequence[float], std: Sequence[float]
 ) -> UInt8[Tensor, "b 3 h w"]:
-    """Each image moved by its own offset, up to `shift` pixels along each axis, then mirrored or not.
-
-    Zeros (black) move in. All offsets from -shift to shift are equally likely, and so are the two mirrorings.
-    The draws are made on the generator's device, so that a CPU generator gives the same images on every device.
-
-    Raises:
-        InputError: shift is negative.
-    """
-    if shift < 0:
-        raise InputError(f"shift: {shift}: must be at least 0")
-    b, _, h, w = images.shape
-    if shift:
-        # Every offset is a window of the padded images; a window is a view, so only the chosen ones are copied.
-        windows = F.pad(images, (shift,) * 4).unfold(2, h, 1).unfold(3, w, 1)
-        corner = torch.randint(0, 2 * shift + 1, (2, b), generator=generator, device=generator.device)
-        y, x = corner.to(images.device)
-        images = windows[torch.arange(b, device=images.device), :, y, x]
-    if flip:
-        mirrored = torch.randint(0, 2, (b, 1, 1, 1), generator=generator, device=generator.device).to(images.device)
-        images = torch.where(mirrored.bool(), images.flip(3), images)
-    return images
+    """Normalised images as pixels again, to be looked at; noise and mixtures are cut off at black and white."""
+    scale = torch.tensor([mean, std], dtype=torch.float32, device=images.device).mul_(255)[:, :, None, None]
+    return (images * scale[1] + scale[0]).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _rows(p: DataParams, found: Found) -> dict[str, Int64[Tensor, "_"]]:

@@ -313,12 +313,10 @@ _TOP_LEVEL = {"profile", "profiles", "sweep", "ablation", "photographs", "fusion
 
 def identity(described: Mapping[str, Any]) -> dict[str, Any]:
     """What tells one run from another, of `Params.as_dict()` or of what a run's params.json holds: no `EXECUTION`."""
-    return {
-        section: {key: value for key, value in values.items() if key not in EXECUTION.get(section, ())}
-        if isinstance(values, Mapping)
-        else values
-        for section, values in described.items()
-    }
+    told = dict(described)
+    for section, keys in EXECUTION.items():
+        told[section] = {key: value for key, value in described[section].items() if key not in keys}
+    return told
 
 
 def root() -> Path:

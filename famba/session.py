@@ -109,6 +109,11 @@ class Session:
         self.parts = _parts(t, processes.count)
         if t.batch_size > len(images.train):
             raise InputError(f"train.batch_size: {t.batch_size}; there are {len(images.train)} training images")
+        if max(p.data.mixup, p.data.cutmix) and t.batch_size // (processes.count * self.parts) % 2:
+            raise InputError(
+                f"train.batch_size: {t.batch_size}: {t.batch_size // (processes.count * self.parts)} images at once in "
+                "each process; data.mixup and data.cutmix take pairs, so that it must be even"
+            )
         self.steps_per_epoch = len(images.train) // t.batch_size
         self.mixer = None
         if p.data.augment == "timm":

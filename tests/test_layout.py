@@ -310,7 +310,7 @@ def test_checkpoints_are_keyed_by_all_code_that_makes_a_result():
         "records",
         "watch",
     }  # read, write and measure
-    assert set(train.CODE) | {"native"} == closure({"train"}) - beside_it
+    assert set(train.CODE) | {"native", "gpu"} == closure({"train"}) - beside_it
 
 
 def test_the_readmes_tables_are_those_of_the_results():

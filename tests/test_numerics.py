@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from famba import create_model, mixer, numerics
+from famba import create_model, mixer, numerics, ops
 from famba.bench import precision
 
 
@@ -59,13 +59,14 @@ def test_images_that_are_not_finite_are_named_first():
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 def test_under_autocast_the_scans_parameters_and_the_residual_stream_stay_float32(monkeypatch, backend):
     given: list[dict[str, torch.dtype]] = []
-    scan = mixer.projected_scan
+    scan = mixer.bidirectional_scan
 
-    def watched(u, step, weight, A, B, C, D, **options):
-        given.append({"u": u.dtype, "A": A.dtype, "D": D.dtype, "delta_bias": options["delta_bias"].dtype})
-        return scan(u, step, weight, A, B, C, D, **options)
+    def watched(forward, backward, gate, **options):
+        for side in (forward, backward):
+            given.append({key: getattr(side, key).dtype for key in ("u", "A", "D", "delta_bias")})
+        return scan(forward, backward, gate, **options)
 
-    monkeypatch.setattr(mixer, "projected_scan", watched)
+    monkeypatch.setattr(mixer, "bidirectional_scan", watched)
     model = small(backend=backend)
     with numerics.autocast(torch.device("cpu"), "bf16"):
         _, trace = model.forward_with_trace(images())
@@ -79,17 +80,13 @@ def test_under_autocast_the_scans_parameters_and_the_residual_stream_stay_float3
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 def test_under_autocast_the_scans_states_are_float32_however_long_the_sequence(backend):
     """A state that decays slowly sums 4,096 tokens of 2^-9 to about 8, which a bfloat16 state stops short of at 1."""
-    torch.manual_seed(0)
-    m = mixer.BidirectionalMixer(16, 1, backend=backend)
-    t = 4096
-    u = torch.full((1, 32, t), 1.0, dtype=torch.bfloat16)
-    selected = mixer.Selection(
-        u, torch.zeros(1, 1, t, dtype=torch.bfloat16), torch.ones(1, 1, t).bfloat16(), torch.ones(1, 1, t).bfloat16()
-    )
-    with torch.no_grad():
-        m.dt_proj.bias.fill_(math.log(math.expm1(2**-9)))
+    t, ones = 4096, torch.ones(1, 32, 4096, dtype=torch.bfloat16)
+    step, A = torch.zeros(1, 1, t, dtype=torch.bfloat16), torch.full((32, 1), -1e-9)
+    bias = torch.full((32,), math.log(math.expm1(2**-9)))
     with numerics.autocast(torch.device("cpu"), "bf16"):
-        out = m._scan(selected, torch.full((32, 1), -20.0), torch.zeros(32), m.dt_proj, reverse=False)
+        out = ops.projected_scan(
+            ones, step, torch.zeros(32, 1), A, ones[:, :1], ones[:, :1], delta_bias=bias, backend=backend
+        )
     assert out.dtype == torch.bfloat16
     assert out[0, 0, -1].item() == pytest.approx(8, rel=0.01)
 

@@ -62,6 +62,11 @@ def test_a_batch_that_the_parts_do_not_divide_is_refused():
         train.fit(smoke(device_batch=5), seed=0)
 
 
+def test_parts_of_an_odd_number_of_images_cannot_be_mixed():
+    with pytest.raises(InputError, match=r"train\.batch_size: 15: 5 images at once .*mixup.* must be even"):
+        train.fit(smoke(MIXED, batch_size=15, device_batch=5), seed=0)
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one_at_the_same_batch():
     one = train.fit(smoke(MIXED), seed=3)

@@ -111,6 +111,9 @@ def test_every_epoch_varies_anew_and_one_image_is_varied_alike_wherever_it_comes
         torch.cat([x for x, _ in one]).mean((1, 2, 3)).sort().values,
         torch.cat([x for x, _ in other]).mean((1, 2, 3)).sort().values,
     )
+    plain = torch.cat([x for x, _ in epoch(streamed().train, 0)]).float().mean((1, 2, 3))
+    brightness = torch.cat([x for x, _ in one]).mean((1, 2, 3)) / plain
+    assert brightness.std() > 0.1 / 255, "each image has a seed of its own"
     large = epoch(split, 0, 8)
     assert torch.equal(torch.cat([x for x, _ in one]), torch.cat([x for x, _ in large]))
 

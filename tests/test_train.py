@@ -115,6 +115,18 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over_for_the_one_before(undi
     assert "epoch-00003.safetensors: not a whole safetensors file" in caplog.text
 
 
+def test_a_checkpoint_of_another_run_is_not_continued_even_if_it_was_put_there_by_hand(caplog):
+    other, p = smoke(epochs=2, lr=1e-3), smoke(epochs=2)
+    train.fit(other, seed=1)
+    expected = train.fit(p, seed=1)
+    train.forget(p, seed=1)
+    train.folder(p, seed=1).mkdir()
+    for path in train.folder(other, seed=1).glob("epoch-*"):
+        shutil.copy(path, train.folder(p, seed=1))
+    assert deterministic(train.fit(p, seed=1)) == deterministic(expected)
+    assert f"run: {train.folder(other, seed=1).name!r}; expected {train.folder(p, seed=1).name!r}" in caplog.text
+
+
 def test_two_checkpoints_are_kept_and_forgotten_when_told():
     p = smoke(epochs=3)
     train.fit(p, seed=1)

@@ -121,7 +121,10 @@ def _rows(
     step = f"training step, {model}"
     calls = {**calls, step: (training.step, b)}
     times = interleaved(
-        {name: call for name, (call, _) in calls.items()}, rounds=setting.rounds, budget_s=3 * setting.slow_s
+        {name: call for name, (call, _) in calls.items()},
+        rounds=setting.rounds,
+        turn_s=setting.slow_s / 40,
+        budget_s=3 * setting.slow_s,
     )
     found = {name: summary(x) for name, x in times.items()}
     speed = {name: 1e3 * images / found[name]["median_ms"] for name, (_, images) in calls.items()}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from famba import data, numerics, optim
+from famba import augment, data, numerics, optim
 from famba.bench.model import Training
 from famba.bench.setting import Setting
 from famba.bench.timing import ratio
@@ -64,9 +64,10 @@ def loss_curve(precision: str, *, steps: int, depth: int | None = None, order: i
     losses: list[float] = []
     while len(losses) < steps:
         for batch, labels in data.batches(images.train, _BATCH, generator=generator, drop_last=True):
-            shown = data.augment(batch, shift=_DIGITS.shift, flip=_DIGITS.flip, generator=generator)
+            draws = augment.draw(_DIGITS, _BATCH, generator, classes=len(images.classes))
+            shown, _ = augment.apply(batch, labels, draws, images.mean, images.std, 0.0)
             with numerics.autocast(batch.device, precision):
-                logits = model(data.normalise(shown, images.mean, images.std)).float()
+                logits = model(shown).float()
             loss = functional.cross_entropy(logits, labels)
             loss.backward()
             optimiser.step()
