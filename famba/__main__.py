@@ -143,8 +143,10 @@ def _parser() -> argparse.ArgumentParser:
     command("readme", _readme, "bring the table in README.md up to date with results/summary.csv")
 
     sub = command("bench", _bench, "time scans, training steps and fusion; this machine should do nothing else")
-    sub.add_argument("parts", nargs="*", metavar="part", help="scan, model, fusion, memory, precision, data; all if none is given")
-    sub.add_argument("--gpu", action="store_true", help="that of a GPU, whose parts are scan, steps, fusion, graphs")
+    sub.add_argument(
+        "parts", nargs="*", metavar="part", help="scan, model, fusion, memory, precision, data; all if none is given"
+    )
+    sub.add_argument("--gpu", action="store_true", help="a GPU, by its own parts: scan, steps, fusion, graphs")
     sub.add_argument("--device", default="cuda", help="with --gpu: cuda, cuda:N; cpu with --quick")
     sub.add_argument("--quick", action="store_true", help="small sizes: seconds, to see that it works")
     sub.add_argument("--json", type=Path, help="write the result there; results/benchmark.json if it is whole")
