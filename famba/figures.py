@@ -411,7 +411,7 @@ def _gpu_steps(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
     written = [f" {x:,.0f}/s, {y:,.1f} GiB" for x, y in zip(table["img_per_s"], table["peak_mib"] / 1024, strict=True)]
     _rows(axes, labels, table["times"].tolist(), written, table["contestant"].tolist())
     axes.set(xscale="log", xlabel="time, in units of each model's first", title="a training step: images, peak memory")
-    axes.set_xlim(0.5, 15 * table["times"].max())
+    axes.set_xlim(0.5, 15 * max(table["times"].tolist()))
 
 
 def _gpu_graphs(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:

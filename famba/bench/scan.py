@@ -137,10 +137,10 @@ def both_call(
         x.requires_grad_()
 
     def call() -> None:
-        sides = [
+        forward, backward = (
             Side(u.mT, step.mT, weight, A, B.mT, C.mT, D, bias) for u, step, B, C, weight, A, D, bias in (left, right)
-        ]
-        out = bidirectional_scan(*sides, gate.mT, scale=0.5, backend=name)
+        )
+        out = bidirectional_scan(forward, backward, gate.mT, scale=0.5, backend=name)
         torch.autograd.grad(out, inputs, cotangent)
 
     return call
