@@ -365,11 +365,11 @@ def _loss_curves(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
     axes.legend(fontsize=8, title="vim_nano on digits", title_fontsize=8)
 
 
-@styled
 def _three_digits(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+@styled
 def gpu_benchmark(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """What famba makes of a GPU: scans, training steps, what fusing gains, and graphs of a small model.
 
