@@ -160,6 +160,8 @@ def test_fusing_keeps_each_tokens_destination_and_weight_and_nothing_else(backen
     ids=["unfused", "fused", "after the scan", "mostly weights"],
 )
 def test_peak_bytes_are_those_that_a_training_step_reaches(changes, removed, options, batch, backend, precision):
+    if precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("a processor without bfloat16 products: torch makes them in another way, with other memory")
     model = nano(changes, removed, options, backend)
     step, resident = training(model, images_for(model, batch), precision)
     measured = cost.peak_memory(step, resident, "cpu")
