@@ -475,10 +475,7 @@ class Session:
             try:
                 tensors, described = checkpoint.unpack(path, "training state")
                 checkpoint.check_state(path, tensors, self._tensors(blank=True))
-                if described["run"] != self.folder.name:
-                    raise InputError(
-                        f"{path}: run: {described['run']!r}, another configuration; this is {self.folder.name!r}"
-                    )
+                checkpoint.check_run(path, described, self.folder.name)
             except InputError as error:
                 _log.warning("%s; going on from the checkpoint before it", error)
                 continue

@@ -395,7 +395,8 @@ def applied(worked_out, tensors, backend):
     leaves = [x.detach().requires_grad_() for x in tensors]
     fused = apply_both(worked_out, *leaves, backend=backend)
     generator = torch.Generator().manual_seed(1)
-    cotangents = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in fused]
+    # numbers that every type holds, so that none sees others than the rest
+    cotangents = [torch.randn(x.shape, generator=generator).bfloat16().to(x.dtype) for x in fused]
     return [*(x.detach() for x in fused), *torch.autograd.grad(fused, leaves, cotangents)]
 
 
