@@ -159,9 +159,10 @@ def undisturbed(incubator, repository) -> dict[str, Any]:
 @pytest.fixture
 def run(repository) -> Iterator[Path]:
     """The run's folder, which is not there yet."""
-    yield repository / "run"
     shutil.rmtree(repository / "run", ignore_errors=True)
-    shutil.rmtree(repository / "build", ignore_errors=True)
+    yield repository / "run"
+    for made in ("run", "build"):
+        shutil.rmtree(repository / made, ignore_errors=True)
 
 
 def contents(folder: Path, run: str) -> dict[str, bytes]:
