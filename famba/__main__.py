@@ -156,6 +156,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace) -> int:
     if options.resolved is not None:
+        for name in ("profile", "processes"):
+            if (value := getattr(options, name)) is not None:
+                raise InputError(f"--{name}: {value!r}: not allowed with --resolved, which says it already")
         p = params.read_resolved(options.resolved)
     else:
         p = params.load(options.profile, strategy=options.strategy, processes=options.processes)

@@ -57,6 +57,14 @@ def test_bad_input_is_one_line_that_names_it_and_status_1(arguments, named, caps
     assert all(word in printed.err for word in named)
 
 
+@pytest.mark.parametrize("also", [("--profile", "smoke"), ("--processes", "2")])
+def test_what_resolved_parameters_say_already_is_not_said_twice(also, capsys):
+    assert main(["train", "--resolved", "params.json", *also]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"famba: {also[0]}: ")
+    assert said.endswith(": not allowed with --resolved, which says it already\n")
+
+
 def test_the_command_line_starts_without_torch():
     code = "import sys, famba.__main__ as m; m.main(['params', '--strategy', 'all']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -275,6 +275,46 @@ def test_a_run_may_go_on_under_the_same_digest_whatever_carries_it_out():
         assert dataclasses.replace(p, **{section: changed}).digest(0) == p.digest(0)
 
 
+def test_the_number_of_processes_may_be_given_instead_of_the_files():
+    p = params.load("smoke", strategy="all", processes=4, path=FILE)
+    assert p.train.processes == 4
+    assert p.digest(0) == params.load("smoke", strategy="all", path=FILE).digest(0)
+    message = said(lambda: params.load("smoke", strategy="all", processes=0, path=FILE))
+    assert "params.yaml: train.processes: 0" in message
+
+
+def test_resolved_parameters_come_back_from_the_file_that_a_run_has(tmp_path: Path):
+    p = params.load("paper", strategy="upper", path=FILE)
+    path = tmp_path / "params.json"
+    path.write_text(json.dumps(p.as_dict()))
+    assert params.read_resolved(path) == p
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda d: d["train"].update(lr="fast"), ("params.json: train.lr: 'fast'", "number")),
+        (lambda d: d["train"].pop("lr"), ("params.json: train.lr: missing",)),
+        (lambda d: d.update(extra=1), ("params.json: unknown key 'extra'",)),
+        (lambda d: d.pop("data"), ("params.json: data: None is not a section",)),
+        (lambda d: d.update(strategy=3), ("params.json: strategy: 3 is not text",)),
+    ],
+)
+def test_resolved_parameters_that_are_wrong_are_named_in_one_line(tmp_path: Path, change, parts: tuple[str, ...]):
+    document = params.load("smoke", strategy="upper", path=FILE).as_dict()
+    change(document)
+    path = tmp_path / "params.json"
+    path.write_text(json.dumps(document))
+    message = said(lambda: params.read_resolved(path))
+    assert all(part in message for part in parts)
+
+
+def test_a_file_of_resolved_parameters_that_is_none_is_named(tmp_path: Path):
+    assert "cannot be read" in said(lambda: params.read_resolved(tmp_path / "none.json"))
+    (tmp_path / "params.json").write_text("{")
+    assert "params.json: not readable as JSON" in said(lambda: params.read_resolved(tmp_path / "params.json"))
+
+
 def test_the_digest_of_the_same_values_is_the_same_in_another_process():
     p = params.load("smoke", strategy="all", path=FILE)
     code = "from famba import params; print(params.load('smoke', strategy='all').digest(4))"
