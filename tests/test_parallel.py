@@ -16,7 +16,7 @@ import torch
 from famba import InputError, data, parallel, params, records, train
 from famba.errors import TrainingError
 from famba.params import Params
-from famba.session import Session
+from famba.session import Session, evaluate
 
 ROOT = Path(__file__).parent.parent
 
@@ -165,15 +165,32 @@ def test_several_processes_need_accelerate(monkeypatch, start):
         parallel.join(torch.device("cpu"))
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
+class Rank(parallel.Processes):
+    """One of several processes whose sums are kept, not made."""
+
+    def __init__(self, rank: int, count: int) -> None:
+        super().__init__(torch.device("cpu"))
+        self.rank, self.count = rank, count
+        self.own: list[float] = []
+
+    def sum(self, values):
+        self.own = list(values)
+        return self.own
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
 def test_every_image_of_an_evaluation_counts_once_however_many_share_it(count):
-    images = data.load(smoke().data)
-    seen = []
-    for rank in range(count):
-        rows = slice(rank, None, count)
-        seen += [labels for _, labels in data.batches(images.val, 50, rows=rows)]
-    assert sum(map(len, seen)) == len(images.val)
-    assert torch.equal(torch.cat(seen).bincount(), images.val.labels.bincount())
+    p = smoke()
+    images = data.load(p.data)
+    model = train.build(p, classes=10, seed=0)
+    ranks = [Rank(i, count) for i in range(count)]
+    for rank in ranks:
+        evaluate(model, images.val, images, batch_size=50, processes=rank)
+    loss, top1, top5, n = (sum(parts) for parts in zip(*(rank.own for rank in ranks), strict=True))
+    assert n == len(images.val)
+    alone = evaluate(model, images.val, images, batch_size=50)
+    assert (100 * top1 / n, 100 * top5 / n) == (alone["top1_percent"], alone["top5_percent"])
+    assert loss / n == pytest.approx(alone["loss"], rel=1e-6)
 
 
 def test_torchrun_in_a_shell_does_the_same_and_states_batch_and_rate(repository):
