@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from famba import scan, strategies
 from famba.errors import InputError
+from famba.gpu import scan as gpu_scan
 from famba.params import FusionOptions
 
 _T = TypeVar("_T")
@@ -137,7 +138,7 @@ def analyse(
         config: a model's `VisionMamba.config`.
         schedule: tokens removed by each layer, layer 1 first.
         batch: images; FLOPs and activation bytes are for all of them together.
-        backend: of the scan: `torch` or `native`. It decides what is kept for backward, and nothing else here.
+        backend: of the scan: `torch`, `native` or `triton`. It decides what is kept for backward, nothing else here.
         precision: `fp32`, or `bf16` as autocast has it: products and convolutions in bfloat16, with copies of their
             weights; norms, the residual stream, the scan's states, weights, gradients and moments in float32.
 
@@ -188,12 +189,14 @@ class _Width(NamedTuple):
 
 
 class _ScanMemory(NamedTuple):
-    """Bytes that one scan of (b, e, t) in float32 needs: between its two passes, beside its inputs; and for a while
-    in backward, beside the gradient that comes in. And whether the convolution and the gate are native with it."""
+    """Bytes that one scan of (b, e, t) needs: between its two passes, beside its inputs; and for a while in backward,
+    beside the gradient that comes in. Whether the backend has the convolution and the gate as well; and whether both
+    directions are one operation with the gate, whose transient bytes are those of both."""
 
     kept: Callable[[_Width, int], int]
     transient: Callable[[_Width, int], int]
     fused: bool
+    both: bool = False
 
 
 def _torch_kept(w: _Width, t: int) -> int:
@@ -217,10 +220,22 @@ def _native_transient(w: _Width, t: int) -> int:
     return _FLOAT * w.b * t * (3 * w.e + 2 * w.n)  # delta, made again, and gradients
 
 
+def _triton_kept(w: _Width, t: int) -> int:
+    return gpu_scan.kept_bytes(w.b, w.e, t, w.n)
+
+
+def _triton_transient(w: _Width, t: int) -> int:
+    """Of both directions at once, beside the gradient that comes in: their deltas, and what backward writes; B's and
+    C's gradients summed in float32, and as they are handed on."""
+    wide, narrow = w.b * t * w.e, w.b * t * w.n
+    return w.product * 7 * wide + gpu_scan.scratch_bytes(w.b, w.e, t, w.n) + 4 * (_FLOAT + w.product) * narrow
+
+
 # A backend of the scan that keeps something else is one more entry.
 _SCANS: dict[str, _ScanMemory] = {
     "torch": _ScanMemory(_torch_kept, _torch_transient, fused=False),
     "native": _ScanMemory(_native_kept, _native_transient, fused=True),
+    "triton": _ScanMemory(_triton_kept, _triton_transient, fused=True, both=True),
 }
 
 
@@ -270,9 +285,12 @@ def _mixer_transient(w: _Width, m: int, scans: _ScanMemory, *, average: bool) ->
     In plain torch the product with the gate is undone first: three (b, m, e) gradients when one kept tensor is gone;
     then one scan after the other, when five are gone and two gradients are alive. The native gate makes two gradients
     of one; after it two kept tensors are gone, and two gradients are alive at the first scan; at the second, three are,
-    and what the first scan kept is gone.
+    and what the first scan kept is gone. Where both directions are one operation, its gradient takes the place of the
+    kept tensor that the output projection has released.
     """
     wide = w.product * w.b * m * w.e
+    if scans.both:
+        return scans.transient(w, m)
     if scans.fused:
         first = scans.transient(w, m)
         return max(3 * wide - wide, first, first + wide - scans.kept(w, m))

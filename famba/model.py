@@ -288,7 +288,6 @@ class _AddNorm(nn.Module):
         self._backend = backend
 
     def forward(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
         return add_rms_norm(hidden, residual, self.weight, eps=_NORM_EPS, backend=self._backend)
 
 

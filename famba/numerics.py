@@ -19,6 +19,22 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def nondeterministic(device: torch.device, backend: str) -> list[str]:
+    """What of a training step adds up in an order that may change from run to run, by the scan's backend.
+
+    On a CPU nothing does, nor do famba's own kernels on a GPU. There mamba-ssm and causal-conv1d add by atomics, as
+    torch does where it fuses for them; and cuDNN may, in the gradient of the patch embedding.
+    """
+    if device.type == "cpu":
+        return []
+    found = [] if torch.backends.cudnn.deterministic else ["convolution_backward"]
+    if backend != "triton":
+        found += ["index_add", "scatter_add"]
+    if backend == "mamba_ssm":
+        found += ["causal_conv1d_bwd", "selective_scan_bwd"]
+    return sorted(found)
+
+
 @torch.no_grad()
 def first_not_finite(model: nn.Module, images: Float[Tensor, "b 3 h w"]) -> str:
     """Where the first value that is not finite comes up: in a forward pass, else among the gradients there are.

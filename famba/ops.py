@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -156,8 +157,9 @@ def add_rms_norm(
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b t d"]]:
     """The sum x + residual, divided by its root mean square over d and multiplied by weight; and the sum itself.
 
-    Without a residual the sum is x. The native kernel takes float32 only, that for a GPU also an x of bfloat16; other
-    backends and errors are those of `causal_conv1d_silu` (Zhang and Sennrich 2019, arXiv:1910.07467).
+    Without a residual the sum is x. Both are float32, float64 where x is; the GPU's kernel reads an x of bfloat16 as it
+    is, others make a copy of it first. Backends and errors are those of `causal_conv1d_silu` (Zhang and Sennrich 2019,
+    arXiv:1910.07467).
     """
     if x.ndim != 3 or 0 in x.shape:
         raise InputError(f"x: shape {tuple(x.shape)}; allowed: (b, t, d), none of them zero")
@@ -180,6 +182,7 @@ def _gate(left: Tensor, right: Tensor, gate: Tensor, scale: float) -> Tensor:
 
 
 def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x = x if x.dtype == torch.float64 else x.float()
     total = x if residual is None else x + residual
     return F.rms_norm(total, weight.shape, weight, eps), total
 

@@ -185,6 +185,8 @@ class TrainParams:
         precision: fp32, or bf16 for the matrix products (SSM parameters and states stay fp32).
         device: auto takes CUDA where it is, else the CPU.
         backend: of the selective scan; auto takes the fastest that runs.
+        cuda_graph: replay forward and backward of a step as one CUDA graph, which is faster where a model is so small
+            that Python's calls take longer than its work.
         threads: CPU threads; part of what makes a run repeatable bit for bit. Null takes torch's choice.
         tensorboard: write TensorBoard events while the run goes on, under build/tensorboard.
     """
@@ -207,6 +209,7 @@ class TrainParams:
     precision: Literal["fp32", "bf16"]
     device: str
     backend: str
+    cuda_graph: bool
     threads: PositiveInt | None
     tensorboard: bool
 

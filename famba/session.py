@@ -7,6 +7,7 @@ the same batch, whose variation is drawn for all of it; so their number changes 
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 import logging
 import math
@@ -22,7 +23,7 @@ from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from famba import augment, checkpoint, cost, data, numerics, recipe, strategies
+from famba import augment, checkpoint, cost, data, graph, numerics, recipe, scan, strategies
 from famba.data import Dataset
 from famba.errors import InputError, TrainingError
 from famba.model import VisionMamba
@@ -107,6 +108,8 @@ class Session:
         self.init_sha256 = p.init_sha256(seed)
         t = p.train
         self.parts = _parts(t, processes.count)
+        if t.cuda_graph and (reason := graph.unavailable(self.device, processes.count)):
+            raise InputError(f"train.cuda_graph: true: {reason}")
         if t.batch_size > len(images.train):
             raise InputError(f"train.batch_size: {t.batch_size}; there are {len(images.train)} training images")
         if max(p.data.mixup, p.data.cutmix) and t.batch_size // (processes.count * self.parts) % 2:
@@ -125,6 +128,8 @@ class Session:
             self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(t.ema_decay))
         self.wrapped = processes.wrap(model)
         self.warm = False
+        self.given: list[Part] = []  # where a captured step reads its images and labels
+        self.replay: Callable[[], tuple[Tensor, Tensor]] | None = None
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
         self.validation: dict[str, Any] = {"raw": None, "ema": None}
@@ -206,7 +211,9 @@ class Session:
             "flops_per_image_counted": cost.flops_counted(self.model, self._blank(1)),
             "params_count": sum(weight.numel() for weight in self.model.parameters()),
             "processes": self.processes.count,
-            "nondeterministic": ["index_add", "scatter_add"] if self.device.type == "cuda" else [],
+            "nondeterministic": numerics.nondeterministic(
+                self.device, scan.chosen_name(self.p.train.backend, self.device, self.model.config["d_state"])
+            ),
             "command": self._command(),
             **cost.environment(self.device),
         }
@@ -249,11 +256,13 @@ class Session:
     def measure_memory(self) -> None:
         """Peak memory of a training step, taken on a copy before training, so that it costs the run no time.
 
-        It is the second step: by then the gradients' buffers and the optimiser's moments exist.
+        It is the second step: by then the gradients' buffers and the optimiser's moments exist. It is called by Python;
+        a graph's memory is as much, and stays its own.
         """
         if self.peak_memory_mib is not None:
             return
         p, alone = self.p, Processes(self.device)
+        p = dataclasses.replace(p, train=dataclasses.replace(p.train, cuda_graph=False))
         probe = Session(p, self.seed, copy.deepcopy(self.model), self.images, alone, self.folder)
         probe.parts = self.parts
         size, lr = p.train.batch_size // (self.processes.count * self.parts), p.train.lr
@@ -316,6 +325,33 @@ class Session:
         t = self.p.train
         for group in self.optimiser.param_groups:
             group["lr"] = lr
+        loss, correct = self._learnt(parts)
+        limit = math.inf if t.clip_grad_norm is None else t.clip_grad_norm
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        value, length, hits = torch.stack([loss, norm, correct]).tolist()  # the one time that a step waits for a GPU
+        # The norm is that of all processes' gradients, so that all of them stop, or none.
+        if not (math.isfinite(length) and math.isfinite(value)):
+            self._refuse(parts, value, length, lr, step)
+        self.optimiser.step()
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        return value, int(hits)
+
+    def _learnt(self, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+        """`_gradients` of a step's parts, by a CUDA graph if that is asked for."""
+        if not self.p.train.cuda_graph:
+            return self._gradients(parts)
+        if self.replay is None:
+            self.given = [(images.clone(), targets.clone()) for images, targets in parts]
+            self.replay = graph.captured(lambda: self._gradients(self.given))
+        for mine, part in zip(self.given, parts, strict=True):
+            for place, x in zip(mine, part, strict=True):
+                place.copy_(x)
+        return self.replay()
+
+    def _gradients(self, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+        """Forward and backward: the mean loss of this process's images and how many of them were right."""
+        t = self.p.train
         self.optimiser.zero_grad(set_to_none=True)
         loss, correct = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         for number, (images, targets) in enumerate(parts, start=1):
@@ -329,16 +365,7 @@ class Session:
             loss = loss + part.detach()
             labels = targets.argmax(-1) if targets.is_floating_point() else targets
             correct = correct + (logits.argmax(-1) == labels).sum()
-        limit = math.inf if t.clip_grad_norm is None else t.clip_grad_norm
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        value, length, hits = torch.stack([loss, norm, correct]).tolist()  # the one time that a step waits for a GPU
-        # The norm is that of all processes' gradients, so that all of them stop, or none.
-        if not (math.isfinite(length) and math.isfinite(value)):
-            self._refuse(parts, value, length, lr, step)
-        self.optimiser.step()
-        if self.ema is not None:
-            self.ema.update_parameters(self.model)
-        return value, int(hits)
+        return loss, correct
 
     def _refuse(self, parts: Sequence[Part], loss: float, norm: float, lr: float, step: int) -> None:
         """Stop, saying where the first value that is not finite came up; the weights are those before the step."""

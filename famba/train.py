@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 # With native/, what makes a result.
 CODE = (
     "sources", "recipe", "stream", "data", "augment", "dispatch", "mamba", "scan", "ops", "fusion", "strategies",
-    "mixer", "model", "pretrained", "numerics", "optim", "parallel", "session", "train",
+    "mixer", "model", "pretrained", "numerics", "optim", "parallel", "graph", "session", "train",
 )  # fmt: skip
 
 

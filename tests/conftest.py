@@ -1,14 +1,41 @@
 """Shapes written in annotations are checked in every test: the hook must be in place before famba is imported."""
 
 import pytest
+import torch
 from jaxtyping import install_import_hook
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from famba.gpu import conv, fuse, match, norm, scan  # noqa: F401 (Triton reads their source: not to be wrapped)
 
 install_import_hook("famba", "beartype.beartype")
 
 from famba.errors import BackendError  # noqa: E402 (after the hook)
+from famba.gpu import runtime as gpu_runtime  # noqa: E402
 from famba.native import build, runtime  # noqa: E402
+
+
+@pytest.fixture
+def on_paper(monkeypatch):
+    """Tensors of shape and type alone, on which the GPU's operators run anywhere: nothing is launched.
+
+    To read a number of one, for which the host would have to wait, raises DataDependentOutputException.
+
+    Returns:
+        A function that takes a model's numbers from it, and the mode in which tensors are made so.
+    """
+    monkeypatch.setattr(gpu_runtime, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_runtime, "INTERPRETED", True)  # no device is asked for
+    monkeypatch.setattr(gpu_runtime, "triton", object())
+    mode = FakeTensorMode()
+
+    def emptied(model):
+        for module in model.modules():
+            for name, weight in module._parameters.items():
+                if weight is not None:
+                    module._parameters[name] = torch.nn.Parameter(mode.from_tensor(weight.detach()))
+        return model
+
+    return emptied, mode
 
 
 @pytest.fixture(params=runtime.INSTRUCTION_SETS)

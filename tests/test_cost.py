@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
 from famba import FusionOptions, InputError, backends, cost, create_model, fusion, schedule
+from famba.gpu import runtime
 
 MIB = 2**20
 LATE = FusionOptions(order="append", weighting="mean", feature="delta", position="after_scan")
@@ -46,13 +47,13 @@ def autocast(precision: str):
 
 def saved_bytes(model, images: torch.Tensor, precision: str) -> int:
     """What autograd keeps after one forward pass, every storage once, the weights apart."""
-    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    weights = {weight.untyped_storage()._cdata for weight in model.parameters()}
     storages: dict[int, int] = {}
     alive = []
 
     def pack(x: torch.Tensor) -> torch.Tensor:
         alive.append(x.detach())  # no address is used twice
-        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        storages[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
         return x
 
     with saved_tensors_hooks(pack, lambda x: x), autocast(precision):
@@ -130,6 +131,20 @@ def test_activation_bytes_are_those_that_autograd_keeps(changes, removed, option
     assert found.activation_bytes == pytest.approx(saved_bytes(model, images_for(model, batch), precision), rel=0.05)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize(("changes", "removed", "options"), CASES)
+def test_activation_bytes_of_the_gpus_kernels_are_those_that_autograd_keeps(
+    changes, removed, options, batch, precision, on_paper
+):
+    emptied, mode = on_paper
+    model = emptied(nano(changes, removed, options, "triton"))
+    found = cost.analyse(model.config, removed, batch=batch, options=options, backend="triton", precision=precision)
+    with mode:
+        kept = saved_bytes(model, torch.empty(batch, 3, model.img_size, model.img_size), precision)
+    assert found.activation_bytes == pytest.approx(kept, rel=0.05)
+
+
 @pytest.mark.parametrize("backend", SCANS)
 def test_fusing_keeps_each_tokens_destination_and_weight_and_nothing_else(backend):
     x, other = torch.randn(2, 3, 11, 8, requires_grad=True).unbind()
@@ -167,6 +182,16 @@ def test_peak_bytes_are_those_that_a_training_step_reaches(changes, removed, opt
     measured = cost.peak_memory(step, resident, "cpu")
     found = cost.analyse(model.config, removed, batch=batch, options=options, backend=backend, precision=precision)
     assert found.peak_bytes == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.skipif(not runtime.INTERPRETED, reason="test_gpu.py starts it with Triton's interpreter")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_peak_bytes_with_triton_are_those_that_a_training_step_reaches(precision):
+    model = nano({"img_size": 5}, [0, 0], FusionOptions(), "triton")
+    step, resident = training(model, images_for(model, 2), precision)
+    measured = cost.peak_memory(step, resident, "cpu")
+    found = cost.analyse(model.config, [0, 0], batch=2, backend="triton", precision=precision)
+    assert found.peak_bytes == pytest.approx(measured, rel=0.06)
 
 
 def test_fusing_early_saves_more_memory_than_fusing_late():

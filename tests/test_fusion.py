@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from famba import fusion
 from famba.errors import BackendError, InputError
 from famba.fusion import Matching, apply, apply_both, fuse, match_tokens, plan
+from famba.gpu import runtime as gpu
 from famba.model import create_model
 from famba.native import build
 from famba.params import FusionOptions
@@ -20,12 +21,15 @@ GOLDEN = Path(__file__).parent / "golden"
 TENSORS = load_file(GOLDEN / "fusion.safetensors")
 CASES = json.loads((GOLDEN / "fusion.json").read_text())
 BACKENDS = ["torch"] if build.unavailable() else ["torch", "native"]
+# Those of the GPU: on it, or where test_gpu.py has Triton's interpreter run these tests.
+ON_GPU_TOO = [*BACKENDS, *([] if gpu.unavailable() else [pytest.param("triton", marks=pytest.mark.gpu)])]
 needs_native = pytest.mark.skipif("native" not in BACKENDS, reason=build.unavailable())
 SINGLE = [name for name, case in CASES.items() if f"{name}/metric" in TENSORS and not case["no_op"]]
 
 
-def of(case: str) -> dict[str, torch.Tensor]:
-    return {key.removeprefix(f"{case}/"): t for key, t in TENSORS.items() if key.startswith(f"{case}/")}
+def of(case: str, backend: str = "torch") -> dict[str, torch.Tensor]:
+    device = gpu.DEVICE if backend == "triton" else "cpu"
+    return {key.removeprefix(f"{case}/"): t.to(device) for key, t in TENSORS.items() if key.startswith(f"{case}/")}
 
 
 def protected(case: str) -> tuple[int, ...]:
@@ -63,16 +67,16 @@ def test_the_reference_cases_are_there():
     assert len(SINGLE) >= 8
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_GPU_TOO)
 @pytest.mark.parametrize("case", SINGLE)
 def test_matching_agrees_with_the_reference(case, backend):
-    golden = of(case)
+    golden = of(case, backend)
     matching = match_tokens(golden["metric"], CASES[case]["r_effective"], protected=protected(case), backend=backend)
     torch.testing.assert_close(matching.source, golden["src_pos"].long())
     torch.testing.assert_close(matching.target, golden["dst_pos"].long())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_GPU_TOO)
 @pytest.mark.parametrize("case", SINGLE)
 @pytest.mark.parametrize(
     ("weighting", "golden_size", "merged", "size_out"),
@@ -83,7 +87,7 @@ def test_matching_agrees_with_the_reference(case, backend):
     ],
 )
 def test_fusing_agrees_with_the_reference(case, weighting, golden_size, merged, size_out, backend):
-    golden = of(case)
+    golden = of(case, backend)
     matching = Matching(golden["src_pos"].long(), golden["dst_pos"].long())
     size = None if golden_size is None else golden[golden_size]
     fused, sizes = fuse(golden["x"], matching, size=size, order="append", weighting=weighting, backend=backend)
@@ -92,11 +96,11 @@ def test_fusing_agrees_with_the_reference(case, weighting, golden_size, merged, 
     torch.testing.assert_close(sizes.reshape(order.shape), golden[size_out].gather(1, order))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_GPU_TOO)
 @pytest.mark.parametrize("case", SINGLE)
 @pytest.mark.parametrize(("weighting", "grad"), [("mean", "grad_x_mean"), ("size", "grad_x_wavg")])
 def test_gradients_agree_with_the_reference(case, weighting, grad, backend):
-    golden = of(case)
+    golden = of(case, backend)
     x = golden["x"].clone().requires_grad_()
     matching = Matching(golden["src_pos"].long(), golden["dst_pos"].long())
     fused, _ = fuse(x, matching, size=golden["size_in"], order="append", weighting=weighting, backend=backend)
@@ -105,29 +109,31 @@ def test_gradients_agree_with_the_reference(case, weighting, grad, backend):
     torch.testing.assert_close(x.grad, golden[grad])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_GPU_TOO)
 @pytest.mark.parametrize("case", SINGLE)
 def test_groups_agree_with_the_reference(case, backend):
-    golden = of(case)
+    golden = of(case, backend)
     matching = Matching(golden["src_pos"].long(), golden["dst_pos"].long())
     b, s, t = golden["assign"].shape
-    destination = plan(matching, torch.ones(b, t), order="append", backend=backend).destination
-    assigned = torch.zeros(b, s, t).scatter_(1, destination[:, None], 1.0)
+    destination = plan(matching, golden["x"].new_ones(b, t), order="append", backend=backend).destination
+    assigned = torch.zeros(b, s, t, device=destination.device).scatter_(1, destination[:, None], 1.0)
     order = reference_order(golden).expand(b, s, t)
     torch.testing.assert_close(assigned, golden["assign"].float().gather(1, order))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_GPU_TOO)
 @pytest.mark.parametrize("case", [name for name in CASES if name.startswith("chain")])
 @pytest.mark.parametrize("weighting", ["size", "mean"])
 def test_several_fusions_in_a_row_agree_with_the_reference(case, weighting, backend):
-    golden = of(case)
+    golden = of(case, backend)
     x, size, steps = golden["x"], None, 0
     while f"step{steps}/src_pos" in golden:
         step = {key.split("/", 1)[1]: t for key, t in golden.items() if key.startswith(f"step{steps}/")}
         matching = Matching(step["src_pos"].long(), step["dst_pos"].long())
         x, size = fuse(x, matching, size=size, order="append", weighting=weighting, backend=backend)
-        order = torch.cat([step["unm_pos"].long().argsort(1), odd_places(step["unm_pos"], x.shape[1])], 1)[..., None]
+        order = torch.cat([step["unm_pos"].long().argsort(1), odd_places(step["unm_pos"], x.shape[1]).to(x.device)], 1)[
+            ..., None
+        ]
         expected = step["x"] if weighting == "size" else golden[f"mean_step{steps}/x"]
         torch.testing.assert_close(x, expected.gather(1, order.expand_as(x)))
         torch.testing.assert_close(size[..., None], step["size"].gather(1, order))
@@ -143,7 +149,9 @@ def odd_places(unmerged, s):
 def reference_order(golden) -> torch.Tensor:
     """Where in the reference's output our token stands: it leaves even ones as sorted, or a second token up front."""
     b, t, _ = golden["x"].shape
-    ours = torch.cat([golden["unm_pos"].long().sort(1).values, torch.arange(1, t, 2).expand(b, -1)], 1)
+    ours = torch.cat(
+        [golden["unm_pos"].long().sort(1).values, torch.arange(1, t, 2, device=golden["x"].device).expand(b, -1)], 1
+    )
     return (ours[:, :, None] == golden["out_pos"][:, None, :]).int().argmax(-1, keepdim=True)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from famba import InputError, apply, checkpoint, params, records, train
+from famba import InputError, apply, checkpoint, graph, params, records, train
 from famba.errors import TrainingError
 from famba.parallel import Processes
 from famba.params import Params
@@ -510,3 +510,35 @@ def test_a_run_killed_in_mid_air_goes_on_to_the_same_metrics(repository):
     assert not (repository / "b" / "metrics.json").exists()
     assert subprocess.run([*command, "--out", "b"], env=environment).returncode == 0
     assert (repository / "b" / "metrics.json").read_bytes() == wanted
+
+
+def test_a_step_that_is_replayed_learns_what_a_called_one_does(undisturbed, repository, monkeypatch):
+    captures = []
+
+    def captured(call):
+        for _ in range(3):
+            call()
+        captures.append(call)
+        return call
+
+    monkeypatch.setattr(graph, "unavailable", lambda device, processes: "")
+    monkeypatch.setattr(graph, "captured", captured)
+    p = smoke(epochs=3, choose="best", cuda_graph=True)
+    assert deterministic(train.fit(p, seed=1)) == deterministic(undisturbed)
+    assert len(captures) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_cuda_graph_learns_what_called_steps_do(repository):
+    runs = [train.fit(smoke(device="cuda", cuda_graph=graphed), seed=1) for graphed in (False, True)]
+    losses = [[row["train_loss"] for row in run.history] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][0] > losses[0][-1]
+
+
+def test_a_cuda_graph_is_refused_where_there_is_none(repository):
+    with pytest.raises(InputError, match=r"^train\.cuda_graph: true: it needs a CUDA device, got cpu$"):
+        train.fit(smoke(cuda_graph=True), seed=1)
+    assert graph.unavailable(torch.device("cuda"), 2) == "it takes one process, got 2"
+    assert graph.unavailable(torch.device("cuda")) == ""

@@ -32,6 +32,7 @@ from famba.bench.timing import ratio
 from famba.errors import InputError
 from famba.files import json_bytes, write_atomic
 from famba.gpu.scan import scan_bytes
+from famba.graph import captured
 
 PATH = "results/benchmark_gpu.json"
 TABLES = {
@@ -208,24 +209,6 @@ def bench_graphs(setting: GpuSetting, left: Left) -> list[dict[str, Any]]:
     found = at.times(_tried(makes, left, f"{setting.small}, "), rounds=3 * setting.rounds)
     first = next(iter(found.values()), {})
     return [{"what": what, **row, **ratio(row, first, "times")} for what, row in found.items()]
-
-
-def captured(call: Callable[[], object]) -> Callable[[], None]:
-    """The call as one CUDA graph: everything that the device is given, without Python in between.
-
-    Raises:
-        RuntimeError: it cannot be captured, because it waits for the device, say, or there is no CUDA device.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def _copy(setting: GpuSetting) -> dict[str, Any]:

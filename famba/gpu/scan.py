@@ -9,7 +9,7 @@ registers, states in registers, states across lanes, channels across lanes. A su
 shuffles and one over channels log2(EL), and a token's channels are read as consecutive numbers. Both directions go one
 after the other in forward, which adds, gates and scales them as it writes; side by side in backward.
 
-Backward recomputes: forward keeps the state before every 32nd token, backward from it that before every 4th in scratch
+Backward recomputes: forward keeps the state before every 64th token, backward from it that before every 4th in scratch
 memory, and from that the four states in between in registers. No product of decays is formed and nothing is divided by
 one, so steps of any size are safe. What sums over blocks or sequences (A, D, bias; B, C) is written per block and added
 up in a fixed order: the same bits every time.
@@ -17,15 +17,17 @@ up in a fixed order: the same bits every time.
 Bytes that both directions' forward and backward must move for one channel of one token, activations of w bytes:
 
     forward     read u, delta twice each, z; write the sum y, the output                        7 w
-                write the kept states, 4 n / 32 bytes for each direction                        n / 4
+                write the kept states, 4 n / 64 bytes for each direction                        n / 8
     backward    read u, delta twice each, z, y, the output's gradient; write gradients of z,
                 of u and delta twice each                                                       12 w
-                read the kept states                                                            n / 4
+                read the kept states                                                            n / 8
 
 B and C, each read twice by both directions, and their gradients are 12 w n for all channels of a token, and are counted
 too; what backward writes to scratch memory and adds up is the implementation's own. At (128, 384, 197, 16) in bf16 this
-is 0.47 GB: 0.14 ms at 3.35 TB/s, 0.10 ms at 4.8 TB/s. The exponentials, 3 n for each direction, take 0.25 ms at 16 a
-clock and multiprocessor (132 of them, 1.75 GHz): worked out on paper, they and not memory are what limits.
+is 0.43 GB: 0.13 ms at 3.35 TB/s, 0.09 ms at 4.8 TB/s. Yet not memory is what limits, but how many instructions a
+multiprocessor can issue: for compute capability 9.0 and n = 16 the loops have 410 of them in forward for a token and
+both directions, and 665 in backward for each, for 32 channels at once (famba.bench.sass counts them). Of 132
+multiprocessors at 1.75 GHz, each of which starts four in a clock, that takes 0.57 ms at the very least.
 """
 
 from collections.abc import Sequence
@@ -39,7 +41,7 @@ from famba.gpu import runtime
 from famba.gpu.runtime import jit, launch, tl
 
 MOST_STATES = 64
-_CHUNK = 32  # tokens between kept states
+_CHUNK = 64  # tokens between kept states
 _SUB = 4  # tokens whose states and decays are in registers at once; divides _CHUNK
 _TILE = 16  # numbers of a tile that one thread holds
 _LANES = 32
@@ -51,6 +53,20 @@ def scan_bytes(b: int, e: int, t: int, n: int, dtype: torch.dtype) -> int:
     width = torch.finfo(dtype).bits // 8
     kept = 2 * 2 * 4 * b * e * n * runtime.blocks(t, _CHUNK)
     return 19 * width * b * e * t + 12 * width * b * n * t + kept
+
+
+def kept_bytes(b: int, e: int, t: int, n: int) -> int:
+    """Bytes of the states that forward keeps for backward, of one direction."""
+    er, nr, nl, el = _shape(n)
+    return 4 * b * runtime.blocks(e, er * el) * runtime.blocks(t, _CHUNK) * er * nr * nl * el
+
+
+def scratch_bytes(b: int, e: int, t: int, n: int) -> int:
+    """Bytes that backward of both directions writes for itself: states, and what it has yet to add up."""
+    er, nr, nl, el = _shape(n)
+    blocks, tile = runtime.blocks(e, er * el), er * nr * nl * el
+    per_block = tile * (_CHUNK // _SUB + 1) + 2 * er * el + 2 * t * n
+    return 4 * 2 * b * blocks * per_block
 
 
 def unsuited(u, delta, A, B, C, D, z, delta_bias) -> str:

@@ -1,4 +1,4 @@
-"""Add -> RMSNorm as one torch operator, `famba::norm`, over norm.cpp. float32 only.
+"""Add -> RMSNorm as one torch operator, `famba::norm`, over norm.cpp. float32; what is added is made that first.
 
 Axes: b batch, t tokens, d d_model.
 """
@@ -28,13 +28,15 @@ def unsuited(x: Tensor, residual: Tensor | None, weight: Tensor) -> str:
     for tensor in (x, residual, weight):
         if tensor is not None and tensor.device.type != "cpu":
             return f"it runs on cpu tensors, got {tensor.device}"
-        if tensor is not None and tensor.dtype != torch.float32:
+        narrow = tensor is x and x.dtype in (torch.bfloat16, torch.float16)
+        if tensor is not None and tensor.dtype != torch.float32 and not narrow:
             return f"it runs on float32, got {tensor.dtype}"
     return ""
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`famba.ops.add_rms_norm` by the native kernel."""
+    x = x.float()
     out, total, _ = torch.ops.famba.norm(x, residual, weight, eps)
     return out, x if residual is None else total
 
