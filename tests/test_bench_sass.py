@@ -1,0 +1,55 @@
+"""Instructions counted: by hand on a small text, and those of the scan, which nothing else would tell from more."""
+
+import pytest
+import torch
+
+from famba.bench import sass
+from famba.errors import BackendError
+from famba.gpu import runtime, scan
+
+TEXT = """
+        /*0000*/                   IADD3 R1, R1, 1, RZ ;
+.L_x_1:
+        /*0010*/                   FADD R2, R2, R3 ;
+.L_x_2:
+        /*0020*/                   MUFU.EX2 R4, R4 ;
+        /*0030*/              @!P0 FFMA R2, R2, R4, R5 ;
+        /*0040*/               @P1 BRA `(.L_x_2) ;
+        /*0050*/                   FADD R2, R2, R3 ;
+        /*0060*/               @P2 BRA `(.L_x_1) ;
+        /*0070*/               @P3 BRA `(.L_x_3) ;
+        /*0080*/                   STG.E [R2.64], R4 ;
+.L_x_3:
+        /*0090*/                   EXIT ;
+"""
+
+
+def test_the_innermost_loop_is_found_and_its_instructions_are_named():
+    assert sass.loops(TEXT) == [["MUFU", "FFMA", "BRA"]]
+    assert sass.loops("") == []
+
+
+@pytest.mark.skipif(runtime.triton is None or runtime.INTERPRETED, reason="nothing is compiled without triton")
+def test_the_scan_issues_no_more_than_it_did():
+    rows = sass.count()
+    assert [(row["pass"], row["tokens"]) for row in rows] == [("forward", 1)] * 2 + [("backward", scan._SUB)] * 2
+    exponentials = [row["exponentials"] for row in rows]
+    assert all(x >= 16 for x in exponentials), "one for each of a thread's sixteen states and channels, at least"
+    # of triton 3.7; another may be a little worse
+    assert sum(row["per_token"] for row in rows[:2]) <= 450
+    assert sum(row["per_token"] for row in rows[2:]) <= 730
+    assert all(row["stack_bytes"] <= 64 for row in rows)
+    said = sass.text(rows)
+    assert f"{sum(row['least_ms'] for row in rows):.2f} ms to issue" in said
+
+
+def test_recording_starts_nothing_and_ends(monkeypatch):
+    x, weight = torch.zeros(1, 2, 3), torch.ones(3)
+    with sass.recorded() as launches:
+        torch.ops.famba.gpu_norm(x, None, weight, 1e-5)
+        torch.ops.famba.gpu_norm(x, None, weight, 1e-5)
+    assert [launch.kernel.__name__ for launch in launches] == ["_forward_kernel"]
+    assert scan.launch is runtime.launch
+    monkeypatch.setattr(runtime, "triton", None)
+    with pytest.raises(BackendError, match="triton is missing; pip install triton"):
+        sass.compiled(launches[0])
