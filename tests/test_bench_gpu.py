@@ -6,19 +6,21 @@ import os
 import subprocess
 import sys
 import sysconfig
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
-from famba import bench, cost
+from famba import bench, cost, ops
 from famba.__main__ import main
 from famba.bench import fusing, gpu, timing
 from famba.bench.model import Training
-from famba.bench.published import PublishedMixer, as_published
+from famba.bench.published import PublishedMixer, as_published, with_norms_of
 from famba.bench.table import table
 from famba.errors import BackendError, InputError
 from famba.mixer import BidirectionalMixer
+from famba.scan import selective_scan_ref
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = dataclasses.replace(gpu._QUICK, device="cpu")
@@ -44,6 +46,40 @@ def test_a_model_as_published_has_its_mixers_and_weights_alone():
     assert [type(block.mixer) for block in model.layers] == [PublishedMixer] * model.depth
     assert {id(weight) for weight in model.parameters()} == {id(weight) for weight in before}
     torch.testing.assert_close(model(training.images), expected)
+
+
+def inner(xz, conv_weight, conv_bias, x_weight, dt_weight, out_weight, out_bias, A, B=None, C=None, D=None,
+          delta_bias=None, B_proj_bias=None, C_proj_bias=None, delta_softplus=True):  # fmt: skip
+    """What mamba-ssm's function computes, by torch; its arguments and their order are those of 1.1 to 2.3."""
+    assert out_bias is B is C is B_proj_bias is C_proj_bias is None
+    assert A.dtype == D.dtype == delta_bias.dtype == torch.float32
+    x, z = xz.chunk(2, dim=1)
+    u = ops.causal_conv1d_silu(x, conv_weight[:, 0], conv_bias, backend="torch")
+    n, m = A.shape[1], dt_weight.shape[1]
+    step, B, C = (u.mT @ x_weight.T).split([m, n, n], dim=-1)
+    y = selective_scan_ref(u, (step @ dt_weight.T).mT, A, B.mT, C.mT, D, z, delta_bias, delta_softplus)
+    return y.mT @ out_weight.T
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_mamba_ssms_function_of_a_whole_direction_is_called_as_it_wants(average, monkeypatch):
+    for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.selective_scan_interface"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["mamba_ssm.ops.selective_scan_interface"].mamba_inner_fn = inner
+    torch.manual_seed(0)
+    mixer = BidirectionalMixer(16, 4, average_directions=average, backend="torch")
+    x = torch.randn(2, 7, 16, requires_grad=True)
+    inputs, to_out = [x, *mixer.parameters()], torch.randn(2, 7, 16)
+    found, expected = PublishedMixer(mixer, fused=True)(x), mixer(x)
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(*(torch.autograd.grad(y, inputs, to_out) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_norms_of_another_backend_are_all_of_them():
+    model = with_norms_of(Training(QUICK, "torch").model, "reference")
+    backends = [module._backend for name, module in model.named_modules() if name.split(".")[-1] in ("norm", "norm_f")]
+    assert backends == ["reference"] * (model.depth + 1)
 
 
 def test_calls_that_are_only_started_are_made_in_rows_and_waited_for(monkeypatch):

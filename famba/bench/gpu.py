@@ -24,7 +24,7 @@ import torch
 from famba import cost, params
 from famba.bench.fusing import bench_layer, bench_schedules
 from famba.bench.model import Training, able
-from famba.bench.published import as_published
+from famba.bench.published import as_published, with_norms_of
 from famba.bench.scan import both_call, scan_call
 from famba.bench.setting import FULL, QUICK, Setting
 from famba.bench.table import table
@@ -182,8 +182,9 @@ def bench_scans(setting: GpuSetting, left: Left) -> dict[str, list[dict[str, Any
 def bench_steps(setting: GpuSetting, left: Left) -> list[dict[str, Any]]:
     """One row for each model and contestant: time, images per second and peak memory of a training step.
 
-    `published` is the mixer as published, with the kernels of the backend that it names; `times` and `memory` are in
-    units of the model's first row.
+    `published` is the mixer as published, with the kernels of the backend that it names; `fused` is mamba-ssm's
+    function for a whole direction. The norms are the fastest backend's in all rows but torch's, because mamba-ssm has
+    one too. `times` and `memory` are in units of the model's first row.
     """
     return [row for name in setting.models for row in _steps(dataclasses.replace(setting, model=name), left)]
 
@@ -258,10 +259,14 @@ def _scans(
 
 def _steps(setting: GpuSetting, left: Left) -> list[dict[str, Any]]:
     peaks: dict[str, float] = {}
-    makes = {name: partial(_training_step, setting, name, peaks, name) for name in (*_fast(setting), "torch")}
-    for name in _fast(setting):
-        what = f"published, {name}"
-        makes[what] = partial(_training_step, setting, name, peaks, what, as_published)
+    fast = _fast(setting)
+    makes = {name: partial(_training_step, setting, name, peaks, name, _fast_norms(fast)) for name in fast}
+    makes["torch"] = partial(_training_step, setting, "torch", peaks, "torch")
+    for name in fast:
+        for fused in (False, True) if name == "mamba_ssm" else (False,):
+            what = f"published, {name}{', fused' if fused else ''}"
+            change = _fast_norms(fast, partial(as_published, fused=fused))
+            makes[what] = partial(_training_step, setting, name, peaks, what, change)
     calls = _tried(makes, left, f"{setting.model}, ")
     found = setting.times(calls, rounds=setting.rounds, warmup=0, budget_s=setting.slow_s)
     first = next(iter(found), "")
@@ -277,6 +282,16 @@ def _steps(setting: GpuSetting, left: Left) -> list[dict[str, Any]]:
         }
         for what, row in found.items()
     ]
+
+
+def _fast_norms(fast: Sequence[str], change: Callable[[Any], object] = lambda model: None) -> Callable[[Any], object]:
+    """The change, and the fastest backend's norms."""
+
+    def both(model: Any) -> None:
+        change(model)
+        with_norms_of(model, fast[0])
+
+    return both
 
 
 def _training_step(
