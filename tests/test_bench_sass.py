@@ -1,5 +1,7 @@
 """Instructions counted: by hand on a small text, and those of the scan, which nothing else would tell from more."""
 
+import re
+
 import pytest
 import torch
 
@@ -41,6 +43,22 @@ def test_the_scan_issues_no_more_than_it_did():
     assert all(row["stack_bytes"] <= 64 for row in rows)
     said = sass.text(rows)
     assert f"{sum(row['least_ms'] for row in rows):.2f} ms to issue" in said
+
+
+@pytest.mark.skipif(runtime.triton is None or runtime.INTERPRETED, reason="nothing is compiled without triton")
+@pytest.mark.parametrize("n", [2, 16, 64])
+def test_each_thread_reads_from_memory_the_states_that_it_wrote_there(n):
+    """Else threads would have to wait for each other, which neither the kernels do nor the interpreter shows."""
+    with sass.recorded() as launches:
+        sass._scan_both(48, 9, n, torch.bfloat16)
+    for launch in launches:
+        code = sass.compiled(launch)["ttgir"]
+        layouts = re.findall(r"tt\.(?:load|store) .* tensor<\d+x\d+x\d+x\d+x!tt\.ptr<f32>, (#\w+)>", code)
+        assert len(layouts) >= 3
+        assert len(set(layouts)) == 1
+        if launch.kernel is scan._forward_kernel:
+            # between the directions they do: what the second adds to may be another thread's
+            assert code.count("ttg.barrier all") == 1
 
 
 def test_recording_starts_nothing_and_ends(monkeypatch):

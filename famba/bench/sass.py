@@ -61,8 +61,8 @@ def recorded() -> Iterator[list[Launch]]:
             module.launch = gpu_runtime.launch
 
 
-def compiled(launch: Launch) -> bytes:
-    """The kernel's binary for compute capability 9.0, as that launch would have it compiled.
+def compiled(launch: Launch) -> dict[str, Any]:
+    """The kernel for compute capability 9.0 as that launch would have it compiled: `ttgir`, `ptx`, `cubin` and others.
 
     Raises:
         BackendError: triton is missing.
@@ -88,7 +88,7 @@ def compiled(launch: Launch) -> bytes:
             aligned[i,] = [["tt.divisibility", 16]]
     signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     source = ASTSource(kernel, signature, fixed, aligned)
-    return compile(source, target=GPUTarget("cuda", _CAPABILITY, 32), options=options).asm["cubin"]
+    return compile(source, target=GPUTarget("cuda", _CAPABILITY, 32), options=options).asm
 
 
 def loops(sass: str) -> list[list[str]]:
@@ -124,7 +124,7 @@ def count(shape: tuple[int, int, int, int] = SHAPE, dtype: torch.dtype = torch.b
     er, _, _, el = scan._shape(n)
     warps = b * -(-e // (er * el))
     for launch in launches:
-        sass, resources = _disassembled(compiled(launch))
+        sass, resources = _disassembled(compiled(launch)["cubin"])
         forward = launch.kernel is scan._forward_kernel
         found = [x for x in loops(sass) if "MUFU" in x]  # what computes; not the filling of memory
         for number, names in enumerate(found, start=1):
