@@ -51,7 +51,7 @@ def recorded() -> Iterator[list[Launch]]:
             found[kernel] = Launch(kernel, arguments, constants)
             launches.append(found[kernel])
 
-    modules = (scan, conv, norm, match, fuse)
+    modules: tuple[Any, ...] = (scan, conv, norm, match, fuse)
     try:
         for module in modules:
             module.launch = note
