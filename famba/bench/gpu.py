@@ -260,13 +260,12 @@ def _scans(
 def _steps(setting: GpuSetting, left: Left) -> list[dict[str, Any]]:
     peaks: dict[str, float] = {}
     fast = _fast(setting)
-    makes = {name: partial(_training_step, setting, name, peaks, name, _fast_norms(fast)) for name in fast}
-    makes["torch"] = partial(_training_step, setting, "torch", peaks, "torch")
+    makes = {name: partial(_training_step, setting, name, peaks, name, norms=fast[0]) for name in fast}
+    makes["torch"] = partial(_training_step, setting, "torch", peaks, "torch", norms="torch")
     for name in fast:
         for fused in (False, True) if name == "mamba_ssm" else (False,):
-            what = f"published, {name}{', fused' if fused else ''}"
-            change = _fast_norms(fast, partial(as_published, fused=fused))
-            makes[what] = partial(_training_step, setting, name, peaks, what, change)
+            what, change = f"published, {name}{', fused' if fused else ''}", partial(as_published, fused=fused)
+            makes[what] = partial(_training_step, setting, name, peaks, what, norms=fast[0], change=change)
     calls = _tried(makes, left, f"{setting.model}, ")
     found = setting.times(calls, rounds=setting.rounds, warmup=0, budget_s=setting.slow_s)
     first = next(iter(found), "")
@@ -284,21 +283,13 @@ def _steps(setting: GpuSetting, left: Left) -> list[dict[str, Any]]:
     ]
 
 
-def _fast_norms(fast: Sequence[str], change: Callable[[Any], object] = lambda model: None) -> Callable[[Any], object]:
-    """The change, and the fastest backend's norms."""
-
-    def both(model: Any) -> None:
-        change(model)
-        with_norms_of(model, fast[0])
-
-    return both
-
-
 def _training_step(
     setting: Setting,
     backend: str,
     peaks: dict[str, float],
     what: str,
+    *,
+    norms: str,
     change: Callable[[Any], object] = lambda model: None,
 ) -> Callable[[], None]:
     """A step, warm already; its peak memory goes to `peaks`, that of others not in it.
@@ -310,7 +301,7 @@ def _training_step(
     device = torch.device(setting.device)
     others = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     training = Training(setting, backend)
-    change(training.model)
+    change(with_norms_of(training.model, norms))
     training.step()  # makes the optimiser's moments
     start = time.perf_counter()
     peaks[what] = (cost.peak_memory(training.step, training.resident(), device) - others) / _MIB

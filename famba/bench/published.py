@@ -33,15 +33,12 @@ class PublishedMixer(nn.Module):
     def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
         m = self.mixer
         xz = m.in_proj(x).mT
-        if self.fused:
-            left = self._whole(xz, m.conv1d, m.x_proj, m.dt_proj, m.A_log, m.D)
-            right = self._whole(xz.flip(-1), m.conv1d_b, m.x_proj_b, m.dt_proj_b, m.A_b_log, m.D_b)
-            total = left + right.flip(1)
-            return total / 2 if m.average_directions else total
-        left = self._direction(xz, m.conv1d, m.x_proj, m.dt_proj, m.A_log, m.D)
-        right = self._direction(xz.flip(-1), m.conv1d_b, m.x_proj_b, m.dt_proj_b, m.A_b_log, m.D_b)
-        total = left + right.flip(-1)
-        return m.out_proj((total / 2 if m.average_directions else total).mT)
+        run, tokens = (self._whole, 1) if self.fused else (self._direction, 2)
+        left = run(xz, m.conv1d, m.x_proj, m.dt_proj, m.A_log, m.D)
+        right = run(xz.flip(-1), m.conv1d_b, m.x_proj_b, m.dt_proj_b, m.A_b_log, m.D_b)
+        total = left + right.flip(tokens)
+        total = total / 2 if m.average_directions else total
+        return total if self.fused else m.out_proj(total.mT)
 
     def _direction(
         self, xz: Tensor, conv: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor
