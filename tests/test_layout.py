@@ -356,6 +356,18 @@ def test_types():
     assert "0 errors" in done.stdout
 
 
+def test_no_test_asserts_how_long_something_took():
+    """A busy machine would fail it; `processes.wait_until`, which gives up on what hangs, is the one exception."""
+    clock = re.compile(r"\btime\.(time|monotonic|perf_counter|process_time|thread_time)(_ns)?\(")
+    found, looked_at = [], 0
+    for path in sorted((ROOT / "tests").glob("*.py")):
+        statements = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
+        found += [path.name for statement in statements if clock.search(ast.unparse(statement))]
+        looked_at += len(statements)
+    assert looked_at > 1000
+    assert found == ["processes.py"]
+
+
 def test_the_sweep_has_a_rule_for_every_strategy_in_every_profile():
     profiles = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())["profiles"]
     assert {"default", "smoke"} <= set(profiles)

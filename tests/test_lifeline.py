@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import FOREVER_S, is_there, wait_until
 
 from famba import lifeline
 from famba.errors import InputError
@@ -26,7 +27,7 @@ try:
     lifeline.hold()
     said.with_suffix(".new").write_text(str(os.getpid()))
     said.with_suffix(".new").replace(said)
-    time.sleep(60)
+    time.sleep(float(sys.argv[2]))
 except lifeline.Terminated as end:
     said.with_suffix(".why").write_text(end.why)
     raise
@@ -49,7 +50,7 @@ def start(command: list[str], how: str = "waits", **given: str) -> subprocess.Po
 
 
 def stage(said: Path) -> list[str]:
-    return [sys.executable, "-c", STAGE, str(said)]
+    return [sys.executable, "-c", STAGE, str(said), str(FOREVER_S)]
 
 
 def within(shell: str, said: Path) -> list[str]:
@@ -57,24 +58,8 @@ def within(shell: str, said: Path) -> list[str]:
     return ["sh", "-c", f'{shell} "$0" "$@"; true', *stage(said)]
 
 
-def wait_until(what, seconds: float = 20.0):
-    end = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-    return found
-
-
 def number(said: Path) -> int:
     return wait_until(lambda: said.exists() and int(said.read_text()))
-
-
-def is_there(pid: int) -> bool:
-    """A process that has ended and whose parent has not asked yet counts as gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.parametrize("between", ["nothing", "shell"])
@@ -86,7 +71,7 @@ def test_a_stage_ends_when_its_dvc_is_killed(tmp_path, between):
     assert is_there(pid)
     dvc.kill()
     dvc.wait()
-    wait_until(lambda: not is_there(pid), 5)
+    wait_until(lambda: not is_there(pid))
     assert (tmp_path / "said.why").read_text() == f"process {dvc.pid}, which this one works for, is gone"
 
 
@@ -98,7 +83,7 @@ def test_a_stage_ends_when_anything_between_it_and_what_it_works_for_is_gone(tmp
     middle = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
     assert middle != make.pid
     os.kill(middle, signal.SIGTERM)
-    wait_until(lambda: not is_there(pid), 5)
+    wait_until(lambda: not is_there(pid))
     assert (tmp_path / "said.why").read_text() == f"process {middle}, which this one works for, is gone"
     make.wait()
 
@@ -130,7 +115,7 @@ def test_a_command_of_a_shell_outlives_the_shell(tmp_path):
     time.sleep(1.5)
     assert is_there(pid)
     os.kill(pid, signal.SIGTERM)
-    wait_until(lambda: not is_there(pid), 5)
+    wait_until(lambda: not is_there(pid))
     assert (tmp_path / "said.why").read_text() == "terminated"
 
 

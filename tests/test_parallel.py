@@ -7,11 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes import wait_until
 
 from famba import InputError, data, parallel, params, records, train
 from famba.errors import TrainingError
@@ -117,10 +117,7 @@ def test_where_one_process_is_killed_all_stop_and_it_is_said_which(repository):
         train.fit(p, seed=0, watch=[kill])
     assert "\n" not in str(error.value)
     assert list(checkpoints.glob("epoch-*.safetensors"))
-    deadline = time.monotonic() + 20
-    while ranks(repository):
-        assert time.monotonic() < deadline, "a process is still there"
-        time.sleep(0.1)
+    wait_until(lambda: not ranks(repository))
 
 
 def ranks(folder: Path) -> list[int]:

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import PATIENCE_S, is_there, wait_until
 from test_data import DIGITS, checkout, folder, one_line  # noqa: F401 (fixtures)
-from test_workers import is_there, wait_until
 
 from famba import augment, data
 from famba.errors import FambaError, InputError
@@ -261,9 +261,9 @@ def test_workers_end_with_the_process_that_started_them(folder: Path, how: int):
     parent = subprocess.Popen(
         [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": path}, stderr=subprocess.DEVNULL
     )
-    wait_until(said.exists, 60)
+    wait_until(said.exists)
     workers = workers_of(parent.pid)
     assert len(workers) == 2
     parent.send_signal(how)
-    parent.wait(timeout=30)
+    parent.wait(timeout=PATIENCE_S)
     wait_until(lambda: not any(map(is_there, workers)))

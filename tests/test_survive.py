@@ -21,6 +21,7 @@ from typing import Any
 
 import nbformat
 import pytest
+from processes import FOREVER_S, PATIENCE_S, wait_until
 from ruamel.yaml import YAML
 
 from famba import checkpoint, records
@@ -141,7 +142,7 @@ def repository(tmp_path_factory) -> Path:
 def incubator(repository) -> Iterator[Incubator]:
     incubator = Incubator(repository)
     yield incubator
-    incubator.process.communicate(timeout=30)
+    incubator.process.communicate(timeout=PATIENCE_S)
     assert incubator.process.returncode == 0
 
 
@@ -287,16 +288,6 @@ def alive(folder: Path) -> dict[int, str]:
     return found
 
 
-def wait_until(what, seconds: float, process: subprocess.Popen | None = None):
-    """What is waited for; a process that ends meanwhile shows what it printed."""
-    end = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < end, "waited in vain"
-        assert process is None or process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    return found
-
-
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory) -> Path:
     """The tracked files under git, the pipeline cut down to training one run, which takes some seconds."""
@@ -345,7 +336,7 @@ def start(folder: Path, *command: str) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen, status: int = 0) -> str:
     """What it printed on stderr."""
-    printed, said = process.communicate(timeout=150)
+    printed, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == status, printed + said
     return said
 
@@ -361,7 +352,7 @@ def trains(folder: Path, since: float) -> bool:
     return any(path.stat().st_mtime > since for path in folder.glob("build/checkpoints/*/epoch-*.safetensors"))
 
 
-SLEEP = ["from pathlib import Path; import time", "Path('build/sleeps').touch()\ntime.sleep(60)"]
+SLEEP = ["from pathlib import Path; import time", f"Path('build/sleeps').touch()\ntime.sleep({FOREVER_S})"]
 
 
 @pytest.mark.parametrize(
@@ -380,12 +371,12 @@ def test_a_notebook_that_is_ended_in_any_way_takes_its_kernel_with_it(copy, how,
     interruptible = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # whatever started these tests
     notebook = start(copy, sys.executable, "-c", f"import os, signal; {interruptible}; os.execv({words[0]!r}, {words})")
     sleeps = copy / "build" / "sleeps"
-    wait_until(sleeps.exists, 60, notebook)
+    wait_until(sleeps.exists, notebook)
     sleeps.unlink()
     assert len(alive(copy)) == 2
     notebook.send_signal(how)
     assert finish(notebook, status) == said
-    wait_until(lambda: not alive(copy), 5)
+    wait_until(lambda: not alive(copy))
 
 
 def test_sigterm_to_dvc_or_make_leaves_nothing_that_trains_on_and_dvc_finishes_it(copy, wanted):
@@ -393,11 +384,11 @@ def test_sigterm_to_dvc_or_make_leaves_nothing_that_trains_on_and_dvc_finishes_i
     for command in (["dvc", "repro", "train@upper-0"], ["make", "-o", "env", "repro"]):
         since = time.time()
         process = start(copy, *command)
-        wait_until(functools.partial(trains, copy, since), 120, process)
+        wait_until(functools.partial(trains, copy, since), process)
         assert len(alive(copy)) >= 2
         process.terminate()
-        printed, said = process.communicate(timeout=60)
-        wait_until(lambda: not alive(copy), 8)
+        printed, said = process.communicate(timeout=PATIENCE_S)
+        wait_until(lambda: not alive(copy))
         assert process.returncode == -signal.SIGTERM, printed + said
         assert not (copy / "results" / "runs" / "upper-0" / "metrics.json").exists()
     finish(start(copy, "dvc", "repro", "-s", "train@upper-0"))

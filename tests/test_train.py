@@ -6,10 +6,6 @@ import hashlib
 import math
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -488,28 +484,6 @@ def _written(run: records.Run) -> Path:
 
 def _saved(run: records.Run) -> train.VisionMamba:
     return checkpoint.load_model(_written(run))[0]
-
-
-@pytest.mark.slow
-def test_a_run_killed_in_mid_air_goes_on_to_the_same_metrics(repository):
-    command = [sys.executable, "-m", "famba", "train", "--profile", "smoke", "--strategy", "upper", "--seed", "5"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
-    undisturbed = subprocess.run([*command, "--out", "a"], env=environment, capture_output=True, text=True)
-    assert undisturbed.returncode == 0, undisturbed.stderr
-    wanted = (repository / "a" / "metrics.json").read_bytes()
-    shutil.rmtree(repository / "build")
-    checkpoints = repository / "build" / "checkpoints"
-    process = subprocess.Popen([*command, "--out", "b"], env=environment)
-    deadline = time.monotonic() + 60
-    while not list(checkpoints.glob("*/epoch-00001.safetensors")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (repository / "b" / "metrics.json").exists()
-    assert subprocess.run([*command, "--out", "b"], env=environment).returncode == 0
-    assert (repository / "b" / "metrics.json").read_bytes() == wanted
 
 
 def test_a_step_that_is_replayed_learns_what_a_called_one_does(undisturbed, repository, monkeypatch):

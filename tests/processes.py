@@ -1,0 +1,31 @@
+"""Looking at other processes, in the tests that start, end and kill them."""
+
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+# How long what must not go on would go on, and how long it is waited for to end: far apart, and both far longer than
+# anything takes on a busy machine. A test fails by them if something hangs, never because it is slow.
+FOREVER_S = 900
+PATIENCE_S = 300
+
+
+def is_there(pid: int) -> bool:
+    """Whether a process runs; one that has ended and whose parent has not asked yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(what: Callable[[], T], process: subprocess.Popen | None = None) -> T:
+    """The first value that counts as true; a process of which it is expected shows what it printed if it ends."""
+    end = time.monotonic() + PATIENCE_S
+    while not (found := what()):
+        assert process is None or process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+    return found
