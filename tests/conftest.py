@@ -1,5 +1,7 @@
 """Shapes written in annotations are checked in every test: the hook must be in place before famba is imported."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from jaxtyping import install_import_hook
@@ -25,7 +27,7 @@ def on_paper(monkeypatch):
     """
     monkeypatch.setattr(gpu_runtime, "DEVICE", "cpu")
     monkeypatch.setattr(gpu_runtime, "INTERPRETED", True)  # no device is asked for
-    monkeypatch.setattr(gpu_runtime, "triton", object())
+    monkeypatch.setattr(gpu_runtime, "triton", SimpleNamespace(__version__="3.3.0"))
     mode = FakeTensorMode()
 
     def emptied(model):

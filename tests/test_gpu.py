@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -380,8 +381,10 @@ def test_a_cpu_tensor_is_left_to_other_backends_unless_triton_is_named():
 def test_without_triton_or_a_device_the_reason_says_what_to_do(monkeypatch):
     monkeypatch.setattr(runtime, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(runtime, "triton", object())
+    monkeypatch.setattr(runtime, "triton", SimpleNamespace(__version__="3.3.0"))
     assert "no CUDA device" in backends()["triton"]
+    monkeypatch.setattr(runtime, "triton", SimpleNamespace(__version__="3.2.0"))
+    assert backends()["triton"] == "triton 3.2.0 cannot compile the kernels; they need 3.3 (torch 2.7) or later"
     monkeypatch.setattr(runtime, "triton", None)
     assert backends()["triton"] == "triton is missing; pip install triton"
     assert set(backends()) == set(dispatch.NAMES)

@@ -24,12 +24,12 @@ def unsuited(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
 
 
 @jit
-def _side(xs, weight, bias, out, channel, here, SIGN: tl.constexpr, K: tl.constexpr):
+def _side(xs, weight, bias, out, channel, inside, here, SIGN: tl.constexpr, K: tl.constexpr):
     total = tl.zeros_like(xs[0])
     if bias is not None:
-        total += tl.load(bias + channel)
+        total += tl.load(bias + channel, mask=inside, other=0.0)
     for j in tl.static_range(K):  # pyright: ignore[reportGeneralTypeIssues]
-        total += tl.load(weight + channel * K + j) * xs[(K - 1) + SIGN * (j - (K - 1))]
+        total += tl.load(weight + channel * K + j, mask=inside, other=0.0) * xs[(K - 1) + SIGN * (j - (K - 1))]
     tl.store(out, (total * tl.sigmoid(total)).to(out.dtype.element_ty), mask=here)
 
 
@@ -51,14 +51,13 @@ def _forward_kernel(
     program = tl.program_id(0)
     batch = (program // (blocks * spans)).to(tl.int64)
     token = (program // blocks % spans) * T + tl.arange(0, T)[:, None]
-    column = (program % blocks) * E + tl.arange(0, E)[None, :]
-    inside = column < e
-    channel = tl.minimum(column, e - 1)
+    channel = (program % blocks) * E + tl.arange(0, E)[None, :]
+    inside = channel < e
     xs = _around(x + batch * x_b + channel * x_e, token, t, inside, x_t, K)
     place = (batch * t + token) * e + channel
-    _side(xs, weight0, bias0, out0 + place, channel, inside & (token < t), SIGN, K)
+    _side(xs, weight0, bias0, out0 + place, channel, inside, inside & (token < t), SIGN, K)
     if BOTH:
-        _side(xs, weight1, bias1, out1 + place, channel, inside & (token < t), -SIGN, K)
+        _side(xs, weight1, bias1, out1 + place, channel, inside, inside & (token < t), -SIGN, K)
 
 
 @jit
@@ -70,14 +69,14 @@ def _side_backward(
         # the token m places on, which x of this one went into by the tap k - 1 - m
         total = tl.zeros_like(xs[0])
         if bias is not None:
-            total += tl.load(bias + channel)
+            total += tl.load(bias + channel, mask=inside, other=0.0)
         for j in tl.static_range(K):  # pyright: ignore[reportGeneralTypeIssues]
-            total += tl.load(weight + channel * K + j) * xs[(K - 1) + SIGN * (m + j - (K - 1))]
+            total += tl.load(weight + channel * K + j, mask=inside, other=0.0) * xs[(K - 1) + SIGN * (m + j - (K - 1))]
         at = token + SIGN * m
         g = tl.load(grad + at * e, mask=inside & (at >= 0) & (at < t), other=0.0).to(tl.float32)
         sigmoid = tl.sigmoid(total)
         g *= sigmoid + total * sigmoid * (1 - sigmoid)
-        to_x += tl.load(weight + channel * K + (K - 1 - m)) * g
+        to_x += tl.load(weight + channel * K + (K - 1 - m), mask=inside, other=0.0) * g
         if m == 0:
             g = tl.where(token < t, g, 0.0)
             for j in tl.static_range(K):  # pyright: ignore[reportGeneralTypeIssues]
@@ -87,7 +86,8 @@ def _side_backward(
     return to_x
 
 
-@jit
+# As if not aligned: with eight channels a thread would have but one token, and all sums over tokens were among threads.
+@jit(do_not_specialize_on_alignment=["x", "grad0", "grad1", "to_x", "part"])
 def _backward_kernel(
     x, grad0, grad1, weight0, bias0, weight1, bias1, to_x, part, blocks, spans, rows, e, t, x_b, x_e, x_t,
     BOTH: tl.constexpr, SIGN: tl.constexpr, K: tl.constexpr, T: tl.constexpr, E: tl.constexpr,
@@ -96,9 +96,8 @@ def _backward_kernel(
     row = program // blocks
     batch = (row // spans).to(tl.int64)
     token = (row % spans) * T + tl.arange(0, T)[:, None]
-    column = (program % blocks) * E + tl.arange(0, E)[None, :]
-    inside = column < e
-    channel = tl.minimum(column, e - 1)
+    channel = (program % blocks) * E + tl.arange(0, E)[None, :]
+    inside = channel < e
     xs = _around(x + batch * x_b + channel * x_e, token, t, inside, x_t, K)
     start = batch * t * e + channel
     part += row.to(tl.int64) * (K + 1) * e + channel

@@ -14,6 +14,7 @@ from famba.gpu.runtime import jit, launch, tl
 
 _ROWS = 16
 _COLUMNS = 256
+_COMPARED = 4096  # positions with pairs, at once
 MOST_TOKENS = 8192
 
 
@@ -31,37 +32,47 @@ def unsuited(weight: Tensor, *tensors: Tensor) -> str:
 
 
 @jit
+def _pairs(source, target, size, start, t, r, PAIRS: tl.constexpr):
+    # some pairs at once: who leaves, whom it joins, with what size; past the last one nobody does
+    pair = start + tl.arange(0, PAIRS)
+    leaves = tl.load(source + pair, mask=pair < r, other=-1)
+    stays = tl.load(target + pair, mask=pair < r, other=-1)
+    valid = (leaves >= 0) & (leaves < t)
+    return leaves, stays, valid, tl.load(size + leaves, mask=valid, other=0.0)
+
+
+@jit
 def _plan_kernel(
     source, target, size, survivors, destination, weight, total, t, r,
-    IN_ORDER: tl.constexpr, BY_SIZE: tl.constexpr, T: tl.constexpr,
+    IN_ORDER: tl.constexpr, BY_SIZE: tl.constexpr, T: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(0).to(tl.int64)
     position = tl.arange(0, T)
-    inside = position < t
+    kept = position < t
     source += batch * r
     target += batch * r
     size += batch * t
     destination += batch * t
-    own = tl.load(size + position, mask=inside, other=1.0)
+    own = tl.load(size + position, mask=kept, other=1.0)
     sum = own
     count = tl.full([T], 1.0, dtype=tl.float32)
-    gone = position >= t
-    for j in range(r):
-        leaves = tl.load(source + j)
-        stays = tl.load(target + j)
-        gone |= position == leaves
-        joined = tl.load(size + leaves, mask=(leaves >= 0) & (leaves < t), other=0.0)
-        sum += tl.where(position == stays, joined, 0.0)
-        count += tl.where(position == stays, 1.0, 0.0)
+    gone = tl.zeros([T], dtype=tl.int32)
+    for start in range(0, r, PAIRS):
+        leaves, stays, _, joined = _pairs(source, target, size, start, t, r, PAIRS)
+        joins = position[:, None] == stays[None, :]
+        sum += tl.sum(tl.where(joins, joined[None, :], 0.0), axis=1)
+        count += tl.sum(tl.where(joins, 1.0, 0.0), axis=1)
+        gone += tl.sum((position[:, None] == leaves[None, :]).to(tl.int32), axis=1)
+    kept &= gone == 0
     if IN_ORDER:
-        place = tl.cumsum((~gone).to(tl.int32), 0) - 1
+        place = tl.cumsum(kept.to(tl.int32), 0) - 1
     else:
         even = position % 2 == 0
-        first = (~gone & even).to(tl.int32)
-        last = (~gone & ~even).to(tl.int32)
+        first = tl.where(even, kept, 0).to(tl.int32)
+        last = tl.where(even, 0, kept).to(tl.int32)
         place = tl.where(even, tl.cumsum(first, 0) - 1, tl.sum(first, axis=0) + tl.cumsum(last, 0) - 1)
     left = t - r
-    kept = ~gone & (place < left)
+    kept &= place < left
     share = own / sum if BY_SIZE else 1 / count
     weight += batch * t
     survivors += batch * left
@@ -70,15 +81,15 @@ def _plan_kernel(
     tl.store(total + place, sum, mask=kept)
     tl.store(destination + position, place.to(tl.int64), mask=kept)
     tl.store(weight + position, share, mask=kept)
-    divisor = sum if BY_SIZE else count
-    for j in range(r):
-        leaves = tl.load(source + j)
-        stays = tl.load(target + j)
-        ours = position == stays
-        valid = (leaves >= 0) & (leaves < t)
-        joined = tl.load(size + leaves, mask=valid, other=0.0) if BY_SIZE else 1.0
-        tl.store(destination + leaves, tl.sum(tl.where(ours, place, 0), axis=0).to(tl.int64), mask=valid)
-        tl.store(weight + leaves, joined / tl.sum(tl.where(ours, divisor, 0.0), axis=0), mask=valid)
+    divisor = (sum if BY_SIZE else count)[:, None]
+    for start in range(0, r, PAIRS):
+        leaves, stays, valid, joined = _pairs(source, target, size, start, t, r, PAIRS)
+        joins = position[:, None] == stays[None, :]
+        into = tl.sum(tl.where(joins, place[:, None], 0), axis=0)
+        whole = tl.sum(tl.where(joins, divisor, 0.0), axis=0)
+        part = (joined if BY_SIZE else 1.0) / tl.where(whole > 0, whole, 1.0)
+        tl.store(destination + leaves, into.to(tl.int64), mask=valid)
+        tl.store(weight + leaves, part, mask=valid)
 
 
 @jit
@@ -177,10 +188,12 @@ def _plan_fake(source, target, size, in_order, by_size):
 
 def _plan(source, target, size, in_order, by_size):
     made = _plan_fake(source, target, size, in_order, by_size)
-    b, t = size.shape
+    (b, t), r = size.shape, source.shape[1]
+    tokens = runtime.power_of_two(t)
+    pairs = min(runtime.power_of_two(r), max(1, _COMPARED // tokens))
     launch(
-        _plan_kernel, (b,), source.contiguous(), target.contiguous(), size.contiguous(), *made, t, source.shape[1],
-        IN_ORDER=in_order, BY_SIZE=by_size, T=runtime.power_of_two(t), num_warps=4,
+        _plan_kernel, (b,), source.contiguous(), target.contiguous(), size.contiguous(), *made, t, r,
+        IN_ORDER=in_order, BY_SIZE=by_size, T=tokens, PAIRS=pairs, num_warps=4,
     )  # fmt: skip
     return made
 

@@ -28,6 +28,7 @@ def _undecorated(function: Callable | None = None, **options: Any) -> Any:
 jit: Any = _undecorated if triton is None else triton.jit  # without Triton kernels are defined, and never called
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on")
 DTYPES = (torch.float32, torch.bfloat16)
+_OLDEST = (3, 3)  # of Triton; before, kernels could not append to tuples
 PARAMETERS = (torch.float32, torch.bfloat16, torch.float16)  # taken as float32
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
@@ -37,6 +38,9 @@ def unavailable() -> str:
     """Why the kernels cannot run here ("": they can)."""
     if triton is None:
         return "triton is missing; pip install triton"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < _OLDEST:
+        needed = ".".join(map(str, _OLDEST))
+        return f"triton {triton.__version__} cannot compile the kernels; they need {needed} (torch 2.7) or later"
     if not INTERPRETED and not torch.cuda.is_available():
         return "no CUDA device; TRITON_INTERPRET=1 runs the kernels on a CPU, for tests"
     return ""

@@ -7,7 +7,12 @@ channels last.
 One warp scans a block of channels of one sequence, token by token. Its tile of states is (ER, NR, NL, EL): channels in
 registers, states in registers, states across lanes, channels across lanes. A sum over states then takes log2(NL)
 shuffles and one over channels log2(EL), and a token's channels are read as consecutive numbers. Both directions go one
-after the other in forward, which adds, gates and scales them as it writes; side by side in backward.
+after the other in forward, which adds, gates and scales them as it writes; side by side in backward. Forward sums over
+states alone, and has as many of them as it can in registers.
+
+How a tensor lies in a warp is Triton's choice, made anew in each release. Whole tiles are therefore read and written
+as matrices of registers by lanes, of which every release makes the same; they become tiles by reshaping, which moves
+nothing.
 
 Backward recomputes: forward keeps the state before every 64th token, backward from it that before every 4th in scratch
 memory, and from that the four states in between in registers. No product of decays is formed and nothing is divided by
@@ -25,9 +30,9 @@ Bytes that both directions' forward and backward must move for one channel of on
 B and C, each read twice by both directions, and their gradients are 12 w n for all channels of a token, and are counted
 too; what backward writes to scratch memory and adds up is the implementation's own. At (128, 384, 197, 16) in bf16 this
 is 0.43 GB: 0.13 ms at 3.35 TB/s, 0.09 ms at 4.8 TB/s. Yet not memory is what limits, but how many instructions a
-multiprocessor can issue: for compute capability 9.0 and n = 16 the loops have 410 of them in forward for a token and
-both directions, and 665 in backward for each, for 32 channels at once (famba.bench.sass counts them). Of 132
-multiprocessors at 1.75 GHz, each of which starts four in a clock, that takes 0.57 ms at the very least.
+multiprocessor can issue: for compute capability 9.0 and n = 16 the loops have 370 of them in forward for a token and
+both directions, and 668 in backward for each, for 32 channels at once (famba.bench.sass counts them). Of 132
+multiprocessors at 1.75 GHz, each of which starts four in a clock, that takes 0.56 ms at the very least.
 """
 
 from collections.abc import Sequence
@@ -87,6 +92,18 @@ def _softplus(x):
 
 
 @jit
+def _numbered(ER: tl.constexpr, NR: tl.constexpr, NL: tl.constexpr, EL: tl.constexpr):
+    # state and channel of each number of a tile as a matrix
+    register, lane = tl.arange(0, ER * NR)[:, None], tl.arange(0, NL * EL)[None, :]
+    return register % NR * NL + lane // EL, register // NR * EL + lane % EL
+
+
+@jit
+def _as_matrix(x):
+    return tl.reshape(x, [x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]])
+
+
+@jit
 def _sum_states(x):
     return tl.sum(tl.sum(x, axis=1), axis=1)
 
@@ -107,10 +124,11 @@ def _direction(
     channel = block * (ER * EL) + tl.arange(0, ER)[:, None] * EL + tl.arange(0, EL)[None, :]
     state = tl.arange(0, NR)[:, None] * NL + tl.arange(0, NL)[None, :]
     here, real = channel < e, state < n
-    tile = tl.arange(0, ER)[:, None, None, None] * NR + tl.arange(0, NR)[None, :, None, None]
-    tile = (tile * NL + tl.arange(0, NL)[None, None, :, None]) * EL + tl.arange(0, EL)[None, None, None, :]
-    rates = A + state[None, :, :, None] * e + channel[:, None, None, :]
-    rate = tl.load(rates, mask=real[None, :, :, None] & here[:, None, None, :], other=0.0) * LOG2_E
+    row, column = _numbered(ER, NR, NL, EL)
+    tile = row * (ER * EL) + column  # in memory, whatever the pass: by states, then channels
+    column += block * (ER * EL)
+    rate = tl.load(A + row * e + column, mask=(row < n) & (column < e), other=0.0)
+    rate = tl.reshape(rate * LOG2_E, [ER, NR, NL, EL])
     h = tl.zeros([ER, NR, NL, EL], dtype=tl.float32)
     skip = tl.zeros([ER, EL], dtype=tl.float32)
     shift = tl.zeros([ER, EL], dtype=tl.float32)
@@ -137,7 +155,7 @@ def _direction(
     reading = tl.load(C + token * C_t, mask=real, other=0.0)
     for chunk in range(chunks):
         if KEEP:
-            tl.store(states + chunk * (ER * NR * NL * EL), h)
+            tl.store(states + chunk * (ER * NR * NL * EL), _as_matrix(h))
         for p in range(chunk * CHUNK, tl.minimum(t, (chunk + 1) * CHUNK)):
             token = (t - 1 - p) if REVERSE else p
             # the next token's numbers are on their way while this one's are used
@@ -224,10 +242,11 @@ def _backward_kernel(
     channel = block * (ER * EL) + tl.arange(0, ER)[:, None] * EL + tl.arange(0, EL)[None, :]
     state = tl.arange(0, NR)[:, None] * NL + tl.arange(0, NL)[None, :]
     here, real = channel < e, state < n
-    tile = tl.arange(0, ER)[:, None, None, None] * NR + tl.arange(0, NR)[None, :, None, None]
-    tile = (tile * NL + tl.arange(0, NL)[None, None, :, None]) * EL + tl.arange(0, EL)[None, None, None, :]
-    rates = A + state[None, :, :, None] * e + channel[:, None, None, :]
-    rate = tl.load(rates, mask=real[None, :, :, None] & here[:, None, None, :], other=0.0) * LOG2_E
+    row, column = _numbered(ER, NR, NL, EL)
+    tile = row * (ER * EL) + column  # in memory, whatever the pass: by states, then channels
+    column += block * (ER * EL)
+    rate = tl.load(A + row * e + column, mask=(row < n) & (column < e), other=0.0)
+    rate = tl.reshape(rate * LOG2_E, [ER, NR, NL, EL])
     skip = tl.zeros([ER, EL], dtype=tl.float32)
     shift = tl.zeros([ER, EL], dtype=tl.float32)
     if D is not None:
@@ -261,10 +280,10 @@ def _backward_kernel(
     grad_shift = tl.zeros([ER, EL], dtype=tl.float32)
     for back in range(chunks):
         chunk = chunks - 1 - back
-        h = tl.load(states + chunk * TILE)
+        h = tl.reshape(tl.load(states + chunk * TILE), [ER, NR, NL, EL])
         subs = tl.cdiv(tl.minimum(CHUNK, t - chunk * CHUNK), SUB)
         for sub in range(subs - 1):
-            tl.store(scratch + sub * TILE, h)
+            tl.store(scratch + sub * TILE, _as_matrix(h))
             for i in tl.static_range(SUB):  # pyright: ignore[reportGeneralTypeIssues]
                 p = chunk * CHUNK + sub * SUB + i
                 token = start + stride * tl.minimum(p, t - 1)
@@ -275,11 +294,11 @@ def _backward_kernel(
                     step = _softplus(step)
                 step = tl.where(p < t, step, 0.0)  # beyond the last token nothing happens
                 h = tl.exp2(step[:, None, None, :] * rate) * h + (step * x)[:, None, None, :] * entry[None, :, :, None]
-        tl.store(scratch + (subs - 1) * TILE, h)
+        tl.store(scratch + (subs - 1) * TILE, _as_matrix(h))
 
         for turn in range(subs):
             sub = subs - 1 - turn
-            h = tl.load(scratch + sub * TILE)
+            h = tl.reshape(tl.load(scratch + sub * TILE), [ER, NR, NL, EL])
             held, decays, xs, steps, slopes = (h,), (), (), (), ()
             for i in tl.static_range(SUB):  # pyright: ignore[reportGeneralTypeIssues]
                 p = chunk * CHUNK + sub * SUB + i
@@ -331,7 +350,7 @@ def _backward_kernel(
                 tl.store(to_u + token * e, (grad_into * step + g * skip).to(to_u.dtype.element_ty), mask=inside)
                 tl.store(to_delta + token * e, grad_raw.to(to_delta.dtype.element_ty), mask=inside)
 
-    tl.store(to_A + program * TILE + tile, grad_rate)
+    tl.store(to_A + program * TILE + tile, _as_matrix(grad_rate))
     place = program * (ER * EL) + tl.arange(0, ER)[:, None] * EL + tl.arange(0, EL)[None, :]
     tl.store(to_D + place, grad_skip)
     tl.store(to_bias + place, grad_shift)
@@ -451,10 +470,10 @@ _library.define(
 )
 
 
-def _shape(n: int) -> tuple[int, int, int, int]:
-    """ER, NR, NL, EL of a tile for n states."""
+def _shape(n: int, forward: bool = False) -> tuple[int, int, int, int]:
+    """ER, NR, NL, EL of a tile for n states; a block has the same channels in both passes."""
     padded = runtime.power_of_two(n)
-    across = min(padded, 4)
+    across = max(1, padded // _TILE) if forward else min(padded, 4)
     states = padded // across
     return max(1, _TILE // states), states, across, _LANES // across
 
@@ -464,7 +483,7 @@ def _outputs(u: Tensor, A: Tensor, both: bool, z: Tensor | None, keep: bool):
     er, nr, nl, el = _shape(A.shape[1])
     out = runtime.channels_last(u)
     y = runtime.channels_last(u) if keep and z is not None else u.new_empty(0)
-    kept = (1 + both, b, runtime.blocks(e, er * el), runtime.blocks(t, _CHUNK), er * nr * nl * el) if keep else (0,)
+    kept = (1 + both, b, runtime.blocks(e, er * el), runtime.blocks(t, _CHUNK), nr * nl, er * el) if keep else (0,)
     return out, y, u.new_empty(kept, dtype=torch.float32)
 
 
@@ -493,7 +512,7 @@ def _scan(*inputs):
     u, A, both = tensors[0], tensors[2], tensors[7] is not None
     out, y, states = _outputs(u, A, both, z, keep)
     (b, e, t), n = u.shape, A.shape[1]
-    er, nr, nl, el = _shape(n)
+    er, nr, nl, el = _shape(n, forward=True)
     blocks = runtime.blocks(e, er * el)
     sides, strides = _prepared((tensors[:7], tensors[7:]))
     launch(
@@ -515,7 +534,7 @@ def _scan_backward(grad, *inputs):
     to_u, to_delta = ([runtime.channels_last(x) for _ in range(count)] for x in tensors[:2])
     to_z = u.new_empty(0) if z is None else runtime.channels_last(z)
     scratch = u.new_empty(count * b * blocks * (_CHUNK // _SUB) * tile, dtype=torch.float32)
-    to_A = u.new_empty(count, b, blocks, er, nr, nl, el, dtype=torch.float32)
+    to_A = u.new_empty(count, b, blocks, nr * nl, er * el, dtype=torch.float32)
     to_D, to_bias = (u.new_empty(count, b, blocks * er * el, dtype=torch.float32) for _ in range(2))
     to_B, to_C = (u.new_empty(count, blocks, b, t, n, dtype=torch.float32) for _ in range(2))
     launch(
@@ -525,7 +544,7 @@ def _scan_backward(grad, *inputs):
         BOTH=both, REVERSE=int(reverse), SOFTPLUS=softplus, ER=er, NR=nr, NL=nl, EL=el, CHUNK=_CHUNK, SUB=_SUB,
         LOG2_E=_LOG2_E, num_warps=1,
     )  # fmt: skip
-    rates = to_A.sum(1).permute(0, 1, 2, 5, 3, 4).reshape(count, blocks * er * el, nr * nl)[:, :e, :n]
+    rates = to_A.sum(1).mT.flatten(1, 2)[:, :e, :n]
     skips, shifts, entries, readings = to_D.sum(1)[:, :e], to_bias.sum(1)[:, :e], to_B.sum(1), to_C.sum(1)
     gradients = []
     for i, given in enumerate((tensors[:7], tensors[7:])):
