@@ -82,6 +82,16 @@ def test_bfloat16_keeps_its_type_and_sums_in_float32(instruction_set):
 
 
 @pytest.mark.parametrize("backend", FAST)
+def test_weights_that_must_be_copied_give_the_gradients_of_their_copies(backend):
+    x, weight, bias = (tensor.detach() for tensor in draw(3, 44, 50, 8))
+    strided = [tensor.requires_grad_() for tensor in (x, weight[:, ::2], bias.repeat_interleave(2)[::2])]
+    copied = [tensor.detach().contiguous().requires_grad_() for tensor in strided]
+    assert not strided[1].is_contiguous()
+    for found, expected in zip(results(strided, backend=backend), results(copied, backend=backend), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("reverse", [False, True])
 def test_no_token_sees_a_later_one(reverse, backend):
     x, *others = (x.detach() for x in draw(1, 3, 40, 4))

@@ -70,7 +70,8 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tens
 def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool):
     to_x, to_weight, to_bias = _conv_backward_fake(grad, x, weight, bias, reverse)
     to_both = x.new_empty(weight.shape[0], weight.shape[1] + 1, dtype=torch.float32)
-    job = _job(x, weight.detach().float().contiguous(), float32(bias), reverse, grad_out=grad, grad_x=to_x)
+    taps, shift = weight.detach().float().contiguous(), float32(bias)  # the job has their addresses alone
+    job = _job(x, taps, shift, reverse, grad_out=grad, grad_x=to_x)
     job.grad = to_both.data_ptr()
     runtime.call("famba_conv_backward", job)
     to_weight.copy_(to_both[:, :-1])
