@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from famba.errors import BackendError, InputError
 from famba.native import build, runtime
 from famba.native import scan as native
+from famba.ops import causal_conv1d_silu, gated_sum
 from famba.scan import backends, selective_scan, selective_scan_ref
 
 pytestmark = pytest.mark.skipif(
@@ -185,6 +187,39 @@ def test_a_value_that_is_not_a_number_stays_in_its_sequence(instruction_set):
     assert out[1, 3, 10:].isnan().all()
     assert out[1, 3, :10].isfinite().all()
     assert out[1, [0, 1, 2, *range(4, 20)]].isfinite().all()
+
+
+HUGE = [-math.inf, -2e38, -3e37, -1e10, -1e4, -105.0, -0.0, 0.0, 105.0, 1e4, 1e10, 3e37, 2e38, math.inf, math.nan]
+
+
+def test_silu_of_infinite_and_huge_numbers_is_torchs(instruction_set):
+    extreme = torch.tensor(HUGE).expand(1, 20, -1).mT.contiguous().mT.requires_grad_()
+    one, weight = torch.ones(1, 20, len(HUGE)), torch.ones(20, 1)
+
+    def calls(backend):
+        yield gated_sum(one, 0 * one, extreme, backend=backend)
+        yield causal_conv1d_silu(extreme, weight, backend=backend)
+        yield selective_scan(one, one, -one[0, :, :1], one[:, :1], one[:, :1], z=extreme, backend=backend)
+
+    found, expected = (
+        [(out.detach(), *torch.autograd.grad(out.sum(), extreme)) for out in calls(backend)]
+        for backend in ("native", "torch")
+    )
+    assert len(found) == 3
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("step", [-math.inf, -3e38, 1e30, math.inf])
+def test_steps_and_rates_without_bound_decay_to_nothing_or_not_at_all(instruction_set, step):
+    u, delta, A, B, C, *_ = (x.detach() for x in draw(2, 20, 9, 5))
+    delta[..., 4] = step
+    A[:, 2] = -math.inf
+    found, expected = (
+        f(u, delta, A, B.abs(), C.abs(), delta_softplus=True).float()
+        for f in (partial(selective_scan, backend="native"), selective_scan_ref)
+    )
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    assert found[..., :4].isfinite().all()
 
 
 @pytest.mark.parametrize("layout", ["channels", "tokens"])

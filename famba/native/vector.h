@@ -103,6 +103,11 @@ INLINE vf exp2_fraction(vf r) {
 INLINE vf nearest(vf x) { return (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE vf scale(vf p, vf n) { return (vf)_mm512_scalef_ps((__m512)p, (__m512)n); }
 INLINE vf in_range(vf x) { return x; }
+// to where e^x is zero or infinite: beyond, what is left of x less n ln 2 is no fraction, and its polynomial may
+// overflow. A NaN, as the second operand, stays one.
+INLINE vf bounded(vf x) {
+    return (vf)_mm512_min_ps(_mm512_set1_ps(89.0f), _mm512_max_ps(_mm512_set1_ps(-104.0f), (__m512)x));
+}
 #else
 // adding 1.5 * 2^23 leaves the nearest integer in the low bits
 INLINE vf nearest(vf x) { return (x + 12582912.0f) - 12582912.0f; }
@@ -115,6 +120,7 @@ INLINE vf in_range(vf x) {
     x = x < -127.0f ? all(-127.0f) : x;
     return x > 128.0f ? all(128.0f) : x;
 }
+INLINE vf bounded(vf x) { return x; }  // exp_ does it by the exponent
 #endif
 
 // 2^x: zero below 2^-126, infinity above 2^128
@@ -126,6 +132,7 @@ INLINE vf exp2_(vf x) {
 
 // e^x. ln 2 in two parts keeps the error below 2e-7 for large x, where x times log2(e) would have lost digits.
 INLINE vf exp_(vf x) {
+    x = bounded(x);
     vf n = nearest(in_range(x * 0x1.715476p+0f));
     vf r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
 #if WIDTH != 16
