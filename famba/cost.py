@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 from famba import scan, strategies
 from famba.errors import InputError
@@ -351,44 +351,15 @@ def _head(w: _Width, config: Mapping[str, Any], s: int, options: FusionOptions) 
 
 
 def flops_counted(model: nn.Module, images: Tensor) -> int:
-    """FLOPs of one forward pass as torch's own counter sees them, the selective scan left out.
+    """FLOPs of one forward pass as torch's own counter sees them, to compare with `Cost.flops`.
 
-    The counter knows matrix products and convolutions, and is told of the native ones. A scan backend may or may not
-    be made of those, and would then count or not count; so whatever famba.scan computes is left out, and the number
-    is the same for all backends. Compare with `Cost.flops`.
+    It knows matrix products and convolutions, and is told of famba's where their tables are (famba.ops, famba.fusion).
+    The selective scan is left out: it is one operator without a formula. The backend `reference` is made of torch's
+    operators, and its products count.
     """
-    products = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
-    native = {torch.ops.famba.conv: _native_conv_flops, torch.ops.famba.match: _native_match_flops}
-    known = {op: _outside_scan(flop_registry[op]) for op in products} | native
-    counter = FlopCounterMode(display=False, custom_mapping=known)
-    with torch.no_grad(), counter:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(images)
     return counter.get_total_flops()
-
-
-def _native_conv_flops(x_shape, weight_shape, *_, out_shape=None, **__) -> int:
-    """A multiplication and an addition for each tap of each output, as the counter has it for torch's own."""
-    return 2 * math.prod(x_shape) * weight_shape[1]
-
-
-def _native_match_flops(feature_shape, *_, out_shape=None, **__) -> int:
-    """A product of the even positions with the odd ones, as in torch."""
-    b, t, c = feature_shape
-    return 2 * b * (t - t // 2) * (t // 2) * c
-
-
-def _outside_scan(formula: Callable[..., int]) -> Callable[..., int]:
-    """The formula, but 0 for what famba.scan calls."""
-
-    def count(*args, out_shape=None, **kwargs) -> int:
-        frame = sys._getframe()
-        while frame is not None:
-            if frame.f_globals.get("__name__") == scan.__name__:
-                return 0
-            frame = frame.f_back
-        return formula(*args, out_val=out_shape, **kwargs)
-
-    return count
 
 
 def peak_memory(step: Callable[[], object], resident: Iterable[Tensor], device: torch.device | str) -> int:

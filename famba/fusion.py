@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.flop_counter import register_flop_formula
 
 from famba.dispatch import Backend, choose
 from famba.errors import InputError
@@ -297,6 +298,15 @@ _MATCH = {
     "native": Backend(pairing.match_tokens, unavailable, pairing.unsuited),
     "triton": Backend(triton_pairing.match_tokens, triton_unavailable, triton_pairing.unsuited),
 }
+
+
+@register_flop_formula([torch.ops.famba.match, torch.ops.famba.gpu_match])
+def _match_flops(feature, *_, **__) -> int:
+    """Those of the product of the even positions with the odd ones, as in torch; of shapes."""
+    b, t, c = feature
+    return 2 * b * (t - t // 2) * (t // 2) * c
+
+
 _PLAN = {
     "torch": Backend(_plan),
     "native": Backend(fusing.plan, unavailable, fusing.unsuited_plan),

@@ -3,6 +3,7 @@
 Axes: b batch, e channels (d_inner), t tokens in scan order, k taps, n states per channel, m dt_rank.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from famba import mamba
 from famba.dispatch import Backend, choose
@@ -205,6 +207,19 @@ _CONV = {
         triton_conv.bidirectional_conv1d_silu,
     ),
 }
+
+
+@register_flop_formula(torch.ops.famba.conv)
+def _conv_flops(x, weight, *_, **__) -> int:
+    """A multiplication and an addition for each tap of each output, as torch counts its own; of shapes."""
+    return 2 * math.prod(x) * weight[1]
+
+
+@register_flop_formula(torch.ops.famba.gpu_conv)
+def _both_conv_flops(x, weight0, _, weight1, *__, **___) -> int:
+    return sum(_conv_flops(x, weight) for weight in (weight0, weight1) if weight is not None)
+
+
 _GATE = {"torch": Backend(_gate), "native": Backend(gating.gated_sum, unavailable, gating.unsuited)}
 _NORM = {
     "torch": Backend(_norm),

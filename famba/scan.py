@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from famba import dispatch, mamba
 from famba.errors import InputError
@@ -114,116 +113,167 @@ _CHUNK = 16
 _BLOCK = 1 << 19
 
 
-class _ChunkedScan(torch.autograd.Function):
-    """The scan in blocks of a few tokens and a few sequences, each block a handful of vectorised operations.
+def _chunked_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus: bool, reverse: bool) -> Tensor:
+    """The scan by plain torch; states are kept only if a gradient may be asked for."""
+    inputs = (u, delta, A, B, C, D, z, delta_bias)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    return torch.ops.famba.chunked_scan(*inputs, delta_softplus, reverse, keep)[0]
+
+
+# An operator, so that nothing inside is traced, and its products do not count as the model's.
+_INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
+_library = torch.library.Library("famba", "FRAGMENT")
+_library.define(f"chunked_scan({_INPUTS}, bool softplus, bool reverse, bool keep) -> (Tensor, Tensor, Tensor)")
+_library.define(
+    f"chunked_scan_backward(Tensor grad, {_INPUTS}, Tensor y, Tensor starts, bool softplus, bool reverse) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)  # what is absent has no elements in the result
+
+
+def _forward(u, delta, A, B, C, D, z, delta_bias, softplus: bool, reverse: bool, keep: bool):
+    """In blocks of a few tokens and a few sequences, each block a handful of vectorised operations.
 
     Only the recurrence itself goes token by token, one in-place operation each. Nothing is ever divided by a decay and
-    no product of decays is formed, so steps of any size are safe.
+    no product of decays is formed, so steps of any size are safe. Kept for backward are the states before each chunk
+    and, where the gradient of the gate asks for it, the ungated output.
     """
+    dtype = _state_dtype(u, delta, A, B, C, D, z, delta_bias)
+    (b, e, t), n = u.shape, A.shape[1]
+    At = A.to(dtype).t().contiguous()
+    starts = _starts(u, A, dtype, keep)
+    y = u.new_empty(b, t, e, dtype=dtype).transpose(0, 1)  # channels last in memory, as the model's are
+    for rows in _blocks(b, _rows(e, n)):
+        state = y.new_zeros(rows.stop - rows.start, n, e)
+        for chunk in _chunks(t, reverse):
+            if keep:
+                starts[chunk.start // _CHUNK, rows] = state
+            x, step, Bc, Cc = _block(u, delta, B, C, delta_bias, softplus, rows, chunk, dtype)
+            _, states = _states(x, step, At, Bc, state, reverse)
+            y[chunk, rows] = torch.matmul(Cc[:, :, None], states).squeeze(2)
+            state = states[0 if reverse else -1]
+    y = y.permute(1, 2, 0)
+    if D is not None:
+        y.addcmul_(u.to(dtype), D.to(dtype)[:, None])
+    if z is None:
+        return y.to(u.dtype), y.new_empty(0), starts
+    return (y * F.silu(z.to(dtype))).to(u.dtype), y if keep else y.new_empty(0), starts
 
-    @staticmethod
-    def forward(ctx, u, delta, A, B, C, D, z, delta_bias, delta_softplus: bool, reverse: bool):
-        dtype = _state_dtype(u, delta, A, B, C, D, z, delta_bias)
-        b, e, t = u.shape
-        n = A.shape[1]
-        At = A.to(dtype).t().contiguous()
-        # needed by backward only, where the gradient of the gate asks for the ungated output
-        keep = any(ctx.needs_input_grad)
-        starts = u.new_empty(-(-t // _CHUNK), b, n, e, dtype=dtype) if keep else None
-        y = u.new_empty(b, t, e, dtype=dtype).transpose(0, 1)  # channels last in memory, as the model's are
-        for rows in _blocks(b, _rows(e, n)):
-            state = y.new_zeros(rows.stop - rows.start, n, e)
-            for chunk in _chunks(t, reverse):
-                if starts is not None:
-                    starts[chunk.start // _CHUNK, rows] = state
-                x, step, Bc, Cc = _block(u, delta, B, C, delta_bias, delta_softplus, rows, chunk, dtype)
-                _, states = _states(x, step, At, Bc, state, reverse)
-                y[chunk, rows] = torch.matmul(Cc[:, :, None], states).squeeze(2)
-                state = states[0 if reverse else -1]
-        y = y.permute(1, 2, 0)
-        if D is not None:
-            y.addcmul_(u.to(dtype), D.to(dtype)[:, None])
-        ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, starts, y if z is not None else None)
-        ctx.delta_softplus, ctx.reverse = delta_softplus, reverse
-        return (y if z is None else y * F.silu(z.to(dtype))).to(u.dtype)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (grad_out,) = grads
-        u, delta, A, B, C, D, z, delta_bias, starts, y = ctx.saved_tensors
-        reverse, dtype = ctx.reverse, starts.dtype
-        b, e, t = u.shape
-        n = A.shape[1]
-        At = A.to(dtype).t().contiguous()
-        grad_y = grad_out.to(dtype)
-        grad_z = None
-        if z is not None:
-            gate = torch.sigmoid(z.to(dtype))
-            silu = z.to(dtype) * gate
-            grad_z = (grad_y * y * (gate + silu * (1 - gate))).to(z.dtype)
-            grad_y = grad_y * silu
+def _starts(u: Tensor, A: Tensor, dtype: torch.dtype, keep: bool) -> Tensor:
+    (b, e, t), n = u.shape, A.shape[1]
+    return u.new_empty((-(-t // _CHUNK), b, n, e) if keep else (0,), dtype=dtype)
 
-        grad_u, grad_step = (grad_y.new_empty(b, t, e).transpose(0, 1) for _ in range(2))
-        grad_B, grad_C = (grad_y.new_empty(b, t, n).transpose(0, 1) for _ in range(2))
-        grad_A = torch.zeros_like(At)
-        for rows in _blocks(b, _rows(e, n)):
-            later = At.new_zeros(
-                rows.stop - rows.start, n, e
-            )  # gradient that reaches a chunk's last state from later ones
-            for chunk in _chunks(t, not reverse):
-                start = starts[chunk.start // _CHUNK, rows]
-                x, step, Bc, Cc = _block(u, delta, B, C, delta_bias, ctx.delta_softplus, rows, chunk, dtype)
-                entry = step * x
-                decay, states = _states(x, step, At, Bc, start, reverse)
-                g = grad_y[rows, :, chunk].permute(2, 0, 1).contiguous()
-                grad_C[chunk, rows] = torch.matmul(states, g[..., None]).squeeze(3)
 
-                grad_states = Cc[..., None] * g[:, :, None]
-                following = None
-                for i in _order(len(g), not reverse):
-                    if following is None:
-                        grad_states[i].add_(later)
-                    else:
-                        grad_states[i].addcmul_(decay[following], grad_states[following])
-                    following = i
-                later = decay[following] * grad_states[following]
+def _fake_forward(u, delta, A, B, C, D, z, delta_bias, softplus, reverse, keep):
+    dtype = _state_dtype(u, delta, A, B, C, D, z, delta_bias)
+    y = _channels_last(u).to(dtype) if keep and z is not None else u.new_empty(0, dtype=dtype)
+    return _channels_last(u), y, _starts(u, A, dtype, keep)
 
-                grad_B[chunk, rows] = torch.matmul(grad_states, entry[..., None]).squeeze(3)
-                grad_entry = torch.matmul(Bc[:, :, None], grad_states).squeeze(2)
-                grad_u[chunk, rows] = grad_entry * step
 
-                # of delta A, in place of the gradient of the states: times the decay, times the state before
-                grad_states.mul_(decay)
-                if reverse:
-                    grad_states[:-1].mul_(states[1:])
-                    grad_states[-1].mul_(start)
+def _fake_backward(grad, u, delta, A, B, C, D, z, delta_bias, y, starts, softplus, reverse):
+    return tuple(
+        u.new_empty(0) if x is None else _channels_last(x) if x.ndim == 3 else x.new_empty(x.shape)
+        for x in (u, delta, A, B, C, D, z, delta_bias)
+    )
+
+
+def _channels_last(like: Tensor) -> Tensor:
+    return torch.empty_like(like.mT, memory_format=torch.contiguous_format).mT
+
+
+def _backward(grad, u, delta, A, B, C, D, z, delta_bias, y, starts, softplus: bool, reverse: bool):
+    dtype = starts.dtype
+    (b, e, t), n = u.shape, A.shape[1]
+    At = A.to(dtype).t().contiguous()
+    grad_y = grad.to(dtype)
+    grad_z = grad_D = grad_bias = None
+    if z is not None:
+        gate = torch.sigmoid(z.to(dtype))
+        silu = z.to(dtype) * gate
+        grad_z = (grad_y * y * (gate + silu * (1 - gate))).to(z.dtype)
+        grad_y = grad_y * silu
+
+    grad_u, grad_step = (grad_y.new_empty(b, t, e).transpose(0, 1) for _ in range(2))
+    grad_B, grad_C = (grad_y.new_empty(b, t, n).transpose(0, 1) for _ in range(2))
+    grad_A = torch.zeros_like(At)
+    for rows in _blocks(b, _rows(e, n)):
+        later = At.new_zeros(rows.stop - rows.start, n, e)  # gradient that reaches a chunk's last state from later ones
+        for chunk in _chunks(t, not reverse):
+            start = starts[chunk.start // _CHUNK, rows]
+            x, step, Bc, Cc = _block(u, delta, B, C, delta_bias, softplus, rows, chunk, dtype)
+            entry = step * x
+            decay, states = _states(x, step, At, Bc, start, reverse)
+            g = grad_y[rows, :, chunk].permute(2, 0, 1).contiguous()
+            grad_C[chunk, rows] = torch.matmul(states, g[..., None]).squeeze(3)
+
+            grad_states = Cc[..., None] * g[:, :, None]
+            following = None
+            for i in _order(len(g), not reverse):
+                if following is None:
+                    grad_states[i].add_(later)
                 else:
-                    grad_states[1:].mul_(states[:-1])
-                    grad_states[0].mul_(start)
-                torch.mul(grad_states, step[:, :, None], out=decay)
-                grad_A += decay.sum((0, 1))
-                grad_step[chunk, rows] = grad_entry.mul_(x).add_(grad_states.mul_(At).sum(2))
+                    grad_states[i].addcmul_(decay[following], grad_states[following])
+                following = i
+            later = decay[following] * grad_states[following]
 
-        grad_u, grad_step = grad_u.permute(1, 2, 0), grad_step.permute(1, 2, 0)
-        grad_D = None
-        if D is not None:
-            grad_u.addcmul_(grad_y, D.to(dtype)[:, None])
-            grad_D = torch.einsum("bet,bet->e", grad_y, u.to(dtype)).to(D.dtype)
-        if ctx.delta_softplus:
-            grad_step.mul_(torch.sigmoid(_biased(delta.to(dtype), delta_bias)))
-        return (
-            grad_u.to(u.dtype),
-            grad_step.to(delta.dtype),
-            grad_A.t().to(A.dtype),
-            grad_B.permute(1, 2, 0).to(B.dtype),
-            grad_C.permute(1, 2, 0).to(C.dtype),
-            grad_D,
-            grad_z,
-            None if delta_bias is None else grad_step.sum((0, 2)).to(delta_bias.dtype),
-            None,
-            None,
-        )
+            grad_B[chunk, rows] = torch.matmul(grad_states, entry[..., None]).squeeze(3)
+            grad_entry = torch.matmul(Bc[:, :, None], grad_states).squeeze(2)
+            grad_u[chunk, rows] = grad_entry * step
+
+            # of delta A, in place of the gradient of the states: times the decay, times the state before
+            grad_states.mul_(decay)
+            if reverse:
+                grad_states[:-1].mul_(states[1:])
+                grad_states[-1].mul_(start)
+            else:
+                grad_states[1:].mul_(states[:-1])
+                grad_states[0].mul_(start)
+            torch.mul(grad_states, step[:, :, None], out=decay)
+            grad_A += decay.sum((0, 1))
+            grad_step[chunk, rows] = grad_entry.mul_(x).add_(grad_states.mul_(At).sum(2))
+
+    grad_u, grad_step = grad_u.permute(1, 2, 0), grad_step.permute(1, 2, 0)
+    if D is not None:
+        grad_u.addcmul_(grad_y, D.to(dtype)[:, None])
+        grad_D = torch.einsum("bet,bet->e", grad_y, u.to(dtype)).to(D.dtype)
+    if softplus:
+        grad_step.mul_(torch.sigmoid(_biased(delta.to(dtype), delta_bias)))
+    if delta_bias is not None:
+        grad_bias = grad_step.sum((0, 2)).to(delta_bias.dtype)
+    made = (
+        grad_u.to(u.dtype),
+        grad_step.to(delta.dtype),
+        grad_A.t().contiguous().to(A.dtype),
+        grad_B.permute(1, 2, 0).to(B.dtype),
+        grad_C.permute(1, 2, 0).to(C.dtype),
+        grad_D,
+        grad_z,
+        grad_bias,
+    )
+    return tuple(u.new_empty(0) if x is None else x for x in made)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.softplus, ctx.reverse, keep = inputs
+    if not keep:
+        raise RuntimeError("famba::chunked_scan was called with keep=False, and so kept no states for the gradient")
+    ctx.set_materialize_grads(False)  # of what is kept there is none, and zeros in their place would be as large
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+def _gradients(ctx, grad, *_):
+    if grad is None:
+        return 11 * (None,)
+    tensors = ctx.saved_tensors[:8]
+    found = torch.ops.famba.chunked_scan_backward(grad, *ctx.saved_tensors, ctx.softplus, ctx.reverse)
+    return *(None if x is None else g for x, g in zip(tensors, found, strict=True)), None, None, None
+
+
+_library.impl("chunked_scan", _forward, "CompositeExplicitAutograd")
+_library.impl("chunked_scan_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("famba::chunked_scan", _fake_forward, lib=_library)
+torch.library.register_fake("famba::chunked_scan_backward", _fake_backward, lib=_library)
+torch.library.register_autograd("famba::chunked_scan", _gradients, setup_context=_setup_context, lib=_library)
 
 
 def _block(u, delta, B, C, delta_bias, delta_softplus: bool, rows: slice, chunk: slice, dtype: torch.dtype):
@@ -285,7 +335,7 @@ class _Backend(dispatch.Backend):
 # Slowest first. A new backend is one more entry, and a name in famba.dispatch.
 _BACKENDS: dict[str, _Backend] = {
     "reference": _Backend(selective_scan_ref),
-    "torch": _Backend(_ChunkedScan.apply),  # pyright: ignore[reportArgumentType]
+    "torch": _Backend(_chunked_scan),
     "native": _Backend(native.selective_scan, native.unavailable, native.unsuited, native.projected_scan),
     "mamba_ssm": _Backend(mamba.selective_scan, mamba.unavailable, mamba.unsuited),
     "triton": _Backend(

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from famba import FusionOptions, InputError, backends, cost, create_model, fusion, schedule
 from famba.gpu import runtime
+from famba.scan import selective_scan
 
 MIB = 2**20
 LATE = FusionOptions(order="append", weighting="mean", feature="delta", position="after_scan")
@@ -103,13 +105,22 @@ def test_flops_by_formula_are_exactly_those_that_the_counter_sees(changes, remov
     assert found.token_counts == model.token_counts
 
 
-@pytest.mark.parametrize("backend", ["reference", *SCANS])
-def test_the_counter_leaves_the_scan_out_whichever_backend_computes_it(backend):
-    model = nano({}, [5, 5], LATE, backend)
-    assert (
-        cost.flops_counted(model, images_for(model, 2))
-        == cost.analyse(model.config, [5, 5], batch=2, options=LATE).flops
-    )
+@pytest.mark.parametrize("backend", [*SCANS, "triton"])
+@pytest.mark.parametrize(("changes", "removed", "options"), CASES)
+def test_the_counter_sees_the_same_flops_whichever_backend_computes_them(changes, removed, options, backend, on_paper):
+    emptied, mode = on_paper
+    model = emptied(nano(changes, removed, options, backend))
+    with mode:
+        counted = cost.flops_counted(model, torch.empty(3, 3, model.img_size, model.img_size))
+    assert counted == cost.analyse(model.config, removed, batch=3, options=options).flops
+
+
+@pytest.mark.parametrize("backend", SCANS)
+def test_the_counter_leaves_the_scan_out(backend):
+    u, rates, read = torch.rand(2, 8, 20), -torch.rand(8, 4), torch.rand(2, 4, 20)
+    with FlopCounterMode(display=False) as counter:
+        selective_scan(u, u, rates, read, read, backend=backend)
+    assert counter.get_total_flops() == 0
 
 
 @pytest.mark.parametrize(("changes", "removed", "options"), CASES)

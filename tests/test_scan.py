@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from famba import scan
+from famba import cost, scan
 from famba.errors import BackendError, InputError
 from famba.scan import backends, selective_scan, selective_scan_ref
 
@@ -197,6 +197,31 @@ def test_gradients_are_those_of_finite_differences(reverse):
         return selective_scan(*tensors, delta_softplus=True, reverse=reverse, backend="torch")
 
     assert torch.autograd.gradcheck(call, tuple(inputs.values()), fast_mode=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("optional", [True, False])
+def test_the_operators_pass_torchs_own_checks(optional, dtype):
+    tensors = [draw(2, 5, 20, 3, dtype=dtype).get(name) for name in NAMES[: 8 if optional else 5]]
+    tensors += [None] * (8 - len(tensors))
+    torch.library.opcheck(torch.ops.famba.chunked_scan.default, (*tensors, True, False, True))
+    tensors = [x if x is None else x.detach() for x in tensors]
+    torch.library.opcheck(torch.ops.famba.chunked_scan.default, (*tensors, True, True, False))
+    out, *kept = torch.ops.famba.chunked_scan(*tensors, True, False, True)
+    torch.library.opcheck(torch.ops.famba.chunked_scan_backward.default, (out, *tensors, *kept, True, False))
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_nothing_is_kept_for_a_gradient_that_cannot_be_asked_for(backend):
+    inputs = draw(2, 64, 160, 8, dtype=torch.float32)
+
+    def largest():
+        return cost.peak_memory(lambda: selective_scan(**inputs, backend=backend), inputs.values(), "cpu")
+
+    with torch.no_grad():
+        ungraded = largest()
+    states = 4 * 2 * 64 * 8 * 160 // 16
+    assert largest() >= ungraded + states
 
 
 def test_only_the_gradients_asked_for():
