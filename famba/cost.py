@@ -480,11 +480,7 @@ def environment(device: torch.device | str) -> dict[str, Any]:
     driver's are among them.
     """
     device = torch.device(device)
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        instruction_set = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    else:
-        name, instruction_set = _processor(), torch.backends.cpu.get_cpu_capability()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -493,10 +489,17 @@ def environment(device: torch.device | str) -> dict[str, Any]:
         versions |= {"cuda": str(torch.version.cuda), "driver": gpu_driver() or "unknown"}
     return {
         "device": f"{device.type}: {name}",
-        "instruction_set": instruction_set,
+        "instruction_set": instruction_set(device),
         "threads": torch.get_num_threads(),
         "versions": versions,
     }
+
+
+def instruction_set(device: torch.device) -> str:
+    """What torch's own kernels are made for here: the compute capability on CUDA, else as torch names a CPU's."""
+    if device.type == "cuda":
+        return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    return torch.backends.cpu.get_cpu_capability()
 
 
 def gpu_driver() -> str:

@@ -4,10 +4,13 @@ The names are those of `famba.backends()`, which the selective scan has all of. 
 of those that gain by one, and plain torch.
 """
 
+import functools
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from famba.errors import BackendError, InputError
@@ -15,6 +18,8 @@ from famba.errors import BackendError, InputError
 NAMES = ("reference", "torch", "native", "mamba_ssm", "triton")  # slowest first
 # What "auto" tries on the tensors of a device, fastest first; torch runs everywhere.
 _FASTEST = {"cpu": ("native", "torch"), "cuda": ("triton", "mamba_ssm", "torch")}
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,15 +47,35 @@ def choose(table: Mapping[str, _B], name: str, first: Tensor, *others: Tensor | 
         InputError: an unknown backend.
         BackendError: it cannot run here or on these tensors.
     """
+    return table[chosen(table, name, first, *others)]
+
+
+def chosen(table: Mapping[str, Backend], name: str, first: Tensor, *others: Tensor | None) -> str:
+    """The key of what `choose` takes from the table; arguments and errors are the same."""
     if name == "auto":
-        for fast in _FASTEST.get(first.device.type, ("torch",)):
-            if fast in table and not (table[fast].unavailable() or table[fast].unsuited(first, *others)):
-                return table[fast]
-        return table["torch"]
+        fastest = _FASTEST.get(first.device.type, ("torch",))
+        for fast in fastest:
+            if fast not in table:
+                continue
+            if not (reason := table[fast].unavailable()) and not table[fast].unsuited(first, *others):
+                return fast
+            if reason and fast == fastest[0] and not torch.compiler.is_compiling():
+                _warn(fast, first.device.type, reason)
+        return "torch"
     if name not in table and name not in NAMES:
         names = [*NAMES, *(other for other in table if other not in NAMES)]
         raise InputError(f"backend: {name!r} is unknown; allowed: auto, {', '.join(names)}")
-    chosen = table[name if name in table else "torch"]
-    if reason := chosen.unavailable() or chosen.unsuited(first, *others):
+    key = name if name in table else "torch"
+    if reason := table[key].unavailable() or table[key].unsuited(first, *others):
         raise BackendError(f"backend {name!r} cannot run here: {reason}")
-    return chosen
+    return key
+
+
+@functools.cache  # once in a process
+def _warn(backend: str, device: str, reason: str) -> None:
+    _log.warning(
+        "backend auto: slower kernels than %s run on %s: %s (python -m famba doctor names the command)",
+        backend,
+        device,
+        reason,
+    )

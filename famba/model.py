@@ -7,17 +7,18 @@ the mixer, on the normed tokens and on the residual with one matching, which ser
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from famba import fusion, strategies
+from famba import dispatch, fusion, ops, scan, strategies
 from famba.errors import InputError
 from famba.fusion import Matching
 from famba.mixer import BidirectionalMixer
+from famba.native import runtime as native
 from famba.ops import add_rms_norm
 from famba.params import FusionOptions
 
@@ -60,18 +61,16 @@ def create_model(
     Raises:
         InputError: an unknown name or a value that does not fit the others; see `VisionMamba`.
     """
-    if name not in PRESETS:
-        raise InputError(f"model: {name!r} is not one of {', '.join(PRESETS)}")
-    sizes = {
-        "img_size": img_size,
-        "patch_size": patch_size,
-        "stride": stride,
-        "depth": depth,
-        "d_model": d_model,
-        "d_state": d_state,
-    }
     return VisionMamba(
-        **{key: PRESETS[name][key] if value is None else value for key, value in sizes.items()},
+        **sizes(
+            name,
+            img_size=img_size,
+            patch_size=patch_size,
+            stride=stride,
+            depth=depth,
+            d_model=d_model,
+            d_state=d_state,
+        ),
         num_classes=num_classes,
         cls_position=cls_position,
         pool=pool,
@@ -80,6 +79,58 @@ def create_model(
         fusion=fusion,
         backend=backend,
     )
+
+
+def sizes(name: str, **given: int | None) -> dict[str, int]:
+    """The sizes of a model by name, in place of which come those that are given and not None.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    if name not in PRESETS:
+        raise InputError(f"model: {name!r} is not one of {', '.join(PRESETS)}")
+    return PRESETS[name] | {key: value for key, value in given.items() if value is not None}
+
+
+def kernels(backend: str, device: torch.device, config: Mapping[str, Any], precision: str) -> dict[str, str]:
+    """Which backend runs each function of a model, and `instruction_set`, what the native ones were compiled for.
+
+    They are chosen by the tables that the functions themselves choose by, for tensors of one image.
+
+    Args:
+        backend: a name, or `auto`.
+        config: a model's, or the sizes and the cls_position of it.
+        precision: `fp32`, or `bf16` for autocast.
+
+    Raises:
+        InputError: an unknown backend.
+        BackendError: the backend cannot run here or on such tensors.
+    """
+
+    def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty((), dtype=dtype, device=device).expand(shape)
+
+    d, n = config["d_model"], config["d_state"]
+    e, k = 2 * d, 4  # as the mixer has them
+    t = ((config["img_size"] - config["patch_size"]) // config["stride"] + 1) ** 2 + (config["cls_position"] != "none")
+    low = torch.bfloat16 if precision == "bf16" else torch.float32
+    u, x, read, size = tensor(1, e, t, dtype=low), tensor(1, t, d), tensor(1, n, t, dtype=low), tensor(1, t)
+    pairs = tensor(1, 1, dtype=torch.int64)
+    tables = {
+        "scan": (scan._BACKENDS, (u, u, tensor(e, n), read, read, tensor(e), None, tensor(e))),
+        "convolution": (ops._CONV, (u, tensor(e, k), tensor(e))),
+        "gate": (ops._GATE, (u, u, u)),
+        "norm": (ops._NORM, (tensor(1, t, d, dtype=low), x, tensor(d))),
+        "match": (fusion._MATCH, (x,)),
+        "plan": (fusion._PLAN, (pairs, pairs, size)),
+        "fuse": (fusion._APPLY, (size, tensor(1, t, d, dtype=low), x)),
+    }
+    found = {function: dispatch.chosen(table, backend, *given) for function, (table, given) in tables.items()}
+    if scan._BACKENDS[found["scan"]].run_both is not None:
+        found["gate"] = found["scan"]  # it joins both directions itself
+    if "native" in found.values():
+        found["instruction_set"] = native.instruction_set()
+    return found
 
 
 @dataclasses.dataclass

@@ -65,7 +65,8 @@ class RunRecord:
             A run that started from a file of weights: `init_sha256`, that file's content.
         cost: `train_time_s`, `step_time_ms`, `data_time_ms`, `peak_memory_mib`, `throughput_img_s`,
             `flops_per_image` (formula), `flops_per_image_counted` (torch's counter), `params_count`, `threads`,
-            `device`, `versions`, `command`, `nondeterministic` (what was, by name), `epoch_time_s` (one per epoch).
+            `device`, `versions`, `command`, `kernels` (the backend that ran each function, and the native ones'
+            `instruction_set`), `nondeterministic` (what was, by name), `epoch_time_s` (one per epoch).
             Where nothing was trained (`train.epochs` 0), a step is a forward pass, and the epoch is number 0.
         history: one dict of `HISTORY_COLUMNS` per epoch; None in the ema columns of a run without. Empty where nothing
             was trained.
@@ -264,8 +265,11 @@ def _check_cost(cost: Mapping[str, Any], path: Path) -> None:
     for key in _NUMBERS_OF_COST:
         if _number(cost, key, path) < 0:
             raise InputError(f"{path}: {key}: {cost[key]!r} is below 0")
-    for key, kind in {"device": str, "versions": Mapping, "command": str, "nondeterministic": list}.items():
+    kinds = {"device": str, "versions": Mapping, "command": str, "kernels": Mapping, "nondeterministic": list}
+    for key, kind in kinds.items():
         _value(cost, key, kind, path)
+    for function in cost["kernels"]:
+        _value(cost["kernels"], function, str, path, "kernels.")
     times = _value(cost, "epoch_time_s", list, path)
     for epoch in range(len(times)):
         _number(dict(enumerate(times)), epoch, path, "epoch_time_s.")

@@ -354,14 +354,6 @@ def choose(name: str, *tensors: Tensor | None) -> _Backend:
     return dispatch.choose(_BACKENDS, name, first, *others)
 
 
-def chosen_name(name: str, device: torch.device, d_state: int) -> str:
-    """The name of the backend that `choose` takes for scans of float32 on this device with so many states."""
-    u, A = torch.empty(1, 1, 1, device=device), torch.empty(1, d_state, device=device)
-    narrow = u.expand(1, d_state, 1)
-    found = choose(name, u, u, A, narrow, narrow, None, None, None)
-    return next(key for key, backend in _BACKENDS.items() if backend is found)
-
-
 def check(u, delta, A, B, C, D, z, delta_bias) -> None:
     """Raise InputError naming the first argument that does not fit."""
     if u.ndim != 3 or 0 in u.shape:

@@ -23,10 +23,10 @@ from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from famba import augment, checkpoint, cost, data, graph, numerics, recipe, scan, strategies
+from famba import augment, checkpoint, cost, data, graph, numerics, recipe, strategies
 from famba.data import Dataset
 from famba.errors import InputError, TrainingError
-from famba.model import VisionMamba
+from famba.model import VisionMamba, kernels
 from famba.optim import learning_rate, parameter_groups, peak_lr
 from famba.parallel import Processes
 from famba.params import Params, TrainParams
@@ -202,6 +202,7 @@ class Session:
         metrics = {**tested, "chosen": self.chosen, "validation": self.validation}
         if self.init_sha256 is not None:
             metrics["init_sha256"] = self.init_sha256
+        used = kernels(self.p.train.backend, self.device, self.model.config, self.p.train.precision)
         analysed = cost.analyse(self.model.config, self.model.schedule, options=self.model.options)
         measured = {
             **self._measured(),
@@ -211,9 +212,8 @@ class Session:
             "flops_per_image_counted": cost.flops_counted(self.model, self._blank(1)),
             "params_count": sum(weight.numel() for weight in self.model.parameters()),
             "processes": self.processes.count,
-            "nondeterministic": numerics.nondeterministic(
-                self.device, scan.chosen_name(self.p.train.backend, self.device, self.model.config["d_state"])
-            ),
+            "kernels": used,
+            "nondeterministic": numerics.nondeterministic(self.device, used["scan"]),
             "command": self._command(),
             **cost.environment(self.device),
         }

@@ -72,7 +72,7 @@ def ensure(
         return folder
     from famba import train
 
-    made_of = train.folder(p, seed=seed).name  # parameters, seed and code
+    made_of = train.made_of(p, seed=seed)
     if _why_not(folder, p, seed, made_of):
         with records.held(folder):
             run = train.fit(p, seed=seed)

@@ -13,18 +13,19 @@ from pathlib import Path
 
 import torch
 
-from famba import data, parallel, params, pretrained, records, strategies
+from famba import cost, data, parallel, params, pretrained, records, strategies
 from famba.data import Dataset
 from famba.errors import InputError
 from famba.files import claimed, json_bytes, write_atomic
-from famba.model import VisionMamba, create_model
+from famba.gpu import runtime
+from famba.model import VisionMamba, create_model, kernels, sizes
 from famba.optim import learning_rate, parameter_groups
 from famba.params import Params, TrainParams
 from famba.records import Run
 from famba.session import Session, Watcher, evaluate
 from famba.watch import Events, Rows
 
-__all__ = ["CODE", "build", "evaluate", "fit", "folder", "forget", "learning_rate", "parameter_groups"]
+__all__ = ["CODE", "build", "evaluate", "fit", "folder", "forget", "learning_rate", "made_of", "parameter_groups"]
 
 LIVE_HISTORY = "history.csv"  # beside the checkpoints, rewritten after every epoch
 
@@ -39,8 +40,9 @@ CODE = (
 def fit(p: Params, *, seed: int, progress: bool = False, watch: Sequence[Watcher] = ()) -> Run:
     """Train one model from its parameters to a finished run; the caller writes it (`records.write`).
 
-    A checkpoint is kept for each epoch under build/checkpoints, named by all parameters and the seed. A run that
-    was killed goes on from there, and ends with the same metrics, bit for bit on a CPU. `forget` removes them.
+    A checkpoint is kept for each epoch under build/checkpoints, named by all parameters, the seed, the code and the
+    kernels that run it. A run that was killed goes on from there, and ends with the same metrics, bit for bit on a CPU;
+    where other kernels would run it, it starts anew and says so. `forget` removes them.
 
     With `train.init_from` the weights of that file are where it starts, and their normalisation of the images is kept.
     With `train.epochs` 0 as well they are evaluated as they are, fused by the strategy's schedule.
@@ -71,6 +73,9 @@ def fit(p: Params, *, seed: int, progress: bool = False, watch: Sequence[Watcher
     images = data.load(p.data)
     model = build(p, classes=len(images.classes), seed=seed).to(processes.device)
     checkpoints = folder(p, seed=seed)
+    if processes.rank == 0 and not any(checkpoints.glob("epoch-*")):
+        for other in sorted({path.parent for path in checkpoints.parent.glob(f"{p.digest(seed)}-*/epoch-*")}):
+            _log.warning("%s: not continued: of other code, kernels, processor or weights to start from", other)
     mine = claimed(checkpoints / "lock", f"{checkpoints}: another process is training this run")
     with mine if processes.rank == 0 else contextlib.nullcontext():
         images = data.to_device(_start(p, seed, model, images), processes.device)
@@ -116,10 +121,14 @@ def build(p: Params, *, classes: int, seed: int) -> VisionMamba:
 
 
 def folder(p: Params, *, seed: int) -> Path:
-    """Where the checkpoints of a run are: other parameters, weights to start from or code are another folder."""
+    """Where the checkpoints of a run are: one made of something else, or run by other kernels, has another folder."""
+    return params.root() / "build" / "checkpoints" / f"{made_of(p, seed=seed)}-{_kernel_digest(p)}"
+
+
+def made_of(p: Params, *, seed: int) -> str:
+    """What a run is made of, on whichever machine: parameters, seed, code and weights to start from, as one name."""
     start = p.init_sha256(seed)
-    name = f"{p.digest(seed)}-{_code_digest()}" + ("" if start is None else f"-{start[:12]}")
-    return params.root() / "build" / "checkpoints" / name
+    return f"{p.digest(seed)}-{_code_digest()}" + ("" if start is None else f"-{start[:12]}")
 
 
 def forget(p: Params, *, seed: int) -> None:
@@ -190,6 +199,16 @@ def _code_digest() -> str:
     for path in files:
         content.update(path.read_bytes())
     return content.hexdigest()[:12]
+
+
+def _kernel_digest(p: Params) -> str:
+    """What runs the code on this machine, on which the bits depend as well: a run never mixes two of them."""
+    device, m = _device(p.train), p.model
+    given = {"patch_size": m.patch_size, "stride": m.stride, "d_model": m.d_model, "d_state": m.d_state}
+    config = sizes(m.name, img_size=p.data.img_size, **given) | {"cls_position": m.cls_position}
+    used = kernels(p.train.backend, device, config, p.train.precision)
+    compiler = runtime.triton.__version__ if "triton" in used.values() else None
+    return hashlib.sha256(json_bytes([used, cost.instruction_set(device), compiler])).hexdigest()[:12]
 
 
 def _device(t: TrainParams) -> torch.device:

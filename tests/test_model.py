@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from famba import FusionOptions, InputError, VisionMamba, create_model
+from famba.model import kernels
 
 GOLDEN = Path(__file__).parent / "golden"
 PAPER = FusionOptions(order="append", weighting="mean", feature="normed", position="before_mixer")
@@ -313,3 +315,40 @@ def test_three_tokens_cannot_fuse_when_the_class_token_may_stand_between_the_oth
 def test_an_image_of_another_size_is_refused():
     with pytest.raises(InputError, match=r"images: \(9, 8\) pixels; this model takes \(8, 8\)"):
         small()(torch.randn(1, 3, 9, 8))
+
+
+class Operators(TorchDispatchMode):
+    """Notes famba's operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.called: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        namespace, _, name = func._overloadpacket._qualified_op_name.partition("::")
+        if namespace == "famba":
+            self.called.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+NATIVE = {name: name for name in ("scan", "gate", "norm", "match", "plan", "fuse")} | {"convolution": "conv"}
+# On a GPU both directions and the gate are one operator; of torch's functions the scan alone is one.
+OPERATORS = {
+    "native": NATIVE,
+    "triton": {function: f"gpu_{name}" for function, name in NATIVE.items()} | {"gate": "gpu_scan"},
+    "torch": {"scan": "chunked_scan"},
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("backend", "d_state"), [("auto", 8), ("auto", 65), ("torch", 8), ("triton", 8)])
+def test_the_kernels_named_are_the_operators_that_run(on_paper, backend, d_state, precision):
+    emptied, mode = on_paper
+    model = emptied(create_model("vim_nano", depth=2, d_state=d_state, schedule=[0, 5], backend=backend))
+    named = kernels(backend, torch.device("cpu"), model.config, precision)
+    with mode, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), Operators() as seen:
+        model(torch.empty(1, 3, 8, 8))
+    assert ("instruction_set" in named) == ("native" in named.values())
+    named.pop("instruction_set", None)
+    assert named.keys() == NATIVE.keys()
+    assert seen.called == {OPERATORS[used].get(function) for function, used in named.items()} - {None}

@@ -332,6 +332,7 @@ def test_without_a_compiler_torch_takes_over_and_says_so(tmp_path):
     reason = "no C++ compiler (c++, g++, clang++) on PATH; install g++ or clang, or set CXX"
     assert out[0] == reason
     assert out[-1] == f"famba.errors.BackendError: backend 'native' cannot run here: {reason}"
+    assert sum(line.startswith(f"backend auto: slower kernels than native run on cpu: {reason}") for line in out) == 1
 
 
 def test_a_compiler_that_fails_and_a_cache_that_cannot_be_written_are_named(tmp_path):

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -41,7 +40,8 @@ def trained(monkeypatch) -> list[tuple[str, int]]:
             | ({} if start is None else {"init_sha256": start}),
             cost=dict.fromkeys(numbers.split(), 1.0)
             | dict.fromkeys(counted.split(), 2)
-            | {"device": "none", "versions": {}, "command": "none", "nondeterministic": [], "epoch_time_s": [1.0]},
+            | {"device": "none", "versions": {}, "command": "none", "kernels": {}, "nondeterministic": []}
+            | {"epoch_time_s": [1.0]},
             history=[history],
             params=p.as_dict(),
             model_bytes=b"weights",
@@ -51,10 +51,10 @@ def trained(monkeypatch) -> list[tuple[str, int]]:
         assert made[-1] == (p.strategy, seed)
         made[-1] = (f"{p.strategy}, forgotten", seed)
 
-    def folder(p, *, seed):
-        return Path(f"{p.digest(seed)}-{fake.code}")
+    def made_of(p, *, seed):
+        return f"{p.digest(seed)}-{fake.code}"
 
-    fake = SimpleNamespace(fit=fit, forget=forget, folder=folder, code="code")
+    fake = SimpleNamespace(fit=fit, forget=forget, made_of=made_of, code="code")
     monkeypatch.setitem(sys.modules, "famba.train", fake)
     monkeypatch.setattr(famba, "train", fake, raising=False)
     return made

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from famba import InputError, apply, checkpoint, graph, params, records, train
+from famba import InputError, apply, backends, checkpoint, dispatch, graph, params, records, train
 from famba.errors import TrainingError
+from famba.model import kernels
+from famba.native import build, runtime
 from famba.parallel import Processes
 from famba.params import Params
 from famba.session import Session, evaluate
@@ -161,6 +163,46 @@ def test_other_code_is_another_run(monkeypatch):
     monkeypatch.setattr(train, "CODE", train.CODE[:-1])
     assert train.folder(smoke(), seed=0) != before
     train._code_digest.cache_clear()
+
+
+def test_what_runs_the_functions_of_a_model_is_recorded(undisturbed):
+    p = smoke()
+    config = train.build(p, classes=10, seed=0).config
+    assert undisturbed.cost["kernels"] == kernels("auto", torch.device("cpu"), config, "fp32")
+    assert {"scan", "convolution", "gate", "norm", "match", "plan", "fuse"} <= set(undisturbed.cost["kernels"])
+
+
+@pytest.mark.skipif(backends()["native"] != "", reason=backends()["native"])
+def test_other_kernels_or_instructions_are_another_run_made_of_the_same(monkeypatch):
+    p = smoke()
+    usual, made_of = train.folder(p, seed=0), train.made_of(p, seed=0)
+    changes = {
+        "no compiler": lambda patch: patch.setattr(build, "unavailable", lambda: "no compiler"),
+        "famba's": lambda patch: patch.setattr(runtime, "instruction_set", lambda: "neon"),
+        "torch's": lambda patch: patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT"),
+    }
+    folders = {usual}
+    for change in changes.values():
+        with monkeypatch.context() as patch:
+            change(patch)
+            folders.add(train.folder(p, seed=0))
+            assert train.made_of(p, seed=0) == made_of
+    assert len(folders) == 4
+    assert train.folder(p, seed=0) == usual
+
+
+@pytest.mark.skipif(backends()["native"] != "", reason=backends()["native"])
+def test_a_run_is_not_continued_by_other_kernels_and_that_is_said(monkeypatch, caplog):
+    p = smoke(epochs=1)
+    native, kept = train.fit(p, seed=1), train.folder(p, seed=1)
+    assert "not continued" not in caplog.text
+    monkeypatch.setattr(build, "unavailable", lambda: "no compiler; install g++")
+    dispatch._warn.cache_clear()
+    torchs = train.fit(p, seed=1)
+    assert f"{kept}: not continued: of other code, kernels, processor or weights to start from" in caplog.text
+    assert (native.cost["kernels"]["scan"], torchs.cost["kernels"]["scan"]) == ("native", "torch")
+    assert native.model_bytes != torchs.model_bytes
+    assert "slower kernels than native run on cpu: no compiler; install g++" in caplog.text
 
 
 def test_the_test_split_is_read_once_at_the_end(monkeypatch):

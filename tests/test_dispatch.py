@@ -1,0 +1,66 @@
+"""Which backend runs: what `auto` takes, and that it says why where it must take a slower one."""
+
+import logging
+
+import pytest
+import torch
+
+from famba import dispatch
+from famba.dispatch import Backend, choose, chosen
+from famba.errors import InputError
+
+X = torch.zeros(1)
+
+
+def slow():
+    return "slow"
+
+
+def fast():
+    return "fast"
+
+
+def table(missing: str = "", unsuited: str = "") -> dict[str, Backend]:
+    return {"torch": Backend(slow), "native": Backend(fast, lambda: missing, lambda *tensors: unsuited)}
+
+
+@pytest.fixture
+def said(caplog):
+    """The warnings so far."""
+    dispatch._warn.cache_clear()
+    caplog.set_level(logging.WARNING, "famba")
+    yield lambda: [record.getMessage() for record in caplog.records]
+    dispatch._warn.cache_clear()
+
+
+def test_auto_takes_the_fastest_that_can_run_and_says_nothing(said):
+    assert choose(table(), "auto", X).run() == "fast"
+    assert chosen(table(), "auto", X) == "native"
+    assert choose(table(unsuited="too wide"), "auto", X).run() == "slow"
+    assert said() == []
+
+
+def test_auto_says_once_why_this_machine_cannot_run_the_fastest(said):
+    for _ in range(3):
+        assert choose(table(missing="no compiler; install g++"), "auto", X).run() == "slow"
+    (line,) = said()
+    assert line == (
+        "backend auto: slower kernels than native run on cpu: no compiler; install g++ "
+        "(python -m famba doctor names the command)"
+    )
+
+
+def test_a_backend_that_was_asked_for_by_name_gives_no_warning(said):
+    assert chosen(table(missing="no compiler"), "torch", X) == "torch"
+    assert chosen(table(), "reference", X) == "torch"
+    with pytest.raises(InputError, match="backend: 'cuda' is unknown; allowed: auto, reference"):
+        chosen(table(), "cuda", X)
+    assert said() == []
+
+
+def test_on_cuda_the_lack_of_triton_is_said_and_that_of_an_optional_package_is_not(said, monkeypatch):
+    missing = {name: Backend(fast, lambda name=name: f"{name} is missing") for name in ("triton", "mamba_ssm")}
+    monkeypatch.setitem(dispatch._FASTEST, "meta", dispatch._FASTEST["cuda"])  # a device that is everywhere
+    assert choose({"torch": Backend(slow), **missing}, "auto", X.to("meta")).run() == "slow"
+    (line,) = said()
+    assert "slower kernels than triton run on meta: triton is missing" in line
