@@ -351,4 +351,5 @@ def test_the_kernels_named_are_the_operators_that_run(on_paper, backend, d_state
     assert ("instruction_set" in named) == ("native" in named.values())
     named.pop("instruction_set", None)
     assert named.keys() == NATIVE.keys()
+    assert backend == "auto" or set(named.values()) == {backend}
     assert seen.called == {OPERATORS[used].get(function) for function, used in named.items()} - {None}
