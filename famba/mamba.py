@@ -24,10 +24,10 @@ from torch import Tensor
 
 from famba.errors import BackendError
 
-# pip takes the wheel that the releases page has for this torch, CUDA and Python, and compiles where it has none.
+# pip takes the wheels that the releases pages have for this torch, CUDA and Python, and compiles where they have none.
 # Without the variable mamba-ssm does neither since July 2026 (state-spaces/mamba#977), and lacks the kernel of Mamba-1.
-INSTALL_SCAN = "MAMBA_KEEP_CUDA_BUILD=TRUE pip install mamba-ssm --no-build-isolation"
-INSTALL_CONV = "pip install causal-conv1d --no-build-isolation"
+INSTALL = "MAMBA_KEEP_CUDA_BUILD=TRUE pip install mamba-ssm causal-conv1d --no-build-isolation"
+BUILD = f"MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE {INSTALL} --no-cache-dir --force-reinstall --no-deps"
 INSTALL_HUB = "pip install kernels einops transformers"  # mamba-ssm's build imports the last two
 MOST_STATES = 256
 _TAPS = range(2, 5)
@@ -35,19 +35,24 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _DEVICE = "cuda"
 _PROJECT = Path(__file__).parents[1]  # holds pyproject.toml and kernels.lock
 
+
+_INSTALLED = {  # by package: the function, its module, and the library of the kernels
+    "mamba_ssm": ("selective_scan_fn", "mamba_ssm.ops.selective_scan_interface", "selective_scan_cuda"),
+    "causal_conv1d": ("causal_conv1d_fn", "causal_conv1d", "causal_conv1d_cuda"),
+}
 _Found = tuple[str, Callable[..., Tensor] | None]  # the function, or the reason why it is not to be had
 
 
 @torch.compiler.assume_constant_result
 def unavailable() -> str:
     """Why the scan cannot run here ("": it can)."""
-    return _no_device() or _scan()[0]
+    return _no_device() or _find("mamba_ssm", False)[0]
 
 
 @torch.compiler.assume_constant_result
 def conv_unavailable() -> str:
     """Why the convolution cannot run here ("": it can)."""
-    return _no_device() or _conv()[0]
+    return _no_device() or _find("causal_conv1d", False)[0]
 
 
 @torch.compiler.assume_constant_result
@@ -101,7 +106,7 @@ def selective_scan(
     hub: bool = False,
 ) -> Tensor:
     """`famba.scan.selective_scan` by mamba-ssm: the installed one, or the hub's."""
-    run = _ready(_hub_scan if hub else _scan)
+    run = _ready("mamba_ssm", hub)
     u, delta, B, C = (_tokens_innermost(x, reverse) for x in (u, delta, B, C))
     z = None if z is None else _tokens_innermost(z, reverse)
     D, delta_bias = (None if x is None else x.float() for x in (D, delta_bias))
@@ -111,7 +116,7 @@ def selective_scan(
 
 def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, *, hub: bool = False) -> Tensor:
     """`famba.ops.causal_conv1d_silu` by causal-conv1d: the installed one, or the hub's."""
-    run = _ready(_hub_conv if hub else _conv)
+    run = _ready("causal_conv1d", hub)
     x = _either_innermost(x.flip(-1) if reverse else x)
     bias = None if bias is None else bias.to(weight.dtype)
     # Keywords only: other versions have other arguments in between.
@@ -137,46 +142,28 @@ def _no_device() -> str:
     return "" if torch.get_device_module(_DEVICE).is_available() else f"torch sees no {_DEVICE} device"
 
 
-def _ready(attempt: Callable[[], _Found]) -> Callable[..., Tensor]:
-    reason, run = attempt()
+def _ready(package: str, hub: bool) -> Callable[..., Tensor]:
+    reason, run = _find(package, hub)
     if run is None:
         raise BackendError(reason)
     return run
 
 
 @functools.cache
-def _scan() -> _Found:
-    return _imported(
-        "mamba_ssm", "mamba_ssm.ops.selective_scan_interface", "selective_scan_fn", "selective_scan_cuda", INSTALL_SCAN
-    )
-
-
-@functools.cache
-def _conv() -> _Found:
-    return _imported("causal_conv1d", "causal_conv1d", "causal_conv1d_fn", "causal_conv1d_cuda", INSTALL_CONV)
-
-
-def _imported(package: str, module: str, function: str, kernels: str, command: str) -> _Found:
+def _find(package: str, hub: bool) -> _Found:
+    function, module, kernels = _INSTALLED[package]
+    if hub:
+        return _downloaded(f"kernels-community/{package.replace('_', '-')}", function)
     if importlib.util.find_spec(package) is None:
-        return f"{package} is not installed; {command}", None
+        return f"{package} is not installed; {INSTALL}", None
     if importlib.util.find_spec(kernels) is None:
-        return f"{package} is installed without its kernels, {kernels}; {command}", None
+        return f"{package} is installed without its kernels, {kernels}; {BUILD}", None
     try:
         importlib.import_module(kernels)
         return "", getattr(importlib.import_module(module), function)
     except Exception as error:  # whatever a package built for another torch or CUDA raises
         said = " ".join(str(error).split()) or type(error).__name__
-        return f"{package} does not import: {said}; build it for this torch: {command}", None
-
-
-@functools.cache
-def _hub_scan() -> _Found:
-    return _downloaded("kernels-community/mamba-ssm", "selective_scan_fn")
-
-
-@functools.cache
-def _hub_conv() -> _Found:
-    return _downloaded("kernels-community/causal-conv1d", "causal_conv1d_fn")
+        return f"{package} does not import: {said}; build it for this torch: {BUILD}", None
 
 
 def _downloaded(repository: str, function: str) -> _Found:

@@ -89,16 +89,11 @@ def install(monkeypatch):
             sys.modules[SCAN[2]].selective_scan_fn = scan
         if conv:
             sys.modules["causal_conv1d"].causal_conv1d_fn = conv
-        forget()
+        mamba._find.cache_clear()
 
     yield put
     monkeypatch.undo()
-    forget()
-
-
-def forget():
-    for attempt in (mamba._scan, mamba._conv, mamba._hub_scan, mamba._hub_conv):
-        attempt.cache_clear()
+    mamba._find.cache_clear()
 
 
 PINS = tomllib.loads((Path(mamba.__file__).parents[1] / "pyproject.toml").read_text())["tool"]["kernels"][
@@ -121,7 +116,7 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(mamba, "_DEVICE", "cpu")
     monkeypatch.setenv("KERNELS_CACHE", str(tmp_path))  # read by kernels at each call, and once when it was imported
     monkeypatch.setattr(kernels.resolver, "CACHE_DIR", str(tmp_path))
-    forget()
+    mamba._find.cache_clear()
 
     def put(repository, code=None, *, version=None, built_for=THIS_TORCH, commit="a" * 40):
         name = repository.split("/")[1]
@@ -138,7 +133,15 @@ def hub(tmp_path, monkeypatch):
 
     yield put
     monkeypatch.undo()
-    forget()
+    mamba._find.cache_clear()
+
+
+@pytest.fixture
+def downloaded(monkeypatch):
+    """The repositories that were asked for, in their order."""
+    asked, download = [], mamba._downloaded
+    monkeypatch.setattr(mamba, "_downloaded", lambda name, function: asked.append(name) or download(name, function))
+    return asked
 
 
 def arguments(b=2, e=8, t=7, n=4, *, dtype=torch.float32, channels_last=True):
@@ -214,14 +217,13 @@ def test_channels_stay_innermost_where_the_kernel_takes_them_so(install):
 
 def test_what_is_missing_is_said_with_the_command_that_brings_it(install):
     install()
-    assert mamba.unavailable() == (
-        "mamba_ssm is not installed; MAMBA_KEEP_CUDA_BUILD=TRUE pip install mamba-ssm --no-build-isolation"
-    )
-    assert mamba.conv_unavailable() == "causal_conv1d is not installed; " + mamba.INSTALL_CONV
+    command = "MAMBA_KEEP_CUDA_BUILD=TRUE pip install mamba-ssm causal-conv1d --no-build-isolation"
+    assert mamba.unavailable() == f"mamba_ssm is not installed; {command}"
+    assert mamba.conv_unavailable() == f"causal_conv1d is not installed; {command}"
     install(scan=scan_fn, conv=new_conv_fn, without=("selective_scan_cuda",))
     assert mamba.unavailable() == (
-        "mamba_ssm is installed without its kernels, selective_scan_cuda; "
-        "MAMBA_KEEP_CUDA_BUILD=TRUE pip install mamba-ssm --no-build-isolation"
+        "mamba_ssm is installed without its kernels, selective_scan_cuda; MAMBA_FORCE_BUILD=TRUE "
+        f"CAUSAL_CONV1D_FORCE_BUILD=TRUE {command} --no-cache-dir --force-reinstall --no-deps"
     )
     assert mamba.conv_unavailable() == ""
     install(scan=scan_fn)
@@ -240,14 +242,14 @@ def test_a_package_that_does_not_import_is_said_in_one_line(install, monkeypatch
     monkeypatch.setattr(mamba.importlib, "import_module", broken)
     reason = mamba.unavailable()
     assert reason.startswith("mamba_ssm does not import: libc10.so: undefined symbol _ZN3c10 in another torch; ")
-    assert reason.endswith(mamba.INSTALL_SCAN)
+    assert reason.endswith(mamba.BUILD)
 
 
 def test_without_its_device_nothing_is_imported_nor_recommended(install, monkeypatch):
     install(device="cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert mamba.unavailable() == mamba.conv_unavailable() == "torch sees no cuda device"
-    assert mamba._scan.cache_info().misses == 0
+    assert mamba._find.cache_info().misses == 0
 
 
 def test_tensors_that_the_kernels_refuse_are_told_apart(install):
@@ -266,7 +268,7 @@ def test_tensors_that_the_kernels_refuse_are_told_apart(install):
 
 
 @pytest.mark.parametrize("source", ["mamba_ssm", "hub"])
-def test_a_model_runs_on_it_by_name_with_the_gradients_of_torchs(source, install, hub):
+def test_a_model_runs_on_it_by_name_with_the_gradients_of_torchs(source, install, hub, downloaded):
     install(scan=scan_fn, conv=new_conv_fn)
     for repository in PINS:
         hub(repository)
@@ -282,14 +284,13 @@ def test_a_model_runs_on_it_by_name_with_the_gradients_of_torchs(source, install
     assert len(found["torch"]) > 20
     for one, other in zip(*found.values(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    assert mamba._conv.cache_info().misses == (source == "mamba_ssm")
-    assert mamba._hub_scan.cache_info().misses == mamba._hub_conv.cache_info().misses == (source == "hub")
+    assert sorted(downloaded) == (sorted(PINS) if source == "hub" else [])
 
 
 def test_a_model_without_the_convolution_is_refused_and_auto_does_without(install, monkeypatch):
     install(scan=scan_fn)
     images = torch.ones(1, 3, 8, 8)
-    with pytest.raises(BackendError, match="backend 'mamba_ssm' cannot run here: causal_conv1d is not installed; pip"):
+    with pytest.raises(BackendError, match="backend 'mamba_ssm' cannot run here: causal_conv1d is not installed; MAM"):
         create_model("vim_nano", depth=1, backend="mamba_ssm")(images)
     called = []
     install(scan=lambda *args, **kwargs: called.append(1) or scan_fn(*args, **kwargs))
@@ -325,7 +326,7 @@ def test_the_version_of_pyproject_is_loaded_and_named_among_a_runs_versions(hub)
     hub(SCAN_REPOSITORY, "selective_scan_fn = None", version=PINS[SCAN_REPOSITORY] + 1, commit="b" * 40)
     assert f"Version {PINS[SCAN_REPOSITORY]} not found" in refusal()
     hub(SCAN_REPOSITORY)
-    forget()
+    mamba._find.cache_clear()
     scanned_by_the_hub()
     versions = cost.environment("cpu")["versions"]
     assert (versions["hub mamba-ssm"], versions["kernels"]) == ("mamba-ssm_aaaaaaa", kernels.__version__)
@@ -339,16 +340,16 @@ def test_the_commit_of_a_lock_is_loaded_whatever_the_version_is_now(hub, tmp_pat
     asked = {"dependency": {"repo-id": SCAN_REPOSITORY, "version": 2}, "lock": {"commit": "c" * 40}}
     (tmp_path / "kernels.lock").write_text(json.dumps([asked]))
     scanned_by_the_hub()
-    said = mamba._hub_conv()[0]
+    said = mamba._find("causal_conv1d", True)[0]
     assert "`kernels-community/causal-conv1d` is not locked. Please lock it with `kernels lock <project>`" in said
 
 
-def test_auto_and_the_list_of_backends_load_nothing_from_the_hub(install, hub, monkeypatch):
+def test_auto_and_the_list_of_backends_load_nothing_from_the_hub(install, hub, downloaded):
     install()
     assert not any("hub" in names for names in dispatch._FASTEST.values())
     assert backends()["hub"] == ""
     create_model("vim_nano", depth=1)(torch.ones(1, 3, 8, 8))
-    assert mamba._hub_scan.cache_info().misses == mamba._hub_conv.cache_info().misses == 0
+    assert downloaded == []
 
 
 def test_without_the_package_kernels_the_command_that_installs_it_is_said(hub, monkeypatch):
@@ -405,10 +406,10 @@ def test_a_download_that_does_not_import_is_said_to_be_broken_unless_it_lacks_a_
     (build / "scan.so").write_bytes(b"\x7fELF, and no more")
     assert re.search(rf"file too short; to download it again: hf cache rm kernel/{SCAN_REPOSITORY}$", refusal())
     hub(SCAN_REPOSITORY, "import absent_package")
-    forget()
+    mamba._find.cache_clear()
     assert refusal().endswith(f": No module named 'absent_package'; {mamba.INSTALL_HUB}")
     (hub(SCAN_REPOSITORY) / "metadata.json").write_text("{")
-    forget()
+    mamba._find.cache_clear()
     assert refusal().endswith(f"; to download it again: hf cache rm kernel/{SCAN_REPOSITORY}")
 
 
