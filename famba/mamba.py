@@ -27,7 +27,8 @@ from famba.errors import BackendError
 # pip takes the wheels that the releases pages have for this torch, CUDA and Python, and compiles where they have none.
 # Without the variable mamba-ssm does neither since July 2026 (state-spaces/mamba#977), and lacks the kernel of Mamba-1.
 INSTALL = "MAMBA_KEEP_CUDA_BUILD=TRUE pip install mamba-ssm causal-conv1d --no-build-isolation"
-BUILD = f"MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE {INSTALL} --no-cache-dir --force-reinstall --no-deps"
+REINSTALL = f"{INSTALL} --no-cache-dir --force-reinstall --no-deps"
+BUILD = f"MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE {REINSTALL}"
 INSTALL_HUB = "pip install kernels einops transformers"  # mamba-ssm's build imports the last two
 MOST_STATES = 256
 _TAPS = range(2, 5)
@@ -157,7 +158,7 @@ def _find(package: str, hub: bool) -> _Found:
     if importlib.util.find_spec(package) is None:
         return f"{package} is not installed; {INSTALL}", None
     if importlib.util.find_spec(kernels) is None:
-        return f"{package} is installed without its kernels, {kernels}; {BUILD}", None
+        return f"{package} is installed without its kernels, {kernels}; {REINSTALL}", None
     try:
         importlib.import_module(kernels)
         return "", getattr(importlib.import_module(module), function)
