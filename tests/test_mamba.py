@@ -6,6 +6,7 @@ laid in the hub's cache as its builds lie there, are loaded by the real package 
 """
 
 import importlib.machinery
+import importlib.util
 import inspect
 import json
 import platform
@@ -118,7 +119,7 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels.resolver, "CACHE_DIR", str(tmp_path))
     mamba._find.cache_clear()
 
-    def put(repository, code=None, *, version=None, built_for=THIS_TORCH, commit="a" * 40):
+    def put(repository, code=None, *, version=None, built_for=THIS_TORCH, commit="a" * 40, needs=()):
         name = repository.split("/")[1]
         folder = tmp_path / f"kernels--{repository.replace('/', '--')}"
         build = folder / "snapshots" / commit / "build" / f"{built_for}-cxx11-{CUDA}-{platform.machine()}-linux"
@@ -126,7 +127,13 @@ def hub(tmp_path, monkeypatch):
             parent.mkdir(parents=True, exist_ok=True)
         (folder / "refs" / f"v{PINS[repository] if version is None else version}").write_text(commit)
         (build / "__init__.py").write_text(CODE[repository] if code is None else code)
-        about = {"id": f"{name}_{commit[:7]}", "name": name, "version": 1, "license": "none", "python-depends": []}
+        about = {
+            "id": f"{name}_{commit[:7]}",
+            "name": name,
+            "version": 1,
+            "license": "none",
+            "python-depends": list(needs),
+        }
         about |= {"backend": {"type": "cuda" if torch.version.cuda else "cpu"}}
         (build / "metadata.json").write_text(json.dumps(about))
         return build
@@ -401,16 +408,26 @@ def test_a_repository_without_the_function_is_refused_by_its_name(hub):
         mamba.causal_conv1d_silu(x, weight, None, False, hub=True)
 
 
-def test_a_download_that_does_not_import_is_said_to_be_broken_unless_it_lacks_a_package(hub):
+def test_a_download_that_is_not_whole_is_to_be_downloaded_again(hub):
     build = hub(SCAN_REPOSITORY, "import torch; torch.ops.load_library(__file__.replace('__init__.py', 'scan.so'))")
     (build / "scan.so").write_bytes(b"\x7fELF, and no more")
     assert re.search(rf"file too short; to download it again: hf cache rm kernel/{SCAN_REPOSITORY}$", refusal())
-    hub(SCAN_REPOSITORY, "import absent_package")
     mamba._find.cache_clear()
-    assert refusal().endswith(f": No module named 'absent_package'; {mamba.INSTALL_HUB}")
+    hub(SCAN_REPOSITORY, "def selective_scan_fn(")
+    assert re.search(rf"never closed .*; to download it again: hf cache rm kernel/{SCAN_REPOSITORY}$", refusal())
+    mamba._find.cache_clear()
     (hub(SCAN_REPOSITORY) / "metadata.json").write_text("{")
-    mamba._find.cache_clear()
     assert refusal().endswith(f"; to download it again: hf cache rm kernel/{SCAN_REPOSITORY}")
+
+
+def test_a_package_that_a_build_imports_is_to_be_installed(hub, monkeypatch):
+    hub(SCAN_REPOSITORY, "import absent_package")
+    assert refusal().endswith(f": No module named 'absent_package'; {mamba.INSTALL_HUB}")
+    mamba._find.cache_clear()
+    hub(SCAN_REPOSITORY, needs=["einops"])
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "einops" else find(name))
+    assert refusal().endswith(f"Please install with: pip install einops; {mamba.INSTALL_HUB}")
 
 
 def test_a_run_on_the_hubs_kernels_is_as_nondeterministic_as_one_on_the_installed():
