@@ -15,6 +15,7 @@ Axes: b batch, e channels, t tokens in scan order, n states per channel, k taps.
 import functools
 import importlib
 import importlib.util
+import os
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -35,8 +36,6 @@ _TAPS = range(2, 5)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _DEVICE = "cuda"
 _PROJECT = Path(__file__).parents[1]  # holds pyproject.toml and kernels.lock
-
-
 _INSTALLED = {  # by package: the function, its module, and the library of the kernels
     "mamba_ssm": ("selective_scan_fn", "mamba_ssm.ops.selective_scan_interface", "selective_scan_cuda"),
     "causal_conv1d": ("causal_conv1d_fn", "causal_conv1d", "causal_conv1d_cuda"),
@@ -169,11 +168,10 @@ def _find(package: str, hub: bool) -> _Found:
 
 def _downloaded(repository: str, function: str) -> _Found:
     """The function of the repository's build for this torch and CUDA."""
-    import kernels
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
     lock, project = _PROJECT / "kernels.lock", tomllib.loads((_PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
     try:
+        import kernels
+
         if lock.exists():
             build = kernels.get_locked_kernel(repository, lockfile=lock)
         else:
@@ -183,11 +181,12 @@ def _downloaded(repository: str, function: str) -> _Found:
         # A hub out of reach is reported as one not trusted, whose context tells. A second paragraph lists all builds.
         first, *rest = str(error.__context__ or error).split("\n\n")
         said = " ".join(" ".join([first, *rest[1:]]).split()) or type(error).__name__
-        if isinstance(error, ModuleNotFoundError) or "pip install" in said:
+        loading = hasattr(error, "__notes__")  # added by kernels where a build does not import
+        if isinstance(error, ModuleNotFoundError) or (isinstance(error, ImportError) and not loading):
             helps = INSTALL_HUB
-        elif hasattr(error, "__notes__") or "snapshots" in said:  # a build does not import, or a file is not whole
+        elif loading or "snapshots" in said:  # the library does not load, or another file is not whole
             helps = f"to download it again: hf cache rm kernel/{repository}"
-        elif HF_HUB_OFFLINE and isinstance(error, ValueError):
+        elif "HF_HUB_OFFLINE" in os.environ and (isinstance(error, ValueError) or error.__context__):
             helps = "to download it: unset HF_HUB_OFFLINE"
         elif error.__context__:
             helps = "to use what was downloaded before: HF_HUB_OFFLINE=1"

@@ -320,6 +320,14 @@ def scanned_by_the_hub():
     torch.testing.assert_close(selective_scan(*inputs, backend="hub"), selective_scan_ref(*inputs))
 
 
+def locked(project, monkeypatch, commit):
+    """A project whose kernels.lock, of the form that `kernels lock` writes, fixes the commit of the scan alone."""
+    entry = {"dependency": {"repo-id": SCAN_REPOSITORY, "version": 2}, "lock": {"commit": commit}}
+    (project / "kernels.lock").write_text(json.dumps([entry]))
+    (project / "pyproject.toml").write_text("")
+    monkeypatch.setattr(mamba, "_PROJECT", project)
+
+
 def refusal() -> str:
     """What naming the backend says where it cannot run."""
     with pytest.raises(BackendError) as raised:
@@ -340,12 +348,9 @@ def test_the_version_of_pyproject_is_loaded_and_named_among_a_runs_versions(hub)
 
 
 def test_the_commit_of_a_lock_is_loaded_whatever_the_version_is_now(hub, tmp_path, monkeypatch):
-    (tmp_path / "pyproject.toml").write_text("")
-    monkeypatch.setattr(mamba, "_PROJECT", tmp_path)
     hub(SCAN_REPOSITORY, commit="c" * 40)
     hub(SCAN_REPOSITORY, "selective_scan_fn = None", commit="d" * 40)
-    asked = {"dependency": {"repo-id": SCAN_REPOSITORY, "version": 2}, "lock": {"commit": "c" * 40}}
-    (tmp_path / "kernels.lock").write_text(json.dumps([asked]))
+    locked(tmp_path, monkeypatch, "c" * 40)
     scanned_by_the_hub()
     said = mamba._find("causal_conv1d", True)[0]
     assert "`kernels-community/causal-conv1d` is not locked. Please lock it with `kernels lock <project>`" in said
@@ -372,20 +377,23 @@ def test_outside_a_checkout_no_version_is_guessed(hub, tmp_path, monkeypatch):
     assert "famba is not installed from a checkout, whose pyproject.toml fixes the versions" in refusal()
 
 
-def test_offline_and_never_downloaded_it_says_how_to_download(hub):
-    assert huggingface_hub.constants.HF_HUB_OFFLINE
+def test_offline_and_never_downloaded_it_says_how_to_download(hub, tmp_path, monkeypatch):
     said = refusal()
     assert said.startswith(
         f"backend 'hub': {SCAN_REPOSITORY}: Version 2 of '{SCAN_REPOSITORY}' is not available in the"
     )
     assert said.endswith("; to download it: unset HF_HUB_OFFLINE")
+    locked(tmp_path, monkeypatch, "c" * 40)
+    mamba._find.cache_clear()
+    assert refusal().endswith("; to download it: unset HF_HUB_OFFLINE")
 
 
 def test_a_hub_out_of_reach_is_not_reported_as_one_that_is_not_trusted(hub, monkeypatch):
     def unreachable(*arguments, **options):
         raise ConnectionError("Name or service not known")
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # what the variable was at the import
+    monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setattr(huggingface_hub.HfApi, "get_organization_overview", unreachable)
     assert refusal() == (
         f"backend 'hub': {SCAN_REPOSITORY}: Name or service not known; "
@@ -420,7 +428,11 @@ def test_a_download_that_is_not_whole_is_to_be_downloaded_again(hub):
     assert refusal().endswith(f"; to download it again: hf cache rm kernel/{SCAN_REPOSITORY}")
 
 
-def test_a_package_that_a_build_imports_is_to_be_installed(hub, monkeypatch):
+def test_a_package_that_does_not_import_is_to_be_installed_be_it_kernels_or_what_a_build_imports(hub, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setitem(sys.modules, "kernels", None)  # found, and not importable
+        assert refusal().endswith(f"; {mamba.INSTALL_HUB}")
+    mamba._find.cache_clear()
     hub(SCAN_REPOSITORY, "import absent_package")
     assert refusal().endswith(f": No module named 'absent_package'; {mamba.INSTALL_HUB}")
     mamba._find.cache_clear()
