@@ -161,13 +161,9 @@ def _gpu() -> Row:
     try:
         torch.ones(1, device="cuda").add_(1).item()
     except RuntimeError as error:
-        return Row("GPU", ", ".join(parts), False, f"torch cannot compute on it: {_first(str(error))}", _OTHER_TORCH)
+        said = str(error).partition("\n")[0]
+        return Row("GPU", ", ".join(parts), False, f"torch cannot compute on it: {said}", _OTHER_TORCH)
     return Row("GPU", ", ".join(parts), True)
-
-
-def _first(said: str) -> str:
-    """The first line, where torch names the error."""
-    return said.strip().splitlines()[0] if said.strip() else "no reason given"
 
 
 def _compiler() -> Row:
