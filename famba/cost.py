@@ -470,14 +470,14 @@ class StepClock:
         return time.perf_counter()
 
 
-_PACKAGES = ("famba", "torch", "numpy", "triton", "mamba_ssm", "causal_conv1d")
+_PACKAGES = ("famba", "torch", "numpy", "triton", "mamba_ssm", "causal_conv1d", "kernels")
 
 
 def environment(device: torch.device | str) -> dict[str, Any]:
     """What a measurement depends on: `device`, its `instruction_set`, `threads` and `versions`; names no host or path.
 
     Of the packages, those that are installed; none is imported for it. On CUDA, torch's version of that and the
-    driver's are among them.
+    driver's are among them; so is the build of each kernel of the hub that was loaded.
     """
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
@@ -485,6 +485,8 @@ def environment(device: torch.device | str) -> dict[str, Any]:
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
+    if hub := sys.modules.get("kernels"):
+        versions |= {f"hub {kernel.metadata.name}": kernel.metadata.id for kernel in hub.get_loaded_kernels()}
     if device.type == "cuda":
         versions |= {"cuda": str(torch.version.cuda), "driver": gpu_driver() or "unknown"}
     return {

@@ -19,13 +19,17 @@ from famba.errors import BackendError
 from famba.native import build
 
 _EXTRAS = ("datasets", "timm", "torchvision", "accelerate", "tensorboard")
-# Packages of the GPU backends: what is imported, the distribution that brings it.
+# What each backend for a GPU imports, by the work that it takes a user: Triton comes with torch, the hub's kernels are
+# downloaded, and the others are installed from a wheel, or built.
 _GPU = {
-    "triton": ("triton", "triton"),
-    "mamba_ssm": ("mamba_ssm.ops.selective_scan_interface", "mamba-ssm"),
-    "selective_scan_cuda": ("selective_scan_cuda", "mamba-ssm"),
-    "causal_conv1d": ("causal_conv1d", "causal-conv1d"),
-    "causal_conv1d_cuda": ("causal_conv1d_cuda", "causal-conv1d"),
+    "triton": ("triton",),
+    "hub": ("kernels", "einops", "transformers"),
+    "mamba_ssm": (
+        "mamba_ssm.ops.selective_scan_interface",
+        "selective_scan_cuda",
+        "causal_conv1d",
+        "causal_conv1d_cuda",
+    ),
 }
 _TIME_LIMIT_S = 120
 _OTHER_TORCH = "make env TORCH_BACKEND=auto"
@@ -38,7 +42,8 @@ class Row(NamedTuple):
         version: or what there is instead of one, such as a GPU's name; "" if there is nothing.
         usable: famba can use it here.
         reason: why not; "" if usable.
-        command: what mends that; "" if usable, or if no command can.
+        command: what mends that, in one line or in several of which one does, the least work first; "" if usable, or if
+            no command can.
     """
 
     name: str
@@ -50,7 +55,7 @@ class Row(NamedTuple):
 
 def doctor() -> list[Row]:
     """One row for each thing, in an order that does not change; a first call compiles the native kernels."""
-    found = _imported(["torch", *(module for module, _ in _GPU.values()), *_EXTRAS])
+    found = _imported(["torch", *(module for modules in _GPU.values() for module in modules), *_EXTRAS])
     torch = _torch(found["torch"])
     gpu = _gpu() if torch.usable else Row("GPU", "", False, "torch does not import", torch.command)
     return [
@@ -59,19 +64,20 @@ def doctor() -> list[Row]:
         gpu,
         _compiler(),
         _native() if torch.usable else Row("native kernels", "", False, "torch does not import", torch.command),
-        *(_gpu_package(name, found[_GPU[name][0]], gpu) for name in _GPU),
+        *_gpu_backends(found, gpu),
         *_extras(found, torch),
     ]
 
 
 def text(rows: Iterable[Row]) -> str:
-    """The rows to be read in a terminal: a reason below its thing, the command below the reason."""
+    """The rows to be read in a terminal: a reason below its thing, the commands below the reason."""
     rows = list(rows)
     width = max(len(row.name) for row in rows)
     lines = []
     for row in rows:
         lines.append(f"{'yes' if row.usable else 'no ':<3}  {row.name:<{width}}  {row.version}".rstrip())
-        lines += [f"     {'':<{width}}  {more}" for more in (row.reason, row.command and f"$ {row.command}") if more]
+        below = [row.reason, *(f"$ {command}" for command in row.command.splitlines())] if row.reason else []
+        lines += [f"     {'':<{width}}  {more}" for more in below]
     return "\n".join(lines)
 
 
@@ -155,13 +161,9 @@ def _gpu() -> Row:
     try:
         torch.ones(1, device="cuda").add_(1).item()
     except RuntimeError as error:
-        return Row("GPU", ", ".join(parts), False, f"torch cannot compute on it: {_first(str(error))}", _OTHER_TORCH)
+        said = str(error).partition("\n")[0]
+        return Row("GPU", ", ".join(parts), False, f"torch cannot compute on it: {said}", _OTHER_TORCH)
     return Row("GPU", ", ".join(parts), True)
-
-
-def _first(said: str) -> str:
-    """The first line, where torch names the error."""
-    return said.strip().splitlines()[0] if said.strip() else "no reason given"
 
 
 def _compiler() -> Row:
@@ -193,21 +195,30 @@ def _native() -> Row:
     return Row("native kernels", runtime.instruction_set(), True)
 
 
-def _gpu_package(name: str, said: str | None, gpu: Row) -> Row:
-    """A package that runs on a GPU alone; without one, nothing is to be installed."""
-    distribution = _GPU[name][1]
-    version = _version(distribution) if said is not None else ""
+def _gpu_backends(found: dict[str, str | None], gpu: Row) -> list[Row]:
+    """Without a GPU nothing is to be installed for it."""
     if not gpu.usable:
-        return Row(name, version, False, "it runs on a GPU, and none can be used")
+        return [Row(name, "", False, "it runs on a GPU, and none can be used") for name in _GPU]
     from famba import mamba
 
-    commands = {"mamba-ssm": mamba.INSTALL_SCAN, "causal-conv1d": mamba.INSTALL_CONV}
-    command = commands.get(distribution, f"pip install {distribution}")
-    if said is None:
-        return Row(name, "", False, "not installed", command)
-    if said:
-        return Row(name, version, False, f"does not import: {said}", command)
-    return Row(name, version, True)
+    commands = {
+        "triton": "pip install triton",
+        "hub": mamba.INSTALL_HUB,
+        "mamba_ssm": f"{mamba.INSTALL}  # a wheel, if there is one for this torch\n{mamba.BUILD}  # a build, with nvcc",
+    }
+    rows = []
+    for name, modules in _GPU.items():
+        wrong = {module: said for module in modules if (said := found[module]) != ""}
+        version = _version({"hub": "kernels"}.get(name, name))
+        if not wrong:
+            rows.append(Row(name, version, True))
+            continue
+        module, said = next(iter(wrong.items()))
+        reason = f"{module} is not installed" if said is None else f"{module} does not import: {said}"
+        if rows and rows[0].usable:
+            reason += "; not needed, for backend triton has all kernels"
+        rows.append(Row(name, version, False, reason, commands[name]))
+    return rows
 
 
 def _extras(found: dict[str, str | None], torch: Row) -> list[Row]:

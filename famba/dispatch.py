@@ -15,8 +15,8 @@ from torch import Tensor
 
 from famba.errors import BackendError, InputError
 
-NAMES = ("reference", "torch", "native", "mamba_ssm", "triton")  # slowest first
-# What "auto" tries on the tensors of a device, fastest first; torch runs everywhere.
+NAMES = ("reference", "torch", "native", "mamba_ssm", "hub", "triton")  # slowest first
+# What "auto" tries on the tensors of a device, fastest first; torch runs everywhere. Not hub, which downloads.
 _FASTEST = {"cpu": ("native", "torch"), "cuda": ("triton", "mamba_ssm", "torch")}
 
 _log = logging.getLogger(__name__)

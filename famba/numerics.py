@@ -30,7 +30,7 @@ def nondeterministic(device: torch.device, backend: str) -> list[str]:
     found = [] if torch.backends.cudnn.deterministic else ["convolution_backward"]
     if backend != "triton":
         found += ["index_add", "scatter_add"]
-    if backend == "mamba_ssm":
+    if backend in ("mamba_ssm", "hub"):
         found += ["causal_conv1d_bwd", "selective_scan_bwd"]
     return sorted(found)
 

@@ -6,6 +6,7 @@ Axes: b batch, e channels (d_inner), t tokens in scan order, k taps, n states pe
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -200,6 +201,7 @@ _CONV = {
     "torch": _Conv(_conv),
     "native": _Conv(conv.causal_conv1d_silu, unavailable, conv.unsuited),
     "mamba_ssm": _Conv(mamba.causal_conv1d_silu, mamba.conv_unavailable, mamba.conv_unsuited),
+    "hub": _Conv(partial(mamba.causal_conv1d_silu, hub=True), mamba.hub_unavailable, mamba.conv_unsuited),
     "triton": _Conv(
         triton_conv.causal_conv1d_silu,
         triton_unavailable,

@@ -13,6 +13,7 @@ order and layouts are those of mamba-ssm's `selective_scan_fn`.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -338,6 +339,7 @@ _BACKENDS: dict[str, _Backend] = {
     "torch": _Backend(_chunked_scan),
     "native": _Backend(native.selective_scan, native.unavailable, native.unsuited, native.projected_scan),
     "mamba_ssm": _Backend(mamba.selective_scan, mamba.unavailable, mamba.unsuited),
+    "hub": _Backend(partial(mamba.selective_scan, hub=True), mamba.hub_unavailable, mamba.unsuited),
     "triton": _Backend(
         triton.selective_scan, gpu.unavailable, triton.unsuited, triton.projected_scan, triton.bidirectional_scan
     ),

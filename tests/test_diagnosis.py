@@ -9,14 +9,14 @@ import torch
 from processes import FOREVER_S
 
 import famba
-from famba import cost, diagnosis, mamba
+from famba import cost, diagnosis
 from famba.__main__ import main
 from famba.diagnosis import Row
 from famba.native import build
 
 NAMES = [
-    "Python", "torch", "GPU", "C++ compiler", "native kernels", "triton", "mamba_ssm", "selective_scan_cuda",
-    "causal_conv1d", "causal_conv1d_cuda", "datasets", "timm", "torchvision", "accelerate", "tensorboard",
+    "Python", "torch", "GPU", "C++ compiler", "native kernels", "triton", "hub", "mamba_ssm",
+    "datasets", "timm", "torchvision", "accelerate", "tensorboard",
 ]  # fmt: skip
 
 
@@ -25,7 +25,7 @@ def examine(monkeypatch):
     """All rows by name, where imports say what is given and the others come through; a GPU on demand."""
 
     def run(*, gpu: bool = False, **said: str | None) -> dict[str, Row]:
-        modules = ["torch", *(module for module, _ in diagnosis._GPU.values()), *diagnosis._EXTRAS]
+        modules = ["torch", *(module for modules in diagnosis._GPU.values() for module in modules), *diagnosis._EXTRAS]
         monkeypatch.setattr(diagnosis, "_imported", lambda names: dict.fromkeys(modules, "") | said)
         if gpu:
             monkeypatch.setattr(diagnosis, "_gpu", lambda: Row("GPU", "NVIDIA H100", True))
@@ -64,9 +64,10 @@ def test_the_command_prints_the_rows_and_its_status_is_0_whatever_is_broken(exam
 
 
 def test_text_by_hand():
-    rows = [Row("torch", "2.13.0", True), Row("timm", "", False, "not installed", "pip install timm")]
+    rows = [Row("torch", "2.13.0", True), Row("timm", "", False, "not installed", "pip install timm\nmake env")]
     assert diagnosis.text(rows) == (
-        "yes  torch  2.13.0\nno   timm\n            not installed\n            $ pip install timm"
+        "yes  torch  2.13.0\nno   timm\n            not installed\n            $ pip install timm\n"
+        "            $ make env"
     )
 
 
@@ -155,17 +156,35 @@ def test_a_missing_gpu_is_the_drivers_or_torchs_fault(monkeypatch, driver, cuda,
     assert (row.command, row.version) == (command, f"driver {driver}" if driver else "")
 
 
-def test_gpu_packages_are_recommended_only_where_there_is_a_gpu(examine):
-    missing = {"selective_scan_cuda": None, "causal_conv1d": None, "causal_conv1d_cuda": "ImportError: libcudart.so.12"}
-    found = examine(**missing)
-    for name in list(diagnosis._GPU):
+def test_gpu_backends_are_recommended_only_where_there_is_a_gpu(examine):
+    found = examine(transformers=None, causal_conv1d="ImportError: libcudart.so.12")
+    for name in diagnosis._GPU:
         assert (found[name].reason, found[name].command) == ("it runs on a GPU, and none can be used", "")
+
+
+def test_what_a_user_can_do_for_gpu_kernels_is_listed_by_the_work_it_takes(examine):
+    """Nothing (Triton), a download, a wheel, a build."""
+    missing = {"transformers": None, "selective_scan_cuda": None}
     found = examine(gpu=True, **missing)
-    assert found["mamba_ssm"].usable
-    assert found["triton"].usable
-    assert found["selective_scan_cuda"] == Row("selective_scan_cuda", "", False, "not installed", mamba.INSTALL_SCAN)
-    assert found["causal_conv1d"].command == mamba.INSTALL_CONV
-    assert found["causal_conv1d_cuda"].reason == "does not import: ImportError: libcudart.so.12"
+    assert list(found)[5:8] == ["triton", "hub", "mamba_ssm"]
+    assert (found["triton"].usable, found["triton"].command) == (True, "")
+    assert found["hub"].reason == "transformers is not installed; not needed, for backend triton has all kernels"
+    assert found["hub"].command == "pip install kernels einops transformers"
+    wheel, build = found["mamba_ssm"].command.splitlines()
+    assert wheel.startswith(
+        "MAMBA_KEEP_CUDA_BUILD=TRUE pip install mamba-ssm causal-conv1d --no-build-isolation  # a wh"
+    )
+    assert build.startswith("MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE MAMBA_KEEP_CUDA_BUILD=TRUE pip inst")
+    found = examine(gpu=True, triton="ImportError: no ptxas", **missing)
+    assert found["triton"] == Row(
+        "triton",
+        diagnosis._version("triton"),
+        False,
+        "triton does not import: ImportError: no ptxas",
+        "pip install triton",
+    )
+    assert found["mamba_ssm"].reason == "selective_scan_cuda is not installed"
+    assert all(row.usable for name, row in examine(gpu=True).items() if name in diagnosis._GPU)
 
 
 def test_extras_keep_torch_and_timm_depends_on_torchvision(examine):

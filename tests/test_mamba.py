@@ -1,18 +1,28 @@
 """mamba-ssm and causal-conv1d behind the scan and the convolution, with stand-ins of their exact signatures.
 
 The packages need CUDA even to be imported. The stand-ins compute by the reference on CPU tensors, and refuse what the
-kernels refuse: selective_scan.cpp's and causal_conv1d.cpp's checks of types, layouts and sizes.
+kernels refuse: selective_scan.cpp's and causal_conv1d.cpp's checks of types, layouts and sizes. The same stand-ins,
+laid in the hub's cache as its builds lie there, are loaded by the real package `kernels`.
 """
 
 import importlib.machinery
+import importlib.util
+import inspect
+import json
+import platform
+import re
 import sys
+import tomllib
 import types
+from pathlib import Path
 
+import huggingface_hub
+import kernels
 import pytest
 import torch
 import torch.nn.functional as F
 
-from famba import backends, create_model, dispatch, mamba, selective_scan
+from famba import backends, cost, create_model, dispatch, mamba, numerics, selective_scan
 from famba.errors import BackendError
 from famba.scan import selective_scan_ref
 
@@ -80,15 +90,65 @@ def install(monkeypatch):
             sys.modules[SCAN[2]].selective_scan_fn = scan
         if conv:
             sys.modules["causal_conv1d"].causal_conv1d_fn = conv
-        forget()
-
-    def forget():
-        mamba._scan.cache_clear()
-        mamba._conv.cache_clear()
+        mamba._find.cache_clear()
 
     yield put
     monkeypatch.undo()
-    forget()
+    mamba._find.cache_clear()
+
+
+PINS = tomllib.loads((Path(mamba.__file__).parents[1] / "pyproject.toml").read_text())["tool"]["kernels"][
+    "dependencies"
+]
+SCAN_REPOSITORY, CONV_REPOSITORY = "kernels-community/mamba-ssm", "kernels-community/causal-conv1d"
+CODE = {  # of the builds: the stand-ins above, under the names that the repositories give
+    SCAN_REPOSITORY: "import torch\nfrom famba.scan import selective_scan_ref\n"
+    f"{inspect.getsource(scan_fn)}\nselective_scan_fn = scan_fn",
+    CONV_REPOSITORY: "import torch.nn.functional as F\n"
+    f"{inspect.getsource(convolve)}\n{inspect.getsource(new_conv_fn)}\ncausal_conv1d_fn = new_conv_fn",
+}
+CUDA = f"cu{torch.version.cuda.replace('.', '')}" if torch.version.cuda else "cpu"
+THIS_TORCH = "torch" + "".join(torch.__version__.split(".")[:2])
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Puts a version of a repository into the hub's cache, with one build, for this torch unless another is named."""
+    monkeypatch.setattr(mamba, "_DEVICE", "cpu")
+    monkeypatch.setenv("KERNELS_CACHE", str(tmp_path))  # read by kernels at each call, and once when it was imported
+    monkeypatch.setattr(kernels.resolver, "CACHE_DIR", str(tmp_path))
+    mamba._find.cache_clear()
+
+    def put(repository, code=None, *, version=None, built_for=THIS_TORCH, commit="a" * 40, needs=()):
+        name = repository.split("/")[1]
+        folder = tmp_path / f"kernels--{repository.replace('/', '--')}"
+        build = folder / "snapshots" / commit / "build" / f"{built_for}-cxx11-{CUDA}-{platform.machine()}-linux"
+        for parent in (folder / "refs", build):
+            parent.mkdir(parents=True, exist_ok=True)
+        (folder / "refs" / f"v{PINS[repository] if version is None else version}").write_text(commit)
+        (build / "__init__.py").write_text(CODE[repository] if code is None else code)
+        about = {
+            "id": f"{name}_{commit[:7]}",
+            "name": name,
+            "version": 1,
+            "license": "none",
+            "python-depends": list(needs),
+        }
+        about |= {"backend": {"type": "cuda" if torch.version.cuda else "cpu"}}
+        (build / "metadata.json").write_text(json.dumps(about))
+        return build
+
+    yield put
+    monkeypatch.undo()
+    mamba._find.cache_clear()
+
+
+@pytest.fixture
+def downloaded(monkeypatch):
+    """The repositories that were asked for, in their order."""
+    asked, download = [], mamba._downloaded
+    monkeypatch.setattr(mamba, "_downloaded", lambda name, function: asked.append(name) or download(name, function))
+    return asked
 
 
 def arguments(b=2, e=8, t=7, n=4, *, dtype=torch.float32, channels_last=True):
@@ -164,14 +224,13 @@ def test_channels_stay_innermost_where_the_kernel_takes_them_so(install):
 
 def test_what_is_missing_is_said_with_the_command_that_brings_it(install):
     install()
-    assert mamba.unavailable() == (
-        "mamba_ssm is not installed; MAMBA_KEEP_CUDA_BUILD=TRUE pip install mamba-ssm --no-build-isolation"
-    )
-    assert mamba.conv_unavailable() == "causal_conv1d is not installed; " + mamba.INSTALL_CONV
+    command = "MAMBA_KEEP_CUDA_BUILD=TRUE pip install mamba-ssm causal-conv1d --no-build-isolation"
+    assert mamba.unavailable() == f"mamba_ssm is not installed; {command}"
+    assert mamba.conv_unavailable() == f"causal_conv1d is not installed; {command}"
     install(scan=scan_fn, conv=new_conv_fn, without=("selective_scan_cuda",))
     assert mamba.unavailable() == (
         "mamba_ssm is installed without its kernels, selective_scan_cuda; "
-        "MAMBA_KEEP_CUDA_BUILD=TRUE pip install mamba-ssm --no-build-isolation"
+        f"{command} --no-cache-dir --force-reinstall --no-deps"
     )
     assert mamba.conv_unavailable() == ""
     install(scan=scan_fn)
@@ -190,14 +249,14 @@ def test_a_package_that_does_not_import_is_said_in_one_line(install, monkeypatch
     monkeypatch.setattr(mamba.importlib, "import_module", broken)
     reason = mamba.unavailable()
     assert reason.startswith("mamba_ssm does not import: libc10.so: undefined symbol _ZN3c10 in another torch; ")
-    assert reason.endswith(mamba.INSTALL_SCAN)
+    assert reason.endswith(mamba.BUILD)
 
 
 def test_without_its_device_nothing_is_imported_nor_recommended(install, monkeypatch):
     install(device="cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert mamba.unavailable() == mamba.conv_unavailable() == "torch sees no cuda device"
-    assert mamba._scan.cache_info().misses == 0
+    assert mamba._find.cache_info().misses == 0
 
 
 def test_tensors_that_the_kernels_refuse_are_told_apart(install):
@@ -215,12 +274,15 @@ def test_tensors_that_the_kernels_refuse_are_told_apart(install):
     assert mamba.conv_unsuited(u, torch.ones(8, 4), None) == "it runs on cuda tensors, got cpu"
 
 
-def test_a_model_runs_on_it_by_name_with_the_gradients_of_torchs(install):
+@pytest.mark.parametrize("source", ["mamba_ssm", "hub"])
+def test_a_model_runs_on_it_by_name_with_the_gradients_of_torchs(source, install, hub, downloaded):
     install(scan=scan_fn, conv=new_conv_fn)
-    assert backends()["mamba_ssm"] == ""
+    for repository in PINS:
+        hub(repository)
+    assert backends()[source] == ""
     images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     found = {}
-    for backend in ("mamba_ssm", "torch"):
+    for backend in (source, "torch"):
         torch.manual_seed(0)
         model = create_model("vim_nano", num_classes=3, depth=2, schedule=[3, 0], backend=backend)
         logits = model(images)
@@ -229,12 +291,13 @@ def test_a_model_runs_on_it_by_name_with_the_gradients_of_torchs(install):
     assert len(found["torch"]) > 20
     for one, other in zip(*found.values(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert sorted(downloaded) == (sorted(PINS) if source == "hub" else [])
 
 
 def test_a_model_without_the_convolution_is_refused_and_auto_does_without(install, monkeypatch):
     install(scan=scan_fn)
     images = torch.ones(1, 3, 8, 8)
-    with pytest.raises(BackendError, match="backend 'mamba_ssm' cannot run here: causal_conv1d is not installed; pip"):
+    with pytest.raises(BackendError, match="backend 'mamba_ssm' cannot run here: causal_conv1d is not installed; MAM"):
         create_model("vim_nano", depth=1, backend="mamba_ssm")(images)
     called = []
     install(scan=lambda *args, **kwargs: called.append(1) or scan_fn(*args, **kwargs))
@@ -247,3 +310,140 @@ def test_asked_for_by_name_without_its_package_it_says_the_command(install):
     install()
     with pytest.raises(BackendError, match="backend 'mamba_ssm' cannot run here: mamba_ssm is not installed; MAMBA_K"):
         selective_scan(*arguments(), backend="mamba_ssm")
+
+
+# the hub
+
+
+def scanned_by_the_hub():
+    inputs = arguments()
+    torch.testing.assert_close(selective_scan(*inputs, backend="hub"), selective_scan_ref(*inputs))
+
+
+def locked(project, monkeypatch, commit):
+    """A project whose kernels.lock, of the form that `kernels lock` writes, fixes the commit of the scan alone."""
+    entry = {"dependency": {"repo-id": SCAN_REPOSITORY, "version": 2}, "lock": {"commit": commit}}
+    (project / "kernels.lock").write_text(json.dumps([entry]))
+    (project / "pyproject.toml").write_text("")
+    monkeypatch.setattr(mamba, "_PROJECT", project)
+
+
+def refusal() -> str:
+    """What naming the backend says where it cannot run."""
+    with pytest.raises(BackendError) as raised:
+        selective_scan(*arguments(), backend="hub")
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_the_version_of_pyproject_is_loaded_and_named_among_a_runs_versions(hub):
+    assert set(PINS) == {SCAN_REPOSITORY, CONV_REPOSITORY}
+    hub(SCAN_REPOSITORY, "selective_scan_fn = None", version=PINS[SCAN_REPOSITORY] + 1, commit="b" * 40)
+    assert f"Version {PINS[SCAN_REPOSITORY]} not found" in refusal()
+    hub(SCAN_REPOSITORY)
+    mamba._find.cache_clear()
+    scanned_by_the_hub()
+    versions = cost.environment("cpu")["versions"]
+    assert (versions["hub mamba-ssm"], versions["kernels"]) == ("mamba-ssm_aaaaaaa", kernels.__version__)
+
+
+def test_the_commit_of_a_lock_is_loaded_whatever_the_version_is_now(hub, tmp_path, monkeypatch):
+    hub(SCAN_REPOSITORY, commit="c" * 40)
+    hub(SCAN_REPOSITORY, "selective_scan_fn = None", commit="d" * 40)
+    locked(tmp_path, monkeypatch, "c" * 40)
+    scanned_by_the_hub()
+    said = mamba._find("causal_conv1d", True)[0]
+    assert "`kernels-community/causal-conv1d` is not locked. Please lock it with `kernels lock <project>`" in said
+
+
+def test_auto_and_the_list_of_backends_load_nothing_from_the_hub(install, hub, downloaded):
+    install()
+    assert not any("hub" in names for names in dispatch._FASTEST.values())
+    assert backends()["hub"] == ""
+    create_model("vim_nano", depth=1)(torch.ones(1, 3, 8, 8))
+    assert downloaded == []
+
+
+def test_without_the_package_kernels_the_command_that_installs_it_is_said(hub, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kernels", None)
+    monkeypatch.setattr(mamba.importlib.util, "find_spec", lambda name: None)
+    assert refusal() == "backend 'hub' cannot run here: kernels is not installed; " + mamba.INSTALL_HUB
+    extra = tomllib.loads((mamba._PROJECT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["hub"]
+    assert mamba.INSTALL_HUB.split() == ["pip", "install", *(re.split("[<>=]", line)[0] for line in extra)]
+
+
+def test_outside_a_checkout_no_version_is_guessed(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(mamba, "_PROJECT", tmp_path)
+    assert "famba is not installed from a checkout, whose pyproject.toml fixes the versions" in refusal()
+
+
+def test_offline_and_never_downloaded_it_says_how_to_download(hub, tmp_path, monkeypatch):
+    said = refusal()
+    assert said.startswith(
+        f"backend 'hub': {SCAN_REPOSITORY}: Version 2 of '{SCAN_REPOSITORY}' is not available in the"
+    )
+    assert said.endswith("; to download it: unset HF_HUB_OFFLINE")
+    locked(tmp_path, monkeypatch, "c" * 40)
+    mamba._find.cache_clear()
+    assert refusal().endswith("; to download it: unset HF_HUB_OFFLINE")
+
+
+def test_a_hub_out_of_reach_is_not_reported_as_one_that_is_not_trusted(hub, monkeypatch):
+    def unreachable(*arguments, **options):
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # what the variable was at the import
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(huggingface_hub.HfApi, "get_organization_overview", unreachable)
+    assert refusal() == (
+        f"backend 'hub': {SCAN_REPOSITORY}: Name or service not known; "
+        "to use what was downloaded before: HF_HUB_OFFLINE=1"
+    )
+
+
+def test_a_build_for_another_torch_only_is_refused_in_one_line_without_the_list_of_builds(hub):
+    hub(SCAN_REPOSITORY, built_for="torch27")
+    assert refusal() == (
+        f"backend 'hub': {SCAN_REPOSITORY}: Cannot find a build variant for this system in {SCAN_REPOSITORY} "
+        f"(revision: {'a' * 40}):; this is torch {torch.__version__}; what there is: kernels versions {SCAN_REPOSITORY}"
+    )
+
+
+def test_a_repository_without_the_function_is_refused_by_its_name(hub):
+    hub(CONV_REPOSITORY, "causal_conv1d_update = None")
+    x, weight = torch.ones(1, 8, 3), torch.ones(8, 4)
+    with pytest.raises(BackendError, match=r"has no attribute 'causal_conv1d_fn'; this is torch .*: kernels versions"):
+        mamba.causal_conv1d_silu(x, weight, None, False, hub=True)
+
+
+def test_a_download_that_is_not_whole_is_to_be_downloaded_again(hub):
+    build = hub(SCAN_REPOSITORY, "import torch; torch.ops.load_library(__file__.replace('__init__.py', 'scan.so'))")
+    (build / "scan.so").write_bytes(b"\x7fELF, and no more")
+    assert re.search(rf"file too short; to download it again: hf cache rm kernel/{SCAN_REPOSITORY}$", refusal())
+    mamba._find.cache_clear()
+    hub(SCAN_REPOSITORY, "def selective_scan_fn(")
+    assert re.search(rf"never closed .*; to download it again: hf cache rm kernel/{SCAN_REPOSITORY}$", refusal())
+    mamba._find.cache_clear()
+    (hub(SCAN_REPOSITORY) / "metadata.json").write_text("{")
+    assert refusal().endswith(f"; to download it again: hf cache rm kernel/{SCAN_REPOSITORY}")
+
+
+def test_a_package_that_does_not_import_is_to_be_installed_be_it_kernels_or_what_a_build_imports(hub, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setitem(sys.modules, "kernels", None)  # found, and not importable
+        assert refusal().endswith(f"; {mamba.INSTALL_HUB}")
+    mamba._find.cache_clear()
+    hub(SCAN_REPOSITORY, "import absent_package")
+    assert refusal().endswith(f": No module named 'absent_package'; {mamba.INSTALL_HUB}")
+    mamba._find.cache_clear()
+    hub(SCAN_REPOSITORY, needs=["einops"])
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "einops" else find(name))
+    assert refusal().endswith(f"Please install with: pip install einops; {mamba.INSTALL_HUB}")
+
+
+def test_a_run_on_the_hubs_kernels_is_as_nondeterministic_as_one_on_the_installed():
+    cuda = torch.device("cuda")
+    assert numerics.nondeterministic(cuda, "hub") == numerics.nondeterministic(cuda, "mamba_ssm")
+    assert "selective_scan_bwd" in numerics.nondeterministic(cuda, "hub")
+    assert "selective_scan_bwd" not in numerics.nondeterministic(cuda, "torch")
