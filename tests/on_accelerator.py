@@ -42,12 +42,12 @@ def peak_memory(step, resident, device):
 def smoke(strategy="upper", *, data=None, model=None, **changes) -> Params:
     p = params.load("smoke", strategy=strategy)
     changes = {"threads": 1, "batch_size": 200, **changes}
-    few = {"depth": 2, "patch_size": 4, "stride": 2}  # 9 patches
+    small = {"depth": 1, "patch_size": 4, "stride": 2}  # 9 patches
     return dataclasses.replace(
         p,
-        fusion=dataclasses.replace(p.fusion, r=2, first_layer=2, last_layer=2),
+        fusion=dataclasses.replace(p.fusion, r=2, first_layer=1, last_layer=1),
         data=dataclasses.replace(p.data, **{"limit": 400, **(data or {})}),
-        model=dataclasses.replace(p.model, **{**few, **(model or {})}),
+        model=dataclasses.replace(p.model, **{**small, **(model or {})}),
         train=dataclasses.replace(p.train, **changes),
     )
 

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_whole_runs_on_an_accelerator():
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/on_accelerator.py"],
+        # Without conftest.py: other tests check shapes, which takes time.
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", "tests/on_accelerator.py"],
         cwd=ROOT,
         capture_output=True,
         text=True,
