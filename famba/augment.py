@@ -119,11 +119,12 @@ def apply(
     b, device = len(images), images.device
     partner = torch.arange(b) ^ 1
     partner[partner == b] = b - 1  # the last of an odd batch, whose share is 1
-    partner, share = partner.to(device), draws.share.to(device)
+    partner, share = partner.to(device, non_blocking=True), draws.share.to(device, non_blocking=True)
     own = share[:, None, None, None]
     if draws.box is not None:
-        by_box = (draws.box[:, 2:] > draws.box[:, :2]).all(1).to(device)
-        outside = 1 - _inside(draws.box.to(device), *images.shape[2:]).float()
+        box = draws.box.to(device, non_blocking=True)
+        by_box = (box[:, 2:] > box[:, :2]).all(1)
+        outside = 1 - _inside(box, *images.shape[2:]).float()
         own = torch.where(by_box[:, None, None, None], outside, own)
     mixed = torch.lerp(shown[partner], shown, own)
     off = label_smoothing / draws.classes
@@ -135,10 +136,10 @@ def apply(
 def _moved(images: UInt8[Tensor, "b 3 h w"], draws: Draws) -> UInt8[Tensor, "b 3 h w"]:
     """Shifted, zeros (black) moving in, then mirrored."""
     b, _, h, w = images.shape
-    mirrored = None if draws.mirrored is None else draws.mirrored.to(images.device)
+    mirrored = None if draws.mirrored is None else draws.mirrored.to(images.device, non_blocking=True)
     if draws.corner is None:
         return images if mirrored is None else torch.where(mirrored[:, None, None, None], images.flip(3), images)
-    top, left = draws.corner.T[:, :, None].to(images.device)
+    top, left = draws.corner.T[:, :, None].to(images.device, non_blocking=True)
     y, x = top + torch.arange(h, device=images.device), torch.arange(w, device=images.device).expand(b, w)
     if mirrored is not None:
         x = torch.where(mirrored[:, None], x.flip(1), x)
@@ -201,7 +202,8 @@ def _erase(
     area = rectangle[:, 2] * rectangle[:, 3]
     total, device = int(area.sum()), images.device
     described = torch.stack([torch.arange(len(area)), area.cumsum(0) - area, seed, *rectangle.T])
-    described = described.to(device).repeat_interleave(area.to(device), 1, output_size=total)
+    described, area = described.to(device, non_blocking=True), area.to(device, non_blocking=True)
+    described = described.repeat_interleave(area, 1, output_size=total)
     image, start, seed, top, left, _, width = described
     pixel = torch.arange(total, device=device) - start
     y, x = top + pixel // width, left + pixel % width

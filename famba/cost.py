@@ -365,22 +365,25 @@ def flops_counted(model: nn.Module, images: Tensor) -> int:
 def peak_memory(step: Callable[[], object], resident: Iterable[Tensor], device: torch.device | str) -> int:
     """The most bytes of tensors alive at any one time while `step` runs; runs it once.
 
-    On a CPU every allocation and release that torch's allocator makes during the step is recorded, temporaries inside
-    an operator included, on top of the resident tensors. On CUDA it is the allocator's own peak.
+    They are the resident tensors and what the step adds to them, temporaries inside an operator included: by every
+    allocation and release on a CPU, by the allocator's own peak on CUDA. Others' memory does not count: the data set,
+    say, or what a copy was made of.
 
     Args:
-        resident: what is alive before the step, and stays: weights, optimiser state, the batch. Counted once per
-            storage. What the step frees of it counts to its end, because the profiler cannot see that: free old
-            gradients before, not in the step. CUDA needs no list: its allocator knows.
+        resident: what is alive before the step, stays, and is its own: weights, optimiser state, the batch. Counted
+            once per storage. What the step frees of it counts to its end, because the profiler cannot see that: free
+            old gradients before, not in the step.
     """
     device = torch.device(device)
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in resident}
+    live = peak = sum(storages.values())
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         step()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device)
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in resident}
+        return peak + torch.cuda.max_memory_allocated(device) - before
     with (
         _without_profiler_lines(),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as recorded,
@@ -389,7 +392,6 @@ def peak_memory(step: Callable[[], object], resident: Iterable[Tensor], device: 
     assert recorded.profiler is not None
     assert recorded.profiler.kineto_results is not None
     events = (x for x in recorded.profiler.kineto_results.events() if x.name() == "[memory]")
-    live = peak = sum(storages.values())
     for event in sorted(events, key=lambda x: x.start_ns()):
         live += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
         peak = max(peak, live)

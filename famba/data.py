@@ -160,13 +160,12 @@ def batches(
 
 
 def to_device(images: Dataset, device: torch.device) -> Dataset:
-    """The splits that lie in memory moved, the batches of those that stream sent there as they come."""
+    """The splits that lie in memory moved, the batches of those that stream moved as they come."""
 
     def moved(split: Split | Streamed) -> Split | Streamed:
         if isinstance(split, Split):
             return Split(split.images.to(device), split.labels.to(device))
-        sent = dataclasses.replace(split.images, device=device)
-        return dataclasses.replace(split, images=sent, labels=split.labels.to(device))
+        return dataclasses.replace(split, labels=split.labels.to(device))
 
     return dataclasses.replace(images, train=moved(images.train), val=moved(images.val), test=moved(images.test))
 
@@ -203,7 +202,7 @@ def normalise(
     images: UInt8[Tensor, "b 3 h w"], mean: Sequence[float], std: Sequence[float]
 ) -> Float32[Tensor, "b 3 h w"]:
     """Images of mean 0 and standard deviation 1 per channel, if mean and std (0 black, 1 white) are their own."""
-    scale = torch.tensor([mean, std], dtype=torch.float32, device=images.device).mul_(255)[:, :, None, None]
+    scale = _scale(mean, std, images.device)
     return images.to(torch.float32).sub_(scale[0]).div_(scale[1])
 
 
@@ -211,8 +210,14 @@ def pictures(
     images: Float32[Tensor, "b 3 h w"], mean: Sequence[float], std: Sequence[float]
 ) -> UInt8[Tensor, "b 3 h w"]:
     """Normalised images as pixels again, to be looked at; noise and mixtures are cut off at black and white."""
-    scale = torch.tensor([mean, std], dtype=torch.float32, device=images.device).mul_(255)[:, :, None, None]
+    scale = _scale(mean, std, images.device)
     return (images * scale[1] + scale[0]).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _scale(mean: Sequence[float], std: Sequence[float], device: torch.device) -> Float32[Tensor, "2 3 1 1"]:
+    """Mean and standard deviation of pixels from 0 to 255; made on the CPU, since the host waits for other copies."""
+    scale = torch.tensor([mean, std], dtype=torch.float32).mul_(255)[:, :, None, None]
+    return scale.to(device, non_blocking=True)
 
 
 def _rows(p: DataParams, found: Found) -> dict[str, Int64[Tensor, "_"]]:

@@ -20,23 +20,28 @@ def unavailable(device: torch.device, processes: int = 1) -> str:
     return "" if processes == 1 else f"it takes one process, got {processes}"
 
 
-def captured(call: Callable[[], _T]) -> Callable[[], _T]:
+def captured(call: Callable[[], _T], device: torch.device | str) -> Callable[[], _T]:
     """The call as a graph; replayed, it gives what it gave when captured, with the new numbers in it.
 
     Gradients that are to be made anew each time must be None when the call begins, and stay where they are afterwards.
 
+    Args:
+        device: that the call runs on. A capture elsewhere would record nothing, and no error would say so.
+
     Raises:
         RuntimeError: it cannot be captured, because it waits for the device, say, or there is no CUDA device.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(_WARMUP):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        made = call()
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARMUP):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # The thread that pins the loader's batches allocates meanwhile, which a capture of the whole process forbids.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            made = call()
 
     def replay() -> _T:
         graph.replay()

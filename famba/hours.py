@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from famba import cost, params, train
+from famba import cost, numerics, params, train
 from famba.bench.table import table
 from famba.data import Dataset, Split
 from famba.errors import InputError
@@ -111,7 +111,7 @@ def _row(p: Params, steps: int, images: int) -> dict[str, Any]:
     device = place(p.profile, t.device)
     if t.threads is not None:
         torch.set_num_threads(t.threads)
-    torch.set_flush_denormal(True)  # as in training
+    numerics.configure()
     session, parts = _session(p, device)
     clock = cost.StepClock(device, warmup_steps=_WARMUP)
     session.model.train()

@@ -14,6 +14,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
+def configure() -> None:
+    """Set what torch is to do with numbers in all of this process."""
+    torch.set_flush_denormal(True)  # a decaying scan makes denormals, which a CPU is slow at
+    # fp32 means fp32: by default cuDNN's convolutions would round their inputs to 10 bits.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """What a forward pass of that precision, `fp32` or `bf16`, runs under."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

@@ -90,10 +90,14 @@ def writes() -> bool:
 def join(device: torch.device) -> Processes:
     """Find the other processes, if there are any; on CUDA each takes the device of its place on the machine.
 
+    The CUDA device becomes the process's current one.
+
     Raises:
         InputError: Accelerate is needed and missing.
     """
     if started() < 2:
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # as Accelerate does: threads that pin memory would start the first GPU, too
         return Processes(device)
     try:
         from accelerate import Accelerator

@@ -66,7 +66,8 @@ class RunRecord:
         cost: `train_time_s`, `step_time_ms`, `data_time_ms`, `peak_memory_mib`, `throughput_img_s`,
             `flops_per_image` (formula), `flops_per_image_counted` (torch's counter), `params_count`, `threads`,
             `device`, `versions`, `command`, `kernels` (the backend that ran each function, and the native ones'
-            `instruction_set`), `nondeterministic` (what was, by name), `epoch_time_s` (one per epoch).
+            `instruction_set`), `tf32` (whether fp32 products were rounded so), `nondeterministic` (what was, by name),
+            `epoch_time_s` (one per epoch).
             Where nothing was trained (`train.epochs` 0), a step is a forward pass, and the epoch is number 0.
         history: one dict of `HISTORY_COLUMNS` per epoch; None in the ema columns of a run without. Empty where nothing
             was trained.

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from famba import augment, checkpoint, cost, data, graph, numerics, recipe, strategies
@@ -59,20 +59,19 @@ def evaluate(
     """
     model.eval()
     processes = processes or Processes(next(model.parameters(), torch.empty(0)).device)
-    loss, top1, top5, n = 0.0, 0, 0, 0
+    n, sums = 0, torch.zeros(3, dtype=torch.float64, device=processes.device)  # there: no batch waits for a GPU
     rows = slice(processes.rank, None, processes.count)
     for batch, labels in data.batches(split, batch_size, rows=rows):
         if not len(labels):
             continue
-        batch, labels = batch.to(processes.device), labels.to(processes.device)
+        batch, labels = (x.to(processes.device, non_blocking=True) for x in (batch, labels))
         with numerics.autocast(batch.device, precision):
             logits = model(data.normalise(batch, images.mean, images.std)).float()
-        loss += functional.cross_entropy(logits, labels, reduction="sum").item()
+        loss = functional.cross_entropy(logits, labels, reduction="sum")
         hits = logits.topk(min(5, logits.shape[-1])).indices == labels[:, None]
-        top1 += int(hits[:, 0].sum())
-        top5 += int(hits.sum())
+        sums += torch.stack([loss.double(), hits[:, 0].sum().double(), hits.sum().double()])
         n += len(labels)
-    loss, top1, top5, n = processes.sum([loss, top1, top5, n])
+    loss, top1, top5, n = processes.sum([*sums.tolist(), n])
     return {"top1_percent": 100 * top1 / n, "top5_percent": 100 * top5 / n, "loss": loss / n}
 
 
@@ -125,7 +124,8 @@ class Session:
         self.optimiser = torch.optim.AdamW(groups, lr=t.lr, betas=t.betas, fused=True)
         self.ema = None
         if t.ema_decay is not None and t.epochs:
-            self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(t.ema_decay))
+            # Not torch's AveragedModel: it counts its steps in a tensor, which it copies to the GPU and waits for.
+            self.ema, self.average = copy.deepcopy(model), get_ema_multi_avg_fn(t.ema_decay)
         self.wrapped = processes.wrap(model)
         self.warm = False
         self.given: list[Part] = []  # where a captured step reads its images and labels
@@ -213,6 +213,7 @@ class Session:
             "params_count": sum(weight.numel() for weight in self.model.parameters()),
             "processes": self.processes.count,
             "kernels": used,
+            "tf32": torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32,
             "nondeterministic": numerics.nondeterministic(self.device, used["scan"]),
             "command": self._command(),
             **cost.environment(self.device),
@@ -275,7 +276,7 @@ class Session:
         probe.optimiser.zero_grad(set_to_none=True)
         resident = [images, labels, *probe.model.state_dict().values(), *probe._moments()]
         if probe.ema is not None:
-            resident += list(probe.ema.state_dict().values())
+            resident += probe.ema.state_dict().values()
         peak = cost.peak_memory(lambda: probe._step(parts, lr, 1), resident, self.device)
         self.peak_memory_mib = peak / _MIB
 
@@ -333,8 +334,10 @@ class Session:
         if not (math.isfinite(length) and math.isfinite(value)):
             self._refuse(parts, value, length, lr, step)
         self.optimiser.step()
-        if self.ema is not None:
-            self.ema.update_parameters(self.model)
+        if self.ema is not None and step == 0:
+            self.ema.load_state_dict(self.model.state_dict())
+        elif self.ema is not None:
+            self.average(list(self.ema.parameters()), list(self.model.parameters()), step)
         return value, int(hits)
 
     def _learnt(self, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
@@ -343,7 +346,7 @@ class Session:
             return self._gradients(parts)
         if self.replay is None:
             self.given = [(images.clone(), targets.clone()) for images, targets in parts]
-            self.replay = graph.captured(lambda: self._gradients(self.given))
+            self.replay = graph.captured(lambda: self._gradients(self.given), self.device)
         for mine, part in zip(self.given, parts, strict=True):
             for place, x in zip(mine, part, strict=True):
                 place.copy_(x)
@@ -392,8 +395,7 @@ class Session:
     def _validate(self) -> dict[str, Any]:
         """Evaluate on the validation split, keep the weights if they are to be tested; what history says of it."""
         row: dict[str, Any] = {"ema_val_loss": None, "ema_val_top1_percent": None}
-        averaged = None if self.ema is None else self.ema.module
-        for kind, model in {"raw": self.model, "ema": averaged}.items():
+        for kind, model in {"raw": self.model, "ema": self.ema}.items():
             if model is None:
                 continue
             scores = self._evaluate(model, self.images.val)
@@ -516,12 +518,11 @@ class Session:
         state |= {f"best.{key}": t for key, t in (weights if blank else self.best).items()}
         if self.ema is not None:
             state |= {f"ema.{key}": t for key, t in self.ema.state_dict().items()}
-        for index, weight in enumerate(self._weights()):
-            moments = self.optimiser.state[weight] if not blank else {}
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[f"optimiser.{index}.{name}"] = moments.get(name, weight)
-            state[f"optimiser.{index}.step"] = moments.get("step", torch.tensor(0.0))
-        return state
+        moments = self.optimiser.state_dict()["state"]
+        if blank:
+            every = itertools.chain.from_iterable(group["params"] for group in self.optimiser.param_groups)
+            moments = {i: {"step": torch.zeros(()), "exp_avg": x, "exp_avg_sq": x} for i, x in enumerate(every)}
+        return state | {f"optimiser.{i}.{name}": t for i, kept in moments.items() for name, t in kept.items()}
 
     def _take(self, tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> None:
         def part(prefix: str) -> dict[str, Tensor]:
@@ -531,16 +532,15 @@ class Session:
         self.best = {key: t.to(self.device) for key, t in part("best.").items()}
         if self.ema is not None:
             self.ema.load_state_dict(part("ema."))
-        for index, weight in enumerate(self._weights()):
-            moments = part(f"optimiser.{index}.")
-            step = moments.pop("step")
-            self.optimiser.state[weight] = {"step": step, **{k: t.to(self.device) for k, t in moments.items()}}
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, t in part("optimiser.").items():
+            index, name = key.split(".")
+            moments.setdefault(int(index), {})[name] = t
+        # torch knows which of them must lie beside the weights: AdamW's step where it is fused, too. Settings stay.
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": moments})
         for name in ("epoch", "history", "validation", "chosen", "epoch_time_s", "step_time_ms", "data_time_ms"):
             setattr(self, name, described[name])
         self.peak_memory_mib = described["peak_memory_mib"]
-
-    def _weights(self) -> list[nn.Parameter]:
-        return [weight for group in self.optimiser.param_groups for weight in group["params"]]
 
     def _moments(self) -> list[Tensor]:
         return [t for state in self.optimiser.state.values() for t in state.values() if isinstance(t, Tensor)]

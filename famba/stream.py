@@ -33,17 +33,17 @@ from famba.sources import Encoded
 class Images:
     """Some images of a set, to be indexed like the tensor (n, 3, h, w) that they would be; each is decoded every time.
 
+    On the CPU always: worker processes index them, and a worker must neither start CUDA nor send a tensor of a GPU.
+
     Attributes:
         rows: which images of `encoded`, in their order.
         img_size, crop: as in `sources.fit`.
-        device: of what indexing gives.
     """
 
     encoded: Encoded
     rows: Int64[Tensor, "n"]
     img_size: int
     crop: float
-    device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -58,7 +58,7 @@ class Images:
         found = np.empty((len(rows), 3, self.img_size, self.img_size), dtype=np.uint8)
         for i, row in enumerate(rows):
             found[i] = sources.pixels(self.encoded, row, self.img_size, self.crop)
-        return torch.from_numpy(found).to(self.device)
+        return torch.from_numpy(found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +66,7 @@ class Streamed:
     """A split whose images are decoded when they are needed.
 
     Attributes:
-        images, labels: as those of `data.Split`; labels may lie on the training device.
+        images, labels: as those of `data.Split`, the images on the CPU; batches are moved to where the labels lie.
         recipe: varies and normalises what is trained on; None leaves that to whoever takes the batches.
         workers: processes that decode; 0 decodes in this one.
     """
@@ -96,7 +96,7 @@ def read(
     """
     items = _Items(split.images, split.recipe, seed)
     places = [part.tolist() for part in parts]
-    device = split.images.device
+    device = split.labels.device
     loaded = _loader(items, places, split.workers, device) if split.workers else map(items.__getitem__, places)
     batches = iter(loaded)
     try:
@@ -104,7 +104,7 @@ def read(
             images = next(batches)
             if isinstance(images, InputError):
                 raise images
-            yield images.to(device, non_blocking=True), split.labels[part.to(split.labels.device)]
+            yield images.to(device, non_blocking=True), split.labels[part.to(device, non_blocking=True)]
     except (RuntimeError, OSError, EOFError) as error:  # as a killed worker shows depends on what it was about to do
         if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
             raise

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from famba import cost, data, parallel, params, pretrained, records, strategies
+from famba import cost, data, numerics, parallel, params, pretrained, records, strategies
 from famba.data import Dataset
 from famba.errors import InputError
 from famba.files import claimed, json_bytes, write_atomic
@@ -68,7 +68,7 @@ def fit(p: Params, *, seed: int, progress: bool = False, watch: Sequence[Watcher
     device = _device(p.train)
     if p.train.threads is not None:
         torch.set_num_threads(p.train.threads)
-    torch.set_flush_denormal(True)  # a decaying scan makes denormals, which a CPU is slow at
+    numerics.configure()
     processes = parallel.join(device)
     images = data.load(p.data)
     model = build(p, classes=len(images.classes), seed=seed).to(processes.device)

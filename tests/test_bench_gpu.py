@@ -229,7 +229,7 @@ def test_a_captured_step_trains_as_the_called_one():
     losses = []
     for capture in (False, True):
         training = Training(dataclasses.replace(QUICK, device="cuda", precision="fp32"))
-        step = gpu.captured(training.step) if capture else training.step
+        step = gpu.captured(training.step, "cuda") if capture else training.step
         for _ in range(2 if capture else 5):  # three warm it up; what is captured is not done
             step()
         losses.append(training.forward(training.images).sum().item())

@@ -304,11 +304,30 @@ def test_a_step_that_raises_leaves_the_next_measurement_whole(capfd):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_peak_memory_on_cuda_is_the_allocators():
-    base = torch.zeros(4 * MIB, dtype=torch.uint8, device="cuda")
-    before = torch.cuda.memory_allocated()
-    assert before >= base.nbytes
-    peak = cost.peak_memory(lambda: torch.zeros(8 * MIB, dtype=torch.uint8, device="cuda"), [], "cuda")
-    assert peak == before + 8 * MIB
+    base, other = (torch.zeros(size * MIB, dtype=torch.uint8, device="cuda") for size in (4, 2))
+    peak = cost.peak_memory(lambda: torch.zeros(8 * MIB, dtype=torch.uint8, device="cuda"), [base, base[5:]], "cuda")
+    assert peak == 12 * MIB
+    assert torch.cuda.memory_allocated() >= base.nbytes + other.nbytes
+
+
+def test_peak_memory_on_cuda_is_that_of_the_resident_tensors_and_the_step_whatever_else_is_there(monkeypatch):
+    class Allocator:
+        allocated = peak = 100 * MIB  # the resident tensors, and others'
+
+    def reset(device) -> None:
+        Allocator.peak = Allocator.allocated
+
+    def step() -> None:
+        Allocator.peak = Allocator.allocated + 8 * MIB
+        Allocator.allocated += MIB  # stays after the step
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: Allocator.allocated)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: Allocator.peak)
+    base = mib(4)
+    for _ in range(2):
+        assert cost.peak_memory(step, [base, base[5:]], "cuda") == 12 * MIB
 
 
 @pytest.fixture

@@ -32,6 +32,14 @@ def repository(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_a_process_by_itself_takes_its_cuda_device_as_the_current_one(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for name in ("cuda:1", "cuda", "cpu"):
+        assert parallel.join(torch.device(name)).device == torch.device(name)
+    assert taken == [torch.device("cuda:1")]
+
+
 MIXED = {"mixup": 0.8, "cutmix": 1.0, "erase": 0.25, "flip": True}
 
 

@@ -1,5 +1,6 @@
 """Training: the recipe by hand, a run that was disturbed against one that was not, and what stops a run."""
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -7,6 +8,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -240,7 +242,7 @@ def test_a_moving_average_is_evaluated_and_can_be_chosen(monkeypatch, choose):
 
     def ema_is_better(model, split, images, **options):
         scores = evaluate(model, split, images, **options)
-        return {**scores, "top1_percent": 100.0} if any(model is s.ema.module for s in sessions) else scores
+        return {**scores, "top1_percent": 100.0} if any(model is s.ema for s in sessions) else scores
 
     monkeypatch.setattr(Session, "__init__", remembered)
     monkeypatch.setattr("famba.session.evaluate", ema_is_better)
@@ -264,7 +266,7 @@ def test_the_moving_average_is_what_its_decay_says():
         session._step([(batch, images.train.labels[:8])], 1e-2, step)
         now = model.head.weight.detach().clone()
         expected = now if expected is None else 0.5 * expected + 0.5 * now
-    torch.testing.assert_close(session.ema.module.head.weight.detach(), expected)
+    torch.testing.assert_close(session.ema.head.weight.detach(), expected)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(monkeypatch):
@@ -316,6 +318,14 @@ def test_a_run_that_another_process_trains_is_refused():
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="another process is training this run"):
             train.fit(smoke(), seed=0)
+
+
+def test_a_run_rounds_no_fp32_product_to_tf32_and_says_so():
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    run = train.fit(smoke(epochs=1), seed=0)
+    assert run.cost["tf32"] is False
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_bf16_trains_and_stays_near_fp32(undisturbed):
@@ -531,7 +541,8 @@ def _saved(run: records.Run) -> train.VisionMamba:
 def test_a_step_that_is_replayed_learns_what_a_called_one_does(undisturbed, repository, monkeypatch):
     captures = []
 
-    def captured(call):
+    def captured(call, device):
+        assert device.type == "cpu"
         for _ in range(3):
             call()
         captures.append(call)
@@ -542,6 +553,38 @@ def test_a_step_that_is_replayed_learns_what_a_called_one_does(undisturbed, repo
     p = smoke(epochs=3, choose="best", cuda_graph=True)
     assert deterministic(train.fit(p, seed=1)) == deterministic(undisturbed)
     assert len(captures) == 1
+
+
+def test_a_step_is_captured_on_the_device_that_it_runs_on(monkeypatch):
+    current, made = [torch.device("cuda:0")], []
+
+    @contextlib.contextmanager
+    def device(chosen):
+        current.append(chosen)
+        yield
+        current.pop()
+
+    def start(stream=None):
+        made.append(current[-1])
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    @contextlib.contextmanager
+    def captures(graph, capture_error_mode):
+        # a loader's thread pins memory meanwhile
+        made.extend([current[-1], capture_error_mode])
+        yield
+
+    for name, double in {
+        "device": device,
+        "Stream": start,
+        "current_stream": start,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+        "graph": captures,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, double)
+    graph.captured(lambda: None, torch.device("cuda:1"))()
+    assert made == [torch.device("cuda:1")] * 4 + ["thread_local"]
 
 
 @pytest.mark.gpu

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
-from famba import cost, params
+from famba import cost, numerics, params
 from famba.bench import gpu
 from famba.bench.fusing import bench_layer, bench_schedules, break_even
 from famba.bench.loading import bench_loading, left_out
@@ -67,7 +66,7 @@ def run(parts: Sequence[str] = PARTS, *, quick: bool = False) -> dict[str, Any]:
         if part not in PARTS:
             raise InputError(f"part: {part!r} is unknown; allowed: {', '.join(PARTS)}")
     setting = QUICK if quick else FULL
-    torch.set_flush_denormal(True)  # as in training
+    numerics.configure()
     tables: _Tables = {}
     for part in PARTS:
         if part in parts:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from famba import cost, params
+from famba import cost, numerics, params
 from famba.bench.fusing import bench_layer, bench_schedules
 from famba.bench.model import Training, able
 from famba.bench.published import as_published, with_norms_of
@@ -120,7 +120,7 @@ def run(
             raise InputError(f"part: {part!r} is unknown; allowed: {', '.join(PARTS)}")
     _check_device(device, quick)
     setting = dataclasses.replace(_QUICK if quick else _FULL, device=device)
-    torch.set_flush_denormal(True)  # as in training
+    numerics.configure()
     if torch.device(device).type == "cuda":
         torch.cuda.set_device(device)
     chosen = "" if set(parts) == set(PARTS) else "".join(f" {part}" for part in PARTS if part in parts)
@@ -205,7 +205,7 @@ def bench_graphs(setting: GpuSetting, left: Left) -> list[dict[str, Any]]:
     makes: dict[str, Callable[[], Callable[[], object]]] = {}
     for what, schedule in schedules.items():
         makes[f"called{what}"] = lambda schedule=schedule: _small_step(at, schedule)
-        makes[f"captured{what}"] = lambda schedule=schedule: captured(_small_step(at, schedule))
+        makes[f"captured{what}"] = lambda schedule=schedule: captured(_small_step(at, schedule), at.device)
     makes["compiled"] = lambda: _compiled_step(at)
     found = at.times(_tried(makes, left, f"{setting.small}, "), rounds=3 * setting.rounds)
     first = next(iter(found.values()), {})
@@ -236,7 +236,7 @@ def _scans(
     calls = _tried({name: partial(make, name) for name in (*fast, "torch")}, left, of)
     found = setting.times(calls, rounds=3 * setting.rounds, budget_s=setting.slow_s)
     # torch's thousands of calls would be too large a graph.
-    replays = {name: partial(captured, call) for name, call in calls.items() if name in fast}
+    replays = {name: partial(captured, call, setting.device) for name, call in calls.items() if name in fast}
     device = setting.times(_tried(replays, left, f"device_ms of {of}"), rounds=3 * setting.rounds)
     moved = (scan_bytes if both else one_scan_bytes)(*shape, dtype)
     bound_ms = moved / gb_per_s / 1e6
@@ -299,12 +299,11 @@ def _training_step(
     """
     _free()
     device = torch.device(setting.device)
-    others = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     training = Training(setting, backend)
     change(with_norms_of(training.model, norms))
     training.step()  # makes the optimiser's moments
     start = time.perf_counter()
-    peaks[what] = (cost.peak_memory(training.step, training.resident(), device) - others) / _MIB
+    peaks[what] = cost.peak_memory(training.step, training.resident(), device) / _MIB
     if (took_s := time.perf_counter() - start) > setting.slow_s:
         raise TimeoutError(f"one step took {took_s:.0f} s")
     return training.step
