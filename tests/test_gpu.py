@@ -474,12 +474,13 @@ def training_step(device, *, capturable=False):
 
 
 @on_cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # setting it warns that it is a prototype
 def test_a_training_step_never_waits_for_the_device(device):
     step, loss = training_step(device, capturable=True)
     step()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
