@@ -54,8 +54,8 @@ def child(*command, **environment):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the device")
 def test_every_kernel_agrees_under_the_interpreter():
     own = ["tests/test_gpu.py"]
-    others = ["tests/test_fusion.py", "tests/test_mixer.py", "tests/test_cost.py", "-k", "triton"]
-    for tests, least in ((own, 40), (others, 100)):
+    others = ["tests/test_fusion.py", "tests/test_mixer.py", "tests/test_cost.py", "-k", "triton and not fp32"]
+    for tests, least in ((own, 35), (others, 100)):
         done = child("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, TRITON_INTERPRET="1")
         counted = re.search(r"(\d+) passed", done.stdout)
         assert done.returncode == 0, done.stdout[-5000:]
@@ -127,20 +127,19 @@ def exactly(*tensors, reverse=False):
     return selective_scan_ref(*tensors, delta_softplus=True, reverse=reverse)
 
 
-SHAPES = [(2, 5, 1, 1), (1, 33, 5, 16), (2, 3, 5, 3), (1, 9, 5, 64), (1, 70, 3, 8), (1, 2, 69, 2)]
+# What more than one chunk of tokens takes (67) is slow to interpret: tested with both directions at once, below.
+SHAPES = {(2, 5, 1, 1): False, (1, 33, 5, 16): True, (2, 3, 5, 3): False, (1, 9, 5, 64): False, (1, 70, 3, 8): True}
 
 
 @on_each_device
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "reverse"), SHAPES.items(), ids=str)
 def test_the_scan_agrees_with_double_precision(device, shape, reverse):
     function = functools.partial(scanned, reverse=reverse)
     assert_agree(function, draw_scan(*shape, device=device), 1e-5, functools.partial(exactly, reverse=reverse))
 
 
 @on_each_device
-@pytest.mark.parametrize("layout", ["tokens", "scattered"])
-@pytest.mark.parametrize("optional", [True, False])
+@pytest.mark.parametrize(("layout", "optional"), [("tokens", True), ("scattered", False)])
 def test_the_scan_takes_any_strides_and_no_more_than_it_must(device, layout, optional):
     assert_agree(scanned, draw_scan(2, 5, 6, 3, layout=layout, optional=optional, device=device), 1e-5, exactly)
 
@@ -155,9 +154,13 @@ def test_the_scan_takes_steps_of_any_size(device, step):
         return selective_scan(*tensors, backend=backend)
 
     assert_agree(given, [u, raw, *others[:3]], 1e-5, selective_scan_ref)
-    # before softplus: large either way
-    for size in (-18.0, 90.0):
-        assert_agree(scanned, [u, torch.full_like(delta, size).requires_grad_(), *others[:3]], 1e-5, exactly)
+
+
+@on_each_device
+@pytest.mark.parametrize("step", [-18.0, 90.0])
+def test_the_scan_takes_steps_of_any_size_before_softplus(device, step):
+    u, delta, *others = draw_scan(1, 4, 6, 4, optional=False, device=device)
+    assert_agree(scanned, [u, torch.full_like(delta, step).requires_grad_(), *others[:3]], 1e-5, exactly)
 
 
 @on_each_device
@@ -317,7 +320,7 @@ def test_equal_similarities_go_by_position(device):
     assert found.target.tolist() == [20 * [1]]
 
 
-@on_each_device
+@on_cuda
 def test_the_same_bits_come_out_twice(device):
     tensors = [x for seed in (0, 1) for x in draw_side(2, 40, 9, 4, 3, seed, torch.float32, device)]
     tensors += leaves([torch.randn(2, 40, 9, generator=torch.Generator().manual_seed(2))], device)
@@ -389,6 +392,7 @@ def test_without_triton_or_a_device_the_reason_says_what_to_do(monkeypatch):
     assert set(backends()) == set(dispatch.NAMES)
 
 
+@pytest.mark.skipif(runtime.INTERPRETED, reason="it imports without triton")
 def test_the_package_imports_where_triton_is_missing():
     code = "import sys; sys.modules['triton'] = None; from famba import backends; print(backends()['triton'])"
     assert child("-c", code).stdout == "triton is missing; pip install triton\n"
