@@ -57,7 +57,7 @@ def match_tokens(
         feature: what is compared; detached, so matching carries no gradient.
         r: tokens removed from every sequence.
         protected: positions that neither disappear nor absorb: the same for all sequences, or a (b,) tensor with
-            one for each.
+            one for each, which leaves nothing to fuse at t = 3: it may be the one odd position.
         backend: "native" on a CPU and "triton" on a GPU compare in float32. Triton's does not look at a tensor of
             positions: it would have to wait for them.
 
@@ -253,12 +253,9 @@ class _Mean(torch.autograd.Function):
 
 
 def _check_r(r: int, t: int, protected: Sequence[int] | Tensor) -> None:
-    """Refuse what cannot be fused; looks at a tensor's values only where they can matter, at 3 tokens."""
+    """Refuse what cannot be fused. A tensor is not read, for which the host would wait: the worst is assumed of it."""
     if isinstance(protected, Tensor):
-        fixed = 1
-        evens, odds = (t - 1) // 2, t // 2 - 1  # what is left at worst, whichever position is protected
-        if t == 3:
-            odds = 1 - int((protected == 1).any())
+        fixed, evens, odds = 1, (t - 1) // 2, t // 2 - 1
     else:
         fixed = len(set(protected))
         evens = (t + 1) // 2 - len({p for p in protected if p % 2 == 0})

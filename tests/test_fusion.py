@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from famba import fusion
 from famba.errors import BackendError, InputError
@@ -181,11 +182,18 @@ def test_protected_positions_that_leave_nobody_to_absorb_are_refused(backend):
     feature = torch.randn(2, 3, 4)
     with pytest.raises(InputError, match=r"r = 1 of t = 3 tokens, 1 of them protected; allowed: 0\.\.0"):
         match_tokens(feature, 1, protected=(1,), backend=backend)
-    with pytest.raises(InputError, match="r = 1 of t = 3"):
-        match_tokens(feature, 1, protected=torch.tensor([0, 1]), backend=backend)
-    assert match_tokens(feature, 1, protected=torch.tensor([0, 2]), backend=backend).source.tolist() == [[2], [0]]
+    assert match_tokens(feature, 1, protected=(2,), backend=backend).source.tolist() == [[0], [0]]
     with pytest.raises(InputError, match=r"position 7; must be in 0\.\.2"):
         match_tokens(feature, 1, protected=(7,), backend=backend)
+
+
+@pytest.mark.parametrize(("t", "most"), [(2, 0), (3, 0), (4, 1), (5, 2)])
+def test_what_positions_in_a_tensor_leave_to_fuse_is_known_without_reading_them(t, most):
+    with FakeTensorMode():
+        feature, protected = torch.randn(2, t, 4), torch.zeros(2, dtype=torch.int64)
+        assert match_tokens(feature, most, protected=protected, backend="torch").source.shape == (2, most)
+        with pytest.raises(InputError, match=rf"t = {t} tokens, 1 of them protected; allowed: 0\.\.{most}"):
+            match_tokens(feature, most + 1, protected=protected, backend="torch")
 
 
 @pytest.mark.parametrize(("key", "value"), [("order", "reverse"), ("weighting", "max")])

@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from famba import FusionOptions, create_model, dispatch, fusion, ops, scan
-from famba.bench import sass
 from famba.errors import BackendError
 from famba.gpu import runtime
 from famba.gpu import scan as kernels
@@ -55,8 +54,8 @@ def child(*command, **environment):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the device")
 def test_every_kernel_agrees_under_the_interpreter():
     own = ["tests/test_gpu.py"]
-    others = ["tests/test_fusion.py", "tests/test_mixer.py", "tests/test_cost.py", "-k", "triton"]
-    for tests, least in ((own, 40), (others, 100)):
+    others = ["tests/test_fusion.py", "tests/test_mixer.py", "tests/test_cost.py", "-k", "triton and not fp32"]
+    for tests, least in ((own, 35), (others, 100)):
         done = child("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, TRITON_INTERPRET="1")
         counted = re.search(r"(\d+) passed", done.stdout)
         assert done.returncode == 0, done.stdout[-5000:]
@@ -128,20 +127,19 @@ def exactly(*tensors, reverse=False):
     return selective_scan_ref(*tensors, delta_softplus=True, reverse=reverse)
 
 
-SHAPES = [(2, 5, 1, 1), (1, 33, 5, 16), (2, 3, 5, 3), (1, 9, 5, 64), (1, 70, 3, 8), (1, 2, 69, 2)]
+# What more than one chunk of tokens takes (67) is slow to interpret: tested with both directions at once, below.
+SHAPES = {(2, 5, 1, 1): False, (1, 33, 5, 16): True, (2, 3, 5, 3): False, (1, 9, 5, 64): False, (1, 70, 3, 8): True}
 
 
 @on_each_device
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "reverse"), SHAPES.items(), ids=str)
 def test_the_scan_agrees_with_double_precision(device, shape, reverse):
     function = functools.partial(scanned, reverse=reverse)
     assert_agree(function, draw_scan(*shape, device=device), 1e-5, functools.partial(exactly, reverse=reverse))
 
 
 @on_each_device
-@pytest.mark.parametrize("layout", ["tokens", "scattered"])
-@pytest.mark.parametrize("optional", [True, False])
+@pytest.mark.parametrize(("layout", "optional"), [("tokens", True), ("scattered", False)])
 def test_the_scan_takes_any_strides_and_no_more_than_it_must(device, layout, optional):
     assert_agree(scanned, draw_scan(2, 5, 6, 3, layout=layout, optional=optional, device=device), 1e-5, exactly)
 
@@ -156,9 +154,13 @@ def test_the_scan_takes_steps_of_any_size(device, step):
         return selective_scan(*tensors, backend=backend)
 
     assert_agree(given, [u, raw, *others[:3]], 1e-5, selective_scan_ref)
-    # before softplus: large either way
-    for size in (-18.0, 90.0):
-        assert_agree(scanned, [u, torch.full_like(delta, size).requires_grad_(), *others[:3]], 1e-5, exactly)
+
+
+@on_each_device
+@pytest.mark.parametrize("step", [-18.0, 90.0])
+def test_the_scan_takes_steps_of_any_size_before_softplus(device, step):
+    u, delta, *others = draw_scan(1, 4, 6, 4, optional=False, device=device)
+    assert_agree(scanned, [u, torch.full_like(delta, step).requires_grad_(), *others[:3]], 1e-5, exactly)
 
 
 @on_each_device
@@ -318,7 +320,7 @@ def test_equal_similarities_go_by_position(device):
     assert found.target.tolist() == [20 * [1]]
 
 
-@on_each_device
+@on_cuda
 def test_the_same_bits_come_out_twice(device):
     tensors = [x for seed in (0, 1) for x in draw_side(2, 40, 9, 4, 3, seed, torch.float32, device)]
     tensors += leaves([torch.randn(2, 40, 9, generator=torch.Generator().manual_seed(2))], device)
@@ -390,6 +392,7 @@ def test_without_triton_or_a_device_the_reason_says_what_to_do(monkeypatch):
     assert set(backends()) == set(dispatch.NAMES)
 
 
+@pytest.mark.skipif(runtime.INTERPRETED, reason="it imports without triton")
 def test_the_package_imports_where_triton_is_missing():
     code = "import sys; sys.modules['triton'] = None; from famba import backends; print(backends()['triton'])"
     assert child("-c", code).stdout == "triton is missing; pip install triton\n"
@@ -402,17 +405,6 @@ def test_bytes_of_the_scan_follow_the_table():
         19 * 2 * element + 12 * 2 * b * n * t + 4 * n * 4 * b * e * 4
     )
     assert 0.4e9 < kernels.scan_bytes(b, e, t, n, torch.bfloat16) < 0.5e9
-
-
-@needs_triton
-@pytest.mark.skipif(runtime.INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
-def test_every_kernel_compiles_for_compute_capability_9(dtype):
-    with sass.recorded() as launches:
-        start_all(dtype)
-    assert len(launches) == 11
-    for launch in launches:
-        assert sass.compiled(launch)["cubin"]
 
 
 def start_all(dtype):
@@ -474,12 +466,13 @@ def training_step(device, *, capturable=False):
 
 
 @on_cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # setting it warns that it is a prototype
 def test_a_training_step_never_waits_for_the_device(device):
     step, loss = training_step(device, capturable=True)
     step()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")

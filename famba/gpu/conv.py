@@ -103,7 +103,7 @@ def _backward_kernel(
     part += row.to(tl.int64) * (K + 1) * e + channel
     total = _side_backward(xs, grad0 + start, weight0, bias0, part, token, channel, inside, e, t, SIGN, K)
     if BOTH:
-        part += rows.to(tl.int64) * (K + 1) * e
+        part += tl.cast(rows, tl.int64) * (K + 1) * e
         total += _side_backward(xs, grad1 + start, weight1, bias1, part, token, channel, inside, e, t, -SIGN, K)
     tl.store(to_x + start + token * e, total.to(to_x.dtype.element_ty), mask=inside & (token < t))
 

@@ -73,7 +73,8 @@ def _plan_kernel(
         place = tl.where(even, tl.cumsum(first, 0) - 1, tl.sum(first, axis=0) + tl.cumsum(last, 0) - 1)
     left = t - r
     kept &= place < left
-    share = own / sum if BY_SIZE else 1 / count
+    # rounded to nearest: approximate division makes x / x other than 1 for sizes such as 41
+    share = tl.div_rn(own, sum) if BY_SIZE else tl.div_rn(1.0, count)
     weight += batch * t
     survivors += batch * left
     total += batch * left
@@ -87,7 +88,7 @@ def _plan_kernel(
         joins = position[:, None] == stays[None, :]
         into = tl.sum(tl.where(joins, place[:, None], 0), axis=0)
         whole = tl.sum(tl.where(joins, divisor, 0.0), axis=0)
-        part = (joined if BY_SIZE else 1.0) / tl.where(whole > 0, whole, 1.0)
+        part = tl.div_rn(joined if BY_SIZE else 1.0, tl.where(whole > 0, whole, 1.0))
         tl.store(destination + leaves, into.to(tl.int64), mask=valid)
         tl.store(weight + leaves, part, mask=valid)
 

@@ -41,8 +41,9 @@ def _best_kernel(
     inside = 2 * index[:, None] < t
     length = _lengths(rows, inside, c, NUMBERS, EVENS)
     guarded = index < 0
-    for k in range(guards):
-        guarded |= 2 * index == tl.load(protected + batch * guards + k)
+    if protected is not None:
+        for k in range(guards):
+            guarded |= 2 * index == tl.load(protected + batch * guards + k)
     most = tl.full([EVENS], float("-inf"), dtype=tl.float32)
     which = tl.zeros([EVENS], dtype=tl.int32)
     for start in range(0, t // 2, EVENS):
@@ -57,8 +58,9 @@ def _best_kernel(
             y = tl.load(columns + column, mask=there & (column < c), other=0.0) / other_length
             score = tl.dot(x, tl.trans(y), score, input_precision="ieee")
         closed = 2 * other + 1 >= t
-        for k in range(guards):
-            closed |= 2 * other + 1 == tl.load(protected + batch * guards + k)
+        if protected is not None:
+            for k in range(guards):
+                closed |= 2 * other + 1 == tl.load(protected + batch * guards + k)
         score = tl.where(guarded[:, None] | closed[None, :], float("-inf"), score)
         top = tl.max(score, axis=1)
         at = tl.argmax(score, axis=1)  # of equals the first

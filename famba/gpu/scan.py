@@ -204,7 +204,7 @@ def _forward_kernel(
     )  # fmt: skip
     if BOTH:
         tl.debug_barrier()  # what the other direction adds to has been written
-        more = b.to(tl.int64) * blocks * tl.cdiv(t, CHUNK) * (ER * NR * NL * EL)
+        more = tl.cast(b, tl.int64) * blocks * tl.cdiv(t, CHUNK) * (ER * NR * NL * EL)
         _direction(
             u1, delta1, A1, B1, C1, D1, bias1, z, y, out, states + more, batch, block, t, e, n, scale,
             u_b, u_e, u_t, delta_b, delta_e, delta_t, B_b, B_n, B_t, C_b, C_n, C_t, z_b, z_e, z_t,
@@ -296,6 +296,7 @@ def _backward_kernel(
                 h = tl.exp2(step[:, None, None, :] * rate) * h + (step * x)[:, None, None, :] * entry[None, :, :, None]
         tl.store(scratch + (subs - 1) * TILE, _as_matrix(h))
 
+        tl.debug_barrier()  # a state may be read by another thread than wrote it: for n = 1 it is
         for turn in range(subs):
             sub = subs - 1 - turn
             h = tl.reshape(tl.load(scratch + sub * TILE), [ER, NR, NL, EL])
@@ -349,6 +350,7 @@ def _backward_kernel(
                 grad_skip += g * x
                 tl.store(to_u + token * e, (grad_into * step + g * skip).to(to_u.dtype.element_ty), mask=inside)
                 tl.store(to_delta + token * e, grad_raw.to(to_delta.dtype.element_ty), mask=inside)
+        tl.debug_barrier()  # all states have been read before the next chunk's take their place
 
     tl.store(to_A + program * TILE + tile, _as_matrix(grad_rate))
     place = program * (ER * EL) + tl.arange(0, ER)[:, None] * EL + tl.arange(0, EL)[None, :]
