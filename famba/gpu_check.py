@@ -7,6 +7,7 @@ is missing is skipped.
 """
 
 import contextlib
+import importlib.metadata
 import multiprocessing
 import os
 import pkgutil
@@ -32,7 +33,7 @@ PATH = "results/gpu_check.json"
 WHEELS = "build/wheels"
 LIMIT_S = 465.0  # of all checks: with what starts before them, eight minutes
 OK, FAILED, SKIPPED = "ok", "FAILED", "skipped"
-_GRACE_S = 5.0  # for a check's process to end by itself after its verdict
+_GRACE_S = 10.0  # for a check's process to end by itself after its verdict
 _OUTPUT = 4000  # characters kept of what a check that failed has printed
 
 
@@ -165,13 +166,14 @@ def _row(verdict: str, detail: str, **more: Any) -> dict[str, Any]:
 def _tried(check: Check, setting: Setting) -> tuple[dict[str, Any], dict[str, Any]]:
     """A check's row and tables, whatever becomes of its process."""
     # The server imports what takes seconds, once, and nothing of CUDA begins there, so that checks can fork from it.
-    context, start, at = multiprocessing.get_context("forkserver"), time.monotonic(), ""
+    context, at = multiprocessing.get_context("forkserver"), ""
     context.set_forkserver_preload(["torch", "famba.checks"])
     receiver, sender = context.Pipe(duplex=False)
     with tempfile.NamedTemporaryFile() as printed:
         process = context.Process(target=_child, args=(check.function, setting, printed.name, sender))
         process.start()
         sender.close()
+        start = time.monotonic()
         try:
             while True:
                 if not receiver.poll(max(0.0, start + check.limit_s - time.monotonic())):
@@ -223,7 +225,7 @@ def _child(function: str, setting: Setting, printed: str, sender: Connection) ->
     except Skipped as reason:
         row = _row(SKIPPED, str(reason))
     except ModuleNotFoundError as error:
-        row = _row(SKIPPED, f"{(error.name or str(error)).split('.')[0]} is missing")
+        row = _row(SKIPPED, f"{(error.name or str(error)).split('.')[0]} is missing; make gpu-check-wheels")
     except Exception as error:  # whatever kernels, compilers and drivers raise; the next check shall be made
         traceback.print_exc()
         row = _row(FAILED, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
@@ -234,13 +236,20 @@ def _child(function: str, setting: Setting, printed: str, sender: Connection) ->
 
 @contextlib.contextmanager
 def _importable(wheels: Path) -> Iterator[None]:
-    """Meanwhile the packages of these wheels can be imported, here and in the checks; what is installed goes first."""
+    """Meanwhile every process started here can import the packages of these wheels, those apart that are installed."""
     with tempfile.TemporaryDirectory() as folder:
         for wheel in sorted(wheels.glob("*.whl")):
-            with zipfile.ZipFile(wheel) as archive:
-                archive.extractall(folder)
+            try:
+                importlib.metadata.distribution(wheel.name.split("-")[0])
+            except importlib.metadata.PackageNotFoundError:
+                with zipfile.ZipFile(wheel) as archive:
+                    archive.extractall(folder)
+        # The checks take over sys.path; what they start, and the server that they fork from, the environment.
         sys.path.append(folder)
+        before = os.environ.get("PYTHONPATH", "")
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [before, folder]))
         try:
             yield
         finally:
             sys.path.remove(folder)
+            os.environ["PYTHONPATH"] = before
