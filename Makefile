@@ -37,7 +37,7 @@ at_once = dvc stage list --name-only | grep -E '$(1)' | xargs -r -P $(JOBS) -n 4
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 env: $(READY)  ## set up .venv: a virtual environment with everything pinned (TORCH_BACKEND=auto for a GPU)
 

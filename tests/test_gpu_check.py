@@ -11,20 +11,22 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from processes import PATIENCE_S, is_there, wait_until
 
-from famba import bench, figures, gpu_check
+from famba import bench, checks, figures, gpu_check, graph
 from famba.__main__ import main
 from famba.gpu_check import Check, Setting
 
 ROOT = gpu_check.ROOT
+CPU = Setting("cpu", quick=True)
 
 
 def rows_of(*names, path=None, limit_s=PATIENCE_S, **limits):
     """By the check of broken_checks.py, what is said of it; `limits` are their seconds."""
     made = {name: Check(f"broken_checks:{name}", limits.get(name, PATIENCE_S)) for name in names}
-    result = gpu_check.run(made, Setting("cpu", quick=True), "the command", path, limit_s=float(limit_s))
+    result = gpu_check.run(made, CPU, "the command", path, limit_s=float(limit_s))
     return {row["check"]: row for row in result["checks"]}
 
 
@@ -81,7 +83,7 @@ def test_whatever_becomes_of_a_check_is_said_in_one_line_and_the_next_is_made(na
 
 def test_without_a_device_or_time_the_others_are_skipped():
     made = {"device": Check("broken_checks:raises", PATIENCE_S), "other": Check("broken_checks:passes", PATIENCE_S)}
-    first, second = gpu_check.run(made, Setting("cpu", quick=True), "", None)["checks"]
+    first, second = gpu_check.run(made, CPU, "", None)["checks"]
     assert first["verdict"] == "FAILED"
     assert (second["verdict"], second["detail"]) == ("skipped", "check device failed")
     row = rows_of("passes", limit_s=0)["passes"]
@@ -125,8 +127,6 @@ def test_every_check_that_a_cpu_can_do_passes_there_and_its_result_can_be_drawn(
 
 
 def test_checks_of_the_whole_space_are_made_at_full_size():
-    from famba import checks
-
     cases = checks._operator_cases(Setting("cuda", quick=False))
     names = [case.name for case in cases]
     assert len(set(names)) > 200
@@ -199,3 +199,60 @@ def test_on_a_bare_machine_without_wheels_a_check_says_which_package_it_lacks(ba
         r"steps +skipped .* jaxtyping is missing; make gpu-check-wheels\n",
         done.stdout,
     )
+
+
+@pytest.mark.parametrize(("status", "found"), [(0, ""), (9, "memcheck: status 9, an invalid read")])
+def test_the_sanitizer_runs_small_calls_of_every_operator(status, found, tmp_path, monkeypatch):
+    program = tmp_path / "compute-sanitizer"
+    # Its arguments: --tool, a tool, --error-exitcode, 9, then the command.
+    program.write_text(f'#!/bin/sh\nshift 4; "$@" || exit 1\necho an invalid read\nexit {status}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    if found:
+        with pytest.raises(AssertionError, match=found):
+            checks.sanitizer(CPU, print)
+    else:
+        assert checks.sanitizer(CPU, print).detail == "memcheck and racecheck have found nothing"
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(gpu_check.Skipped, match="compute-sanitizer is missing"):
+        checks.sanitizer(CPU, print)
+
+
+def test_the_tests_of_a_gpu_fail_by_name_and_those_that_want_a_package_are_counted_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "tests" / "test_of_a_gpu.py"
+    file.parent.mkdir()
+    head = "import pytest\npytestmark = pytest.mark.gpu\n"
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    (file.parent / "test_of_a_cpu.py").write_text("import nowhere\n")
+    file.write_text(head + "def test_one(): pass\ndef test_two(): import nowhere.at_all\n")
+    assert checks.tests(CPU, print).detail == "1 passed, 1 want nowhere"
+    file = file.rename(file.with_name("test_of_another.py"))  # another module, which is imported anew
+    file.write_text(head + "def test_one(): pass\ndef test_two(): assert 0\n")
+    with pytest.raises(AssertionError, match=r"^1 failed, 1 passed: tests/test_of_another\.py::test_two$"):
+        checks.tests(CPU, print)
+    file = file.rename(file.with_name("test_of_none.py"))
+    file.write_text(head)
+    with pytest.raises(AssertionError, match=r"^0 passed; pytest's status is 5$"):
+        checks.tests(CPU, print)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_graph_with_other_losses_fails(wrong, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)  # as it is to be afterwards
+    monkeypatch.setattr(graph, "unavailable", lambda device, processes: "")
+
+    def captured(call):
+        def replay():
+            loss, correct = call()
+            return loss * (1 + wrong), correct
+
+        return replay
+
+    monkeypatch.setattr(graph, "captured", captured)
+    if wrong:
+        with pytest.raises(AssertionError, match=r"^training losses .* without, .* with a graph$"):
+            checks.graph(CPU, print)
+    else:
+        assert checks.graph(CPU, print).detail.startswith("3 epochs, losses apart by 0e+00")
