@@ -128,7 +128,8 @@ def training(setting: Setting, say: Say) -> Outcome:
     """A run that is killed and resumed, and one that is not, end with equal metrics."""
     from famba import train
 
-    with _run_params(setting) as p:
+    with _run_params(setting) as p, contextlib.ExitStack() as after:
+        after.callback(train.forget, p, seed=0)
         say("a run that is killed in its second epoch")
         # Forked before anything of CUDA begins here.
         process = multiprocessing.get_context("fork").Process(target=_killed_run, args=(setting, p))
@@ -144,7 +145,6 @@ def training(setting: Setting, say: Say) -> Outcome:
         train.forget(p, seed=0)
         say("a run that is not killed")
         whole = train.fit(p, seed=0)
-        train.forget(p, seed=0)
     losses = [[row["train_loss"] for row in run.history] for run in (resumed, whole)]
     assert resumed.metrics == whole.metrics, f"other metrics after resuming; training losses {losses}"
     assert losses[0] == losses[1], f"equal metrics, but training losses {losses}"

@@ -35,6 +35,24 @@ def has_a_scan_that_raises(setting, say):
         return checks.operators(setting, say)
 
 
+def forgets_its_optimiser(setting, say):
+    from famba import checks, session
+
+    restore, folders = session.Session.restore, []
+
+    def forgetful(self):
+        restore(self)
+        self.optimiser.state.clear()
+        folders.append(self.folder)
+
+    try:
+        with mock.patch.object(session.Session, "restore", forgetful):
+            return checks.training(setting, say)
+    finally:
+        assert len(folders) == 2
+        say(f"checkpoints left: {[folder.name for folder in folders if folder.exists()]}")
+
+
 def hangs(setting, say):
     say(f"waiting for {subprocess.Popen(['sleep', str(FOREVER_S)]).pid}")
     time.sleep(FOREVER_S)

@@ -256,3 +256,10 @@ def test_a_graph_with_other_losses_fails(wrong, monkeypatch):
             checks.graph(CPU, print)
     else:
         assert checks.graph(CPU, print).detail.startswith("3 epochs, losses apart by 0e+00")
+
+
+def test_a_run_that_forgets_its_optimiser_when_it_is_resumed_fails_and_leaves_no_checkpoints():
+    row = rows_of("forgets_its_optimiser")["forgets_its_optimiser"]
+    assert row["verdict"] == "FAILED"
+    assert row["detail"].startswith("AssertionError: other metrics after resuming; training losses [[")
+    assert row["detail"].endswith("; at: checkpoints left: []")
