@@ -22,17 +22,22 @@ repro ablation adaptive: export FAMBA_ENDS_WITH := $(shell echo $$PPID)
 # Spinning OpenMP threads make a step several times slower when something else runs on the same cores.
 export OMP_WAIT_POLICY := passive
 
+# What a machine with torch, triton and NumPy alone lacks, and its Python.
+WHEELS        := pydantic jaxtyping ruamel.yaml safetensors pandas pillow tqdm pytest hypothesis beartype
+WHEELS_PYTHON ?= 3.12
+
 IN_VENV := . $(VENV)/bin/activate &&
 
 # DVC runs one stage after the other; several DVCs share a pipeline well. A run of the default takes one core.
 JOBS ?= 2
 at_once = dvc stage list --name-only | grep -E '$(1)' | xargs -r -P $(JOBS) -n 4 dvc --wait-for-lock repro -s
 
-.PHONY: help env repro ablation adaptive photographs test test-fast lint lab bench bench-gpu doctor sanitize clean
+.PHONY: help env repro ablation adaptive photographs test test-fast lint lab bench bench-gpu gpu-check gpu-check-wheels
+.PHONY: doctor sanitize clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 env: $(READY)  ## set up .venv: a virtual environment with everything pinned (TORCH_BACKEND=auto for a GPU)
 
@@ -71,6 +76,15 @@ bench: env  ## measure speed and memory on this machine: minutes, in which nothi
 
 bench-gpu: env  ## measure the kernels and training steps on a CUDA device, beside mamba-ssm's: less than eight minutes
 	$(IN_VENV) python -m famba bench --gpu
+
+gpu-check: env  ## check all that famba does on a GPU, and measure it: less than eight minutes
+	$(IN_VENV) python -m famba gpu-check
+
+# What gpu-check imports beside torch, triton and NumPy, for a machine without a network: copy the checkout with
+# build/wheels there, and run `python -m famba gpu-check`.
+gpu-check-wheels: env  ## collect in build/wheels what gpu-check needs on a machine with torch, triton and NumPy alone
+	$(IN_VENV) pip download --dest build/wheels --only-binary=:all: --python-version $(WHEELS_PYTHON) \
+	  --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -c constraints.txt $(WHEELS)
 
 doctor: env  ## what of all that famba can use works here, why not, and what mends it
 	$(IN_VENV) python -m famba doctor

@@ -1,7 +1,8 @@
 """The command line: `python -m famba <command>`; `--help` lists the commands, `<command> --help` its options.
 
 An error that a user can mend is one line on stderr and exit status 1. Anything else is a defect and keeps its
-traceback. Each command imports what it needs, so that reading parameters does not wait for torch.
+traceback. Each command imports what it needs, so that reading parameters does not wait for torch, and
+a machine with torch alone can be checked.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from famba import lifeline, params
+from famba import gpu_check, lifeline
 from famba.errors import FambaError, InputError
 from famba.files import json_bytes, write_atomic
 
@@ -59,6 +60,8 @@ def run_notebook(notebook: Path, output: Path, given: dict[str, str]) -> None:
     from jupyter_client.manager import AsyncKernelManager
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
+
+    from famba import params
 
     if not notebook.is_file():
         raise InputError(f"{notebook}: no such notebook")
@@ -112,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("train", _train, "train one strategy with one seed, and write the run")
     what = sub.add_mutually_exclusive_group(required=True)
-    what.add_argument("--strategy", help=", ".join(params.STRATEGIES))
+    what.add_argument("--strategy", help="one of params.yaml's, under fusion")
     what.add_argument(
         "--resolved", type=Path, metavar="FILE", help="or all parameters, as a run's params.json has them"
     )
@@ -123,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--keep-checkpoints", action="store_true", help="do not remove them when the run is written")
 
     sub = command("params", _params, "print the parameters that a run gets, its profile applied, as JSON")
-    sub.add_argument("--strategy", required=True, help=", ".join(params.STRATEGIES))
+    sub.add_argument("--strategy", required=True, help="one of params.yaml's, under fusion")
     sub.add_argument("--profile", help="one of params.yaml's; the one that it names itself if not given")
     sub.add_argument("--out", type=Path, help="write them to this file instead")
 
@@ -151,10 +154,19 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--quick", action="store_true", help="small sizes: seconds, to see that it works")
     sub.add_argument("--json", type=Path, help="write the result there; results/benchmark.json if it is whole")
     sub.add_argument("--figure", type=Path, help="draw it there; figures/benchmark.png if it is whole")
+
+    sub = command("gpu-check", _gpu_check, "check all that famba does on a GPU, and measure it: eight minutes at most")
+    sub.add_argument("checks", nargs="*", metavar="check", help=f"{', '.join(gpu_check.CHECKS)}; all if none is given")
+    sub.add_argument("--device", default="cuda", help="cuda, cuda:N; cpu with --quick")
+    sub.add_argument("--quick", action="store_true", help="small sizes, to see that it works")
+    sub.add_argument("--json", type=Path, help=f"write the result there; {gpu_check.PATH} if it is whole")
+    sub.add_argument("--wheels", type=Path, help=f"folder of packages that are not installed; {gpu_check.WHEELS}")
     return parser
 
 
 def _train(options: argparse.Namespace) -> int:
+    from famba import params
+
     if options.resolved is not None:
         for name in ("profile", "processes"):
             if (value := getattr(options, name)) is not None:
@@ -177,6 +189,8 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _params(options: argparse.Namespace) -> int:
+    from famba import params
+
     content = json_bytes(params.load(options.profile, strategy=options.strategy).as_dict())
     if options.out is None:
         print(content.decode(), end="")
@@ -204,7 +218,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _hours(options: argparse.Namespace) -> int:
-    from famba import hours
+    from famba import hours, params
 
     device = hours.place(options.profile, options.device)
     rows = hours.hours(options.profile, steps=options.steps, images=options.images, device=options.device)
@@ -234,6 +248,16 @@ def _bench(options: argparse.Namespace) -> int:
     if path := options.figure or ("figures/benchmark.png" if whole else None):
         figures.save(figures.benchmark(bench.frames(result)), Path(path).absolute() if options.figure else path)
     return 0
+
+
+def _gpu_check(options: argparse.Namespace) -> int:
+    return gpu_check.main(
+        options.checks,
+        device=options.device,
+        quick=options.quick,
+        json=options.json,
+        wheels=options.wheels or gpu_check.ROOT / gpu_check.WHEELS,
+    )
 
 
 def _say(why: str) -> None:

@@ -2,12 +2,8 @@
 
 import dataclasses
 import json
-import os
-import subprocess
 import sys
-import sysconfig
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +18,6 @@ from famba.errors import BackendError, InputError
 from famba.mixer import BidirectionalMixer
 from famba.scan import selective_scan_ref
 
-ROOT = Path(__file__).resolve().parent.parent
 QUICK = dataclasses.replace(gpu._QUICK, device="cpu")
 
 
@@ -193,34 +188,6 @@ def test_fusing_runs_under_autocast_too():
     rows = fusing.bench_layer(QUICK)
     assert rows[0]["what"] == "layer"
     assert QUICK.precision == "bf16"
-
-
-def test_it_runs_where_torch_and_numpy_are_all_there_is(tmp_path):
-    """In a process that finds no other package than torch, NumPy and what torch itself needs."""
-    installed = Path(sysconfig.get_paths()["purelib"])
-    needed = "torch functorch torchgen numpy numpy.libs typing_extensions.py sympy mpmath filelock fsspec jinja2"
-    for name in [*needed.split(), "markupsafe", "networkx"]:
-        if (installed / name).exists():
-            (tmp_path / name).symlink_to(installed / name)
-    code = (
-        "import sys; from famba import bare; status = bare.main(sys.argv[1:])\n"
-        "from famba import params\n"
-        "assert not {'jaxtyping', 'pydantic', 'pandas', 'ruamel'} & set(sys.modules)\n"
-        "try: params.load('smoke', strategy='none')\n"
-        "except ImportError as error: print(error)\n"
-        "sys.exit(status)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", code, "scan", "--quick", "--device", "cpu", "--json", str(tmp_path / "gpu.json")],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert gpu.TABLES["scan"] in done.stdout
-    assert "ruamel.yaml.YAML was called, and ruamel is not installed" in done.stdout
-    assert {row["precision"] for row in json.loads((tmp_path / "gpu.json").read_text())["scan"]} == {"bf16", "fp32"}
 
 
 @pytest.mark.gpu

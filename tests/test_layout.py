@@ -27,11 +27,11 @@ STAGE_NOTEBOOKS = ("train", "compare", "tokens", "evidence", "ablation", "adapti
 # A module imports only from those before it.
 # fmt: off
 ORDER = [
-    "errors", "lifeline", "params", "files", "sources", "recipe", "stream", "warm", "data", "augment", "dispatch",
-    "native", "mamba", "gpu", "scan", "ops", "fusion", "strategies", "mixer", "model", "checkpoint", "pretrained",
-    "cost", "records", "numerics", "optim", "parallel", "graph", "watch", "session", "train", "calibrate", "workers",
-    "sweep", "ablation", "metrics", "effects", "paper_memory", "evidence", "tokens", "alike", "adaptive", "canvas",
-    "pictures", "figures", "explore", "bench", "bare", "hours", "diagnosis", "__main__",
+    "errors", "lifeline", "params", "files", "gpu_check", "sources", "recipe", "stream", "warm", "data", "augment",
+    "dispatch", "native", "mamba", "gpu", "scan", "ops", "fusion", "strategies", "mixer", "model", "checkpoint",
+    "pretrained", "cost", "records", "numerics", "optim", "parallel", "graph", "watch", "session", "train", "calibrate",
+    "workers", "sweep", "ablation", "metrics", "effects", "paper_memory", "evidence", "tokens", "alike", "adaptive",
+    "canvas", "pictures", "figures", "explore", "bench", "checks", "hours", "diagnosis", "__main__",
 ]
 NO_TORCH = [
     "errors", "lifeline", "params", "files", "strategies", "records", "workers", "metrics", "effects", "evidence",

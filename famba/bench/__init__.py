@@ -100,7 +100,9 @@ def frames(result: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
 
 
 def gpu_frames(path: str | Path = gpu.PATH) -> dict[str, pd.DataFrame]:
-    """The tables that `bench --gpu` has written, and `setting`: the device and what was installed; empty without them.
+    """The tables that `bench --gpu` or `gpu-check` has written, and `setting`: the device and what was installed.
+
+    Of `gpu-check` also `checks`, a row for each. Empty where the file is not there.
 
     Raises:
         InputError: a file that is no JSON.
@@ -113,7 +115,8 @@ def gpu_frames(path: str | Path = gpu.PATH) -> dict[str, pd.DataFrame]:
     except ValueError as error:
         raise InputError(f"{path}: not readable as JSON: {error}") from None
     versions = ", ".join(f"{name} {version}" for name, version in sorted(result["versions"].items()))
-    return {**frames(result), "setting": pd.DataFrame([{"device": result["device"], "versions": versions}])}
+    checks = {"checks": pd.DataFrame(result["checks"])} if "checks" in result else {}
+    return {**frames(result), **checks, "setting": pd.DataFrame([{"device": result["device"], "versions": versions}])}
 
 
 def text(result: Mapping[str, Any]) -> str:

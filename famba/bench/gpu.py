@@ -1,6 +1,6 @@
 """What famba makes of a GPU: beside the bandwidth of its memory, mamba-ssm, the mixer as published, and torch.
 
-`python -m famba bench --gpu`, or `python -m famba.bare` on a machine with torch, triton and NumPy alone. Contestants
+`python -m famba bench --gpu`; `python -m famba gpu-check` measures training steps and fusion by it, too. Contestants
 take turns in one process; times are medians over rounds, and with `_least` the least of them; warm-up is dropped and
 the device waited for. A contestant that cannot run, or takes too much memory or time, is named with its reason in
 `left_out`, and the others go on. After each part the result so far is written.

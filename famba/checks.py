@@ -1,0 +1,526 @@
+"""What `python -m famba gpu-check` checks; each function is a process of its own, started by famba.gpu_check.
+
+Letters as elsewhere: `b` batch, `e` channels, `t` tokens, `n` states per channel, `k` taps, `d` width.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import itertools
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, get_args, get_type_hints
+from unittest import mock
+from xml.etree import ElementTree
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from famba import cost, fusion, numerics, ops, params, scan
+from famba.gpu_check import ROOT, Outcome, Say, Setting, Skipped
+from famba.model import VisionMamba, create_model
+from famba.params import FusionOptions, FusionRule, Params
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_BATCHES, _STATES = (1, 2, 3, 16), (1, 2, 3, 8, 16, 33, 64)
+_SIZES = ((5, 7), (33, 1), (70, 67), (48, 16), (3, 2))  # e, t
+_TAPS, _CLASS_TOKENS, _IMAGES = (4, 2, 8), ("head", "middle", "none"), (6, 7, 8)
+# Of a tensor's largest value. In bfloat16 each intermediate is rounded by 2^-9 at most; a model has some hundred, and
+# with the native kernels, which are right, errors of up to 0.1.
+_TOLERANCE = {"operators": {"fp32": 2e-5, "bf16": 2**-6}, "models": {"fp32": 1e-4, "bf16": 0.25}}
+_FAILURES = 10  # after so many there is no more to be learned
+_REPEATS = 10
+_COMPARING_S = 60.0  # less than the check's own limit, so that what was seen is said
+_QUICK, _SANITIZED = 40, 12  # cases
+_WORKERS = 2
+_CLASSES, _CLASS_IMAGES = 4, 120  # more than 1 MiB of pixels, so that they can stream
+
+
+class _Case(NamedTuple):
+    name: str
+    precision: str
+    error: Callable[[], float]  # relative, against double precision
+
+
+def device(setting: Setting, say: Say) -> Outcome:
+    """The device is there, and what it is."""
+    del say
+    where = _begin(setting)
+    tables = cost.environment(where)
+    if where.type == "cuda":
+        found = torch.cuda.get_device_properties(where)
+        tables["capability"] = f"{found.major}.{found.minor}"
+        tables["driver"] = tables["versions"]["driver"]
+        tables["memory_mib"] = found.total_memory / 2**20
+    torch.ones(8, device=where).sum().item()
+    versions = ", ".join(f"{name} {version}" for name, version in tables["versions"].items())
+    return Outcome(f"{tables['device']}, {tables['instruction_set']}; {versions}", tables)
+
+
+def operators(setting: Setting, say: Say) -> Outcome:
+    """Every operator's outputs and gradients, by the kernels, against torch in double precision."""
+    _begin(setting)
+    return _compared(_operator_cases(setting), say, _TOLERANCE["operators"], _QUICK if setting.quick else None)
+
+
+def models(setting: Setting, say: Say) -> Outcome:
+    """Logits and gradients of whole models against torch in double precision, with every combination of options.
+
+    A matching is a choice, which rounding can change; so the model in double precision makes it for both. That the
+    kernel chooses alike where nothing is near a tie, `operators` checks.
+    """
+    _begin(setting)
+    kinds = get_type_hints(FusionOptions)
+    combined = [FusionOptions(*chosen) for chosen in itertools.product(*map(get_args, kinds.values()))]
+    cases = []
+    for i, (precision, options) in enumerate(itertools.product(_DTYPES, combined)):
+        b, n = _BATCHES[i % 4], _STATES[i % 7]
+        cls_position, img_size = _CLASS_TOKENS[i % 3], _IMAGES[i // 3 % 3]
+        config: dict[str, Any] = {
+            "img_size": img_size,
+            "d_state": n,
+            "cls_position": cls_position,
+            "pool": "cls" if cls_position != "none" and i % 2 else "mean",
+            "average_directions": bool(i // 2 % 2),
+            "fusion": options,
+        }
+        name = f"model, b {b}, n {n}, {img_size} px, class token {cls_position}, {precision}, "
+        name += "/".join(vars(options).values())
+        cases.append(_Case(name, precision, functools.partial(_model_error, setting, b, config, precision)))
+    return _compared(cases, say, _TOLERANCE["models"], _QUICK if setting.quick else None)
+
+
+def determinism(setting: Setting, say: Say) -> Outcome:
+    """A training step gives the same bits every time."""
+    where = _begin(setting)
+    for precision in _DTYPES:
+        torch.manual_seed(0)
+        model = create_model("vim_nano", depth=4, schedule=[0, 6, 6, 6], num_classes=10, backend=setting.backend)
+        model.to(where)
+        images, labels = torch.randn(16, 3, 8, 8).to(where), torch.arange(16, device=where) % 10
+        first: dict[str, Tensor] = {}
+        for i in range(_REPEATS):
+            say(f"{precision}, repeat {i + 1}")
+            with numerics.autocast(where, precision):
+                loss = functional.cross_entropy(model(images).float(), labels)
+            weights = dict(model.named_parameters())
+            grads = torch.autograd.grad(loss, list(weights.values()))
+            found = {"the loss": loss.detach(), **dict(zip(weights, grads, strict=True))}
+            differ = [name for name, x in found.items() if not torch.equal(x, first.get(name, x))]
+            assert not differ, f"{len(differ)} of {len(found)} tensors differ, {differ[0]} first"
+            first = first or found
+    return Outcome(f"the same bits {_REPEATS} times, in {' and in '.join(_DTYPES)}: the loss and all gradients")
+
+
+def training(setting: Setting, say: Say) -> Outcome:
+    """A run that is killed and resumed, and one that is not, end with equal metrics."""
+    from famba import train
+
+    with _run_params(setting) as p, contextlib.ExitStack() as after:
+        after.callback(train.forget, p, seed=0)
+        say("a run that is killed in its second epoch")
+        # Forked before anything of CUDA begins here.
+        process = multiprocessing.get_context("fork").Process(target=_killed_run, args=(setting, p))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, f"the run to be killed ended with status {process.exitcode}"
+        assert list(train.folder(p, seed=0).glob("epoch-*.safetensors")), "it has written no checkpoint"
+        say("the same run, resumed")
+        _begin(setting)
+        lengths: list[int] = []
+        resumed = train.fit(p, seed=0, watch=[lambda history, _: lengths.append(len(history))])
+        assert lengths[0] == 2, f"it went on with epoch {lengths[0]}, not with 2"
+        train.forget(p, seed=0)
+        say("a run that is not killed")
+        whole = train.fit(p, seed=0)
+    losses = [[row["train_loss"] for row in run.history] for run in (resumed, whole)]
+    assert resumed.metrics == whole.metrics, f"other metrics after resuming; training losses {losses}"
+    assert losses[0] == losses[1], f"equal metrics, but training losses {losses}"
+    return Outcome(
+        f"killed in epoch 2 of {p.train.epochs} and resumed: equal metrics, top-1 "
+        f"{whole.metrics['top1_percent']:.1f}%, training loss {losses[1][0]:.3f} to {losses[1][-1]:.3f}"
+    )
+
+
+def streaming(setting: Setting, say: Say) -> Outcome:
+    """Training on images that worker processes decode."""
+    from famba import data, train
+
+    _begin(setting)
+    with _run_params(setting) as p:
+        p = dataclasses.replace(
+            p,
+            data=dataclasses.replace(p.data, memory_mib=1, workers=_WORKERS),
+            train=dataclasses.replace(p.train, epochs=1),
+        )
+        say("loading")
+        assert not isinstance(data.load(p.data).train, data.Split), "the images lie in memory"
+        say("training")
+        run = train.fit(p, seed=0)
+        train.forget(p, seed=0)
+    (row,) = run.history
+    return Outcome(f"an epoch by {_WORKERS} workers: {run.cost['train_time_s']:.1f} s, loss {row['train_loss']:.3f}")
+
+
+def graph(setting: Setting, say: Say) -> Outcome:
+    """Training by a CUDA graph gives the losses of training without."""
+    from famba import train
+
+    _begin(setting)
+    losses = []
+    with _run_params(setting) as p:
+        for captured in (False, True):
+            say(f"cuda_graph: {captured}")
+            q = dataclasses.replace(p, train=dataclasses.replace(p.train, cuda_graph=captured))
+            losses.append([row["train_loss"] for row in train.fit(q, seed=0).history])
+            train.forget(q, seed=0)
+    apart = max(abs(x - y) / y for x, y in zip(*losses, strict=True))
+    # A matrix product may take another workspace, and so another order, inside a graph.
+    assert apart <= 1e-4, f"training losses {losses[0]} without, {losses[1]} with a graph"
+    return Outcome(f"{len(losses[0])} epochs, losses apart by {apart:.0e}, the last {losses[0][-1]:.3f}")
+
+
+def steps(setting: Setting, say: Say) -> Outcome:
+    """Time and peak memory of a training step, beside mamba-ssm's where it is there."""
+    result = _measured("steps", setting, say)
+    assert result["steps"], _left_out(result)
+    said = [
+        f"{row['model']}, {row['contestant']}: {row['median_ms']:.1f} ms, {row['peak_mib']:.0f} MiB"
+        for row in result["steps"]
+    ]
+    return Outcome("; ".join(said) + _left_out(result), {"steps": result["steps"]})
+
+
+def fused_steps(setting: Setting, say: Say) -> Outcome:
+    """Time of a training step that fuses tokens, beside what its numbers of tokens predict."""
+    result = _measured("fusion", setting, say)
+    assert "schedules" in result, _left_out(result)
+    said = [
+        f"{row['strategy']}: {row['of_predicted']:.2f} of predicted, {row['of_unfused']:.2f} of unfused"
+        for row in result["schedules"]
+    ]
+    tables = {name: result[name] for name in ("layer", "lengths", "schedules", "uniform") if name in result}
+    return Outcome("; ".join(said) + _left_out(result), tables)
+
+
+def tests(setting: Setting, say: Say) -> Outcome:
+    """The tests that need a GPU."""
+    del setting
+    importlib.import_module("pytest")
+    # The others would be collected for nothing, and import what a bare machine lacks.
+    files = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "junit.xml"
+        # A process of its own: the tests' import hooks must be in place before famba is imported.
+        command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        command += ["--continue-on-collection-errors"]  # a package that one file wants must not stop the others
+        with subprocess.Popen([*command, *files], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                print(line, end="")
+                if "::" in line:
+                    say(line.strip())
+        assert report.exists(), f"pytest ended with status {process.returncode}"
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    passed, failed, lacking = 0, list[str](), set[str]()
+    for case in cases:
+        wrong = [x.text or "" for kind in ("failure", "error") for x in case.findall(kind)]
+        if missing := re.search(r"No module named '(\w+)", "\n".join(wrong)):
+            lacking.add(missing[1])
+        elif wrong:
+            failed.append(f"{case.get('classname')}.{case.get('name')}")
+        else:
+            passed += case.find("skipped") is None
+    said = f"{passed} of {len(cases)} passed" + (f", some want {', '.join(sorted(lacking))}" if lacking else "")
+    assert not failed, f"{len(failed)} failed, {said}: {', '.join(failed)}"
+    assert passed, f"{said}; pytest ended with status {process.returncode}"
+    return Outcome(said)
+
+
+def sanitizer(setting: Setting, say: Say) -> Outcome:
+    """A few small calls of every operator under NVIDIA's compute-sanitizer."""
+    program = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
+    if program is None:
+        raise Skipped("compute-sanitizer is missing")
+    code = f"import sys; sys.path[:] = {sys.path!r}; from famba import checks; checks.small_calls({setting.device!r})"
+    for tool in ("memcheck", "racecheck"):
+        say(tool)
+        done = subprocess.run(
+            [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code],
+            env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # else an overrun stays inside torch's block
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        print(done.stdout[-2000:], done.stderr[-2000:])
+        assert done.returncode == 0, f"{tool}: status {done.returncode}, {(done.stdout.splitlines() or [''])[-1]}"
+    return Outcome("memcheck and racecheck have found nothing")
+
+
+def small_calls(name: str) -> None:
+    """What runs under the sanitizer: each operator once in each precision."""
+    setting = Setting(name, quick=True)
+    _begin(setting)
+    _compared(_operator_cases(setting), print, _TOLERANCE["operators"], _SANITIZED)
+
+
+def _begin(setting: Setting) -> torch.device:
+    """The device, if it can be used, made torch's current one."""
+    where = torch.device(setting.device)
+    if where.type == "cuda":
+        importlib.import_module("triton")
+        assert torch.cuda.is_available(), "torch sees no CUDA device"
+        torch.cuda.set_device(where)
+    elif reason := scan.backends()[setting.backend]:
+        raise Skipped(reason)
+    torch.backends.cudnn.deterministic = True  # the patch embedding's gradient, which is not famba's
+    torch.set_flush_denormal(True)  # as in training
+    return where
+
+
+def _compared(cases: Sequence[_Case], say: Say, tolerance: Mapping[str, float], most: int | None) -> Outcome:
+    """The largest error of each precision, and where. Cases are taken in a random order, until the time is over."""
+    cases = random.Random(0).sample(cases, len(cases))[:most]
+    end = time.monotonic() + _COMPARING_S
+    worst: dict[str, tuple[float, str]] = {}
+    failures: list[str] = []
+    made = 0
+    for case in cases:
+        if time.monotonic() > end or len(failures) == _FAILURES:
+            break
+        say(case.name)
+        made += 1
+        try:
+            error = case.error()
+        except Exception as raised:  # whatever compilers and drivers raise; the others shall be seen
+            traceback.print_exc()
+            failures.append(f"{case.name}: {type(raised).__name__}: {(str(raised).splitlines() or [''])[0]}")
+            continue
+        worst[case.precision] = max(worst.get(case.precision, (0.0, "")), (error, case.name))
+        if not error <= tolerance[case.precision]:
+            failures.append(f"{case.name}: relative error {error:.1e}, more than {tolerance[case.precision]:.1e}")
+    print("\n".join(failures))
+    assert not failures, f"{len(failures)} of {made} cases; {failures[0]}"
+    said = "; ".join(f"{precision}: {error:.1e} at {name}" for precision, (error, name) in sorted(worst.items()))
+    return Outcome(f"{made} of {len(cases)} cases, worst relative error {said}")
+
+
+def _operator_cases(setting: Setting) -> list[_Case]:
+    cases = []
+    for i, (b, n, precision) in enumerate(itertools.product(_BATCHES, _STATES, _DTYPES)):
+        j = i // len(_DTYPES)
+        (e, t), k = _SIZES[j % 5], _TAPS[j % 3]
+        guard = {"head": 0, "middle": (t + 3) // 2, "none": None}[_CLASS_TOKENS[j % 3]]
+        order, weighting = ("scan", "append")[j % 2], ("size", "mean")[j // 2 % 2]
+        makes: dict[str, Callable[..., _Made]] = {
+            f"scan, b {b}, e {e}, t {t}, n {n}": functools.partial(_scan, (b, e, t, n), bool(j % 2)),
+            f"both scans, b {b}, e {e}, t {t}, n {n}": functools.partial(_both_scans, (b, e, t, n)),
+            f"convolution, b {b}, e {e}, t {t}, k {k}": functools.partial(_convolution, (b, e, t, k)),
+            f"norm, b {b}, t {t}, d {e}": functools.partial(_norm, (b, t, e), bool(j % 2)),
+            f"fusion, b {b}, t {t + 3}, d {e}, {order}, {weighting}, class token at {guard}": functools.partial(
+                _fusion, (b, t + 3, e), guard, order, weighting
+            ),
+        }
+        for name, make in makes.items():
+            error = functools.partial(_operator_error, setting, make, precision)
+            cases.append(_Case(f"{name}, {precision}", precision, error))
+    return cases
+
+
+# An operator, whose last argument is the backend, and the others.
+_Made = tuple[Callable[..., Any], list[Tensor]]
+
+
+def _operator_error(setting: Setting, make: Callable[..., _Made], precision: str) -> float:
+    """The largest relative error of the outputs and of all gradients."""
+    function, given = make(torch.Generator().manual_seed(0), _DTYPES[precision])
+
+    def results(tensors: Sequence[Tensor], backend: str) -> list[Tensor]:
+        leaves = [x.requires_grad_() for x in tensors]
+        out = function(*leaves, backend)
+        out = out if isinstance(out, tuple) else (out,)
+        generator = torch.Generator().manual_seed(1)
+        cotangents = [torch.randn(x.shape, generator=generator).bfloat16().to(x.device, x.dtype) for x in out]
+        return [*(x.detach() for x in out), *torch.autograd.grad(out, leaves, cotangents)]
+
+    found = results([x.to(setting.device, copy=True) for x in given], setting.backend)
+    return _largest_error(found, results([x.double() for x in given], "torch"))
+
+
+def _largest_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Of each tensor's largest value; NaN if there is one."""
+    errors = []
+    for x, y in zip(found, exact, strict=True):
+        difference, size = (x.cpu().double() - y).abs().max(), y.abs().max()
+        errors.append(difference / size if size else difference)  # of a single token A learns nothing
+    return torch.stack(errors).max().item()
+
+
+def _scan(shape: tuple[int, int, int, int], reverse: bool, generator: torch.Generator, dtype: torch.dtype) -> _Made:
+    b, e, t, n = shape
+
+    def tokens(rows: int) -> Tensor:
+        return torch.randn(b, t, rows, generator=generator).mT.to(dtype)
+
+    def run(*given: Any) -> Tensor:
+        *tensors, backend = given
+        return scan.selective_scan(*tensors, delta_softplus=True, reverse=reverse, backend=backend)
+
+    D, bias = torch.randn(2, e, generator=generator).unbind()
+    A = -torch.exp(torch.randn(e, n, generator=generator))
+    return run, [tokens(e), tokens(e) - 1, A, tokens(n), tokens(n), D, tokens(e), bias]
+
+
+def _both_scans(shape: tuple[int, int, int, int], generator: torch.Generator, dtype: torch.dtype) -> _Made:
+    b, e, t, _ = shape
+    m, tensors = 3, []
+    gate = torch.randn(b, t, e, generator=generator).mT.to(dtype)
+    for _ in range(2):
+        u, _, A, B, C, D, _, bias = _scan(shape, False, generator, dtype)[1]
+        step = torch.randn(b, t, m, generator=generator).mT.to(dtype)
+        tensors += [u, step, torch.randn(e, m, generator=generator) / m, A, B, C, D, bias]
+
+    def run(*given: Any) -> Tensor:
+        *sides, gate, backend = given
+        return ops.bidirectional_scan(ops.Side(*sides[:8]), ops.Side(*sides[8:]), gate, scale=0.5, backend=backend)
+
+    return run, [*tensors, gate]
+
+
+def _convolution(shape: tuple[int, int, int, int], generator: torch.Generator, dtype: torch.dtype) -> _Made:
+    b, e, t, k = shape
+
+    def run(x: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+        *weights, backend = given
+        return ops.bidirectional_conv1d_silu(x, tuple(weights[:2]), tuple(weights[2:]), backend=backend)
+
+    # The model's x is one half of a wider tensor.
+    x = torch.randn(b, t, 2 * e, generator=generator).chunk(2, dim=-1)[1].mT.to(dtype)
+    return run, [x, *(torch.randn(*size, generator=generator) for size in ((e, k), (e,), (e, k), (e,)))]
+
+
+def _norm(shape: tuple[int, int, int], residual: bool, generator: torch.Generator, dtype: torch.dtype) -> _Made:
+    def run(x: Tensor, weight: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+        *other, backend = given
+        return ops.add_rms_norm(x, other[0] if other else None, weight, backend=backend)
+
+    x, other = torch.randn(2, *shape, generator=generator).unbind()
+    return run, [x.to(dtype), torch.randn(shape[-1], generator=generator), *([other] if residual else [])]
+
+
+def _fusion(
+    shape: tuple[int, int, int],
+    guard: int | None,
+    order: str,
+    weighting: str,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+) -> _Made:
+    b, t, _ = shape
+    feature, size = torch.randn(b, t, 9, generator=generator), torch.randint(1, 5, (b, t), generator=generator)
+    r = max(1, (t - 2) // 3)
+    exact = fusion.match_tokens(feature.double(), r, protected=() if guard is None else (guard,), backend="torch")
+
+    def run(x: Tensor, y: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+        protected = () if guard is None else torch.full((b,), guard, device=x.device)
+        matching = fusion.match_tokens(feature.to(x.device), r, protected=protected, backend=backend)
+        assert torch.equal(matching.source.cpu(), exact.source), "other tokens than torch's disappear"
+        assert torch.equal(matching.target.cpu(), exact.target), "tokens join others than torch's"
+        sizes = size.to(x.device, y.dtype)
+        return fusion.apply_both(fusion.plan(matching, sizes, order=order, weighting=weighting, backend=backend), x, y)
+
+    x, y = torch.randn(2, *shape, generator=generator).unbind()
+    return run, [x.to(dtype), y]
+
+
+def _model_error(setting: Setting, b: int, config: Mapping[str, Any], precision: str) -> float:
+    """The largest relative error of the logits and of all gradients."""
+    sizes: dict[str, Any] = {"depth": 3, "d_model": 20, "num_classes": 5, "schedule": [0, 3, 2], **config}
+    torch.manual_seed(0)
+    exact = create_model("vim_nano", **sizes, backend="torch")
+    model = create_model("vim_nano", **sizes, backend=setting.backend)
+    model.load_state_dict(exact.state_dict())
+    images = torch.randn(b, 3, config["img_size"], config["img_size"])
+    matchings: list[fusion.Matching] = []
+    match_tokens = fusion.match_tokens
+
+    def written_down(*args: Any, **kwargs: Any) -> fusion.Matching:
+        matchings.append(match_tokens(*args, **kwargs))
+        return matchings[-1]
+
+    def given(feature: Tensor, r: int, **kwargs: Any) -> fusion.Matching:
+        found, chosen = match_tokens(feature, r, **kwargs), matchings.pop(0)
+        assert found.source.shape == chosen.source.shape, "another number of tokens is fused"
+        return fusion.Matching(chosen.source.to(feature.device), chosen.target.to(feature.device))
+
+    def results(model: VisionMamba, images: Tensor, match: Callable[..., fusion.Matching], how: str) -> list[Tensor]:
+        with mock.patch.object(fusion, "match_tokens", match), numerics.autocast(images.device, how):
+            logits = model(images)
+        cotangent = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)
+        return [logits.detach(), *torch.autograd.grad(logits, list(model.parameters()), cotangent)]
+
+    want = results(exact.double(), images.double(), written_down, "fp32")
+    found = results(model.to(setting.device), images.to(setting.device), given, precision)
+    assert not matchings, "fewer layers have fused"
+    return _largest_error(found, want)
+
+
+@contextlib.contextmanager
+def _run_params(setting: Setting) -> Iterator[Params]:
+    """A run of three short epochs that fuses, on images made on the spot, which are gone afterwards."""
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        for split, label, i in itertools.product(("train", "test"), range(_CLASSES), range(_CLASS_IMAGES)):
+            path = Path(folder, split, str(label), f"{i}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # The classes differ by their brightness.
+            pixels = torch.randint(128 + 32 * label, (32, 32, 3), dtype=torch.uint8, generator=generator)
+            Image.fromarray(pixels.numpy()).save(path)
+        p = params.load("smoke", strategy="upper")
+        yield dataclasses.replace(
+            p,
+            data=dataclasses.replace(p.data, dataset="folder", root=folder, img_size=32, limit=None),
+            model=dataclasses.replace(p.model, patch_size=8, stride=8),
+            fusion=FusionRule(r=2, first_layer=2, last_layer=4),
+            train=dataclasses.replace(p.train, device=setting.device, epochs=3, backend=setting.backend),
+        )
+
+
+def _killed_run(setting: Setting, p: Params) -> None:
+    from famba import train
+
+    _begin(setting)
+
+    def kill(history: Sequence[Mapping[str, Any]], _: Mapping[str, Any]) -> None:
+        if len(history) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train.fit(p, seed=0, watch=[kill])
+
+
+def _measured(part: str, setting: Setting, say: Say) -> dict[str, Any]:
+    """That part of the GPU's benchmark."""
+    from famba.bench import gpu
+
+    _begin(setting)
+    say(f"python -m famba bench --gpu {part}")
+    return gpu.run([part], quick=setting.quick, device=setting.device)
+
+
+def _left_out(result: Mapping[str, Any]) -> str:
+    return "".join(f"; left out: {row['what']}: {row['reason']}" for row in result["left_out"])

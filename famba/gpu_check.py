@@ -1,0 +1,255 @@
+"""All that a first GPU has to show, in one command: `python -m famba gpu-check`; the checks are those of famba.checks.
+
+Each check is a process of its own with a time limit: a kernel that faults spoils CUDA for its whole process, and one
+that hangs must leave the others their time. This module imports the standard library alone, so that it starts on a
+machine with torch, triton and NumPy. The other packages come as wheels (`make gpu-check-wheels`); a check whose package
+is missing is skipped.
+"""
+
+import contextlib
+import importlib.metadata
+import multiprocessing
+import os
+import pkgutil
+import re
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from famba.errors import InputError
+from famba.files import json_bytes, write_atomic
+
+ROOT = Path(__file__).resolve().parent.parent
+PATH = "results/gpu_check.json"
+WHEELS = "build/wheels"
+LIMIT_S = 465.0  # of all checks: with what starts before them, eight minutes
+OK, FAILED, SKIPPED = "ok", "FAILED", "skipped"
+_GRACE_S = 10.0  # for a check's process to end by itself after its verdict
+_OUTPUT = 4000  # characters kept of what a check that failed has printed
+
+
+class Check(NamedTuple):
+    """Where a check is, as `module:function`, the seconds after which it has failed, and whether a CPU can do it."""
+
+    function: str
+    limit_s: float
+    on_cpu: bool = True
+
+
+# What matters most comes first, since the limit of all is less than the sum of theirs.
+CHECKS = {
+    "device": Check("famba.checks:device", 60),
+    "operators": Check("famba.checks:operators", 85),
+    "models": Check("famba.checks:models", 85),
+    "determinism": Check("famba.checks:determinism", 60),
+    "training": Check("famba.checks:training", 90),
+    "streaming": Check("famba.checks:streaming", 60),
+    "graph": Check("famba.checks:graph", 60, on_cpu=False),
+    "steps": Check("famba.checks:steps", 120),
+    "fusion": Check("famba.checks:fused_steps", 90),
+    "tests": Check("famba.checks:tests", 150, on_cpu=False),
+    "sanitizer": Check("famba.checks:sanitizer", 100, on_cpu=False),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the checks run on.
+
+    Attributes:
+        device: cuda, cuda:N or cpu.
+        quick: small sizes, to see that the checks themselves work.
+    """
+
+    device: str
+    quick: bool
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device != "cpu"
+
+    @property
+    def backend(self) -> str:
+        """The kernels that are checked."""
+        return "triton" if self.on_gpu else "native"
+
+
+@dataclass
+class Outcome:
+    """What a check that passed has to say, and the tables that it measured."""
+
+    detail: str
+    tables: dict[str, Any] = field(default_factory=dict)
+
+
+class Skipped(Exception):
+    """A check cannot run here; the message is the reason."""
+
+
+Say = Callable[[str], None]  # what a check is about to do: named if it fails, hangs or dies there
+
+
+def main(
+    names: Sequence[str] = (), *, device: str = "cuda", quick: bool = False, json: Path | None = None, wheels: Path
+) -> int:
+    """Run the checks, print and write them; the exit status: 1 if one has failed.
+
+    Args:
+        names: some of `CHECKS`; all if none is given.
+        json: where the result is written after each check; `PATH` if all run at full size and nothing else is said.
+        wheels: a folder of wheels, whose packages can be imported where they are not installed.
+
+    Raises:
+        InputError: an unknown check or device.
+    """
+    for name in names:
+        if name not in CHECKS:
+            raise InputError(f"check: {name!r} is unknown; allowed: {', '.join(CHECKS)}")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise InputError(f"device: {device!r} is not one of cuda, cuda:N, cpu")
+    if device == "cpu" and not quick:
+        raise InputError("device: 'cpu' takes --quick only")
+    chosen = {name: check for name, check in CHECKS.items() if not names or name in names}
+    path = json.absolute() if json else (None if names or quick else ROOT / PATH)
+    options = [*names, *(["--quick"] if quick else []), *([] if device == "cuda" else ["--device", device])]
+    with _importable(wheels):
+        result = run(chosen, Setting(device, quick), " ".join(["python -m famba gpu-check", *options]), path)
+    failed = [row for row in result["checks"] if row["verdict"] == FAILED]
+    for row in failed:
+        print(f"\n{row['check']} printed:\n{row['output']}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def run(
+    checks: Mapping[str, Check], setting: Setting, command: str, path: Path | None, *, limit_s: float = LIMIT_S
+) -> dict[str, Any]:
+    """The checks one after the other, each printed as soon as it is over, and what they found.
+
+    Args:
+        command: what a user would type for it.
+        path: where the result so far is written after each check.
+        limit_s: of all of them; a check for which nothing is left is skipped.
+    """
+    end = time.monotonic() + limit_s
+    result: dict[str, Any] = {"device": setting.device, "versions": {}, "command": command, "checks": []}
+    no_device = ""
+    for name, check in checks.items():
+        left = end - time.monotonic()
+        reason = no_device or ("" if check.on_cpu or setting.on_gpu else "it needs a CUDA device")
+        if reason or left <= 0:
+            row, tables = _row(SKIPPED, reason or f"the {limit_s:g} s of all checks are over"), {}
+        else:
+            row, tables = _tried(check._replace(limit_s=min(check.limit_s, left)), setting)
+        if name == "device" and row["verdict"] == FAILED:
+            no_device = "check device failed"
+        result |= tables
+        result["checks"].append({"check": name, **row})
+        print(f"{name:<12}{row['verdict']:<8}{row['seconds']:6.1f} s  {row['detail']}", flush=True)
+        if path is not None:
+            write_atomic(path, json_bytes(result))
+    return result
+
+
+def _row(verdict: str, detail: str, **more: Any) -> dict[str, Any]:
+    return {"verdict": verdict, "detail": " ".join(detail.split()), "seconds": 0.0, **more}
+
+
+def _tried(check: Check, setting: Setting) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A check's row and tables, whatever becomes of its process."""
+    # The server imports what takes seconds, once, and nothing of CUDA begins there, so that checks can fork from it.
+    context, at = multiprocessing.get_context("forkserver"), ""
+    context.set_forkserver_preload(["torch", "famba.checks"])
+    receiver, sender = context.Pipe(duplex=False)
+    with tempfile.NamedTemporaryFile() as printed:
+        process = context.Process(target=_child, args=(check.function, setting, printed.name, sender))
+        process.start()
+        sender.close()
+        start = time.monotonic()
+        try:
+            while True:
+                if not receiver.poll(max(0.0, start + check.limit_s - time.monotonic())):
+                    row, tables = _row(FAILED, f"it took more than {check.limit_s:.0f} s"), {}
+                    break
+                said = receiver.recv()
+                if not isinstance(said, str):
+                    row, tables = said
+                    process.join(_GRACE_S)
+                    break
+                at = said
+        except EOFError:
+            process.join()
+            row, tables = _row(FAILED, f"its process {_end(process.exitcode)}"), {}
+        finally:
+            _kill(process)
+        row["seconds"] = time.monotonic() - start
+        if row["verdict"] == FAILED:
+            row["detail"] += f"; at: {at}" if at else ""
+            row["output"] = Path(printed.name).read_text(errors="replace")[-_OUTPUT:]
+    return row, tables
+
+
+def _end(exitcode: int | None) -> str:
+    if exitcode is not None and exitcode < 0:
+        return f"was killed by {signal.Signals(-exitcode).name}"
+    return f"ended with status {exitcode}"
+
+
+def _kill(process: BaseProcess) -> None:
+    """End a check's process and all that it has started."""
+    assert process.pid is not None
+    with contextlib.suppress(ProcessLookupError):  # it has not got so far, or nothing of it is left
+        os.killpg(process.pid, signal.SIGKILL)
+    if process.exitcode is None:
+        os.kill(process.pid, signal.SIGKILL)
+    process.join()
+
+
+def _child(function: str, setting: Setting, printed: str, sender: Connection) -> None:
+    os.setsid()
+    handle = os.open(printed, os.O_WRONLY | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    tables: dict[str, Any] = {}
+    try:
+        outcome: Outcome = pkgutil.resolve_name(function)(setting, sender.send)
+        row, tables = _row(OK, outcome.detail), outcome.tables
+    except Skipped as reason:
+        row = _row(SKIPPED, str(reason))
+    except ModuleNotFoundError as error:
+        row = _row(SKIPPED, f"{(error.name or str(error)).split('.')[0]} is missing; make gpu-check-wheels")
+    except Exception as error:  # whatever kernels, compilers and drivers raise; the next check shall be made
+        traceback.print_exc()
+        row = _row(FAILED, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sender.send((row, tables))
+
+
+@contextlib.contextmanager
+def _importable(wheels: Path) -> Iterator[None]:
+    """Meanwhile every process started here can import the packages of these wheels, those apart that are installed."""
+    with tempfile.TemporaryDirectory() as folder:
+        for wheel in sorted(wheels.glob("*.whl")):
+            try:
+                importlib.metadata.distribution(wheel.name.split("-")[0])
+            except importlib.metadata.PackageNotFoundError:
+                with zipfile.ZipFile(wheel) as archive:
+                    archive.extractall(folder)
+        # The checks take over sys.path; what they start, and the server that they fork from, the environment.
+        sys.path.append(folder)
+        before = os.environ.get("PYTHONPATH", "")
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [before, folder]))
+        try:
+            yield
+        finally:
+            sys.path.remove(folder)
+            os.environ["PYTHONPATH"] = before

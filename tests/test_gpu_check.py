@@ -1,0 +1,268 @@
+"""The command that checks a GPU, on a CPU: what it finds, and what it makes of checks that break, hang or die."""
+
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from processes import PATIENCE_S, is_there, wait_until
+
+from famba import bench, checks, gpu_check, graph
+from famba.__main__ import main
+from famba.gpu_check import Check, Setting
+
+ROOT = gpu_check.ROOT
+CPU = Setting("cpu", quick=True)
+
+
+def rows_of(*names, path=None, limit_s=PATIENCE_S, **limits):
+    """By the check of broken_checks.py, what is said of it; `limits` are their seconds."""
+    made = {name: Check(f"broken_checks:{name}", limits.get(name, PATIENCE_S)) for name in names}
+    result = gpu_check.run(made, CPU, "the command", path, limit_s=float(limit_s))
+    return {row["check"]: row for row in result["checks"]}
+
+
+def test_a_wrong_kernel_fails_and_the_next_check_is_made(monkeypatch, tmp_path, capsys):
+    checks = {name: Check(f"broken_checks:{name}", PATIENCE_S) for name in ("has_a_wrong_scan", "passes")}
+    monkeypatch.setattr(gpu_check, "CHECKS", checks)
+    path = tmp_path / "check.json"
+    assert main(["gpu-check", "--device", "cpu", "--quick", "--json", str(path)]) == 1
+    printed = capsys.readouterr()
+    first, second = printed.out.splitlines()
+    assert re.match(r"has_a_wrong_scan *FAILED .* of 40 cases; scan, b \d+, .*: relative error \d", first)
+    assert re.match(r"passes *ok ", second)
+    assert "has_a_wrong_scan printed:\nscan, b" in printed.err
+    assert [row["verdict"] for row in json.loads(path.read_text())["checks"]] == ["FAILED", "ok"]
+
+
+def test_a_kernel_that_does_not_compile_fails_with_its_case_and_the_other_cases_are_seen():
+    row = rows_of("has_a_scan_that_raises")["has_a_scan_that_raises"]
+    assert row["verdict"] == "FAILED"
+    assert re.search(r"[2-9] of 40 cases; scan, b .*: RuntimeError: no such chip", row["detail"])
+    assert "Traceback" in row["output"]
+
+
+def test_a_check_that_hangs_is_ended_with_all_that_it_started_and_the_next_is_made():
+    rows = rows_of("hangs", "passes", hangs=10.0)
+    assert rows["passes"]["verdict"] == "ok"
+    assert rows["hangs"]["verdict"] == "FAILED"
+    assert (said := re.fullmatch(r"it took more than 10 s; at: waiting for (\d+)", rows["hangs"]["detail"]))
+    assert wait_until(lambda: not is_there(int(said[1])))
+
+
+@pytest.mark.parametrize(
+    ("name", "verdict", "detail"),
+    [
+        ("passes", "ok", "cpu it is"),
+        ("is_killed", "FAILED", "its process was killed by SIGSEGV; at: reading nowhere"),
+        ("exits", "FAILED", "its process ended with status 3"),
+        ("cannot_run", "skipped", "no such program"),
+        ("lacks_a_package", "skipped", "nowhere is missing; make gpu-check-wheels"),
+        ("raises", "FAILED", "RuntimeError: no such device"),
+    ],
+)
+def test_whatever_becomes_of_a_check_is_said_in_one_line_and_the_next_is_made(name, verdict, detail, tmp_path):
+    path = tmp_path / "check.json"
+    rows = rows_of(name, "cannot_run", path=path)
+    assert (rows[name]["verdict"], rows[name]["detail"]) == (verdict, detail)
+    assert rows["cannot_run"]["detail"] == "no such program"
+    if name == "raises":
+        assert rows[name]["output"].startswith("what the compiler printed\nTraceback")
+    written = json.loads(path.read_text())
+    assert written["command"] == "the command"
+    assert written.get("steps") == ([{"x": 1}] if name == "passes" else None)
+
+
+def test_without_a_device_or_time_the_others_are_skipped():
+    made = {"device": Check("broken_checks:raises", PATIENCE_S), "other": Check("broken_checks:passes", PATIENCE_S)}
+    first, second = gpu_check.run(made, CPU, "", None)["checks"]
+    assert first["verdict"] == "FAILED"
+    assert (second["verdict"], second["detail"]) == ("skipped", "check device failed")
+    row = rows_of("passes", limit_s=0)["passes"]
+    assert (row["verdict"], row["detail"]) == ("skipped", "the 0 s of all checks are over")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["speed"], "check: 'speed' is unknown; allowed: device, operators"),
+        (["--device", "tpu"], "device: 'tpu' is not one of cuda, cuda:N, cpu"),
+        (["--device", "cpu"], "device: 'cpu' takes --quick only"),
+    ],
+)
+def test_what_cannot_be_checked_is_refused_in_one_line(options, said, capsys):
+    assert main(["gpu-check", *options]) == 1
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert printed.count("\n") == 1
+
+
+def test_every_check_that_a_cpu_can_do_passes_there_and_its_result_can_be_drawn(tmp_path, capsys):
+    from famba import figures  # a bare machine, which collects this file, has nothing to draw with
+
+    path = tmp_path / "check.json"
+    assert main(["gpu-check", "--device", "cpu", "--quick", "--json", str(path)]) == 0
+    verdicts = {name: "ok" if check.on_cpu else "skipped" for name, check in gpu_check.CHECKS.items()}
+    assert sum(verdict == "ok" for verdict in verdicts.values()) == 8
+    result = json.loads(path.read_text())
+    assert {row["check"]: row["verdict"] for row in result["checks"]} == verdicts
+    assert len(capsys.readouterr().out.splitlines()) == len(verdicts)
+    assert result["command"] == "python -m famba gpu-check --quick --device cpu"
+    assert {"device", "instruction_set", "versions"} <= set(result)
+    details = {row["check"]: row["detail"] for row in result["checks"]}
+    for name in ("operators", "models"):
+        assert re.match(r"40 of 40 cases, worst relative error bf16: .*; fp32: .* at ", details[name])
+    assert details["training"].startswith("killed in epoch 2 of 3 and resumed: equal metrics, top-1 ")
+    assert details["fusion"].startswith("all: ")
+    tables = bench.gpu_frames(path)
+    assert {"checks", "setting", "steps", "schedules"} <= set(tables)
+    assert list(tables["checks"]["verdict"]) == list(verdicts.values())
+    assert len(figures.gpu_benchmark(tables).axes) == 2
+
+
+def test_checks_of_the_whole_space_are_made_at_full_size():
+    cases = checks._operator_cases(Setting("cuda", quick=False))
+    names = [case.name for case in cases]
+    assert len(set(names)) > 200
+    for kind in ("scan, b", "both scans", "convolution", "norm", "fusion"):
+        of = [name for name in names if name.startswith(kind)]
+        assert all(any(f"b {b}," in name for name in of) for b in (1, 2, 3, 16))
+        assert {name.rsplit(", ", 1)[1] for name in of} == {"fp32", "bf16"}
+    assert {f"n {n}" for n in (1, 2, 3, 8, 16, 33, 64)} <= set(re.findall(r"n \d+", " ".join(names)))
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """Runs the command where torch, NumPy and what torch needs are all that is installed."""
+    installed, site = Path(sysconfig.get_paths()["purelib"]), tmp_path / "site"
+    site.mkdir()
+    needed = "torch functorch torchgen numpy numpy.libs typing_extensions.py sympy mpmath filelock fsspec jinja2"
+    for name in [*needed.split(), "markupsafe", "networkx"]:
+        if (installed / name).exists():
+            (site / name).symlink_to(installed / name)
+
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, "-S", "-m", "famba", "gpu-check", *arguments, "--device", "cpu", "--quick"],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{site}"},
+        )
+
+    return run
+
+
+def wheels_of(names, folder):
+    """Wheels of installed packages and of all that they need."""
+    folder.mkdir()
+    todo, made = list(names), set()
+    while todo:
+        found = importlib.metadata.distribution(todo.pop())
+        if found.name in made:
+            continue
+        made.add(found.name)
+        with zipfile.ZipFile(folder / f"{found.name.replace('-', '_')}-{found.version}-py3-none-any.whl", "w") as wheel:
+            for file in found.files or []:
+                if not {"..", "__pycache__", "tests"} & set(file.parts) and found.locate_file(file).is_file():
+                    wheel.write(found.locate_file(file), str(file))
+        needed = [Requirement(line) for line in found.requires or []]
+        todo += [x.name for x in needed if x.marker is None or x.marker.evaluate({"extra": ""})]
+    return folder
+
+
+def test_on_a_bare_machine_the_wheels_of_the_makefile_are_all_that_is_missing(bare, tmp_path):
+    line = re.search(r"^WHEELS +:= (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert line is not None
+    folder = wheels_of(line[1].split(), tmp_path / "wheels")
+    assert len(list(folder.iterdir())) > 10
+    path = tmp_path / "check.json"
+    done = bare("device", "operators", "streaming", "steps", "--wheels", str(folder), "--json", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(path.read_text())["checks"]
+    assert [(row["check"], row["verdict"]) for row in rows] == [
+        (name, "ok") for name in ("device", "operators", "streaming", "steps")
+    ], done.stdout
+
+
+def test_on_a_bare_machine_without_wheels_a_check_says_which_package_it_lacks(bare, tmp_path):
+    done = bare("device", "steps", "--wheels", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(
+        r"device +skipped .* jaxtyping is missing; make gpu-check-wheels\n"
+        r"steps +skipped .* jaxtyping is missing; make gpu-check-wheels\n",
+        done.stdout,
+    )
+
+
+@pytest.mark.parametrize(("status", "found"), [(0, ""), (9, "memcheck: status 9, an invalid read")])
+def test_the_sanitizer_runs_small_calls_of_every_operator(status, found, tmp_path, monkeypatch):
+    program = tmp_path / "compute-sanitizer"
+    # Its arguments: --tool, a tool, --error-exitcode, 9, then the command.
+    program.write_text(f'#!/bin/sh\nshift 4; "$@" || exit 1\necho an invalid read\nexit {status}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    if found:
+        with pytest.raises(AssertionError, match=found):
+            checks.sanitizer(CPU, print)
+    else:
+        assert checks.sanitizer(CPU, print).detail == "memcheck and racecheck have found nothing"
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(gpu_check.Skipped, match="compute-sanitizer is missing"):
+        checks.sanitizer(CPU, print)
+
+
+def test_the_tests_of_a_gpu_fail_by_name_and_those_that_want_a_package_are_counted_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "ROOT", tmp_path)
+    file = tmp_path / "tests" / "test_of_a_gpu.py"
+    file.parent.mkdir()
+    head = "import pytest\npytestmark = pytest.mark.gpu\n"
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    (file.parent / "test_of_a_cpu.py").write_text("import nowhere\n")
+    (file.parent / "test_that_wants_more.py").write_text(head + "import elsewhere\n")
+    file.write_text(head + "def test_one(): pass\ndef test_two(): import nowhere.at_all\n")
+    assert checks.tests(CPU, print).detail == "1 of 3 passed, some want elsewhere, nowhere"
+    (file.parent / "test_that_wants_more.py").unlink()
+    file = file.rename(file.with_name("test_of_another.py"))
+    file.write_text(head + "def test_one(): pass\ndef test_two(): assert 0\n")
+    with pytest.raises(AssertionError, match=r"^1 failed, 1 of 2 passed: tests\.test_of_another\.test_two$"):
+        checks.tests(CPU, print)
+    file = file.rename(file.with_name("test_of_none.py"))
+    file.write_text(head)
+    with pytest.raises(AssertionError, match=r"^0 of 0 passed; pytest ended with status 5$"):
+        checks.tests(CPU, print)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_graph_with_other_losses_fails(wrong, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)  # as it is to be afterwards
+    monkeypatch.setattr(graph, "unavailable", lambda device, processes: "")
+
+    def captured(call):
+        def replay():
+            loss, correct = call()
+            return loss * (1 + wrong), correct
+
+        return replay
+
+    monkeypatch.setattr(graph, "captured", captured)
+    if wrong:
+        with pytest.raises(AssertionError, match=r"^training losses .* without, .* with a graph$"):
+            checks.graph(CPU, print)
+    else:
+        assert checks.graph(CPU, print).detail.startswith("3 epochs, losses apart by 0e+00")
+
+
+def test_a_run_that_forgets_its_optimiser_when_it_is_resumed_fails_and_leaves_no_checkpoints():
+    row = rows_of("forgets_its_optimiser")["forgets_its_optimiser"]
+    assert row["verdict"] == "FAILED"
+    assert row["detail"].startswith("AssertionError: other metrics after resuming; training losses [[")
+    assert row["detail"].endswith("; at: checkpoints left: []")
