@@ -17,7 +17,7 @@ from typing import Any
 
 from famba import gpu_check, lifeline
 from famba.errors import FambaError, InputError
-from famba.files import json_bytes, write_atomic
+from famba.storage.files import json_bytes, write_atomic
 
 
 def main(arguments: Sequence[str] | None = None, *, hold: bool = False) -> int:
@@ -174,15 +174,16 @@ def _train(options: argparse.Namespace) -> int:
         p = params.read_resolved(options.resolved)
     else:
         p = params.load(options.profile, strategy=options.strategy, processes=options.processes)
-    from famba import parallel, records, train
+    from famba import parallel, train
+    from famba.storage import runs
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("famba").setLevel(logging.INFO)
-    out = options.out or params.root() / "build" / "runs" / records.run_name(p.strategy, options.seed)
-    with records.held(out.absolute()) if parallel.writes() else contextlib.nullcontext():
+    out = options.out or params.root() / "build" / "runs" / runs.run_name(p.strategy, options.seed)
+    with runs.held(out.absolute()) if parallel.writes() else contextlib.nullcontext():
         run = train.fit(p, seed=options.seed, progress=sys.stderr.isatty())
         if parallel.writes():
-            print(records.write(run, out.absolute()))
+            print(runs.write(run, out.absolute()))
     if parallel.writes() and not options.keep_checkpoints:
         train.forget(p, seed=options.seed)
     return 0

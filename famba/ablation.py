@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from famba import params, records, sweep, workers
+from famba import params, sweep, workers
 from famba.errors import InputError
 from famba.params import AblationParams, FusionOptions, Params
+from famba.storage import runs
 
 COMMAND = "make ablation"
 
@@ -52,7 +53,7 @@ def run(asked: AblationParams, *, profile: str, runs_dir: str | Path) -> pd.Data
     folder = params.root() / runs_dir
     wanted = cells(asked, profile=profile)
     workers.run(_train, {cell.name: (cell, folder / cell.name) for cell in wanted}, jobs=asked.jobs)
-    runs = pd.DataFrame([_row(cell, records.read(folder / cell.name)) for cell in wanted])
+    runs = pd.DataFrame([_row(cell, runs.read(folder / cell.name)) for cell in wanted])
     return runs.assign(profile_epochs=params.load(profile, strategy=asked.strategy).train.epochs)
 
 
@@ -106,7 +107,7 @@ def _train(what: tuple[Cell, Path]) -> None:
     sweep.ensure(folder, cell.params, seed=cell.seed, train_missing=True, command=COMMAND)
 
 
-def _row(cell: Cell, record: records.RunRecord) -> Mapping[str, object]:
+def _row(cell: Cell, record: runs.RunRecord) -> Mapping[str, object]:
     p = cell.params
     return {
         "profile": p.profile,

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from famba import calibrate, metrics, params, records, sweep
+from famba import calibrate, metrics, params, sweep
 from famba.calibrate import Plan
 from famba.errors import InputError
-from famba.files import json_bytes, write_atomic
 from famba.params import ADAPTIVE, STRATEGIES, FusionRule, SweepParams
+from famba.storage import runs
+from famba.storage.files import json_bytes, write_atomic
 
 _COMMAND = "make adaptive"
 _COLUMNS = ["strategy", "seed", "top1_percent", "train_time_s", "peak_memory_mib", "flops_per_image", "tokens_removed"]
@@ -35,7 +36,7 @@ def plans(asked: SweepParams, *, profile: str, runs_dir: str | Path, kinds: Sequ
         InputError: as from `calibrate.plan`.
     """
     rule = params.load_adaptive(profile)
-    folders = [Path(runs_dir) / records.run_name(metrics.BASELINE, seed) for seed in asked.seeds]
+    folders = [Path(runs_dir) / runs.run_name(metrics.BASELINE, seed) for seed in asked.seeds]
     return [calibrate.plan(folders, rule, kind=kind, count=images) for kind in kinds]
 
 
@@ -63,8 +64,8 @@ def runs(
     for plan in plans:
         p = dataclasses.replace(base, strategy=ADAPTIVE, fusion=FusionRule(schedule=tuple(plan.schedule)))
         for seed in asked.seeds:
-            folder = Path(trained_dir) / records.run_name(name(plan), seed)
-            run = records.read(sweep.ensure(folder, p, seed=seed, train_missing=True, command=_COMMAND))
+            folder = Path(trained_dir) / runs.run_name(name(plan), seed)
+            run = runs.read(sweep.ensure(folder, p, seed=seed, train_missing=True, command=_COMMAND))
             measured = {key: run.cost[key] for key in ("train_time_s", "peak_memory_mib", "flops_per_image")}
             score = {"top1_percent": run.metrics["top1_percent"], "tokens_removed": sum(run.schedule)}
             rows.append({"strategy": name(plan), "seed": run.seed, **score, **measured})

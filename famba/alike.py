@@ -13,9 +13,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from famba import checkpoint, data, evidence, params, records, sweep, train
+from famba import data, evidence, params, sweep, train
 from famba.errors import InputError
 from famba.model import VisionMamba
+from famba.storage import checkpoint, runs
 
 _BATCH = 50  # images: a trace holds every layer's tokens
 
@@ -68,13 +69,13 @@ def in_runs(
     frames = []
     for strategy in asked.strategies:
         run = sweep.ensure_run(
-            Path(runs_dir) / records.run_name(strategy, seed),
+            Path(runs_dir) / runs.run_name(strategy, seed),
             strategy=strategy,
             seed=seed,
             profile=profile,
             train_missing=train_missing,
         )
-        trained, described = checkpoint.load_model(run / records.MODEL_FILE)
+        trained, described = checkpoint.load_model(run / runs.MODEL_FILE)
         p = params.load(profile, strategy=strategy)
         dataset = data.load(p.data)
         if not 1 <= images <= len(dataset.test):

@@ -20,11 +20,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from famba import checkpoint, cost, data, params, records, strategies
+from famba import cost, data, params, strategies
 from famba.cost import Cost
 from famba.errors import InputError
 from famba.model import VisionMamba
 from famba.params import ADAPTIVE, AdaptiveRule, DataParams, FusionOptions
+from famba.storage import checkpoint, runs
 
 _BATCH = 128  # images at a time
 
@@ -98,19 +99,19 @@ def plan(run_dirs: Sequence[str | Path], rule: AdaptiveRule, *, kind: str, count
     """
     if not run_dirs or count < 1:
         raise InputError(f"run_dirs: {len(run_dirs)}, count: {count}; both must be 1 or more")
-    first = records.read(run_dirs[0])
+    first = runs.read(run_dirs[0])
     if threads := first.params["train"]["threads"]:
         torch.set_num_threads(threads)  # sums in another order could tip a choice
     split = data.load(DataParams(**first.params["data"])).val
     chosen = torch.linspace(0, len(split) - 1, min(count, len(split))).round().long()
     tables, config = [], {}
     for run_dir in run_dirs:
-        run, folder = records.read(run_dir), params.root() / run_dir
+        run, folder = runs.read(run_dir), params.root() / run_dir
         if any(run.schedule):
             raise InputError(f"{folder}: strategy {run.strategy!r} fuses tokens; calibration needs a run of 'none'")
         if run.params != first.params:
             raise InputError(f"{folder}: other parameters than {run_dirs[0]}; only their seeds may differ")
-        model, described = checkpoint.load_model(folder / records.MODEL_FILE)
+        model, described = checkpoint.load_model(folder / runs.MODEL_FILE)
         images = data.normalise(split.images[chosen], described["mean"], described["std"])
         tables.append(fusing_costs(model, images, kind=kind))
         config = model.config

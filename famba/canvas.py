@@ -21,7 +21,7 @@ from PIL import Image
 
 from famba import params
 from famba.errors import InputError
-from famba.files import write_atomic
+from famba.storage.files import write_atomic
 
 # The same on every machine: nothing of the session's style, and the one font that matplotlib brings along.
 _STYLE: list[Any] = [

@@ -30,11 +30,11 @@ from torch import Tensor
 
 from famba import params, sources, stream
 from famba.errors import InputError
-from famba.files import json_bytes, write_atomic
 from famba.params import DataParams
 from famba.recipe import Recipe
 from famba.sources import DATASETS as DATASETS
 from famba.sources import Files, Found
+from famba.storage.files import json_bytes, write_atomic
 from famba.stream import Streamed
 
 _log = logging.getLogger(__name__)

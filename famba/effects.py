@@ -19,8 +19,8 @@ import pandas as pd
 
 from famba import metrics, params
 from famba.errors import InputError
-from famba.files import write_atomic
 from famba.params import STRATEGIES, FusionOptions
+from famba.storage.files import write_atomic
 
 FACTORS: tuple[str, ...] = tuple(asdict(FusionOptions()))
 # What is in the file for others to work with; the rest of a run's row is the setting, which all runs share.

@@ -14,9 +14,9 @@ from jaxtyping import Float
 
 from famba import params
 from famba.errors import InputError
-from famba.files import write_atomic
 from famba.metrics import BASELINE
 from famba.params import STRATEGIES
+from famba.storage.files import write_atomic
 
 QUANTITIES = ("similarity", "distance", "size")
 WEIGHTS = ("trained", "untrained")

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from famba.errors import InputError
-from famba.files import json_bytes, write_atomic
+from famba.storage.files import json_bytes, write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 PATH = "results/gpu_check.json"

@@ -19,10 +19,11 @@ import pandas as pd
 from jaxtyping import Float
 from scipy import stats
 
-from famba import params, records, strategies
+from famba import params, strategies
 from famba.errors import InputError
-from famba.files import json_bytes, write_atomic
 from famba.params import STRATEGIES, SweepParams
+from famba.storage import runs
+from famba.storage.files import json_bytes, write_atomic
 
 BASELINE = "none"
 DETERMINISTIC = ("top1_percent", "top5_percent")
@@ -88,8 +89,8 @@ def load_history(sweep: SweepParams, runs_dir: str | Path) -> pd.DataFrame:
         for record in _records(sweep, runs_dir)
         for row in record.history
     ]
-    frame = pd.DataFrame(rows, columns=["strategy", "seed", *records.HISTORY_COLUMNS])
-    return frame.astype({column: float for column in records.HISTORY_COLUMNS if column != "epoch"})
+    frame = pd.DataFrame(rows, columns=["strategy", "seed", *runs.HISTORY_COLUMNS])
+    return frame.astype({column: float for column in runs.HISTORY_COLUMNS if column != "epoch"})
 
 
 def load_schedules(sweep: SweepParams, runs_dir: str | Path) -> pd.DataFrame:
@@ -98,13 +99,13 @@ def load_schedules(sweep: SweepParams, runs_dir: str | Path) -> pd.DataFrame:
     Raises:
         InputError: as `load_runs`; or two seeds of one strategy that fused differently.
     """
-    by_strategy: dict[str, records.RunRecord] = {}
+    by_strategy: dict[str, runs.RunRecord] = {}
     for record in _records(sweep, runs_dir):
         first = by_strategy.setdefault(record.strategy, record)
         if list(record.token_counts) != list(first.token_counts):
             raise InputError(
-                f"{records.run_name(record.strategy, record.seed)}: token_counts differ from those of "
-                f"{records.run_name(first.strategy, first.seed)}"
+                f"{runs.run_name(record.strategy, record.seed)}: token_counts differ from those of "
+                f"{runs.run_name(first.strategy, first.seed)}"
             )
     return _layers({name: (record.schedule, record.token_counts) for name, record in by_strategy.items()})
 
@@ -409,7 +410,7 @@ def cosine_similarity(tokens: Float[np.ndarray, "t d"]) -> Float[np.ndarray, "t 
     return np.clip(unit @ unit.T, -1, 1)  # rounding alone leads outside
 
 
-def _records(sweep: SweepParams, runs_dir: str | Path) -> list[records.RunRecord]:
+def _records(sweep: SweepParams, runs_dir: str | Path) -> list[runs.RunRecord]:
     """The sweep's runs, strategies in their fixed order, checked to be runs of one experiment."""
     for key, values in {"strategies": sweep.strategies, "seeds": sweep.seeds}.items():
         for value in values:
@@ -418,24 +419,24 @@ def _records(sweep: SweepParams, runs_dir: str | Path) -> list[records.RunRecord
     folder, found = params.root() / runs_dir, []
     for strategy in [name for name in STRATEGIES if name in sweep.strategies]:
         for seed in sweep.seeds:
-            name = records.run_name(strategy, seed)
-            record = records.read(folder / name)
+            name = runs.run_name(strategy, seed)
+            record = runs.read(folder / name)
             if (record.strategy, record.seed) != (strategy, seed):
-                raise InputError(f"{folder / name}: holds the run {records.run_name(record.strategy, record.seed)}")
+                raise InputError(f"{folder / name}: holds the run {runs.run_name(record.strategy, record.seed)}")
             found.append(record)
     first = found[0]
-    by_strategy: dict[str, records.RunRecord] = {}
+    by_strategy: dict[str, runs.RunRecord] = {}
     for record in found:
         _same(first, record, but=("strategy", "fusion"))
         _same(by_strategy.setdefault(record.strategy, record), record, but=())
     return found
 
 
-def _same(first: records.RunRecord, other: records.RunRecord, *, but: tuple[str, ...]) -> None:
+def _same(first: runs.RunRecord, other: runs.RunRecord, *, but: tuple[str, ...]) -> None:
     theirs, ours = _flat(other.params, but), _flat(first.params, but)
     for key in [*theirs, *(key for key in ours if key not in theirs)]:
         if theirs.get(key) != ours.get(key):
-            names = [records.run_name(record.strategy, record.seed) for record in (other, first)]
+            names = [runs.run_name(record.strategy, record.seed) for record in (other, first)]
             raise InputError(
                 f"{names[0]}: {key}: {theirs.get(key)!r}, but {ours.get(key)!r} in {names[1]}: not one experiment"
             )

@@ -23,14 +23,15 @@ from torch.nn import functional
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from famba import augment, checkpoint, cost, data, graph, numerics, recipe, strategies
+from famba import augment, cost, data, graph, numerics, recipe, strategies
 from famba.data import Dataset
 from famba.errors import InputError, TrainingError
 from famba.model import VisionMamba, kernels
 from famba.optim import learning_rate, parameter_groups, peak_lr
 from famba.parallel import Processes
 from famba.params import Params, TrainParams
-from famba.records import Run
+from famba.storage import checkpoint
+from famba.storage.runs import Run
 
 _log = logging.getLogger(__name__)
 _MIB = 2**20

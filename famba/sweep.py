@@ -8,9 +8,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from famba import params, records, workers
+from famba import params, workers
 from famba.errors import InputError
 from famba.params import SweepParams
+from famba.storage import runs
 
 
 def ensure_runs(
@@ -22,8 +23,8 @@ def ensure_runs(
         jobs: runs trained at the same time, each in a process of its own if there are several.
     """
     wanted = {
-        records.run_name(strategy, seed): {
-            "run_dir": Path(runs_dir) / records.run_name(strategy, seed),
+        runs.run_name(strategy, seed): {
+            "run_dir": Path(runs_dir) / runs.run_name(strategy, seed),
             "strategy": strategy,
             "seed": seed,
             "profile": profile,
@@ -74,10 +75,10 @@ def ensure(
 
     made_of = train.made_of(p, seed=seed)
     if _why_not(folder, p, seed, made_of):
-        with records.held(folder):
+        with runs.held(folder):
             run = train.fit(p, seed=seed)
             cost = {**run.cost, "made_of": made_of, "command": command or run.cost["command"]}
-            records.write(dataclasses.replace(run, cost=cost), folder)
+            runs.write(dataclasses.replace(run, cost=cost), folder)
         train.forget(p, seed=seed)
     return folder
 
@@ -85,7 +86,7 @@ def ensure(
 def _why_not(folder: Path, p: params.Params, seed: int, made_of: str | None = None) -> str:
     """Empty if the folder holds the run of these parameters and this seed, else the reason."""
     try:
-        run = records.read(folder)
+        run = runs.read(folder)
     except InputError as error:
         return str(error)
     if run.seed != seed:

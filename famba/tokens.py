@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from famba import checkpoint, data, metrics, params, records, strategies
+from famba import data, metrics, params, strategies
 from famba.errors import InputError
 from famba.model import Trace, VisionMamba
 from famba.params import DataParams
+from famba.storage import checkpoint, runs
 
 _SHOWN_PX = 224  # images of one's own are kept at about this size beside what the model sees of them
 
@@ -64,8 +65,8 @@ def watch(run_dir: str | Path, *, count: int) -> Watched:
     Raises:
         InputError: a run that is missing or spoilt; data that cannot be read.
     """
-    run = records.read(run_dir)
-    model, described = checkpoint.load_model(params.root() / run_dir / records.MODEL_FILE)
+    run = runs.read(run_dir)
+    model, described = checkpoint.load_model(params.root() / run_dir / runs.MODEL_FILE)
     dataset = data.load(DataParams(**run.params["data"]))
     chosen = [int((dataset.test.labels == label).nonzero()[0]) for label in range(len(dataset.classes))][:count]
     images = dataset.test.images[chosen]
@@ -87,8 +88,8 @@ def watch_images(run_dir: str | Path, sources: Sequence[str | Path | np.ndarray]
     """
     if not sources:
         raise InputError("sources: no images; at least 1 needed")
-    records.read(run_dir)
-    model, described = checkpoint.load_model(params.root() / run_dir / records.MODEL_FILE)
+    runs.read(run_dir)
+    model, described = checkpoint.load_model(params.root() / run_dir / runs.MODEL_FILE)
     scale = max(1, _SHOWN_PX // model.img_size)
     seen, shown = (
         torch.stack([data.read_image(source, size) for source in sources])

@@ -13,16 +13,17 @@ from pathlib import Path
 
 import torch
 
-from famba import cost, data, numerics, parallel, params, pretrained, records, strategies
+from famba import cost, data, numerics, parallel, params, pretrained, strategies
 from famba.data import Dataset
 from famba.errors import InputError
-from famba.files import claimed, json_bytes, write_atomic
 from famba.gpu import runtime
 from famba.model import VisionMamba, create_model, kernels, sizes
 from famba.optim import learning_rate, parameter_groups
 from famba.params import Params, TrainParams
-from famba.records import Run
 from famba.session import Session, Watcher, evaluate
+from famba.storage import runs
+from famba.storage.files import claimed, json_bytes, write_atomic
+from famba.storage.runs import Run
 from famba.watch import Events, Rows
 
 __all__ = ["CODE", "build", "evaluate", "fit", "folder", "forget", "learning_rate", "made_of", "parameter_groups"]
@@ -145,7 +146,7 @@ def _fit_in_processes(p: Params, seed: int, progress: bool, watch: Sequence[Watc
     def tell() -> None:
         nonlocal told
         if watch and live.exists() and (changed := live.stat().st_mtime_ns) != told:
-            told, history = changed, records.read_history(live)
+            told, history = changed, runs.read_history(live)
             for watcher in watch:
                 watcher(history, {})
 
@@ -153,7 +154,7 @@ def _fit_in_processes(p: Params, seed: int, progress: bool, watch: Sequence[Watc
     arguments = ["train", "--resolved", str(checkpoints / "asked.json"), "--seed", str(seed), "--out", str(out)]
     parallel.launch([*arguments, "--keep-checkpoints"], p.train.processes, quiet=not progress, meanwhile=tell)
     tell()
-    return Run(**vars(records.read(out)), model_bytes=(out / records.MODEL_FILE).read_bytes())
+    return Run(**vars(runs.read(out)), model_bytes=(out / runs.MODEL_FILE).read_bytes())
 
 
 @contextlib.contextmanager
@@ -162,7 +163,7 @@ def _watchers(p: Params, seed: int, session: Session, given: Sequence[Watcher]) 
     watchers: list[Watcher] = [Rows(session.folder / LIVE_HISTORY), *given]
     with contextlib.ExitStack() as closing:
         if p.train.tensorboard and session.processes.rank == 0:
-            name = f"{p.profile}-{records.run_name(p.strategy, seed)}-{session.folder.name}"
+            name = f"{p.profile}-{runs.run_name(p.strategy, seed)}-{session.folder.name}"
             events = Events(params.root() / "build" / "tensorboard" / name, start_epoch=session.epoch)
             closing.callback(events.close)
             watchers.append(events)

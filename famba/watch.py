@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from famba import params, records
+from famba import params
 from famba.errors import InputError
-from famba.files import write_atomic
+from famba.storage import runs
+from famba.storage.files import write_atomic
 
 # Heading, and by the label of each line its column and style. Validation is black, its moving average dotted.
 _PANELS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
@@ -93,7 +94,7 @@ class Events:
     def __call__(self, history: Sequence[Mapping[str, Any]], cost: Mapping[str, float] | None = None) -> None:
         """Write the newest epoch."""
         row = history[-1]
-        scalars = {key: row[key] for key in records.HISTORY_COLUMNS if key != "epoch" and row.get(key) is not None}
+        scalars = {key: row[key] for key in runs.HISTORY_COLUMNS if key != "epoch" and row.get(key) is not None}
         for key, value in {**scalars, **(cost or {})}.items():
             self._writer.add_scalar(key, value, row["epoch"])
         self._writer.flush()
@@ -115,7 +116,7 @@ class Rows:
     def __call__(self, history: Sequence[Mapping[str, Any]], cost: Mapping[str, float] | None = None) -> None:
         """Write all epochs again; InputError where that cannot be."""
         del cost
-        write_atomic(self._path, records.history_bytes(history))
+        write_atomic(self._path, runs.history_bytes(history))
 
 
 def _in_notebook() -> bool:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from accelerator import DEVICE, Accelerator
 
-from famba import checkpoint, cost, params, train
+from famba import cost, params, train
 from famba.params import Params
 from famba.session import Session
+from famba.storage import checkpoint
 
 ROOT = Path(__file__).parent.parent
 # torch's own deepcopy of a weight looks at its address, which one without numbers does not have

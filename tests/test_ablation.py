@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from famba import ablation, effects, params, records
+from famba import ablation, effects, params
 from famba.errors import InputError
 from famba.params import AblationParams, FusionOptions
+from famba.storage import runs
 
 ASKED = AblationParams(
     strategy="upper",
@@ -102,7 +103,7 @@ def test_every_run_is_a_row_with_its_options_and_kept_as_an_ordinary_run(trained
     assert len(frame) == 8
     rows = zip(frame["strategy"], frame["order"], frame["seed"], frame["top1_percent"], strict=True)
     for strategy, order, seed, top1 in rows:
-        record = records.read(folder / f"{strategy}-{order}-size-normed-before_mixer-{seed}")
+        record = runs.read(folder / f"{strategy}-{order}-size-normed-before_mixer-{seed}")
         assert (record.strategy, record.seed, record.params["options"]["order"]) == (strategy, seed, order)
         assert record.metrics["top1_percent"] == top1
         assert record.cost["command"] == "make ablation"

@@ -7,10 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from famba import adaptive, records, sweep
+from famba import adaptive, sweep
 from famba.calibrate import Plan
 from famba.errors import InputError
 from famba.params import AdaptiveRule, SweepParams
+from famba.storage import runs
 
 PLANS = [
     Plan(
@@ -129,7 +130,7 @@ def test_plans_are_trained_once_with_the_sweeps_seeds_and_fuse_as_they_say(tmp_p
     assert found["strategy"].to_list() == ["none", "upper", "adaptive-similarity"]
     assert found["tokens_removed"].to_list() == [0, 24, 24]
     folder = tmp_path / "trained" / "adaptive-similarity-0"
-    run = records.read(folder)
+    run = runs.read(folder)
     assert (run.strategy, run.schedule) == ("adaptive", plans[0].schedule)
     assert run.cost["command"] == "make adaptive"
     changed = (folder / "metrics.json").stat().st_mtime_ns

@@ -5,9 +5,10 @@ import pytest
 import torch
 from test_records import make_run
 
-from famba import FusionOptions, alike, checkpoint, create_model, data, params, records, train
+from famba import FusionOptions, alike, create_model, data, params, train
 from famba.errors import InputError
 from famba.params import SweepParams
+from famba.storage import checkpoint, runs
 
 SCHEDULE = [3, 0, 4, 2]
 
@@ -88,7 +89,7 @@ def runs(tmp_path):
         described = {"strategy": strategy, "classes": list(dataset.classes), "mean": dataset.mean, "std": dataset.std}
         content = checkpoint.model_bytes(model, model.state_dict(), described)
         counts = {"schedule": model.schedule, "token_counts": model.token_counts}
-        records.write(make_run(strategy, 3, model_bytes=content, **counts), tmp_path / f"{strategy}-3")
+        runs.write(make_run(strategy, 3, model_bytes=content, **counts), tmp_path / f"{strategy}-3")
     return tmp_path
 
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from famba import calibrate, cost, create_model, data, params, records, strategies, sweep
+from famba import calibrate, cost, create_model, data, params, strategies, sweep
 from famba.errors import InputError
 from famba.params import AdaptiveRule, FusionOptions
+from famba.storage import runs
 
 SIZES = {"depth": 3, "d_model": 8, "d_state": 2, "num_classes": 5, "backend": "torch"}
 TOKENS, MOST = 37, 18  # of vim_nano: 6 x 6 patches and the class token
@@ -160,14 +161,14 @@ def test_calibration_looks_at_validation_images_and_never_at_the_test_split(run_
 
 
 def test_a_run_that_fuses_or_differs_from_the_first_is_no_ground_for_calibration(run_dir, monkeypatch):
-    read = records.read
+    read = runs.read
 
     def other(folder):
         run = read(run_dir)
         changes = {"fusing": {"schedule": [2, 0, 0, 0]}, "other": {"params": {**run.params, "profile": "x"}}}
         return dataclasses.replace(run, **changes.get(folder, {}))
 
-    monkeypatch.setattr(records, "read", other)
+    monkeypatch.setattr(runs, "read", other)
     for folder, said in {"fusing": "needs a run of 'none'", "other": "only their seeds may differ"}.items():
         with pytest.raises(InputError, match=said):
             calibrate.plan([run_dir, folder], AdaptiveRule(total=2), kind="logits", count=2)

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save
 
 from famba import FusionOptions, InputError, create_model
-from famba.checkpoint import check_run, load_model, model_bytes, pack, read
+from famba.storage.checkpoint import check_run, load_model, model_bytes, pack, read
 
 
 @pytest.fixture

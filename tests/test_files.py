@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from famba.errors import InputError
-from famba.files import claimed, json_bytes, write_atomic
+from famba.storage.files import claimed, json_bytes, write_atomic
 
 
 def test_the_folder_is_made_and_the_content_arrives(tmp_path):

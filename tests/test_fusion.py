@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from famba.fusion import Matching, apply, apply_both, fuse, match_tokens, plan
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -12,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from famba import fusion
 from famba.errors import BackendError, InputError
-from famba.fusion import Matching, apply, apply_both, fuse, match_tokens, plan
 from famba.gpu import runtime as gpu
 from famba.model import create_model
 from famba.native import build

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_records import make_run, spoil
 
-from famba import metrics, params, records
+from famba import metrics, params
 from famba.errors import InputError
 from famba.params import STRATEGIES, SweepParams
+from famba.storage import runs
 
 SWEEP = SweepParams(strategies=("upper", "none"), seeds=(0, 1))
 
@@ -19,7 +20,7 @@ SWEEP = SweepParams(strategies=("upper", "none"), seeds=(0, 1))
 def write_runs(folder, strategies=("none", "upper"), seeds=(0, 1), **changes):
     for strategy in strategies:
         for seed in seeds:
-            records.write(make_run(strategy, seed, **changes), folder / f"{strategy}-{seed}")
+            runs.write(make_run(strategy, seed, **changes), folder / f"{strategy}-{seed}")
     return folder
 
 
@@ -70,7 +71,7 @@ def test_a_missing_run_is_named(tmp_path):
 
 def test_a_run_in_the_folder_of_another_is_refused(tmp_path):
     write_runs(tmp_path)
-    records.write(make_run("upper", 7), tmp_path / "upper-1")
+    runs.write(make_run("upper", 7), tmp_path / "upper-1")
     with pytest.raises(InputError, match="upper-1: holds the run upper-7"):
         metrics.load_runs(SWEEP, tmp_path)
 
@@ -86,7 +87,7 @@ def test_a_run_in_the_folder_of_another_is_refused(tmp_path):
 )
 def test_runs_of_two_experiments_are_refused(tmp_path, path, value, said):
     write_runs(tmp_path)
-    records.write(make_run("upper", 1, params=spoil(dict(make_run().params), path, value)), tmp_path / "upper-1")
+    runs.write(make_run("upper", 1, params=spoil(dict(make_run().params), path, value)), tmp_path / "upper-1")
     with pytest.raises(InputError, match=said):
         metrics.load_runs(SWEEP, tmp_path)
 
@@ -94,7 +95,7 @@ def test_runs_of_two_experiments_are_refused(tmp_path, path, value, said):
 def test_runs_of_two_profiles_are_refused(tmp_path):
     write_runs(tmp_path)
     other = {**make_run("upper").params, "profile": "paper"}
-    records.write(make_run("upper", 1, profile="paper", params=other), tmp_path / "upper-1")
+    runs.write(make_run("upper", 1, profile="paper", params=other), tmp_path / "upper-1")
     with pytest.raises(InputError, match="upper-1: profile: 'paper', but 'smoke' in none-0"):
         metrics.load_runs(SWEEP, tmp_path)
 
@@ -137,7 +138,7 @@ def test_schedules_have_a_row_per_layer_from_the_input_on(tmp_path):
 
 def test_seeds_that_fused_differently_are_refused(tmp_path):
     write_runs(tmp_path)
-    records.write(make_run("upper", 1, schedule=[4, 0], token_counts=[17, 13, 13]), tmp_path / "upper-1")
+    runs.write(make_run("upper", 1, schedule=[4, 0], token_counts=[17, 13, 13]), tmp_path / "upper-1")
     with pytest.raises(InputError, match="upper-1: token_counts differ from those of upper-0"):
         metrics.load_schedules(SWEEP, tmp_path)
 

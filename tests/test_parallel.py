@@ -13,10 +13,11 @@ import pytest
 import torch
 from processes import wait_until
 
-from famba import InputError, data, parallel, params, records, train
+from famba import InputError, data, parallel, params, train
 from famba.errors import TrainingError
 from famba.params import Params
 from famba.session import Session, evaluate
+from famba.storage import runs
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,7 +51,7 @@ def smoke(varied: dict | None = None, **changes) -> Params:
     return dataclasses.replace(p, data=images, train=dataclasses.replace(p.train, **changes))
 
 
-def numbers(run: records.Run) -> list[float]:
+def numbers(run: runs.Run) -> list[float]:
     """Every loss of the run, in training, validation and test."""
     keys = ("train_loss", "val_loss", "ema_val_loss")
     return [row[key] for row in run.history for key in keys] + [run.metrics["loss"]]
@@ -209,5 +210,5 @@ def test_torchrun_in_a_shell_does_the_same_and_states_batch_and_rate(repository)
     )
     assert done.stderr.count(stated) == 1
     assert "rate 0.005; fp32" in done.stderr
-    assert records.read(repository / "run").cost["processes"] == 2
+    assert runs.read(repository / "run").cost["processes"] == 2
     assert not list((repository / "build" / "checkpoints").iterdir())

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from test_records import make_run
 
-from famba import metrics, records
+from famba import metrics
 from famba.figures import STRATEGY_COLOURS
 from famba.params import STRATEGIES, SweepParams
+from famba.storage import runs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,7 +28,7 @@ def shown(tmp_path_factory) -> dict[str, dict]:
     sweep = SweepParams(strategies=("none", "upper"), seeds=(0, 1))
     for strategy in sweep.strategies:
         for seed in sweep.seeds:
-            records.write(make_run(strategy, seed), folder / "runs" / records.run_name(strategy, seed))
+            runs.write(make_run(strategy, seed), folder / "runs" / runs.run_name(strategy, seed))
     metrics.write_curves(metrics.load_history(sweep, folder / "runs"), folder / "results")
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     dvc, environment = Path(sys.executable).with_name("dvc"), {"DVC_SITE_CACHE_DIR": str(folder / "site")}

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from famba import FusionOptions, InputError, VisionMamba, apply, load_vim, pretrained, schedule
-from famba.checkpoint import model_bytes
 from famba.params import STRATEGIES
 from famba.pretrained import resize_positions, take_weights
+from famba.storage.checkpoint import model_bytes
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = {"img_size": 32, "patch_size": 8, "stride": 8, "depth": 3, "d_model": 16, "d_state": 4}

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from famba import params, records
+from famba import params
 from famba.errors import InputError
+from famba.storage import runs
 
 
 def make_run(strategy="upper", seed=0, **changes):
@@ -27,7 +28,7 @@ def make_run(strategy="upper", seed=0, **changes):
         }
         for epoch in (1, 2)
     ]
-    run = records.Run(
+    run = runs.Run(
         strategy=strategy,
         seed=seed,
         profile="smoke",
@@ -64,9 +65,9 @@ def make_run(strategy="upper", seed=0, **changes):
 
 def test_a_run_reads_back_as_it_was_written(tmp_path):
     run = make_run()
-    assert records.write(run, tmp_path / "run") == tmp_path / "run"
-    record = records.read(tmp_path / "run")
-    for field in dataclasses.fields(records.RunRecord):
+    assert runs.write(run, tmp_path / "run") == tmp_path / "run"
+    record = runs.read(tmp_path / "run")
+    for field in dataclasses.fields(runs.RunRecord):
         assert getattr(record, field.name) == getattr(run, field.name), field.name
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == b"weights"
     assert {file.name for file in (tmp_path / "run").iterdir()} == {
@@ -75,7 +76,7 @@ def test_a_run_reads_back_as_it_was_written(tmp_path):
 
 
 def test_files_hold_the_agreed_keys_and_no_time_but_in_cost(tmp_path):
-    folder = records.write(make_run(), tmp_path / "run")
+    folder = runs.write(make_run(), tmp_path / "run")
     metrics = json.loads((folder / "metrics.json").read_text())
     assert set(metrics) == {
         *("strategy", "seed", "profile", "top1_percent", "top5_percent", "loss", "chosen", "validation")
@@ -86,13 +87,13 @@ def test_files_hold_the_agreed_keys_and_no_time_but_in_cost(tmp_path):
         "token_counts": [17, 17, 13],
     }
     lines = (folder / "history.csv").read_text().splitlines()
-    assert lines[0].split(",") == list(records.HISTORY_COLUMNS)
-    assert not any("time" in column for column in records.HISTORY_COLUMNS)
+    assert lines[0].split(",") == list(runs.HISTORY_COLUMNS)
+    assert not any("time" in column for column in runs.HISTORY_COLUMNS)
     assert lines[1] == "1,0.30000000000000004,2.0,40.0,1.9,45.0,49.0,,"
 
 
 def test_the_same_run_is_the_same_bytes(tmp_path):
-    one, two = (records.write(make_run(), tmp_path / name) for name in ("one", "two"))
+    one, two = (runs.write(make_run(), tmp_path / name) for name in ("one", "two"))
     names = sorted(file.name for file in one.iterdir())
     assert len(names) == 6
     for name in names:
@@ -100,17 +101,17 @@ def test_the_same_run_is_the_same_bytes(tmp_path):
 
 
 def test_metrics_json_is_written_last_and_taken_away_first(tmp_path, monkeypatch):
-    records.write(make_run(), tmp_path / "run")
+    runs.write(make_run(), tmp_path / "run")
     written = []
-    write_atomic = records.write_atomic
+    write_atomic = runs.write_atomic
 
     def watched(path, content):
         assert not (tmp_path / "run" / "metrics.json").exists()
         written.append(path.name)
         write_atomic(path, content)
 
-    monkeypatch.setattr(records, "write_atomic", watched)
-    records.write(make_run(), tmp_path / "run")
+    monkeypatch.setattr(runs, "write_atomic", watched)
+    runs.write(make_run(), tmp_path / "run")
     assert len(written) == 6
     assert written[-1] == "metrics.json"
 
@@ -120,19 +121,19 @@ def test_a_relative_folder_lies_in_the_repository_whatever_the_working_directory
         (tmp_path / name).write_bytes((params.root() / name).read_bytes())
     (tmp_path / "notebooks").mkdir()
     monkeypatch.chdir(tmp_path / "notebooks")
-    assert records.write(make_run(), "results/run") == tmp_path / "results" / "run"
-    assert records.read("results/run").strategy == "upper"
+    assert runs.write(make_run(), "results/run") == tmp_path / "results" / "run"
+    assert runs.read("results/run").strategy == "upper"
 
 
 def test_bad_numbers_are_refused_before_any_file_is_touched(tmp_path):
-    folder = records.write(make_run(), tmp_path / "run")
+    folder = runs.write(make_run(), tmp_path / "run")
     before = {file: file.read_bytes() for file in folder.iterdir()}
     bad = make_run(metrics={**make_run().metrics, "loss": float("nan")})
     with pytest.raises(InputError, match=r"metrics\.json: loss: nan is not finite"):
-        records.write(bad, folder)
+        runs.write(bad, folder)
     bad = make_run(cost={**make_run().cost, "versions": {"torch": float("inf")}})
     with pytest.raises(InputError, match=r"cost\.json: .*not JSON compliant"):
-        records.write(bad, folder)
+        runs.write(bad, folder)
     assert {file: file.read_bytes() for file in folder.iterdir()} == before
 
 
@@ -179,11 +180,11 @@ def spoil(tree, path, value):
     ],
 )
 def test_a_spoilt_file_is_named_in_one_line(tmp_path, file, path, value, said):
-    folder = records.write(make_run(), tmp_path / "run")
+    folder = runs.write(make_run(), tmp_path / "run")
     tree = spoil(json.loads((folder / file).read_text()), path, value)
     (folder / file).write_text(json.dumps(tree))
     with pytest.raises(InputError, match=said) as caught:
-        records.read(folder)
+        runs.read(folder)
     assert "\n" not in str(caught.value)
 
 
@@ -191,18 +192,18 @@ def test_a_spoilt_file_is_named_in_one_line(tmp_path, file, path, value, said):
     "name", ["metrics.json", "cost.json", "history.csv", "schedule.json", "params.json", "model.safetensors"]
 )
 def test_a_missing_file_is_named(tmp_path, name):
-    folder = records.write(make_run(), tmp_path / "run")
+    folder = runs.write(make_run(), tmp_path / "run")
     (folder / name).unlink()
     with pytest.raises(InputError, match=f"{name}: missing"):
-        records.read(folder)
+        runs.read(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b'{"a": ', b"[]", b"\xff\xfe\x00"])
 def test_broken_json_is_named(tmp_path, content):
-    folder = records.write(make_run(), tmp_path / "run")
+    folder = runs.write(make_run(), tmp_path / "run")
     (folder / "cost.json").write_bytes(content)
     with pytest.raises(InputError, match=r"cost\.json: not") as caught:
-        records.read(folder)
+        runs.read(folder)
     assert "\n" not in str(caught.value)
 
 
@@ -219,18 +220,18 @@ def test_broken_json_is_named(tmp_path, content):
     ],
 )
 def test_a_spoilt_history_is_named(tmp_path, old, new, said):
-    path = records.write(make_run(), tmp_path / "run") / "history.csv"
+    path = runs.write(make_run(), tmp_path / "run") / "history.csv"
     assert old in path.read_text()
     path.write_bytes(path.read_text().replace(old, new, 1).encode("latin-1"))
     with pytest.raises(InputError, match=said):
-        records.read(path.parent)
+        runs.read(path.parent)
 
 
 def test_a_run_without_epochs_or_weights_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"history\.csv: no epochs"):
-        records.write(make_run(history=[]), tmp_path / "run")
+        runs.write(make_run(history=[]), tmp_path / "run")
     with pytest.raises(InputError, match="no weights given"):
-        records.write(make_run(model_bytes=b""), tmp_path / "run")
+        runs.write(make_run(model_bytes=b""), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -238,7 +239,7 @@ def test_a_run_that_trained_nothing_has_no_epochs_and_says_what_it_started_from(
     run = make_run(history=[])
     run.params["train"]["epochs"] = 0
     run.metrics["init_sha256"] = "0" * 64
-    record = records.read(records.write(run, tmp_path / "run"))
+    record = runs.read(runs.write(run, tmp_path / "run"))
     assert record.history == []
     assert record.metrics["init_sha256"] == "0" * 64
 
@@ -246,12 +247,12 @@ def test_a_run_that_trained_nothing_has_no_epochs_and_says_what_it_started_from(
 def test_a_history_with_another_column_is_refused(tmp_path):
     history = [{**make_run().history[0], "epoch_time_s": 1.0}]
     with pytest.raises(InputError, match="unknown column 'epoch_time_s'; allowed: epoch, lr"):
-        records.write(make_run(history=history), tmp_path / "run")
+        runs.write(make_run(history=history), tmp_path / "run")
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
     with pytest.raises(InputError, match="nothing: no such run"):
-        records.read(tmp_path / "nothing")
+        runs.read(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("module", ["files", "records", "metrics", "figures"])
@@ -271,23 +272,23 @@ with records.held(sys.argv[1]) as folder:
 
 
 def test_a_folder_that_another_process_holds_is_not_written_to(tmp_path):
-    records.write(make_run(), tmp_path / "run")
+    runs.write(make_run(), tmp_path / "run")
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     command = [sys.executable, "-c", HOLD, tmp_path / "run"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == f"{tmp_path / 'run'}\n"
         with pytest.raises(InputError, match=r"run: another process is making a run there$"):
-            records.write(make_run(seed=1), tmp_path / "run")
+            runs.write(make_run(seed=1), tmp_path / "run")
         other.kill()
     assert (tmp_path / "run" / ".lock").exists()
     (tmp_path / "run" / ".lock").unlink()
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
-    records.write(make_run(seed=1), tmp_path / "run")
-    assert records.read(tmp_path / "run").seed == 1
+    runs.write(make_run(seed=1), tmp_path / "run")
+    assert runs.read(tmp_path / "run").seed == 1
 
 
 def test_a_process_that_holds_a_folder_writes_into_it_and_nothing_of_that_stays(tmp_path):
-    with records.held(tmp_path / "run") as folder, records.held(tmp_path / "run"):
-        records.write(make_run(), tmp_path / "run")
+    with runs.held(tmp_path / "run") as folder, runs.held(tmp_path / "run"):
+        runs.write(make_run(), tmp_path / "run")
         assert (folder / ".lock").exists()
     assert not (folder / ".lock").exists()

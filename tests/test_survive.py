@@ -24,7 +24,7 @@ import pytest
 from processes import FOREVER_S, PATIENCE_S, wait_until
 from ruamel.yaml import YAML
 
-from famba import checkpoint, records
+from famba.storage import checkpoint, runs
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ["train", "--profile", "smoke", "--strategy", "upper", "--out", "run"]
@@ -180,7 +180,7 @@ def check_that_nothing_half_is_read_as_whole(repository: Path) -> None:
         if not path.name.startswith("."):
             checkpoint.read(path)
     if (repository / "run" / "metrics.json").exists():
-        records.read(repository / "run")
+        runs.read(repository / "run")
 
 
 def points(undisturbed: dict[str, Any]) -> list[dict[str, Any]]:
@@ -246,7 +246,7 @@ def test_a_disk_that_fills_up_stops_the_run_in_one_line_that_names_the_file_and_
 
 
 def test_a_folder_where_another_process_makes_a_run_is_refused_before_training(incubator, repository, run):
-    with records.held(run):
+    with runs.held(run):
         done = incubator.run(*TRAIN)
         assert (done["status"], last_line(done["stderr"])) == (
             1,

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 import famba
-from famba import params, records, sweep
+from famba import params, sweep
 from famba.errors import InputError
 from famba.params import SweepParams
+from famba.storage import runs
 
 
 @pytest.fixture
@@ -21,12 +22,12 @@ def trained(monkeypatch) -> list[tuple[str, int]]:
     def fit(p, *, seed):
         made.append((p.strategy, seed))
         scores = {"top1_percent": 95.0, "top5_percent": 99.5, "loss": 0.25}
-        history = dict.fromkeys(records.HISTORY_COLUMNS, 1.0) | {"epoch": 1}
+        history = dict.fromkeys(runs.HISTORY_COLUMNS, 1.0) | {"epoch": 1}
         start = p.init_sha256(seed)
         history |= {"ema_val_loss": None, "ema_val_top1_percent": None}
         numbers = "train_time_s step_time_ms data_time_ms peak_memory_mib throughput_img_s"
         counted = "flops_per_image flops_per_image_counted params_count threads"
-        return records.Run(
+        return runs.Run(
             strategy=p.strategy,
             seed=seed,
             profile=p.profile,
@@ -112,7 +113,7 @@ def test_a_run_of_other_code_is_trained_again_where_that_is_allowed(tmp_path, tr
     assert len(trained) == 1
     sweep.ensure_run(tmp_path, **run, train_missing=True)
     assert len(trained) == 2
-    assert records.read(tmp_path).cost["made_of"].endswith("-changed")
+    assert runs.read(tmp_path).cost["made_of"].endswith("-changed")
 
 
 def test_a_run_that_was_trained_elsewhere_and_does_not_say_by_what_code_is_taken(tmp_path, trained):
@@ -129,7 +130,7 @@ def test_a_run_records_the_command_that_was_given_for_it(tmp_path, trained):
     p = params.load("smoke", strategy="upper")
     sweep.ensure(tmp_path / "given", p, seed=0, train_missing=True, command="make something")
     sweep.ensure(tmp_path / "own", p, seed=0, train_missing=True)
-    assert [records.read(tmp_path / name).cost["command"] for name in ("given", "own")] == ["make something", "none"]
+    assert [runs.read(tmp_path / name).cost["command"] for name in ("given", "own")] == ["make something", "none"]
 
 
 def test_where_training_is_not_allowed_a_missing_run_is_an_error(tmp_path, trained):

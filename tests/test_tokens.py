@@ -4,9 +4,10 @@ import torch
 from PIL import Image
 from test_records import make_run
 
-from famba import checkpoint, data, params, records, strategies, tokens, train
+from famba import data, params, strategies, tokens, train
 from famba.errors import InputError
 from famba.params import STRATEGIES
+from famba.storage import checkpoint, runs
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def run(tmp_path):
     described = {"strategy": "upper", "classes": list(dataset.classes), "mean": dataset.mean, "std": dataset.std}
     content = checkpoint.model_bytes(model, model.state_dict(), described)
     counts = {"schedule": model.schedule, "token_counts": model.token_counts}
-    return records.write(make_run("upper", 0, model_bytes=content, **counts), tmp_path / "upper-0")
+    return runs.write(make_run("upper", 0, model_bytes=content, **counts), tmp_path / "upper-0")
 
 
 def test_a_run_is_watched_on_the_first_test_image_of_each_class(run):

@@ -13,13 +13,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from famba import InputError, apply, backends, checkpoint, dispatch, graph, params, records, train
+from famba import InputError, apply, backends, dispatch, graph, params, train
 from famba.errors import TrainingError
 from famba.model import kernels
 from famba.native import build, runtime
 from famba.parallel import Processes
 from famba.params import Params
 from famba.session import Session, evaluate
+from famba.storage import checkpoint, runs
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,7 +40,7 @@ def smoke(strategy: str = "upper", **changes) -> Params:
     return dataclasses.replace(p, data=data, train=dataclasses.replace(p.train, **{"threads": 1, **changes}))
 
 
-def deterministic(run: records.Run) -> tuple:
+def deterministic(run: runs.Run) -> tuple:
     return run.metrics, run.history, run.model_bytes, run.token_counts
 
 
@@ -143,7 +144,7 @@ def test_a_run_tells_after_each_epoch_how_it_goes(repository):
     run = train.fit(p, seed=1, watch=[lambda history, cost: told.append((len(history), cost["throughput_img_s"]))])
     assert [epoch for epoch, _ in told] == [1, 2]
     assert all(rate > 0 for _, rate in told)
-    assert (train.folder(p, seed=1) / train.LIVE_HISTORY).read_bytes() == records.history_bytes(run.history)
+    assert (train.folder(p, seed=1) / train.LIVE_HISTORY).read_bytes() == runs.history_bytes(run.history)
     (events,) = (repository / "build" / "tensorboard").glob("smoke-upper-1-*/events.*")
     assert events.stat().st_size > 500
 
@@ -384,7 +385,7 @@ def weights(undisturbed, repository) -> Path:
     return path
 
 
-def evaluated(strategy: str = "upper", **changes) -> records.Run:
+def evaluated(strategy: str = "upper", **changes) -> runs.Run:
     return train.fit(smoke(strategy, **{"init_from": "weights.safetensors", "epochs": 0, **changes}), seed=1)
 
 
@@ -417,7 +418,7 @@ def test_weights_that_are_only_evaluated_give_their_own_accuracy_fused_or_not(un
 
 def test_a_run_that_trains_nothing_is_written_with_the_cost_of_a_forward_pass(weights, undisturbed, tmp_path):
     run = evaluated()
-    record = records.read(records.write(run, tmp_path / "run"))
+    record = runs.read(runs.write(run, tmp_path / "run"))
     assert (record.history, record.cost["epoch_time_s"], record.cost["train_time_s"]) == ([], [], 0.0)
     assert 0 < record.cost["peak_memory_mib"] < undisturbed.cost["peak_memory_mib"]
     assert record.cost["step_time_ms"] > 0
@@ -528,13 +529,13 @@ def test_weights_of_another_architecture_are_refused_in_one_line_before_training
     assert "\n" not in str(error.value)
 
 
-def _written(run: records.Run) -> Path:
+def _written(run: runs.Run) -> Path:
     path = Path("written.safetensors")
     path.write_bytes(run.model_bytes)
     return path
 
 
-def _saved(run: records.Run) -> train.VisionMamba:
+def _saved(run: runs.Run) -> train.VisionMamba:
     return checkpoint.load_model(_written(run))[0]
 
 

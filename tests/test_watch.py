@@ -10,8 +10,9 @@ import pytest
 from nbclient import NotebookClient
 from PIL import Image
 
-from famba import params, records, watch
+from famba import params, watch
 from famba.errors import InputError
+from famba.storage import runs
 
 
 def epochs(count: int, **changes) -> list[dict]:
@@ -127,7 +128,7 @@ def test_tensorboard_reads_every_column_and_the_cost_by_epoch(tmp_path):
         events(epochs(count), {"throughput_img_s": 100.0 * count, "peak_memory_mib": 64.0})
     read = scalars(tmp_path)  # while it goes on
     events.close()
-    written = {key for key in records.HISTORY_COLUMNS if key != "epoch" and not key.startswith("ema_")}
+    written = {key for key in runs.HISTORY_COLUMNS if key != "epoch" and not key.startswith("ema_")}
     assert set(read) == written | {"throughput_img_s", "peak_memory_mib"}
     assert read["train_loss"] == [(1, 2.0), (2, 1.0)]
     assert read["throughput_img_s"] == [(1, 100.0), (2, 200.0)]
@@ -163,6 +164,6 @@ def test_the_rows_so_far_are_the_finished_runs_own(tmp_path):
     rows = watch.Rows(tmp_path / "deep" / "history.csv")
     for count in (1, 2, 3):
         rows(epochs(count), {"peak_memory_mib": 1.0})
-        assert (tmp_path / "deep" / "history.csv").read_bytes() == records.history_bytes(epochs(count))
-    assert records.read_history(tmp_path / "deep" / "history.csv") == epochs(3)
+        assert (tmp_path / "deep" / "history.csv").read_bytes() == runs.history_bytes(epochs(count))
+    assert runs.read_history(tmp_path / "deep" / "history.csv") == epochs(3)
     assert len(list((tmp_path / "deep").iterdir())) == 1

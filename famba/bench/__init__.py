@@ -24,8 +24,8 @@ from famba.bench.scan import bench_scan
 from famba.bench.setting import FULL, QUICK, Setting
 from famba.bench.table import table
 from famba.errors import InputError
-from famba.files import json_bytes, write_atomic
 from famba.native import runtime
+from famba.storage.files import json_bytes, write_atomic
 
 _Tables = dict[str, list[dict[str, Any]]]
 _PARTS: dict[str, Callable[[Setting], _Tables]] = {

@@ -30,9 +30,9 @@ from famba.bench.setting import FULL, QUICK, Setting
 from famba.bench.table import table
 from famba.bench.timing import ratio
 from famba.errors import InputError
-from famba.files import json_bytes, write_atomic
 from famba.gpu.scan import scan_bytes
 from famba.graph import captured
+from famba.storage.files import json_bytes, write_atomic
 
 PATH = "results/benchmark_gpu.json"
 TABLES = {

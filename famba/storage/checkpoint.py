@@ -17,9 +17,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from famba.errors import InputError
-from famba.files import write_atomic
 from famba.model import VisionMamba
 from famba.params import FusionOptions
+from famba.storage.files import write_atomic
 
 _FORMAT = "famba"  # the one metadata entry: safetensors keeps text only, and several in no fixed order
 _CHECKSUM = "crc32"

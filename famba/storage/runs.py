@@ -23,7 +23,7 @@ from typing import Any
 
 from famba import params
 from famba.errors import InputError
-from famba.files import claimed, json_bytes, write_atomic
+from famba.storage.files import claimed, json_bytes, write_atomic
 
 HISTORY_COLUMNS: tuple[str, ...] = (
     "epoch",

@@ -9,33 +9,20 @@ counter, with what autograd keeps, and with the allocator. The scan's FLOPs, 9 p
 that Mamba's authors give (https://github.com/state-spaces/mamba/issues/110) and the literature on it uses.
 """
 
-import contextlib
-import importlib.metadata
 import itertools
 import math
-import os
-import platform
-import re
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from famba import scan, strategies
 from famba.errors import InputError
 from famba.gpu import scan as gpu_scan
 from famba.params import FusionOptions
-
-_T = TypeVar("_T")
 
 _EXPAND, _CONV = 2, 4  # d_inner / d_model and the convolutions' taps, as released
 _FLOAT, _INDEX = 4, 8  # bytes of a float32 and of a position
@@ -362,171 +349,8 @@ def flops_counted(model: nn.Module, images: Tensor) -> int:
     return counter.get_total_flops()
 
 
-def peak_memory(step: Callable[[], object], resident: Iterable[Tensor], device: torch.device | str) -> int:
-    """The most bytes of tensors alive at any one time while `step` runs; runs it once.
-
-    They are the resident tensors and what the step adds to them, temporaries inside an operator included: by every
-    allocation and release on a CPU, by the allocator's own peak on CUDA. Others' memory does not count: the data set,
-    say, or what a copy was made of.
-
-    Args:
-        resident: what is alive before the step, stays, and is its own: weights, optimiser state, the batch. Counted
-            once per storage. What the step frees of it counts to its end, because the profiler cannot see that: free
-            old gradients before, not in the step.
-    """
-    device = torch.device(device)
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in resident}
-    live = peak = sum(storages.values())
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        torch.cuda.synchronize(device)
-        return peak + torch.cuda.max_memory_allocated(device) - before
-    with (
-        _without_profiler_lines(),
-        profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as recorded,
-    ):
-        step()
-    assert recorded.profiler is not None
-    assert recorded.profiler.kineto_results is not None
-    events = (x for x in recorded.profiler.kineto_results.events() if x.name() == "[memory]")
-    for event in sorted(events, key=lambda x: x.start_ns()):
-        live += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
-        peak = max(peak, live)
-    return peak
-
-
-_PROFILER_LINES = ("USDT:", "Memory block of unknown size")
-
-
-@contextlib.contextmanager
-def _without_profiler_lines() -> Iterator[None]:
-    """Keep the profiler's own lines from stderr, where they would fail strict notebook tests; pass on all others."""
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    with tempfile.TemporaryFile() as caught:
-        os.dup2(caught.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(stderr, 2)
-            os.close(stderr)
-            caught.seek(0)
-            for line in caught:
-                if not any(own in line.decode(errors="replace") for own in _PROFILER_LINES):
-                    os.write(2, line)
-
-
-class StepClock:
-    """Times training steps apart from the loading of their data.
-
-        clock = StepClock(device)
-        for batch in clock.batches(loader):
-            ...                      # still data time: augmentation, say
-            with clock.step():
-                ...
-
-    On CUDA the device is synchronised at both ends of a step.
-
-    Args:
-        warmup_steps: this many first steps are left out of the lists (not of `total_s`).
-
-    Attributes:
-        step_time_ms: of each step after the warm-up.
-        data_time_ms: what each of those steps waited: from the end of the one before to its start.
-        total_s: from the start of `batches` to the end of the latest step.
-    """
-
-    def __init__(self, device: torch.device | str, *, warmup_steps: int = 1) -> None:
-        self._device = torch.device(device)
-        self._left = warmup_steps
-        self._start = self._mark = time.perf_counter()
-        self.step_time_ms: list[float] = []
-        self.data_time_ms: list[float] = []
-        self.total_s = 0.0
-
-    def batches(self, loader: Iterable[_T]) -> Iterator[_T]:
-        """The loader's batches; the clock starts when the first is asked for."""
-        self._start = self._mark = time.perf_counter()
-        yield from loader
-
-    @contextlib.contextmanager
-    def step(self) -> Iterator[None]:
-        """Around one training step. A step that raises is not recorded."""
-        begin = self._now()
-        yield
-        end = self._now()
-        if self._left:
-            self._left -= 1
-        else:
-            self.step_time_ms.append(1000 * (end - begin))
-            self.data_time_ms.append(1000 * (begin - self._mark))
-        self._mark, self.total_s = end, end - self._start
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
-
-
-_PACKAGES = ("famba", "torch", "numpy", "triton", "mamba_ssm", "causal_conv1d", "kernels")
-
-
-def environment(device: torch.device | str) -> dict[str, Any]:
-    """What a measurement depends on: `device`, its `instruction_set`, `threads` and `versions`; names no host or path.
-
-    Of the packages, those that are installed; none is imported for it. On CUDA, torch's version of that and the
-    driver's are among them; so is the build of each kernel of the hub that was loaded.
-    """
-    device = torch.device(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    if hub := sys.modules.get("kernels"):
-        versions |= {f"hub {kernel.metadata.name}": kernel.metadata.id for kernel in hub.get_loaded_kernels()}
-    if device.type == "cuda":
-        versions |= {"cuda": str(torch.version.cuda), "driver": gpu_driver() or "unknown"}
-    return {
-        "device": f"{device.type}: {name}",
-        "instruction_set": instruction_set(device),
-        "threads": torch.get_num_threads(),
-        "versions": versions,
-    }
-
-
 def instruction_set(device: torch.device) -> str:
     """What torch's own kernels are made for here: the compute capability on CUDA, else as torch names a CPU's."""
     if device.type == "cuda":
         return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
     return torch.backends.cpu.get_cpu_capability()
-
-
-def gpu_driver() -> str:
-    """Version of the NVIDIA driver, "" where there is none: as the kernel's module says it, else nvidia-smi."""
-    with contextlib.suppress(OSError):
-        if found := re.search(r"Module .*?(\d+\.[\d.]+)", _DRIVER.read_text(encoding="utf-8")):
-            return found[1]
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIME_LIMIT_S, check=True)
-        return done.stdout.strip().splitlines()[0] if done.stdout.strip() else ""
-    return ""
-
-
-_DRIVER = Path("/proc/driver/nvidia/version")
-_TIME_LIMIT_S = 20
-
-
-def _processor() -> str:
-    """The processor's name where the system tells it (Linux), else the architecture's."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()

@@ -1,0 +1,123 @@
+"""Bipartite soft matching: which tokens fuse (Token Merging, arXiv:2210.09461, section 3). Functions on tensors.
+
+`b` batch, `t` tokens in sequence order, `r` tokens removed, `c` numbers compared. Written from the paper.
+
+Every function has a backend, as those of famba.ops have: a name from `famba.backends()`, which leaves to plain torch
+what it has no kernel for, or "auto", the fastest that can run.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from famba.dispatch import Backend, choose
+from famba.errors import InputError
+from famba.gpu import match as triton_pairing
+from famba.gpu.runtime import unavailable as triton_unavailable
+from famba.native import match as pairing
+from famba.native.scan import unavailable
+
+
+class Matching(NamedTuple):
+    """r pairs for every sequence, the most similar first: data, so that it can be stored and drawn.
+
+    Attributes:
+        source: positions of the tokens that disappear, each once.
+        target: the position that each of them joins; never a source itself.
+        similarity: cosine similarity of each pair, if it is known.
+    """
+
+    source: Int[Tensor, "b r"]
+    target: Int[Tensor, "b r"]
+    similarity: Float[Tensor, "b r"] | None = None
+
+
+def match_tokens(
+    feature: Float[Tensor, "b t c"],
+    r: int,
+    *,
+    protected: Sequence[int] | Int[Tensor, "b"] = (),
+    backend: str = "auto",
+) -> Matching:
+    """Pair each sequence's r most similar tokens.
+
+    Even positions are offered to odd ones, each to the most similar. Similarity is cosine, so only direction
+    matters; a token of zero length is equally unlike every other (0). Equal similarities go by position.
+
+    Args:
+        feature: what is compared; detached, so matching carries no gradient.
+        r: tokens removed from every sequence.
+        protected: positions that neither disappear nor absorb: the same for all sequences, or a (b,) tensor with
+            one for each, which leaves nothing to fuse at t = 3: it may be the one odd position.
+        backend: "native" on a CPU and "triton" on a GPU compare in float32. Triton's does not look at a tensor of
+            positions: it would have to wait for them.
+
+    Raises:
+        InputError: r is negative or exceeds (t - protected) // 2 (or what the protected positions leave on one
+            side). Never clamped, unlike in Token Merging: a clamped r is another experiment under the same name.
+        BackendError: the backend asked for cannot run here or on this feature.
+    """
+    b, t, _ = feature.shape
+    _check_protected(protected, t)
+    _check_r(r, t, protected)
+    if feature.dtype in (torch.bfloat16, torch.float16):
+        feature = feature.float()  # so that similarities that differ do not tie
+    chosen = choose(_MATCH, backend, feature)
+    if r == 0:
+        empty = torch.empty(b, 0, dtype=torch.int64, device=feature.device)
+        return Matching(empty, empty, feature.new_empty(b, 0))
+    return Matching(*chosen.run(feature, _positions(protected, b), r))
+
+
+def _match(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Matching by torch: source, target, similarity."""
+    b, t, _ = feature.shape
+    # Autocast would round the product to bf16 after all.
+    with torch.no_grad(), torch.autocast(feature.device.type, enabled=False):
+        unit = functional.normalize(feature.detach(), dim=-1)
+        scores = unit[:, ::2] @ unit[:, 1::2].mT
+        if protected is not None:
+            none = torch.zeros(b, t, dtype=torch.bool, device=feature.device)
+            guard = none.scatter_(1, protected.to(feature.device, torch.int64), True)
+            scores = scores.masked_fill(guard[:, ::2, None] | guard[:, None, 1::2], -torch.inf)
+        best, odd = scores.max(dim=-1)
+        best, even = best.sort(dim=-1, descending=True, stable=True)
+        even, best = even[:, :r], best[:, :r]
+        return 2 * even, 2 * odd.gather(1, even) + 1, best
+
+
+def _check_r(r: int, t: int, protected: Sequence[int] | Tensor) -> None:
+    """Refuse what cannot be fused. A tensor is not read, for which the host would wait: the worst is assumed of it."""
+    if isinstance(protected, Tensor):
+        fixed, evens, odds = 1, (t - 1) // 2, t // 2 - 1
+    else:
+        fixed = len(set(protected))
+        evens = (t + 1) // 2 - len({p for p in protected if p % 2 == 0})
+        odds = t // 2 - len({p for p in protected if p % 2})
+    most = min((t - fixed) // 2, evens if odds > 0 else 0)
+    if not 0 <= r <= most:
+        raise InputError(f"r = {r} of t = {t} tokens, {fixed} of them protected; allowed: 0..{most}")
+
+
+def _check_protected(protected: Sequence[int] | Tensor, t: int) -> None:
+    for position in () if isinstance(protected, Tensor) else protected:
+        if not 0 <= position < t:
+            raise InputError(f"protected: position {position}; must be in 0..{t - 1}")
+
+
+def _positions(protected: Sequence[int] | Tensor, b: int) -> Int[Tensor, "b k"] | None:
+    """The protected positions of each sequence; None if there are none."""
+    if isinstance(protected, Tensor):
+        return protected.view(b, 1)
+    return torch.tensor(list(protected)).expand(b, -1) if protected else None
+
+
+_MATCH = {
+    "torch": Backend(_match),
+    "native": Backend(pairing.match_tokens, unavailable, pairing.unsuited),
+    "triton": Backend(triton_pairing.match_tokens, triton_unavailable, triton_pairing.unsuited),
+}
