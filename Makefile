@@ -90,7 +90,7 @@ doctor: env  ## what of all that famba can use works here, why not, and what men
 	$(IN_VENV) python -m famba doctor
 
 sanitize: env  ## the tests of the kernels under the address and undefined-behaviour sanitizers: minutes
-	$(IN_VENV) python -m famba.native.sanitize
+	$(IN_VENV) python -m famba.kernels.cpu.sanitize
 
 clean:  ## remove build/ and the caches of tools; results, figures, the DVC cache and .venv stay
 	rm -rf build .pytest_cache .ruff_cache .hypothesis

@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from famba import cost, fusion, numerics, ops, params, scan
+from famba import cost, fusion, params
 from famba.gpu_check import ROOT, Outcome, Say, Setting, Skipped
+from famba.kernels import ops, scan
 from famba.model import VisionMamba, create_model
 from famba.params import FusionOptions, FusionRule, Params
 
@@ -114,7 +115,7 @@ def determinism(setting: Setting, say: Say) -> Outcome:
         first: dict[str, Tensor] = {}
         for i in range(_REPEATS):
             say(f"{precision}, repeat {i + 1}")
-            with numerics.autocast(where, precision):
+            with precision.autocast(where, precision):
                 loss = functional.cross_entropy(model(images).float(), labels)
             weights = dict(model.named_parameters())
             grads = torch.autograd.grad(loss, list(weights.values()))
@@ -467,7 +468,7 @@ def _model_error(setting: Setting, b: int, config: Mapping[str, Any], precision:
         return fusion.Matching(chosen.source.to(feature.device), chosen.target.to(feature.device))
 
     def results(model: VisionMamba, images: Tensor, match: Callable[..., fusion.Matching], how: str) -> list[Tensor]:
-        with mock.patch.object(fusion, "match_tokens", match), numerics.autocast(images.device, how):
+        with mock.patch.object(fusion, "match_tokens", match), precision.autocast(images.device, how):
             logits = model(images)
         cotangent = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)
         return [logits.detach(), *torch.autograd.grad(logits, list(model.parameters()), cotangent)]

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from famba.errors import BackendError
-from famba.native import build
+from famba.kernels.cpu import build
 
 _EXTRAS = ("datasets", "timm", "torchvision", "accelerate", "tensorboard")
 # What each backend for a GPU imports, by the work that it takes a user: Triton comes with torch, the hub's kernels are
@@ -188,7 +188,7 @@ def _installs_compiler() -> str:
 
 
 def _native() -> Row:
-    from famba.native import runtime
+    from famba.kernels.cpu import runtime
 
     if reason := build.unavailable():
         return Row("native kernels", "", False, reason, _compiler().command)
@@ -199,12 +199,12 @@ def _gpu_backends(found: dict[str, str | None], gpu: Row) -> list[Row]:
     """Without a GPU nothing is to be installed for it."""
     if not gpu.usable:
         return [Row(name, "", False, "it runs on a GPU, and none can be used") for name in _GPU]
-    from famba import mamba
+    from famba.kernels import mamba_ssm
 
     commands = {
         "triton": "pip install triton",
-        "hub": mamba.INSTALL_HUB,
-        "mamba_ssm": f"{mamba.INSTALL}  # a wheel, if there is one for this torch\n{mamba.BUILD}  # a build, with nvcc",
+        "hub": mamba_ssm.INSTALL_HUB,
+        "mamba_ssm": f"{mamba_ssm.INSTALL}  # a wheel, if there is one for this torch\n{mamba_ssm.BUILD}  # a build, with nvcc",
     }
     rows = []
     for name, modules in _GPU.items():

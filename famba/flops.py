@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from famba import scan, strategies
+from famba import strategies
 from famba.errors import InputError
-from famba.gpu import scan as gpu_scan
+from famba.kernels import scan
+from famba.kernels.triton import scan as gpu_scan
 from famba.params import FusionOptions
 
 _EXPAND, _CONV = 2, 4  # d_inner / d_model and the convolutions' taps, as released
@@ -340,7 +341,7 @@ def _head(w: _Width, config: Mapping[str, Any], s: int, options: FusionOptions) 
 def flops_counted(model: nn.Module, images: Tensor) -> int:
     """FLOPs of one forward pass as torch's own counter sees them, to compare with `Cost.flops`.
 
-    It knows matrix products and convolutions, and is told of famba's where their tables are (famba.ops, famba.fusion).
+    It knows matrix products and convolutions, and is told of famba's where their tables are (famba.kernels.ops, famba.fusion).
     The selective scan is left out: it is one operator without a formula. The backend `reference` is made of torch's
     operators, and its products count.
     """

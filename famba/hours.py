@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from famba import cost, numerics, params, train
+from famba import cost, params, train
 from famba.bench.table import table
 from famba.data import Dataset, Split
 from famba.errors import InputError
+from famba.kernels import precision
 from famba.parallel import Processes
 from famba.params import Params
 from famba.session import Session
@@ -111,7 +112,7 @@ def _row(p: Params, steps: int, images: int) -> dict[str, Any]:
     device = place(p.profile, t.device)
     if t.threads is not None:
         torch.set_num_threads(t.threads)
-    numerics.configure()
+    precision.configure()
     session, parts = _session(p, device)
     clock = cost.StepClock(device, warmup_steps=_WARMUP)
     session.model.train()

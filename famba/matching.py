@@ -2,7 +2,7 @@
 
 `b` batch, `t` tokens in sequence order, `r` tokens removed, `c` numbers compared. Written from the paper.
 
-Every function has a backend, as those of famba.ops have: a name from `famba.backends()`, which leaves to plain torch
+Every function has a backend, as those of famba.kernels.ops have: a name from `famba.backends()`, which leaves to plain torch
 what it has no kernel for, or "auto", the fastest that can run.
 """
 
@@ -14,12 +14,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from famba.dispatch import Backend, choose
 from famba.errors import InputError
-from famba.gpu import match as triton_pairing
-from famba.gpu.runtime import unavailable as triton_unavailable
-from famba.native import match as pairing
-from famba.native.scan import unavailable
+from famba.kernels.cpu import match as pairing
+from famba.kernels.cpu.scan import unavailable
+from famba.kernels.dispatch import Backend, choose
+from famba.kernels.triton import match as triton_pairing
+from famba.kernels.triton.runtime import unavailable as triton_unavailable
 
 
 class Matching(NamedTuple):

@@ -3,7 +3,7 @@
 `b` batch, `t` tokens in sequence order, `r` tokens removed, `s` = t - r tokens left, `d` width. Fusion inside Vision
 Mamba is Famba-V (arXiv:2409.09808, section 3.1). Written from the papers.
 
-Every function has a backend, as those of famba.ops have: a name from `famba.backends()`, which leaves to plain torch
+Every function has a backend, as those of famba.kernels.ops have: a name from `famba.backends()`, which leaves to plain torch
 what it has no kernel for, or "auto", the fastest that can run.
 """
 
@@ -14,13 +14,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from famba.dispatch import Backend, choose
 from famba.errors import InputError
-from famba.gpu import fuse as triton_fusing
-from famba.gpu.runtime import unavailable as triton_unavailable
+from famba.kernels.cpu import fuse as fusing
+from famba.kernels.cpu.scan import unavailable
+from famba.kernels.dispatch import Backend, choose
+from famba.kernels.triton import fuse as triton_fusing
+from famba.kernels.triton.runtime import unavailable as triton_unavailable
 from famba.matching import Matching
-from famba.native import fuse as fusing
-from famba.native.scan import unavailable
 
 
 class Plan(NamedTuple):

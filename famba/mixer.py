@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from famba.ops import Side, bidirectional_conv1d_silu, bidirectional_scan
+from famba.kernels.ops import Side, bidirectional_conv1d_silu, bidirectional_scan
 
 _STEP_RANGE = (1e-3, 1e-1)  # initial steps are drawn log-uniformly from this range
 _STEP_FLOOR = 1e-4

@@ -14,12 +14,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from famba import dispatch, fusion, ops, scan, strategies
+from famba import fusion, strategies
 from famba.errors import InputError
 from famba.fusion import Matching
+from famba.kernels import dispatch, ops, scan
+from famba.kernels.cpu import runtime as native
+from famba.kernels.ops import add_rms_norm
 from famba.mixer import BidirectionalMixer
-from famba.native import runtime as native
-from famba.ops import add_rms_norm
 from famba.params import FusionOptions
 
 _NORM_EPS = 1e-5

@@ -23,9 +23,10 @@ from torch.nn import functional
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from famba import augment, cost, data, graph, numerics, recipe, strategies
+from famba import augment, cost, data, graph, recipe, strategies
 from famba.data import Dataset
 from famba.errors import InputError, TrainingError
+from famba.kernels import precision
 from famba.model import VisionMamba, kernels
 from famba.optim import learning_rate, parameter_groups, peak_lr
 from famba.parallel import Processes
@@ -66,7 +67,7 @@ def evaluate(
         if not len(labels):
             continue
         batch, labels = (x.to(processes.device, non_blocking=True) for x in (batch, labels))
-        with numerics.autocast(batch.device, precision):
+        with precision.autocast(batch.device, precision):
             logits = model(data.normalise(batch, images.mean, images.std)).float()
         loss = functional.cross_entropy(logits, labels, reduction="sum")
         hits = logits.topk(min(5, logits.shape[-1])).indices == labels[:, None]
@@ -215,7 +216,7 @@ class Session:
             "processes": self.processes.count,
             "kernels": used,
             "tf32": torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32,
-            "nondeterministic": numerics.nondeterministic(self.device, used["scan"]),
+            "nondeterministic": precision.nondeterministic(self.device, used["scan"]),
             "command": self._command(),
             **cost.environment(self.device),
         }
@@ -375,8 +376,8 @@ class Session:
         """Stop, saying where the first value that is not finite came up; the weights are those before the step."""
         place = ""
         for images, _ in parts:
-            with numerics.autocast(self.device, self.p.train.precision):
-                place = place or numerics.first_not_finite(self.model, images)
+            with precision.autocast(self.device, self.p.train.precision):
+                place = place or precision.first_not_finite(self.model, images)
         newest = max(self.folder.glob("epoch-*.safetensors"), default=None)
         kept = f"the last good checkpoint is {newest}" if newest else "no checkpoint was written yet"
         raise TrainingError(
@@ -385,7 +386,7 @@ class Session:
         )
 
     def _logits(self, model: nn.Module, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b classes"]:
-        with numerics.autocast(self.device, self.p.train.precision):
+        with precision.autocast(self.device, self.p.train.precision):
             return model(images).float()
 
     def _evaluate(self, model: nn.Module, split: data.Split | data.Streamed) -> dict[str, float]:
@@ -427,7 +428,7 @@ class Session:
         images, _ = next(iter(data.batches(self.images.val, min(2, len(self.images.val)))))
         two = data.normalise(images.to(self.device), self.images.mean, self.images.std)
         self.model.eval()
-        with torch.no_grad(), numerics.autocast(self.device, self.p.train.precision):
+        with torch.no_grad(), precision.autocast(self.device, self.p.train.precision):
             _, trace = self.model.forward_with_trace(two)
         promised = strategies.token_counts(
             self.model.schedule, self.model.tokens, protected=int(self.model.cls_token is not None)

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
-from famba import cost, data, numerics, parallel, params, pretrained, strategies
+from famba import cost, data, parallel, params, pretrained, strategies
 from famba.data import Dataset
 from famba.errors import InputError
-from famba.gpu import runtime
+from famba.kernels import precision
+from famba.kernels.triton import runtime
 from famba.model import VisionMamba, create_model, kernels, sizes
 from famba.optim import learning_rate, parameter_groups
 from famba.params import Params, TrainParams
@@ -69,7 +70,7 @@ def fit(p: Params, *, seed: int, progress: bool = False, watch: Sequence[Watcher
     device = _device(p.train)
     if p.train.threads is not None:
         torch.set_num_threads(p.train.threads)
-    numerics.configure()
+    precision.configure()
     processes = parallel.join(device)
     images = data.load(p.data)
     model = build(p, classes=len(images.classes), seed=seed).to(processes.device)

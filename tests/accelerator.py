@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from famba import dispatch
-from famba.gpu import runtime
+from famba.kernels import dispatch
+from famba.kernels.triton import runtime
 
 DEVICE = torch.device("privateuseone:0")  # what torch calls a device that others add
 _PACKAGE = Path(runtime.__file__).parents[1]

@@ -17,7 +17,8 @@ def passes(setting, say):
 
 
 def has_a_wrong_scan(setting, say):
-    from famba import checks, scan
+    from famba import checks
+    from famba.kernels import scan
 
     right = scan._BACKENDS["native"]
     wrong = dataclasses.replace(right, run=lambda *given: right.run(*given) * 1.001)
@@ -26,7 +27,8 @@ def has_a_wrong_scan(setting, say):
 
 
 def has_a_scan_that_raises(setting, say):
-    from famba import checks, scan
+    from famba import checks
+    from famba.kernels import scan
 
     def refuse(*given):
         raise RuntimeError("no such chip")

@@ -7,13 +7,13 @@ import torch
 from jaxtyping import install_import_hook
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from famba.gpu import conv, fuse, match, norm, scan  # noqa: F401 (Triton reads their source: not to be wrapped)
+from famba.kernels.triton import conv, fuse, match, norm, scan  # noqa: F401 (Triton reads their source: not to be wrapped)
 
 install_import_hook("famba", "beartype.beartype")
 
 from famba.errors import BackendError  # noqa: E402 (after the hook)
-from famba.gpu import runtime as gpu_runtime  # noqa: E402
-from famba.native import build, runtime  # noqa: E402
+from famba.kernels.cpu import build, runtime  # noqa: E402
+from famba.kernels.triton import runtime as gpu_runtime  # noqa: E402
 
 
 @pytest.fixture

@@ -10,13 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from famba import bench, cost, fusion, ops
+from famba import bench, cost, fusion
 from famba.__main__ import main
 from famba.bench import fusing, loading, model, precision, scan, timing
 from famba.bench.model import Training, able
 from famba.bench.setting import FULL, QUICK
 from famba.errors import InputError
-from famba.scan import selective_scan_ref
+from famba.kernels import ops
+from famba.kernels.scan import selective_scan_ref
 
 BACKENDS = able("torch", "native")
 

@@ -8,15 +8,16 @@ import types
 import pytest
 import torch
 
-from famba import bench, cost, ops
+from famba import bench, cost
 from famba.__main__ import main
 from famba.bench import fusing, gpu, timing
 from famba.bench.model import Training
 from famba.bench.published import PublishedMixer, as_published, with_norms_of
 from famba.bench.table import table
 from famba.errors import BackendError, InputError
+from famba.kernels import ops
+from famba.kernels.scan import selective_scan_ref
 from famba.mixer import BidirectionalMixer
-from famba.scan import selective_scan_ref
 
 QUICK = dataclasses.replace(gpu._QUICK, device="cpu")
 

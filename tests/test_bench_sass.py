@@ -8,7 +8,7 @@ from test_gpu import start_all
 
 from famba.bench import sass
 from famba.errors import BackendError
-from famba.gpu import conv, runtime, scan
+from famba.kernels.triton import conv, runtime, scan
 
 TEXT = """
         /*0000*/                   IADD3 R1, R1, 1, RZ ;

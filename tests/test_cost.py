@@ -13,8 +13,8 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from famba import FusionOptions, InputError, backends, cost, create_model, fusion, schedule
-from famba.gpu import runtime
-from famba.scan import selective_scan
+from famba.kernels.scan import selective_scan
+from famba.kernels.triton import runtime
 
 MIB = 2**20
 LATE = FusionOptions(order="append", weighting="mean", feature="delta", position="after_scan")

@@ -12,7 +12,7 @@ import famba
 from famba import cost, diagnosis
 from famba.__main__ import main
 from famba.diagnosis import Row
-from famba.native import build
+from famba.kernels.cpu import build
 
 NAMES = [
     "Python", "torch", "GPU", "C++ compiler", "native kernels", "triton", "hub", "mamba_ssm",

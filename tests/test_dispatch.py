@@ -5,9 +5,9 @@ import logging
 import pytest
 import torch
 
-from famba import dispatch
-from famba.dispatch import Backend, choose, chosen
 from famba.errors import InputError
+from famba.kernels import dispatch
+from famba.kernels.dispatch import Backend, choose, chosen
 
 X = torch.zeros(1)
 

@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from famba import fusion
 from famba.errors import BackendError, InputError
-from famba.gpu import runtime as gpu
+from famba.kernels.cpu import build
+from famba.kernels.triton import runtime as gpu
 from famba.model import create_model
-from famba.native import build
 from famba.params import FusionOptions
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -18,11 +18,12 @@ import torch
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from famba import FusionOptions, create_model, dispatch, fusion, ops, scan
+from famba import FusionOptions, create_model, fusion
 from famba.errors import BackendError
-from famba.gpu import runtime
-from famba.gpu import scan as kernels
-from famba.scan import backends, selective_scan, selective_scan_ref
+from famba.kernels import dispatch, ops, scan
+from famba.kernels.scan import backends, selective_scan, selective_scan_ref
+from famba.kernels.triton import runtime
+from famba.kernels.triton import scan as kernels
 
 GOLDEN = Path(__file__).parent / "golden"
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from famba import FusionOptions, create_model
-from famba.gpu import runtime
+from famba.kernels.triton import runtime
 
 if runtime.triton is None or runtime.INTERPRETED:
     pytest.skip("nothing is compiled without triton", allow_module_level=True)

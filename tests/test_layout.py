@@ -285,7 +285,7 @@ def test_a_wheel_made_of_the_sdist_carries_all_that_it_reads_and_its_kernels_run
         packed = {name for name in archive.namelist() if name.startswith("famba/")}
         archive.extractall(tmp_path / "installed")
     wanted = {str(path.relative_to(ROOT)) for path in tracked() if (ROOT / "famba") in path.parents}
-    assert {"famba/native/scan.cpp", "famba/native/scan.h", "famba/paper/famba_v_results.csv"} <= wanted
+    assert {"famba/kernels/cpu/scan.cpp", "famba/kernels/cpu/scan.h", "famba/paper/famba_v_results.csv"} <= wanted
     assert packed == wanted
     code = "from famba import backends; from famba.native import build; print(build.SOURCES, backends()['native'])"
     done = subprocess.run(

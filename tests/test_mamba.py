@@ -22,9 +22,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from famba import backends, cost, create_model, dispatch, mamba, numerics, selective_scan
+from famba import backends, cost, create_model, selective_scan
 from famba.errors import BackendError
-from famba.scan import selective_scan_ref
+from famba.kernels import dispatch, mamba_ssm, precision
+from famba.kernels.scan import selective_scan_ref
 
 
 def scan_fn(
@@ -79,7 +80,7 @@ def install(monkeypatch):
     """Puts stand-ins for the packages in place, on a device that is there; without arguments neither is installed."""
 
     def put(scan=None, conv=None, without=(), device="cpu"):
-        monkeypatch.setattr(mamba, "_DEVICE", device)
+        monkeypatch.setattr(mamba_ssm, "_DEVICE", device)
         present = (SCAN if scan else ()) + (CONV if conv else ())
         for name in SCAN + CONV:
             module = types.ModuleType(name)
@@ -90,14 +91,14 @@ def install(monkeypatch):
             sys.modules[SCAN[2]].selective_scan_fn = scan
         if conv:
             sys.modules["causal_conv1d"].causal_conv1d_fn = conv
-        mamba._find.cache_clear()
+        mamba_ssm._find.cache_clear()
 
     yield put
     monkeypatch.undo()
-    mamba._find.cache_clear()
+    mamba_ssm._find.cache_clear()
 
 
-PINS = tomllib.loads((Path(mamba.__file__).parents[1] / "pyproject.toml").read_text())["tool"]["kernels"][
+PINS = tomllib.loads((Path(mamba_ssm.__file__).parents[1] / "pyproject.toml").read_text())["tool"]["kernels"][
     "dependencies"
 ]
 SCAN_REPOSITORY, CONV_REPOSITORY = "kernels-community/mamba-ssm", "kernels-community/causal-conv1d"
@@ -114,10 +115,10 @@ THIS_TORCH = "torch" + "".join(torch.__version__.split(".")[:2])
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """Puts a version of a repository into the hub's cache, with one build, for this torch unless another is named."""
-    monkeypatch.setattr(mamba, "_DEVICE", "cpu")
+    monkeypatch.setattr(mamba_ssm, "_DEVICE", "cpu")
     monkeypatch.setenv("KERNELS_CACHE", str(tmp_path))  # read by kernels at each call, and once when it was imported
     monkeypatch.setattr(kernels.resolver, "CACHE_DIR", str(tmp_path))
-    mamba._find.cache_clear()
+    mamba_ssm._find.cache_clear()
 
     def put(repository, code=None, *, version=None, built_for=THIS_TORCH, commit="a" * 40, needs=()):
         name = repository.split("/")[1]
@@ -140,14 +141,14 @@ def hub(tmp_path, monkeypatch):
 
     yield put
     monkeypatch.undo()
-    mamba._find.cache_clear()
+    mamba_ssm._find.cache_clear()
 
 
 @pytest.fixture
 def downloaded(monkeypatch):
     """The repositories that were asked for, in their order."""
-    asked, download = [], mamba._downloaded
-    monkeypatch.setattr(mamba, "_downloaded", lambda name, function: asked.append(name) or download(name, function))
+    asked, download = [], mamba_ssm._downloaded
+    monkeypatch.setattr(mamba_ssm, "_downloaded", lambda name, function: asked.append(name) or download(name, function))
     return asked
 
 
@@ -169,9 +170,9 @@ def arguments(b=2, e=8, t=7, n=4, *, dtype=torch.float32, channels_last=True):
 def test_the_scan_agrees_with_the_reference_in_both_directions_with_gradients(install, reverse, channels_last, t):
     install(scan=scan_fn)
     inputs = arguments(t=t, channels_last=channels_last)
-    assert not mamba.unavailable()
-    assert not mamba.unsuited(*inputs)
-    found = mamba.selective_scan(*inputs, True, reverse)
+    assert not mamba_ssm.unavailable()
+    assert not mamba_ssm.unsuited(*inputs)
+    found = mamba_ssm.selective_scan(*inputs, True, reverse)
     expected = selective_scan_ref(*inputs, True, reverse)
     torch.testing.assert_close(found, expected)
     to_out = torch.linspace(-1, 1, found.numel()).view(found.shape)
@@ -182,9 +183,9 @@ def test_the_scan_agrees_with_the_reference_in_both_directions_with_gradients(in
 def test_half_precision_and_absent_arguments_reach_the_scan_as_it_wants_them(install):
     install(scan=scan_fn)
     u, delta, A, B, C, D, _, bias = arguments(dtype=torch.bfloat16)
-    found = mamba.selective_scan(u, delta, A.bfloat16(), B, C, D.bfloat16(), None, bias.bfloat16(), True, True)
+    found = mamba_ssm.selective_scan(u, delta, A.bfloat16(), B, C, D.bfloat16(), None, bias.bfloat16(), True, True)
     assert found.dtype == torch.bfloat16
-    bare = mamba.selective_scan(u, delta, A, B, C, None, None, None, False, False)
+    bare = mamba_ssm.selective_scan(u, delta, A, B, C, None, None, None, False, False)
     torch.testing.assert_close(bare, selective_scan_ref(u, delta, A, B, C))
 
 
@@ -198,8 +199,8 @@ def test_the_convolution_agrees_with_torchs_in_both_versions_and_directions(inst
     weight = torch.randn(e, k, generator=generator, requires_grad=True)
     bias = torch.randn(e, generator=generator, requires_grad=True)
     x = inner.chunk(2, dim=-1)[0].mT  # a view of half the channels, as the mixer's
-    assert not mamba.conv_unsuited(x, weight, bias)
-    found = mamba.causal_conv1d_silu(x, weight, bias, reverse)
+    assert not mamba_ssm.conv_unsuited(x, weight, bias)
+    found = mamba_ssm.causal_conv1d_silu(x, weight, bias, reverse)
     padded = F.pad(x, (0, k - 1) if reverse else (k - 1, 0))
     expected = F.silu(F.conv1d(padded, (weight.flip(1) if reverse else weight)[:, None], bias, groups=e))
     torch.testing.assert_close(found, expected)
@@ -218,26 +219,26 @@ def test_channels_stay_innermost_where_the_kernel_takes_them_so(install):
     install(conv=conv)
     for e in (16, 12):
         x = torch.randn(2, 5, e).mT
-        mamba.causal_conv1d_silu(x, torch.ones(e, 4), None, False)
+        mamba_ssm.causal_conv1d_silu(x, torch.ones(e, 4), None, False)
         assert (seen[-1].data_ptr() == x.data_ptr()) == (e == 16), e
 
 
 def test_what_is_missing_is_said_with_the_command_that_brings_it(install):
     install()
     command = "MAMBA_KEEP_CUDA_BUILD=TRUE pip install mamba-ssm causal-conv1d --no-build-isolation"
-    assert mamba.unavailable() == f"mamba_ssm is not installed; {command}"
-    assert mamba.conv_unavailable() == f"causal_conv1d is not installed; {command}"
+    assert mamba_ssm.unavailable() == f"mamba_ssm is not installed; {command}"
+    assert mamba_ssm.conv_unavailable() == f"causal_conv1d is not installed; {command}"
     install(scan=scan_fn, conv=new_conv_fn, without=("selective_scan_cuda",))
-    assert mamba.unavailable() == (
+    assert mamba_ssm.unavailable() == (
         "mamba_ssm is installed without its kernels, selective_scan_cuda; "
         f"{command} --no-cache-dir --force-reinstall --no-deps"
     )
-    assert mamba.conv_unavailable() == ""
+    assert mamba_ssm.conv_unavailable() == ""
     install(scan=scan_fn)
-    assert mamba.unavailable() == ""
-    assert mamba.conv_unavailable().startswith("causal_conv1d is not installed; ")
+    assert mamba_ssm.unavailable() == ""
+    assert mamba_ssm.conv_unavailable().startswith("causal_conv1d is not installed; ")
     with pytest.raises(BackendError, match="causal_conv1d is not installed"):
-        mamba.causal_conv1d_silu(torch.ones(1, 8, 3), torch.ones(8, 4), None, False)
+        mamba_ssm.causal_conv1d_silu(torch.ones(1, 8, 3), torch.ones(8, 4), None, False)
 
 
 def test_a_package_that_does_not_import_is_said_in_one_line(install, monkeypatch):
@@ -246,32 +247,34 @@ def test_a_package_that_does_not_import_is_said_in_one_line(install, monkeypatch
     def broken(name):
         raise ImportError("libc10.so: undefined symbol\n_ZN3c10 in another torch")
 
-    monkeypatch.setattr(mamba.importlib, "import_module", broken)
-    reason = mamba.unavailable()
+    monkeypatch.setattr(mamba_ssm.importlib, "import_module", broken)
+    reason = mamba_ssm.unavailable()
     assert reason.startswith("mamba_ssm does not import: libc10.so: undefined symbol _ZN3c10 in another torch; ")
-    assert reason.endswith(mamba.BUILD)
+    assert reason.endswith(mamba_ssm.BUILD)
 
 
 def test_without_its_device_nothing_is_imported_nor_recommended(install, monkeypatch):
     install(device="cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert mamba.unavailable() == mamba.conv_unavailable() == "torch sees no cuda device"
-    assert mamba._find.cache_info().misses == 0
+    assert mamba_ssm.unavailable() == mamba_ssm.conv_unavailable() == "torch sees no cuda device"
+    assert mamba_ssm._find.cache_info().misses == 0
 
 
 def test_tensors_that_the_kernels_refuse_are_told_apart(install):
     install(scan=scan_fn, conv=new_conv_fn)
     u, delta, A, B, C, D, z, bias = arguments()
-    told = mamba.unsuited(u, delta.bfloat16(), A, B, C, D, z, bias)
+    told = mamba_ssm.unsuited(u, delta.bfloat16(), A, B, C, D, z, bias)
     assert told == "u, delta, B, C and z must have one type, got torch.float32 and delta of torch.bfloat16"
-    assert "float16 and bfloat16, got torch.float64" in mamba.unsuited(u.double(), delta, A, B, C, D, z, bias)
-    assert "got torch.float64" in mamba.unsuited(u, delta, A.double(), B, C, D, z, bias)
-    assert "at most 256 states per channel, got 257" in mamba.unsuited(u, delta, torch.ones(8, 257), B, C, D, z, bias)
-    assert "2 to 4 taps, got 5" in mamba.conv_unsuited(u, torch.ones(8, 5), None)
-    assert "got torch.float64" in mamba.conv_unsuited(u, torch.ones(8, 4), torch.ones(8).double())
+    assert "float16 and bfloat16, got torch.float64" in mamba_ssm.unsuited(u.double(), delta, A, B, C, D, z, bias)
+    assert "got torch.float64" in mamba_ssm.unsuited(u, delta, A.double(), B, C, D, z, bias)
+    assert "at most 256 states per channel, got 257" in mamba_ssm.unsuited(
+        u, delta, torch.ones(8, 257), B, C, D, z, bias
+    )
+    assert "2 to 4 taps, got 5" in mamba_ssm.conv_unsuited(u, torch.ones(8, 5), None)
+    assert "got torch.float64" in mamba_ssm.conv_unsuited(u, torch.ones(8, 4), torch.ones(8).double())
     install(device="cuda")
-    assert mamba.unsuited(u, delta, A, B, C, D, z, bias) == "it runs on cuda tensors, got cpu"
-    assert mamba.conv_unsuited(u, torch.ones(8, 4), None) == "it runs on cuda tensors, got cpu"
+    assert mamba_ssm.unsuited(u, delta, A, B, C, D, z, bias) == "it runs on cuda tensors, got cpu"
+    assert mamba_ssm.conv_unsuited(u, torch.ones(8, 4), None) == "it runs on cuda tensors, got cpu"
 
 
 @pytest.mark.parametrize("source", ["mamba_ssm", "hub"])
@@ -325,7 +328,7 @@ def locked(project, monkeypatch, commit):
     entry = {"dependency": {"repo-id": SCAN_REPOSITORY, "version": 2}, "lock": {"commit": commit}}
     (project / "kernels.lock").write_text(json.dumps([entry]))
     (project / "pyproject.toml").write_text("")
-    monkeypatch.setattr(mamba, "_PROJECT", project)
+    monkeypatch.setattr(mamba_ssm, "_PROJECT", project)
 
 
 def refusal() -> str:
@@ -341,7 +344,7 @@ def test_the_version_of_pyproject_is_loaded_and_named_among_a_runs_versions(hub)
     hub(SCAN_REPOSITORY, "selective_scan_fn = None", version=PINS[SCAN_REPOSITORY] + 1, commit="b" * 40)
     assert f"Version {PINS[SCAN_REPOSITORY]} not found" in refusal()
     hub(SCAN_REPOSITORY)
-    mamba._find.cache_clear()
+    mamba_ssm._find.cache_clear()
     scanned_by_the_hub()
     versions = cost.environment("cpu")["versions"]
     assert (versions["hub mamba-ssm"], versions["kernels"]) == ("mamba-ssm_aaaaaaa", kernels.__version__)
@@ -352,7 +355,7 @@ def test_the_commit_of_a_lock_is_loaded_whatever_the_version_is_now(hub, tmp_pat
     hub(SCAN_REPOSITORY, "selective_scan_fn = None", commit="d" * 40)
     locked(tmp_path, monkeypatch, "c" * 40)
     scanned_by_the_hub()
-    said = mamba._find("causal_conv1d", True)[0]
+    said = mamba_ssm._find("causal_conv1d", True)[0]
     assert "`kernels-community/causal-conv1d` is not locked. Please lock it with `kernels lock <project>`" in said
 
 
@@ -366,14 +369,16 @@ def test_auto_and_the_list_of_backends_load_nothing_from_the_hub(install, hub, d
 
 def test_without_the_package_kernels_the_command_that_installs_it_is_said(hub, monkeypatch):
     monkeypatch.setitem(sys.modules, "kernels", None)
-    monkeypatch.setattr(mamba.importlib.util, "find_spec", lambda name: None)
-    assert refusal() == "backend 'hub' cannot run here: kernels is not installed; " + mamba.INSTALL_HUB
-    extra = tomllib.loads((mamba._PROJECT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["hub"]
-    assert mamba.INSTALL_HUB.split() == ["pip", "install", *(re.split("[<>=]", line)[0] for line in extra)]
+    monkeypatch.setattr(mamba_ssm.importlib.util, "find_spec", lambda name: None)
+    assert refusal() == "backend 'hub' cannot run here: kernels is not installed; " + mamba_ssm.INSTALL_HUB
+    extra = tomllib.loads((mamba_ssm._PROJECT / "pyproject.toml").read_text())["project"]["optional-dependencies"][
+        "hub"
+    ]
+    assert mamba_ssm.INSTALL_HUB.split() == ["pip", "install", *(re.split("[<>=]", line)[0] for line in extra)]
 
 
 def test_outside_a_checkout_no_version_is_guessed(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(mamba, "_PROJECT", tmp_path)
+    monkeypatch.setattr(mamba_ssm, "_PROJECT", tmp_path)
     assert "famba is not installed from a checkout, whose pyproject.toml fixes the versions" in refusal()
 
 
@@ -384,7 +389,7 @@ def test_offline_and_never_downloaded_it_says_how_to_download(hub, tmp_path, mon
     )
     assert said.endswith("; to download it: unset HF_HUB_OFFLINE")
     locked(tmp_path, monkeypatch, "c" * 40)
-    mamba._find.cache_clear()
+    mamba_ssm._find.cache_clear()
     assert refusal().endswith("; to download it: unset HF_HUB_OFFLINE")
 
 
@@ -413,17 +418,17 @@ def test_a_repository_without_the_function_is_refused_by_its_name(hub):
     hub(CONV_REPOSITORY, "causal_conv1d_update = None")
     x, weight = torch.ones(1, 8, 3), torch.ones(8, 4)
     with pytest.raises(BackendError, match=r"has no attribute 'causal_conv1d_fn'; this is torch .*: kernels versions"):
-        mamba.causal_conv1d_silu(x, weight, None, False, hub=True)
+        mamba_ssm.causal_conv1d_silu(x, weight, None, False, hub=True)
 
 
 def test_a_download_that_is_not_whole_is_to_be_downloaded_again(hub):
     build = hub(SCAN_REPOSITORY, "import torch; torch.ops.load_library(__file__.replace('__init__.py', 'scan.so'))")
     (build / "scan.so").write_bytes(b"\x7fELF, and no more")
     assert re.search(rf"file too short; to download it again: hf cache rm kernel/{SCAN_REPOSITORY}$", refusal())
-    mamba._find.cache_clear()
+    mamba_ssm._find.cache_clear()
     hub(SCAN_REPOSITORY, "def selective_scan_fn(")
     assert re.search(rf"never closed .*; to download it again: hf cache rm kernel/{SCAN_REPOSITORY}$", refusal())
-    mamba._find.cache_clear()
+    mamba_ssm._find.cache_clear()
     (hub(SCAN_REPOSITORY) / "metadata.json").write_text("{")
     assert refusal().endswith(f"; to download it again: hf cache rm kernel/{SCAN_REPOSITORY}")
 
@@ -431,19 +436,19 @@ def test_a_download_that_is_not_whole_is_to_be_downloaded_again(hub):
 def test_a_package_that_does_not_import_is_to_be_installed_be_it_kernels_or_what_a_build_imports(hub, monkeypatch):
     with monkeypatch.context() as broken:
         broken.setitem(sys.modules, "kernels", None)  # found, and not importable
-        assert refusal().endswith(f"; {mamba.INSTALL_HUB}")
-    mamba._find.cache_clear()
+        assert refusal().endswith(f"; {mamba_ssm.INSTALL_HUB}")
+    mamba_ssm._find.cache_clear()
     hub(SCAN_REPOSITORY, "import absent_package")
-    assert refusal().endswith(f": No module named 'absent_package'; {mamba.INSTALL_HUB}")
-    mamba._find.cache_clear()
+    assert refusal().endswith(f": No module named 'absent_package'; {mamba_ssm.INSTALL_HUB}")
+    mamba_ssm._find.cache_clear()
     hub(SCAN_REPOSITORY, needs=["einops"])
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "einops" else find(name))
-    assert refusal().endswith(f"Please install with: pip install einops; {mamba.INSTALL_HUB}")
+    assert refusal().endswith(f"Please install with: pip install einops; {mamba_ssm.INSTALL_HUB}")
 
 
 def test_a_run_on_the_hubs_kernels_is_as_nondeterministic_as_one_on_the_installed():
     cuda = torch.device("cuda")
-    assert numerics.nondeterministic(cuda, "hub") == numerics.nondeterministic(cuda, "mamba_ssm")
-    assert "selective_scan_bwd" in numerics.nondeterministic(cuda, "hub")
-    assert "selective_scan_bwd" not in numerics.nondeterministic(cuda, "torch")
+    assert precision.nondeterministic(cuda, "hub") == precision.nondeterministic(cuda, "mamba_ssm")
+    assert "selective_scan_bwd" in precision.nondeterministic(cuda, "hub")
+    assert "selective_scan_bwd" not in precision.nondeterministic(cuda, "torch")

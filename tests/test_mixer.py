@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 from famba import backends
-from famba.gpu import runtime
+from famba.kernels.triton import runtime
 from famba.mixer import BidirectionalMixer
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from famba.errors import BackendError, InputError
-from famba.native import build, runtime
-from famba.native import scan as native
-from famba.ops import causal_conv1d_silu, gated_sum
-from famba.scan import backends, selective_scan, selective_scan_ref
+from famba.kernels.cpu import build, runtime
+from famba.kernels.cpu import scan as native
+from famba.kernels.ops import causal_conv1d_silu, gated_sum
+from famba.kernels.scan import backends, selective_scan, selective_scan_ref
 
 pytestmark = pytest.mark.skipif(
     not build._compilers(), reason="no C++ compiler: the kernels cannot be built, and famba runs on torch alone"

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from famba import create_model, mixer, numerics, ops
+from famba import create_model, mixer
 from famba.bench import precision
+from famba.kernels import ops, precision
 
 
 def small(**changes) -> torch.nn.Module:
@@ -22,7 +23,7 @@ def images(count: int = 2) -> torch.Tensor:
 def test_where_all_is_finite_nothing_is_named():
     model = small()
     model(images()).sum().backward()
-    assert numerics.first_not_finite(model, images()) == ""
+    assert precision.first_not_finite(model, images()) == ""
 
 
 @pytest.mark.parametrize(
@@ -39,7 +40,7 @@ def test_the_first_module_that_gives_something_not_finite_is_named_with_its_laye
     model = small()
     with torch.no_grad():
         dict(model.named_parameters())[weight].view(-1)[0] = math.nan
-    assert numerics.first_not_finite(model, images()) == place
+    assert precision.first_not_finite(model, images()) == place
 
 
 def test_where_only_gradients_are_not_finite_the_one_nearest_to_the_loss_is_named():
@@ -47,13 +48,13 @@ def test_where_only_gradients_are_not_finite_the_one_nearest_to_the_loss_is_name
     model(images()).sum().backward()
     for name in ("layers.0.mixer.D", "layers.1.mixer.D"):
         dict(model.named_parameters())[name].grad[3] = math.inf
-    assert numerics.first_not_finite(model, images()) == "the gradient of layer 2, mixer.D"
+    assert precision.first_not_finite(model, images()) == "the gradient of layer 2, mixer.D"
 
 
 def test_images_that_are_not_finite_are_named_first():
     broken = images()
     broken[1, 0, 0, 0] = -math.inf
-    assert numerics.first_not_finite(small(), broken) == "the images"
+    assert precision.first_not_finite(small(), broken) == "the images"
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])
@@ -68,7 +69,7 @@ def test_under_autocast_the_scans_parameters_and_the_residual_stream_stay_float3
 
     monkeypatch.setattr(mixer, "bidirectional_scan", watched)
     model = small(backend=backend)
-    with numerics.autocast(torch.device("cpu"), "bf16"):
+    with precision.autocast(torch.device("cpu"), "bf16"):
         _, trace = model.forward_with_trace(images())
     assert len(given) == 2 * 3
     for dtypes in given:
@@ -83,7 +84,7 @@ def test_under_autocast_the_scans_states_are_float32_however_long_the_sequence(b
     t, ones = 4096, torch.ones(1, 32, 4096, dtype=torch.bfloat16)
     step, A = torch.zeros(1, 1, t, dtype=torch.bfloat16), torch.full((32, 1), -1e-9)
     bias = torch.full((32,), math.log(math.expm1(2**-9)))
-    with numerics.autocast(torch.device("cpu"), "bf16"):
+    with precision.autocast(torch.device("cpu"), "bf16"):
         out = ops.projected_scan(
             ones, step, torch.zeros(32, 1), A, ones[:, :1], ones[:, :1], delta_bias=bias, backend=backend
         )

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from famba.errors import BackendError, InputError
-from famba.native import build
-from famba.ops import _check, _check_projection, add_rms_norm, causal_conv1d_silu, gated_sum, projected_scan
-from famba.scan import selective_scan_ref
+from famba.kernels.cpu import build
+from famba.kernels.ops import _check, _check_projection, add_rms_norm, causal_conv1d_silu, gated_sum, projected_scan
+from famba.kernels.scan import selective_scan_ref
 
 GOLDEN = Path(__file__).parent / "golden"
 FAST = ["torch"] if build.unavailable() else ["torch", "native"]

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from famba import cost, scan
+from famba import cost
 from famba.errors import BackendError, InputError
-from famba.scan import backends, selective_scan, selective_scan_ref
+from famba.kernels import scan
+from famba.kernels.scan import backends, selective_scan, selective_scan_ref
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "components.json").read_text())["scan"]

@@ -13,10 +13,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from famba import InputError, apply, backends, dispatch, graph, params, train
+from famba import InputError, apply, backends, graph, params, train
 from famba.errors import TrainingError
+from famba.kernels import dispatch
+from famba.kernels.cpu import build, runtime
 from famba.model import kernels
-from famba.native import build, runtime
 from famba.parallel import Processes
 from famba.params import Params
 from famba.session import Session, evaluate

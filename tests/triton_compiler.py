@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from famba.gpu import runtime
+from famba.kernels.triton import runtime
 
 _CAPABILITY = 90  # of the device that the kernels are started on
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from famba import cost, numerics, params
+from famba import cost, params
 from famba.bench import gpu
 from famba.bench.fusing import bench_layer, bench_schedules, break_even
 from famba.bench.loading import bench_loading, left_out
@@ -24,7 +24,8 @@ from famba.bench.scan import bench_scan
 from famba.bench.setting import FULL, QUICK, Setting
 from famba.bench.table import table
 from famba.errors import InputError
-from famba.native import runtime
+from famba.kernels import precision
+from famba.kernels.cpu import runtime
 from famba.storage.files import json_bytes, write_atomic
 
 _Tables = dict[str, list[dict[str, Any]]]
@@ -66,7 +67,7 @@ def run(parts: Sequence[str] = PARTS, *, quick: bool = False) -> dict[str, Any]:
         if part not in PARTS:
             raise InputError(f"part: {part!r} is unknown; allowed: {', '.join(PARTS)}")
     setting = QUICK if quick else FULL
-    numerics.configure()
+    precision.configure()
     tables: _Tables = {}
     for part in PARTS:
         if part in parts:

@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from famba import fusion, numerics
+from famba import fusion
 from famba.bench.model import Training
 from famba.bench.setting import Setting
 from famba.bench.timing import ratio
 from famba.errors import InputError
+from famba.kernels import precision
 
 
 def bench_layer(setting: Setting) -> list[dict[str, Any]]:
@@ -31,7 +32,7 @@ def bench_layer(setting: Setting) -> list[dict[str, Any]]:
     size = torch.ones(setting.batch, t, device=setting.device)
 
     def layer() -> None:
-        with numerics.autocast(hidden.device, setting.precision):
+        with precision.autocast(hidden.device, setting.precision):
             normed, total = norm(hidden, residual)
             mixed = mixer(normed)
         torch.autograd.grad((mixed, total), [*inputs, *weights], (to_hidden.to(mixed.dtype), to_residual))

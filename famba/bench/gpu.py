@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from famba import cost, numerics, params
+from famba import cost, params
 from famba.bench.fusing import bench_layer, bench_schedules
 from famba.bench.model import Training, able
 from famba.bench.published import as_published, with_norms_of
@@ -30,8 +30,9 @@ from famba.bench.setting import FULL, QUICK, Setting
 from famba.bench.table import table
 from famba.bench.timing import ratio
 from famba.errors import InputError
-from famba.gpu.scan import scan_bytes
 from famba.graph import captured
+from famba.kernels import precision
+from famba.kernels.triton.scan import scan_bytes
 from famba.storage.files import json_bytes, write_atomic
 
 PATH = "results/benchmark_gpu.json"
@@ -120,7 +121,7 @@ def run(
             raise InputError(f"part: {part!r} is unknown; allowed: {', '.join(PARTS)}")
     _check_device(device, quick)
     setting = dataclasses.replace(_QUICK if quick else _FULL, device=device)
-    numerics.configure()
+    precision.configure()
     if torch.device(device).type == "cuda":
         torch.cuda.set_device(device)
     chosen = "" if set(parts) == set(PARTS) else "".join(f" {part}" for part in PARTS if part in parts)
@@ -165,7 +166,7 @@ def bench_scans(setting: GpuSetting, left: Left) -> dict[str, list[dict[str, Any
 
     `median_ms` is a scan called from Python, `device_ms` the same replayed from a CUDA graph: what the device alone
     takes. `both, gated` is what a mixer asks for, from steps yet to be projected, as it lies there; its bytes are those
-    of `famba.gpu.scan`. Of `one` direction, which is what mamba-ssm's function does, the inputs lie as the contestant
+    of `famba.kernels.triton.scan`. Of `one` direction, which is what mamba-ssm's function does, the inputs lie as the contestant
     wants them: mamba-ssm's with tokens innermost, the others' with channels.
     """
     copy = _copy(setting)

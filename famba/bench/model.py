@@ -19,9 +19,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from famba import cost, fusion, model, numerics, ops, optim, scan
+from famba import cost, fusion, model, optim
 from famba.bench.setting import Setting
 from famba.bench.timing import ratio
+from famba.kernels import ops, precision, scan
 
 PARTS = ("matrix products", "scan", "convolution", "norm", "gate", "fusion", "elementwise", "optimiser", "Python")
 
@@ -53,7 +54,7 @@ class Training:
     def step(self, schedule: Sequence[int] | None = None) -> None:
         """Forward, loss, backward, optimiser; without a schedule nothing is fused."""
         self.model.set_fusion([0] * self.model.depth if schedule is None else schedule, self.model.options)
-        with numerics.autocast(self.images.device, self.precision):
+        with precision.autocast(self.images.device, self.precision):
             logits = self.forward(self.images).float()
         functional.cross_entropy(logits, self.labels).backward()
         self.optimiser.step()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from famba import augment, data, numerics, optim
+from famba import augment, data, optim
 from famba.bench.model import Training
 from famba.bench.setting import Setting
 from famba.bench.timing import ratio
@@ -66,7 +66,7 @@ def loss_curve(precision: str, *, steps: int, depth: int | None = None, order: i
         for batch, labels in data.batches(images.train, _BATCH, generator=generator, drop_last=True):
             draws = augment.draw(_DIGITS, _BATCH, generator, classes=len(images.classes))
             shown, _ = augment.apply(batch, labels, draws, images.mean, images.std, 0.0)
-            with numerics.autocast(batch.device, precision):
+            with precision.autocast(batch.device, precision):
                 logits = model(shown).float()
             loss = functional.cross_entropy(logits, labels)
             loss.backward()

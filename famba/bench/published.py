@@ -13,10 +13,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from famba.kernels.ops import causal_conv1d_silu
+from famba.kernels.scan import selective_scan
 from famba.mixer import BidirectionalMixer
 from famba.model import VisionMamba
-from famba.ops import causal_conv1d_silu
-from famba.scan import selective_scan
 
 
 class PublishedMixer(nn.Module):

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from famba.bench.table import table
 from famba.errors import BackendError
-from famba.gpu import conv, fuse, match, norm, scan
-from famba.gpu import runtime as gpu_runtime
+from famba.kernels.triton import conv, fuse, match, norm, scan
+from famba.kernels.triton import runtime as gpu_runtime
 
 SHAPE = (128, 384, 197, 16)  # b, e, t, n: Vim-Ti's scan at 224 px
 _CAPABILITY = 90

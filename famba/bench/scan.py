@@ -19,8 +19,8 @@ from torch.autograd.function import once_differentiable
 from famba.bench.model import able
 from famba.bench.timing import interleaved, ratio, summary
 from famba.errors import InputError
-from famba.ops import Side, bidirectional_scan
-from famba.scan import selective_scan
+from famba.kernels.ops import Side, bidirectional_scan
+from famba.kernels.scan import selective_scan
 
 UNIT = "matmul 2048^3"
 _TURN_S = 0.1  # about what one of those products takes

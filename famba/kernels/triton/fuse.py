@@ -9,8 +9,8 @@ those outside a sequence are passed over.
 import torch
 from torch import Tensor
 
-from famba.gpu import runtime
-from famba.gpu.runtime import jit, launch, tl
+from famba.kernels.triton import runtime
+from famba.kernels.triton.runtime import jit, launch, tl
 
 _ROWS = 16
 _COLUMNS = 256

@@ -6,8 +6,8 @@ Axes: b batch, t tokens, d d_model.
 import torch
 from torch import Tensor
 
-from famba.gpu import runtime
-from famba.gpu.runtime import jit, launch, tl
+from famba.kernels.triton import runtime
+from famba.kernels.triton.runtime import jit, launch, tl
 
 _TILE = 1024  # numbers of a tile, of one row or several
 _PROGRAMS = 512  # that sum the weight's gradient: as many on every device, so that it is the same on all
@@ -65,7 +65,7 @@ def _backward_kernel(
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`famba.ops.add_rms_norm` by the kernel."""
+    """`famba.kernels.ops.add_rms_norm` by the kernel."""
     out, total, _ = torch.ops.famba.gpu_norm(x, residual, weight, eps)
     return out, total
 

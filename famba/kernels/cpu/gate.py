@@ -1,6 +1,6 @@
 """The gate that joins a mixer's two directions as one torch operator, `famba::gate`, over gate.cpp.
 
-Axes: b batch, e channels, t tokens. Strides, types and layout of the results are as in famba.native.scan.
+Axes: b batch, e channels, t tokens. Strides, types and layout of the results are as in famba.kernels.cpu.scan.
 """
 
 import ctypes
@@ -8,8 +8,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from famba.native import runtime
-from famba.native.runtime import View, like
+from famba.kernels.cpu import runtime
+from famba.kernels.cpu.runtime import View, like
 
 
 class _Job(ctypes.Structure):
@@ -33,7 +33,7 @@ def unsuited(left: Tensor, right: Tensor, gate: Tensor) -> str:
 
 
 def gated_sum(left: Tensor, right: Tensor, gate: Tensor, scale: float) -> Tensor:
-    """`famba.ops.gated_sum` by the native kernel; the sum is kept only if a gradient may be asked for."""
+    """`famba.kernels.ops.gated_sum` by the native kernel; the sum is kept only if a gradient may be asked for."""
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (left, right, gate))
     return torch.ops.famba.gate(left, right, gate, scale, keep)[0]
 

@@ -1,6 +1,6 @@
 """The selective scan on a GPU as torch operators, `famba::gpu_scan` and its backward: one direction, or both at once.
 
-Axes as in famba.scan: b batch, e channels, t tokens, n states. Activations may be float32 or bfloat16 and have any
+Axes as in famba.kernels.scan: b batch, e channels, t tokens, n states. Activations may be float32 or bfloat16 and have any
 strides; the fast layout is (b, t, e) in memory seen as (b, e, t). The recurrence is float32. Results and gradients lie
 channels last.
 
@@ -42,8 +42,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from famba.gpu import runtime
-from famba.gpu.runtime import jit, launch, tl
+from famba.kernels.triton import runtime
+from famba.kernels.triton.runtime import jit, launch, tl
 
 MOST_STATES = 64
 _CHUNK = 64  # tokens between kept states
@@ -370,7 +370,7 @@ def selective_scan(
     delta_softplus: bool,
     reverse: bool,
 ) -> Tensor:
-    """`famba.scan.selective_scan` by the kernel; states are kept only if a gradient may be asked for."""
+    """`famba.kernels.scan.selective_scan` by the kernel; states are kept only if a gradient may be asked for."""
     inputs = (u, delta, A, B, C, D, delta_bias)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, z))
     return torch.ops.famba.gpu_scan(*inputs, *_NONE, z, delta_softplus, reverse, 1.0, keep)[0]
@@ -387,14 +387,14 @@ def projected_scan(
     delta_bias: Tensor | None,
     reverse: bool,
 ) -> Tensor:
-    """`famba.ops.projected_scan` by the kernel."""
+    """`famba.kernels.ops.projected_scan` by the kernel."""
     return _projected((u, step, weight, A, B, C, D, delta_bias), 8 * (None,), None, reverse, 1.0)
 
 
 def bidirectional_scan(
     forward: tuple[Tensor | None, ...], backward: tuple[Tensor | None, ...], gate: Tensor, scale: float
 ) -> Tensor:
-    """`famba.ops.bidirectional_scan` by the kernel."""
+    """`famba.kernels.ops.bidirectional_scan` by the kernel."""
     return _projected(forward, backward, gate, False, scale)
 
 

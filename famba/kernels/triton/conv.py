@@ -1,15 +1,15 @@
 """Depthwise causal convolution, bias and silu on a GPU as one torch operator, `famba::gpu_conv`: one direction or both.
 
 Axes: b batch, e channels, t tokens, k taps. Both directions come of one read of x. Strides, types and layout of the
-results are as in famba.gpu.scan. Backward computes again what went into silu, and sums the weights' gradients over
+results are as in famba.kernels.triton.scan. Backward computes again what went into silu, and sums the weights' gradients over
 tiles of tokens in a fixed order.
 """
 
 import torch
 from torch import Tensor
 
-from famba.gpu import runtime
-from famba.gpu.runtime import jit, launch, tl
+from famba.kernels.triton import runtime
+from famba.kernels.triton.runtime import jit, launch, tl
 
 MOST_TAPS = 8
 _TOKENS = 16  # of a tile
@@ -109,14 +109,14 @@ def _backward_kernel(
 
 
 def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
-    """`famba.ops.causal_conv1d_silu` by the kernel."""
+    """`famba.kernels.ops.causal_conv1d_silu` by the kernel."""
     return torch.ops.famba.gpu_conv(x, weight, bias, None, None, reverse)[0]
 
 
 def bidirectional_conv1d_silu(
     x: Tensor, forward: tuple[Tensor, Tensor | None], backward: tuple[Tensor, Tensor | None]
 ) -> tuple[Tensor, Tensor]:
-    """`famba.ops.bidirectional_conv1d_silu` by the kernel."""
+    """`famba.kernels.ops.bidirectional_conv1d_silu` by the kernel."""
     return torch.ops.famba.gpu_conv(x, *forward, *backward, False)
 
 

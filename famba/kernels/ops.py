@@ -15,17 +15,17 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from famba import mamba
-from famba.dispatch import Backend, choose
 from famba.errors import InputError
-from famba.gpu import conv as triton_conv
-from famba.gpu import norm as triton_norm
-from famba.gpu.runtime import unavailable as triton_unavailable
-from famba.native import conv, norm
-from famba.native import gate as gating
-from famba.native.scan import unavailable
-from famba.scan import check
-from famba.scan import choose as choose_scan
+from famba.kernels import mamba_ssm
+from famba.kernels.cpu import conv, norm
+from famba.kernels.cpu import gate as gating
+from famba.kernels.cpu.scan import unavailable
+from famba.kernels.dispatch import Backend, choose
+from famba.kernels.scan import check
+from famba.kernels.scan import choose as choose_scan
+from famba.kernels.triton import conv as triton_conv
+from famba.kernels.triton import norm as triton_norm
+from famba.kernels.triton.runtime import unavailable as triton_unavailable
 
 
 def causal_conv1d_silu(
@@ -109,7 +109,7 @@ def projected_scan(
     """The selective scan whose delta is weight times step, after bias and softplus (Mamba, section 3.6).
 
     The native scan keeps step for backward, m numbers of a token, and projects it once more there; others keep delta,
-    e numbers of a token. Other arguments, backends and errors are those of `famba.scan.selective_scan`.
+    e numbers of a token. Other arguments, backends and errors are those of `famba.kernels.scan.selective_scan`.
     """
     check(u, u, A, B, C, D, None, delta_bias)  # delta will be as u is
     _check_projection(u, step, weight)
@@ -200,8 +200,8 @@ class _Conv(Backend):
 _CONV = {
     "torch": _Conv(_conv),
     "native": _Conv(conv.causal_conv1d_silu, unavailable, conv.unsuited),
-    "mamba_ssm": _Conv(mamba.causal_conv1d_silu, mamba.conv_unavailable, mamba.conv_unsuited),
-    "hub": _Conv(partial(mamba.causal_conv1d_silu, hub=True), mamba.hub_unavailable, mamba.conv_unsuited),
+    "mamba_ssm": _Conv(mamba_ssm.causal_conv1d_silu, mamba_ssm.conv_unavailable, mamba_ssm.conv_unsuited),
+    "hub": _Conv(partial(mamba_ssm.causal_conv1d_silu, hub=True), mamba_ssm.hub_unavailable, mamba_ssm.conv_unsuited),
     "triton": _Conv(
         triton_conv.causal_conv1d_silu,
         triton_unavailable,

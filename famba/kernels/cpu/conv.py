@@ -1,6 +1,6 @@
 """Depthwise causal convolution, bias and silu as one torch operator, `famba::conv`, over conv.cpp.
 
-Axes: b batch, e channels, t tokens, k taps. Strides, types and layout of the results are as in famba.native.scan.
+Axes: b batch, e channels, t tokens, k taps. Strides, types and layout of the results are as in famba.kernels.cpu.scan.
 """
 
 import ctypes
@@ -8,8 +8,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from famba.native import runtime
-from famba.native.runtime import View, float32, like
+from famba.kernels.cpu import runtime
+from famba.kernels.cpu.runtime import View, float32, like
 
 MOST_TAPS = 8
 
@@ -40,7 +40,7 @@ def unsuited(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
 
 
 def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
-    """`famba.ops.causal_conv1d_silu` by the native kernel."""
+    """`famba.kernels.ops.causal_conv1d_silu` by the native kernel."""
     return torch.ops.famba.conv(x, weight, bias, reverse)
 
 

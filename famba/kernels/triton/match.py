@@ -8,8 +8,8 @@ Nothing waits for the host, which therefore does not look at positions: those ou
 import torch
 from torch import Tensor
 
-from famba.gpu import runtime
-from famba.gpu.runtime import jit, launch, tl
+from famba.kernels.triton import runtime
+from famba.kernels.triton.runtime import jit, launch, tl
 
 _EVENS = 32  # tokens of a tile, of both kinds
 _NUMBERS = 32  # compared at once

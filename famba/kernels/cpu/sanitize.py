@@ -1,4 +1,4 @@
-"""The tests of the kernels under the address and undefined-behaviour sanitizers: `python -m famba.native.sanitize`.
+"""The tests of the kernels under the address and undefined-behaviour sanitizers: `python -m famba.kernels.cpu.sanitize`.
 
 The kernels are compiled anew with -fsanitize=address,undefined into the same cache, under another name, and the tests
 run in a process that has the sanitizer's runtime loaded first. Any finding ends that process.
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from famba.native import build
+from famba.kernels.cpu import build
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ("tests/test_native.py", "tests/test_ops.py", "tests/test_fusion.py")

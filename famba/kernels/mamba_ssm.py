@@ -105,7 +105,7 @@ def selective_scan(
     *,
     hub: bool = False,
 ) -> Tensor:
-    """`famba.scan.selective_scan` by mamba-ssm: the installed one, or the hub's."""
+    """`famba.kernels.scan.selective_scan` by mamba-ssm: the installed one, or the hub's."""
     run = _ready("mamba_ssm", hub)
     u, delta, B, C = (_tokens_innermost(x, reverse) for x in (u, delta, B, C))
     z = None if z is None else _tokens_innermost(z, reverse)
@@ -115,7 +115,7 @@ def selective_scan(
 
 
 def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, *, hub: bool = False) -> Tensor:
-    """`famba.ops.causal_conv1d_silu` by causal-conv1d: the installed one, or the hub's."""
+    """`famba.kernels.ops.causal_conv1d_silu` by causal-conv1d: the installed one, or the hub's."""
     run = _ready("causal_conv1d", hub)
     x = _either_innermost(x.flip(-1) if reverse else x)
     bias = None if bias is None else bias.to(weight.dtype)

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from famba import dispatch, mamba
 from famba.errors import InputError
-from famba.gpu import runtime as gpu
-from famba.gpu import scan as triton
-from famba.native import scan as native
+from famba.kernels import dispatch, mamba_ssm
+from famba.kernels.cpu import scan as native
+from famba.kernels.triton import runtime as gpu
+from famba.kernels.triton import scan as triton
 
 
 def selective_scan(
@@ -325,21 +325,21 @@ def _state_dtype(*tensors: Tensor | None) -> torch.dtype:
 class _Backend(dispatch.Backend):
     """A backend of the scan, whose `run` takes the arguments of `selective_scan_ref`.
 
-    `run_projected`, if there is one, takes those of `famba.ops.projected_scan`, and keeps no delta for backward;
-    `run_both` those of `famba.ops.bidirectional_scan`, both directions and the gate in one.
+    `run_projected`, if there is one, takes those of `famba.kernels.ops.projected_scan`, and keeps no delta for backward;
+    `run_both` those of `famba.kernels.ops.bidirectional_scan`, both directions and the gate in one.
     """
 
     run_projected: Callable[..., Tensor] | None = None
     run_both: Callable[..., Tensor] | None = None
 
 
-# Slowest first. A new backend is one more entry, and a name in famba.dispatch.
+# Slowest first. A new backend is one more entry, and a name in famba.kernels.dispatch.
 _BACKENDS: dict[str, _Backend] = {
     "reference": _Backend(selective_scan_ref),
     "torch": _Backend(_chunked_scan),
     "native": _Backend(native.selective_scan, native.unavailable, native.unsuited, native.projected_scan),
-    "mamba_ssm": _Backend(mamba.selective_scan, mamba.unavailable, mamba.unsuited),
-    "hub": _Backend(partial(mamba.selective_scan, hub=True), mamba.hub_unavailable, mamba.unsuited),
+    "mamba_ssm": _Backend(mamba_ssm.selective_scan, mamba_ssm.unavailable, mamba_ssm.unsuited),
+    "hub": _Backend(partial(mamba_ssm.selective_scan, hub=True), mamba_ssm.hub_unavailable, mamba_ssm.unsuited),
     "triton": _Backend(
         triton.selective_scan, gpu.unavailable, triton.unsuited, triton.projected_scan, triton.bidirectional_scan
     ),
@@ -349,7 +349,7 @@ _BACKENDS: dict[str, _Backend] = {
 def choose(name: str, *tensors: Tensor | None) -> _Backend:
     """The backend of that name, or the fastest ("auto"), for these tensors: u first, then the others, None if absent.
 
-    Errors are those of `famba.dispatch.choose`.
+    Errors are those of `famba.kernels.dispatch.choose`.
     """
     first, *others = tensors
     assert first is not None

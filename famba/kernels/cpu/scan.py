@@ -1,6 +1,6 @@
 """The selective scan on a CPU as torch operators, `famba::scan` and `famba::scan_backward`, over scan.cpp.
 
-Axes as in famba.scan: b batch, e channels, t tokens, n states. Activations may be float32 or bfloat16 and have any
+Axes as in famba.kernels.scan: b batch, e channels, t tokens, n states. Activations may be float32 or bfloat16 and have any
 strides; vectors run over channels, so the fast layout is (b, t, e) in memory seen as (b, e, t). The recurrence is
 float32. Outputs and gradients lie as the tensors they belong to.
 """
@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from famba.native import build, runtime
-from famba.native.runtime import View, float32, like
+from famba.kernels.cpu import build, runtime
+from famba.kernels.cpu.runtime import View, float32, like
 
 _CHUNK = 16  # tokens between kept states, and _PAD channels: scan.cpp's CHUNK and PAD
 _PAD = 16
@@ -65,7 +65,7 @@ def selective_scan(
     delta_softplus: bool,
     reverse: bool,
 ) -> Tensor:
-    """`famba.scan.selective_scan` by the native kernel; states are kept only if a gradient may be asked for."""
+    """`famba.kernels.scan.selective_scan` by the native kernel; states are kept only if a gradient may be asked for."""
     inputs = (u, delta, A, B, C, D, z, delta_bias)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     return torch.ops.famba.scan(*inputs, delta_softplus, reverse, keep)[0]
@@ -82,7 +82,7 @@ def projected_scan(
     delta_bias: Tensor | None,
     reverse: bool,
 ) -> Tensor:
-    """`famba.ops.projected_scan` by the native kernel."""
+    """`famba.kernels.ops.projected_scan` by the native kernel."""
     inputs = (u, step, weight, A, B, C, D, delta_bias)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         return _ProjectedScan.apply(*inputs, reverse)  # pyright: ignore[reportReturnType]

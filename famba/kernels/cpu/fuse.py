@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from famba.errors import InputError
-from famba.native import runtime
+from famba.kernels.cpu import runtime
 
 
 class _Plan(ctypes.Structure):

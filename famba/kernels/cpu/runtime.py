@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from famba.errors import BackendError, InputError
-from famba.native.build import library
+from famba.kernels.cpu.build import library
 
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
 DTYPES = (torch.float32, torch.bfloat16)  # in the order of vector.h's Type

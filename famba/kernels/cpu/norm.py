@@ -8,7 +8,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from famba.native import runtime
+from famba.kernels.cpu import runtime
 
 
 class _Job(ctypes.Structure):
@@ -35,7 +35,7 @@ def unsuited(x: Tensor, residual: Tensor | None, weight: Tensor) -> str:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`famba.ops.add_rms_norm` by the native kernel."""
+    """`famba.kernels.ops.add_rms_norm` by the native kernel."""
     x = x.float()
     out, total, _ = torch.ops.famba.norm(x, residual, weight, eps)
     return out, x if residual is None else total
