@@ -20,9 +20,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from famba import cost, data, params, strategies
+from famba import cost, data, params
 from famba.cost import Cost
 from famba.errors import InputError
+from famba.fusion import strategies
 from famba.model import VisionMamba
 from famba.params import ADAPTIVE, AdaptiveRule, DataParams, FusionOptions
 from famba.storage import checkpoint, runs

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from famba import cost, fusion, params
+from famba import cost, params
+from famba.fusion import matching, merge
 from famba.gpu_check import ROOT, Outcome, Say, Setting, Skipped
 from famba.kernels import ops, scan
 from famba.model import VisionMamba, create_model
@@ -433,15 +434,15 @@ def _fusion(
     b, t, _ = shape
     feature, size = torch.randn(b, t, 9, generator=generator), torch.randint(1, 5, (b, t), generator=generator)
     r = max(1, (t - 2) // 3)
-    exact = fusion.match_tokens(feature.double(), r, protected=() if guard is None else (guard,), backend="torch")
+    exact = matching.match_tokens(feature.double(), r, protected=() if guard is None else (guard,), backend="torch")
 
     def run(x: Tensor, y: Tensor, backend: str) -> tuple[Tensor, Tensor]:
         protected = () if guard is None else torch.full((b,), guard, device=x.device)
-        matching = fusion.match_tokens(feature.to(x.device), r, protected=protected, backend=backend)
+        matching = matching.match_tokens(feature.to(x.device), r, protected=protected, backend=backend)
         assert torch.equal(matching.source.cpu(), exact.source), "other tokens than torch's disappear"
         assert torch.equal(matching.target.cpu(), exact.target), "tokens join others than torch's"
         sizes = size.to(x.device, y.dtype)
-        return fusion.apply_both(fusion.plan(matching, sizes, order=order, weighting=weighting, backend=backend), x, y)
+        return merge.apply_both(merge.plan(matching, sizes, order=order, weighting=weighting, backend=backend), x, y)
 
     x, y = torch.randn(2, *shape, generator=generator).unbind()
     return run, [x.to(dtype), y]
@@ -455,20 +456,20 @@ def _model_error(setting: Setting, b: int, config: Mapping[str, Any], precision:
     model = create_model("vim_nano", **sizes, backend=setting.backend)
     model.load_state_dict(exact.state_dict())
     images = torch.randn(b, 3, config["img_size"], config["img_size"])
-    matchings: list[fusion.Matching] = []
-    match_tokens = fusion.match_tokens
+    matchings: list[matching.Matching] = []
+    match_tokens = matching.match_tokens
 
-    def written_down(*args: Any, **kwargs: Any) -> fusion.Matching:
+    def written_down(*args: Any, **kwargs: Any) -> matching.Matching:
         matchings.append(match_tokens(*args, **kwargs))
         return matchings[-1]
 
-    def given(feature: Tensor, r: int, **kwargs: Any) -> fusion.Matching:
+    def given(feature: Tensor, r: int, **kwargs: Any) -> matching.Matching:
         found, chosen = match_tokens(feature, r, **kwargs), matchings.pop(0)
         assert found.source.shape == chosen.source.shape, "another number of tokens is fused"
-        return fusion.Matching(chosen.source.to(feature.device), chosen.target.to(feature.device))
+        return matching.Matching(chosen.source.to(feature.device), chosen.target.to(feature.device))
 
-    def results(model: VisionMamba, images: Tensor, match: Callable[..., fusion.Matching], how: str) -> list[Tensor]:
-        with mock.patch.object(fusion, "match_tokens", match), precision.autocast(images.device, how):
+    def results(model: VisionMamba, images: Tensor, match: Callable[..., matching.Matching], how: str) -> list[Tensor]:
+        with mock.patch.object(matching, "match_tokens", match), precision.autocast(images.device, how):
             logits = model(images)
         cotangent = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)
         return [logits.detach(), *torch.autograd.grad(logits, list(model.parameters()), cotangent)]

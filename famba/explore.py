@@ -8,7 +8,8 @@ import functools
 
 import ipywidgets
 
-from famba import figures, strategies, tokens
+from famba import figures, tokens
+from famba.fusion import strategies
 from famba.params import STRATEGIES
 from famba.tokens import Watched
 

@@ -4,7 +4,7 @@ Axes: `b` batch, `t` tokens that enter a layer, `s` = t - r tokens left after it
 = 2 d, `n` d_state, `k` = 4 taps of the convolutions. A multiply and an add are two FLOPs. Bytes are those of tensors,
 as torch's allocator hands them out; the interpreter and the libraries' own buffers are not among them.
 
-The formulas follow famba.model, famba.mixer and famba.fusion line by line; the tests compare them with torch's FLOP
+The formulas follow famba.model, famba.mixer and famba.fusion.merge line by line; the tests compare them with torch's FLOP
 counter, with what autograd keeps, and with the allocator. The scan's FLOPs, 9 per token, channel and state, are those
 that Mamba's authors give (https://github.com/state-spaces/mamba/issues/110) and the literature on it uses.
 """
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from famba import strategies
 from famba.errors import InputError
+from famba.fusion import strategies
 from famba.kernels import scan
 from famba.kernels.triton import scan as gpu_scan
 from famba.params import FusionOptions
@@ -341,7 +341,7 @@ def _head(w: _Width, config: Mapping[str, Any], s: int, options: FusionOptions) 
 def flops_counted(model: nn.Module, images: Tensor) -> int:
     """FLOPs of one forward pass as torch's own counter sees them, to compare with `Cost.flops`.
 
-    It knows matrix products and convolutions, and is told of famba's where their tables are (famba.kernels.ops, famba.fusion).
+    It knows matrix products and convolutions, and is told of famba's where their tables are (famba.kernels.ops, famba.fusion.merge).
     The selective scan is left out: it is one operator without a formula. The backend `reference` is made of torch's
     operators, and its products count.
     """

@@ -19,8 +19,9 @@ import pandas as pd
 from jaxtyping import Float
 from scipy import stats
 
-from famba import params, strategies
+from famba import params
 from famba.errors import InputError
+from famba.fusion import strategies
 from famba.params import STRATEGIES, SweepParams
 from famba.storage import runs
 from famba.storage.files import json_bytes, write_atomic

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from famba import fusion, strategies
 from famba.errors import InputError
-from famba.fusion import Matching
+from famba.fusion import matching, merge, strategies
+from famba.fusion.matching import Matching
 from famba.kernels import dispatch, ops, scan
 from famba.kernels.cpu import runtime as native
 from famba.kernels.ops import add_rms_norm
@@ -122,9 +122,9 @@ def kernels(backend: str, device: torch.device, config: Mapping[str, Any], preci
         "convolution": (ops._CONV, (u, tensor(e, k), tensor(e))),
         "gate": (ops._GATE, (u, u, u)),
         "norm": (ops._NORM, (tensor(1, t, d, dtype=low), x, tensor(d))),
-        "match": (fusion._MATCH, (x,)),
-        "plan": (fusion._PLAN, (pairs, pairs, size)),
-        "fuse": (fusion._APPLY, (size, tensor(1, t, d, dtype=low), x)),
+        "match": (matching._MATCH, (x,)),
+        "plan": (merge._PLAN, (pairs, pairs, size)),
+        "fuse": (merge._APPLY, (size, tensor(1, t, d, dtype=low), x)),
     }
     found = {function: dispatch.chosen(table, backend, *given) for function, (table, given) in tables.items()}
     if scan._BACKENDS[found["scan"]].run_both is not None:
@@ -361,13 +361,13 @@ class _Block(nn.Module):
         if r:
             feature = self._feature(options.feature, normed, residual, selected)
             guard, backend = () if cls_index is None else cls_index, self._backend
-            matching = fusion.match_tokens(feature, r, protected=guard, backend=backend)
-            plan = fusion.plan(matching, size, order=options.order, weighting=options.weighting, backend=backend)
+            matching = matching.match_tokens(feature, r, protected=guard, backend=backend)
+            plan = merge.plan(matching, size, order=options.order, weighting=options.weighting, backend=backend)
             size = plan.size
             cls_index = None if cls_index is None else plan.destination.gather(1, cls_index[:, None])[:, 0]
         mixed = normed if selected is None else mixer.scan(*selected)
         if plan is not None:
-            mixed, residual = fusion.apply_both(plan, mixed, residual, backend=self._backend)
+            mixed, residual = merge.apply_both(plan, mixed, residual, backend=self._backend)
         hidden = mixer(mixed) if selected is None else mixer.out_proj(mixed)
 
         if trace is not None:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import pandas as pd
 import torch
 
-from famba import cost, metrics, strategies
+from famba import cost, metrics
+from famba.fusion import strategies
 from famba.model import create_model
 from famba.params import FusionOptions
 

@@ -23,9 +23,10 @@ from torch.nn import functional
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from famba import augment, cost, data, graph, recipe, strategies
+from famba import augment, cost, data, graph, recipe
 from famba.data import Dataset
 from famba.errors import InputError, TrainingError
+from famba.fusion import strategies
 from famba.kernels import precision
 from famba.model import VisionMamba, kernels
 from famba.optim import learning_rate, parameter_groups, peak_lr

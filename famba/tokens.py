@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from famba import data, metrics, params, strategies
+from famba import data, metrics, params
 from famba.errors import InputError
+from famba.fusion import strategies
 from famba.model import Trace, VisionMamba
 from famba.params import DataParams
 from famba.storage import checkpoint, runs

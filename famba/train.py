@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from famba import cost, data, parallel, params, pretrained, strategies
+from famba import cost, data, parallel, params, pretrained
 from famba.data import Dataset
 from famba.errors import InputError
+from famba.fusion import strategies
 from famba.kernels import precision
 from famba.kernels.triton import runtime
 from famba.model import VisionMamba, create_model, kernels, sizes

@@ -10,12 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from famba import bench, cost, fusion
+from famba import bench, cost
 from famba.__main__ import main
 from famba.bench import fusing, loading, model, precision, scan, timing
 from famba.bench.model import Training, able
 from famba.bench.setting import FULL, QUICK
 from famba.errors import InputError
+from famba.fusion import merge
 from famba.kernels import ops
 from famba.kernels.scan import selective_scan_ref
 
@@ -155,11 +156,11 @@ def test_own_times_by_hand():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_part_of_a_step_is_found(backend):
     training = Training(QUICK, backend)
-    before = ops.projected_scan, fusion.apply_both
+    before = ops.projected_scan, merge.apply_both
     unfused = model.parts_of(training.step)
     schedule = QUICK.schedules(training.model.depth)["all"]
     fused = model.parts_of(lambda: training.step(schedule))
-    assert (ops.projected_scan, fusion.apply_both) == before
+    assert (ops.projected_scan, merge.apply_both) == before
     assert unfused.pop("fusion") == 0 < fused.pop("fusion")
     assert all(x > 0 for x in [*unfused.values(), *fused.values()])
 

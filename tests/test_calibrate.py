@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from famba import calibrate, cost, create_model, data, params, strategies, sweep
+from famba import calibrate, cost, create_model, data, params, sweep
 from famba.errors import InputError
+from famba.fusion import strategies
 from famba.params import AdaptiveRule, FusionOptions
 from famba.storage import runs
 

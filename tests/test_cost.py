@@ -12,7 +12,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from famba import FusionOptions, InputError, backends, cost, create_model, fusion, schedule
+from famba import FusionOptions, InputError, backends, cost, create_model, schedule
+from famba.fusion import matching, merge
 from famba.kernels.scan import selective_scan
 from famba.kernels.triton import runtime
 
@@ -159,7 +160,7 @@ def test_activation_bytes_of_the_gpus_kernels_are_those_that_autograd_keeps(
 @pytest.mark.parametrize("backend", SCANS)
 def test_fusing_keeps_each_tokens_destination_and_weight_and_nothing_else(backend):
     x, other = torch.randn(2, 3, 11, 8, requires_grad=True).unbind()
-    plan = fusion.plan(fusion.match_tokens(x, 4), torch.ones(3, 11))
+    plan = merge.plan(matching.match_tokens(x, 4), torch.ones(3, 11))
     kept: dict[int, int] = {}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
@@ -167,7 +168,7 @@ def test_fusing_keeps_each_tokens_destination_and_weight_and_nothing_else(backen
         return x
 
     with saved_tensors_hooks(pack, lambda x: x):
-        fused = fusion.apply_both(plan, x, other, backend=backend)
+        fused = merge.apply_both(plan, x, other, backend=backend)
     assert all(x.requires_grad for x in fused)
     width = cost._Width(b=3, d=8, e=16, n=2, rank=1, product=4)
     assert sum(kept.values()) == cost._kept(width, 11, 7, 7, cost._SCANS[backend], late=False)["fusion"]

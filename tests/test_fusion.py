@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from famba.fusion import Matching, apply, apply_both, fuse, match_tokens, plan
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from famba import fusion
 from famba.errors import BackendError, InputError
+from famba.fusion import merge
+from famba.fusion.matching import Matching, match_tokens
+from famba.fusion.merge import apply, apply_both, fuse, plan
 from famba.kernels.cpu import build
 from famba.kernels.triton import runtime as gpu
 from famba.model import create_model
@@ -529,7 +530,7 @@ def test_a_model_fuses_by_the_backend_that_goes_with_its_scan(position, monkeypa
         return call
 
     for function in (match_tokens, plan, apply_both):
-        monkeypatch.setattr(fusion, function.__name__, noting(function))
+        monkeypatch.setattr(merge, function.__name__, noting(function))
     images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     options = FusionOptions(position=position)
     logits = {}

@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from famba import FusionOptions, create_model, fusion
+from famba import FusionOptions, create_model
 from famba.errors import BackendError
+from famba.fusion import matching, merge
 from famba.kernels import dispatch, ops, scan
 from famba.kernels.scan import backends, selective_scan, selective_scan_ref
 from famba.kernels.triton import runtime
@@ -295,19 +296,19 @@ def test_matching_planning_and_fusing_are_those_of_torch(device, case):
     feature[0, 2], feature[0, 4] = 0, feature[0, 6]
     feature = feature.to(device)
     protected = () if guard is None else torch.tensor(guard, device=device)
-    found, want = (fusion.match_tokens(feature, r, protected=protected, backend=x) for x in ("triton", "torch"))
+    found, want = (matching.match_tokens(feature, r, protected=protected, backend=x) for x in ("triton", "torch"))
     assert torch.equal(found.source, want.source)
     assert torch.equal(found.target, want.target)
     torch.testing.assert_close(found.similarity, want.similarity, rtol=1e-5, atol=1e-6)
     size = torch.randint(1, 5, (b, t), generator=torch.Generator().manual_seed(1)).float().to(device)
     for options in ({"order": "scan", "weighting": "size"}, {"order": "append", "weighting": "mean"}):
-        ours, theirs = (fusion.plan(want, size, **options, backend=x) for x in ("triton", "torch"))
+        ours, theirs = (merge.plan(want, size, **options, backend=x) for x in ("triton", "torch"))
         assert all(map(torch.equal, ours, theirs))
         tensors = leaves([feature, feature.repeat(1, 1, 2).bfloat16()], device)
-        exact = fusion.Plan(*(x.cpu() for x in theirs))._replace(weight=theirs.weight.cpu().double())
+        exact = merge.Plan(*(x.cpu() for x in theirs))._replace(weight=theirs.weight.cpu().double())
 
         def both(x, y, *, backend, plan=ours):
-            return fusion.apply_both(plan, x, y, backend=backend)
+            return merge.apply_both(plan, x, y, backend=backend)
 
         expected = functools.partial(both, backend="torch", plan=exact)
         assert_agree(both, tensors, ROUNDED, expected)
@@ -316,7 +317,7 @@ def test_matching_planning_and_fusing_are_those_of_torch(device, case):
 
 @on_each_device
 def test_equal_similarities_go_by_position(device):
-    found = fusion.match_tokens(torch.ones(1, 70, 3, device=device), 20, backend="triton")
+    found = matching.match_tokens(torch.ones(1, 70, 3, device=device), 20, backend="triton")
     assert found.source.tolist() == [list(range(0, 40, 2))]
     assert found.target.tolist() == [20 * [1]]
 

@@ -9,8 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from famba.errors import InputError
+from famba.fusion.strategies import STRATEGIES, adaptive, from_rule, frontier, fused_layers, schedule, token_counts
 from famba.params import FusionRule
-from famba.strategies import STRATEGIES, adaptive, from_rule, frontier, fused_layers, schedule, token_counts
 
 PAPER = {"none": None, "all": 7, "interleaved": 14, "lower": 9, "upper": 9}
 

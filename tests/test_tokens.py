@@ -4,8 +4,9 @@ import torch
 from PIL import Image
 from test_records import make_run
 
-from famba import data, params, strategies, tokens, train
+from famba import data, params, tokens, train
 from famba.errors import InputError
+from famba.fusion import strategies
 from famba.params import STRATEGIES
 from famba.storage import checkpoint, runs
 

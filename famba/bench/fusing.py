@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from famba import fusion
 from famba.bench.model import Training
 from famba.bench.setting import Setting
 from famba.bench.timing import ratio
 from famba.errors import InputError
+from famba.fusion import matching, merge
 from famba.kernels import precision
 
 
@@ -38,25 +38,25 @@ def bench_layer(setting: Setting) -> list[dict[str, Any]]:
         torch.autograd.grad((mixed, total), [*inputs, *weights], (to_hidden.to(mixed.dtype), to_residual))
 
     def steps(r: int) -> dict[str, Callable[[], object]]:
-        def match() -> fusion.Matching:
-            return fusion.match_tokens(hidden, r, protected=() if cls_index is None else cls_index)
+        def match() -> matching.Matching:
+            return matching.match_tokens(hidden, r, protected=() if cls_index is None else cls_index)
 
-        def apply(plan: fusion.Plan) -> None:
-            fused = fusion.apply_both(plan, hidden, residual)
+        def apply(plan: merge.Plan) -> None:
+            fused = merge.apply_both(plan, hidden, residual)
             torch.autograd.grad(fused, inputs, to_fused)
 
         def whole() -> None:
-            plan = fusion.plan(match(), size)
+            plan = merge.plan(match(), size)
             apply(plan)
             if cls_index is not None:
                 plan.destination.gather(1, cls_index[:, None])
 
         to_fused = [x[:, r:].contiguous() for x in (to_hidden, to_residual)]  # dense, as a layer's gradients are
         matching = match()
-        plan = fusion.plan(matching, size)
+        plan = merge.plan(matching, size)
         return {
             f"match, r = {r}": match,
-            f"plan, r = {r}": lambda: fusion.plan(matching, size),
+            f"plan, r = {r}": lambda: merge.plan(matching, size),
             f"apply, r = {r}": lambda: apply(plan),
             f"all of it, r = {r}": whole,
         }

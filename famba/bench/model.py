@@ -19,9 +19,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from famba import cost, fusion, model, optim
+from famba import cost, model, optim
 from famba.bench.setting import Setting
 from famba.bench.timing import ratio
+from famba.fusion import merge
 from famba.kernels import ops, precision, scan
 
 PARTS = ("matrix products", "scan", "convolution", "norm", "gate", "fusion", "elementwise", "optimiser", "Python")
@@ -220,9 +221,9 @@ _FUNCTIONS = (
     ("convolution", ops, "causal_conv1d_silu"),
     ("gate", ops, "gated_sum"),
     ("norm", model, "add_rms_norm"),
-    ("fusion", fusion, "match_tokens"),
-    ("fusion", fusion, "plan"),
-    ("fusion", fusion, "apply_both"),
+    ("fusion", merge, "match_tokens"),
+    ("fusion", merge, "plan"),
+    ("fusion", merge, "apply_both"),
 )
 
 

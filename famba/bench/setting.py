@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from famba import strategies
 from famba.bench.timing import interleaved, summary
+from famba.fusion import strategies
 from famba.model import VisionMamba, create_model
 
 

@@ -54,13 +54,13 @@ def unsuited(weight: Tensor, *tensors: Tensor) -> str:
 
 
 def plan(source: Tensor, target: Tensor, size: Tensor, order: str, weighting: str) -> tuple[Tensor, ...]:
-    """`famba.fusion.plan` by the native kernel: survivors, destination, weight, size."""
+    """`famba.fusion.merge.merge.plan` by the native kernel: survivors, destination, weight, size."""
     source, target = source.to(torch.int64), target.to(torch.int64)
     return torch.ops.famba.plan(source, target, size.detach(), order == "scan", weighting == "size")
 
 
 def fuse(x: Tensor, other: Tensor | None, destination: Tensor, weight: Tensor, s: int) -> tuple[Tensor, Tensor]:
-    """`famba.fusion.apply` by the native kernel, to one tensor or two."""
+    """`famba.fusion.merge.merge.apply` by the native kernel, to one tensor or two."""
     return torch.ops.famba.fuse(x, other, destination, weight, s)
 
 

@@ -29,7 +29,7 @@ def unsuited(feature: Tensor) -> str:
 
 
 def match_tokens(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`famba.fusion.match_tokens` by the native kernel: source, target, similarity.
+    """`famba.fusion.merge.matching.match_tokens` by the native kernel: source, target, similarity.
 
     Args:
         protected: (b, k) positions.

@@ -156,7 +156,7 @@ def _backward_kernel(
 
 
 def plan(source: Tensor, target: Tensor, size: Tensor, order: str, weighting: str) -> tuple[Tensor, ...]:
-    """`famba.fusion.plan` by the kernel: survivors, destination, weight, size."""
+    """`famba.fusion.merge.merge.plan` by the kernel: survivors, destination, weight, size."""
     source, target = source.to(torch.int64), target.to(torch.int64)
     return torch.ops.famba.gpu_plan(source, target, size.detach(), order == "scan", weighting == "size")
 
@@ -164,7 +164,7 @@ def plan(source: Tensor, target: Tensor, size: Tensor, order: str, weighting: st
 def fuse(
     x: Tensor, other: Tensor | None, survivors: Tensor, destination: Tensor, weight: Tensor, source: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`famba.fusion.apply` by the kernel, to one tensor or two."""
+    """`famba.fusion.merge.merge.apply` by the kernel, to one tensor or two."""
     return torch.ops.famba.gpu_fuse(x, other, survivors, destination, weight, source)
 
 

@@ -95,7 +95,7 @@ def _rank_kernel(best, odd, source, target, similarity, blocks, evens, r, EVENS:
 
 
 def match_tokens(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`famba.fusion.match_tokens` by the kernels: source, target, similarity.
+    """`famba.fusion.merge.matching.match_tokens` by the kernels: source, target, similarity.
 
     Args:
         protected: (b, k) positions.

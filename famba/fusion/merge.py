@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from famba.errors import InputError
+from famba.fusion.matching import Matching
 from famba.kernels.cpu import fuse as fusing
 from famba.kernels.cpu.scan import unavailable
 from famba.kernels.dispatch import Backend, choose
 from famba.kernels.triton import fuse as triton_fusing
 from famba.kernels.triton.runtime import unavailable as triton_unavailable
-from famba.matching import Matching
 
 
 class Plan(NamedTuple):
