@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from famba import data, evidence, params, sweep, train
 from famba.errors import InputError
-from famba.model import VisionMamba
+from famba.models.vim import VisionMamba
 from famba.storage import checkpoint, runs
 
 _BATCH = 50  # images: a trace holds every layer's tokens

@@ -24,7 +24,7 @@ from famba import cost, data, params
 from famba.cost import Cost
 from famba.errors import InputError
 from famba.fusion import strategies
-from famba.model import VisionMamba
+from famba.models.vim import VisionMamba
 from famba.params import ADAPTIVE, AdaptiveRule, DataParams, FusionOptions
 from famba.storage import checkpoint, runs
 

@@ -33,7 +33,7 @@ from famba import cost, params
 from famba.fusion import matching, merge
 from famba.gpu_check import ROOT, Outcome, Say, Setting, Skipped
 from famba.kernels import ops, scan
-from famba.model import VisionMamba, create_model
+from famba.models.vim import VisionMamba, create_model
 from famba.params import FusionOptions, FusionRule, Params
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -4,7 +4,7 @@ Axes: `b` batch, `t` tokens that enter a layer, `s` = t - r tokens left after it
 = 2 d, `n` d_state, `k` = 4 taps of the convolutions. A multiply and an add are two FLOPs. Bytes are those of tensors,
 as torch's allocator hands them out; the interpreter and the libraries' own buffers are not among them.
 
-The formulas follow famba.model, famba.mixer and famba.fusion.merge line by line; the tests compare them with torch's FLOP
+The formulas follow famba.models.vim, famba.models.mixer and famba.fusion.merge line by line; the tests compare them with torch's FLOP
 counter, with what autograd keeps, and with the allocator. The scan's FLOPs, 9 per token, channel and state, are those
 that Mamba's authors give (https://github.com/state-spaces/mamba/issues/110) and the literature on it uses.
 """

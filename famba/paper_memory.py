@@ -13,7 +13,7 @@ import torch
 
 from famba import cost, metrics
 from famba.fusion import strategies
-from famba.model import create_model
+from famba.models.vim import create_model
 from famba.params import FusionOptions
 
 # Fused as by the public Famba-V code. At this batch nearly all memory is activations, so that its size matters little.

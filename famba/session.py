@@ -28,7 +28,7 @@ from famba.data import Dataset
 from famba.errors import InputError, TrainingError
 from famba.fusion import strategies
 from famba.kernels import precision
-from famba.model import VisionMamba, kernels
+from famba.models.vim import VisionMamba, kernels
 from famba.optim import learning_rate, parameter_groups, peak_lr
 from famba.parallel import Processes
 from famba.params import Params, TrainParams

@@ -19,7 +19,7 @@ from torch import Tensor
 from famba import data, metrics, params
 from famba.errors import InputError
 from famba.fusion import strategies
-from famba.model import Trace, VisionMamba
+from famba.models.vim import Trace, VisionMamba
 from famba.params import DataParams
 from famba.storage import checkpoint, runs
 

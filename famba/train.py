@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 
-from famba import cost, data, parallel, params, pretrained
+from famba import cost, data, parallel, params
 from famba.data import Dataset
 from famba.errors import InputError
 from famba.fusion import strategies
 from famba.kernels import precision
 from famba.kernels.triton import runtime
-from famba.model import VisionMamba, create_model, kernels, sizes
+from famba.models import pretrained
+from famba.models.vim import VisionMamba, create_model, kernels, sizes
 from famba.optim import learning_rate, parameter_groups
 from famba.params import Params, TrainParams
 from famba.session import Session, Watcher, evaluate

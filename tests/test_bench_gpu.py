@@ -17,7 +17,7 @@ from famba.bench.table import table
 from famba.errors import BackendError, InputError
 from famba.kernels import ops
 from famba.kernels.scan import selective_scan_ref
-from famba.mixer import BidirectionalMixer
+from famba.models.mixer import BidirectionalMixer
 
 QUICK = dataclasses.replace(gpu._QUICK, device="cpu")
 

@@ -16,7 +16,7 @@ from famba.fusion.matching import Matching, match_tokens
 from famba.fusion.merge import apply, apply_both, fuse, plan
 from famba.kernels.cpu import build
 from famba.kernels.triton import runtime as gpu
-from famba.model import create_model
+from famba.models.vim import create_model
 from famba.params import FusionOptions
 
 GOLDEN = Path(__file__).parent / "golden"

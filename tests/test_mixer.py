@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from famba import backends
 from famba.kernels.triton import runtime
-from famba.mixer import BidirectionalMixer
+from famba.models.mixer import BidirectionalMixer
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "components.json").read_text())["mixer"]

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from famba import FusionOptions, InputError, VisionMamba, create_model
-from famba.model import kernels
+from famba.models.vim import kernels
 
 GOLDEN = Path(__file__).parent / "golden"
 PAPER = FusionOptions(order="append", weighting="mean", feature="normed", position="before_mixer")

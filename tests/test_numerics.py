@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from famba import create_model, mixer
+from famba import create_model
 from famba.bench import precision
 from famba.kernels import ops, precision
+from famba.models import mixer
 
 
 def small(**changes) -> torch.nn.Module:

@@ -17,7 +17,7 @@ from famba import InputError, apply, backends, graph, params, train
 from famba.errors import TrainingError
 from famba.kernels import dispatch
 from famba.kernels.cpu import build, runtime
-from famba.model import kernels
+from famba.models.vim import kernels
 from famba.parallel import Processes
 from famba.params import Params
 from famba.session import Session, evaluate

@@ -19,11 +19,12 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from famba import cost, model, optim
+from famba import cost, optim
 from famba.bench.setting import Setting
 from famba.bench.timing import ratio
 from famba.fusion import merge
 from famba.kernels import ops, precision, scan
+from famba.models import vim
 
 PARTS = ("matrix products", "scan", "convolution", "norm", "gate", "fusion", "elementwise", "optimiser", "Python")
 
@@ -220,7 +221,7 @@ _FUNCTIONS = (
     ("scan", ops, "projected_scan"),
     ("convolution", ops, "causal_conv1d_silu"),
     ("gate", ops, "gated_sum"),
-    ("norm", model, "add_rms_norm"),
+    ("norm", vim, "add_rms_norm"),
     ("fusion", merge, "match_tokens"),
     ("fusion", merge, "plan"),
     ("fusion", merge, "apply_both"),

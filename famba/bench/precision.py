@@ -14,7 +14,7 @@ from famba import augment, data, optim
 from famba.bench.model import Training
 from famba.bench.setting import Setting
 from famba.bench.timing import ratio
-from famba.model import create_model
+from famba.models.vim import create_model
 from famba.params import DataParams
 
 _DIGITS = DataParams(

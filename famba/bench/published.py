@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from famba.kernels.ops import causal_conv1d_silu
 from famba.kernels.scan import selective_scan
-from famba.mixer import BidirectionalMixer
-from famba.model import VisionMamba
+from famba.models.mixer import BidirectionalMixer
+from famba.models.vim import VisionMamba
 
 
 class PublishedMixer(nn.Module):

@@ -8,7 +8,7 @@ import torch
 
 from famba.bench.timing import interleaved, summary
 from famba.fusion import strategies
-from famba.model import VisionMamba, create_model
+from famba.models.vim import VisionMamba, create_model
 
 
 @dataclass(frozen=True)

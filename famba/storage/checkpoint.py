@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from famba.errors import InputError
-from famba.model import VisionMamba
+from famba.models.vim import VisionMamba
 from famba.params import FusionOptions
 from famba.storage.files import write_atomic
 

@@ -20,7 +20,7 @@ from famba.fusion.matching import Matching
 from famba.kernels import dispatch, ops, scan
 from famba.kernels.cpu import runtime as native
 from famba.kernels.ops import add_rms_norm
-from famba.mixer import BidirectionalMixer
+from famba.models.mixer import BidirectionalMixer
 from famba.params import FusionOptions
 
 _NORM_EPS = 1e-5

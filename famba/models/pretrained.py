@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from famba.data import IMAGENET_MEAN, IMAGENET_STD
 from famba.errors import InputError
-from famba.model import VisionMamba
+from famba.models.vim import VisionMamba
 from famba.params import FusionOptions
 from famba.storage import checkpoint
 
