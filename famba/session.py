@@ -23,8 +23,8 @@ from torch.nn import functional
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from famba import augment, cost, data, graph, recipe
-from famba.data import Dataset
+from famba import cost, data, graph
+from famba.data import Dataset, augment, timm_transforms
 from famba.errors import InputError, TrainingError
 from famba.fusion import strategies
 from famba.kernels import precision
@@ -122,7 +122,7 @@ class Session:
         self.steps_per_epoch = len(images.train) // t.batch_size
         self.mixer = None
         if p.data.augment == "timm":
-            self.mixer = recipe.mixer(p.data, len(images.classes), t.label_smoothing)
+            self.mixer = timm_transforms.mixer(p.data, len(images.classes), t.label_smoothing)
         groups = parameter_groups(model, t.weight_decay)
         self.optimiser = torch.optim.AdamW(groups, lr=t.lr, betas=t.betas, fused=True)
         self.ema = None

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from famba.recipe import Recipe
+from famba.data.timm_transforms import Recipe
 
 try:
     import torchvision

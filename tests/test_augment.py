@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from test_data import DIGITS
 
-from famba import augment, data
+from famba import data
+from famba.data import augment
 from famba.errors import InputError
 from famba.params import DataParams
 

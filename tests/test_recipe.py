@@ -15,7 +15,8 @@ from test_data import DIGITS, checkout, folder, photograph  # noqa: F401 (fixtur
 from torchvision import transforms
 
 import famba
-from famba import data, recipe, sources
+from famba import data
+from famba.data import datasets, timm_transforms
 from famba.errors import InputError
 from famba.params import DataParams
 
@@ -27,8 +28,8 @@ def asked(**changes: object) -> DataParams:
     return DataParams(**{**DIGITS, "augment": "timm", **PAPER, **changes})
 
 
-def made(**changes: object) -> recipe.Recipe:
-    return recipe.Recipe(asked(**changes), MEAN, STD)
+def made(**changes: object) -> timm_transforms.Recipe:
+    return timm_transforms.Recipe(asked(**changes), MEAN, STD)
 
 
 def photographs(count: int, size: tuple[int, int] = (60, 50)) -> list[Image.Image]:
@@ -50,14 +51,14 @@ def test_images_become_what_timms_transform_makes_of_them():
     )
     found = made(color_jitter=0.3)(photographs(12), range(12))
     assert found.dtype == torch.float32
-    with recipe._kept_generators():
+    with timm_transforms._kept_generators():
         for seed, image in enumerate(photographs(12)):
-            recipe._seed(seed)
+            timm_transforms._seed(seed)
             assert torch.equal(found[seed], reference(image))
     assert len({x.numpy().tobytes() for x in made()(photographs(1) * 12, range(12))}) == 12
 
 
-def kinds(p: recipe.Recipe) -> list[str]:
+def kinds(p: timm_transforms.Recipe) -> list[str]:
     return [type(step).__name__ for step in p.transform.transforms]
 
 
@@ -95,7 +96,7 @@ def test_small_images_are_padded_by_four_and_cropped_as_deit_does():
 def test_images_of_another_size_are_brought_to_a_small_one_before_they_are_cropped():
     small = made(img_size=32)
     (image,) = photographs(1)
-    fitted = Image.fromarray(sources.fit(image, 32).transpose(1, 2, 0))
+    fitted = Image.fromarray(datasets.fit(image, 32).transpose(1, 2, 0))
     assert torch.equal(small([image], [7]), small([fitted], [7]))
 
 
@@ -104,12 +105,12 @@ def three_draws() -> tuple[float, float, float]:
 
 
 def test_the_global_generators_are_afterwards_as_they_were():
-    with recipe._kept_generators():
-        recipe._seed(1)
+    with timm_transforms._kept_generators():
+        timm_transforms._seed(1)
         expected = three_draws()
-        recipe._seed(1)
-        with recipe._kept_generators():
-            recipe._seed(2)
+        timm_transforms._seed(1)
+        with timm_transforms._kept_generators():
+            timm_transforms._seed(2)
             assert all(x != y for x, y in zip(three_draws(), expected, strict=True))
         assert three_draws() == expected
 
@@ -138,7 +139,7 @@ def test_a_recipe_is_sent_by_its_parameters_and_makes_the_same_there():
 
 
 def test_image_seeds_of_neighbours_and_of_epochs_do_not_meet():
-    seeds = {recipe.image_seed(epoch, i) for epoch in range(30) for i in range(1000)}
+    seeds = {timm_transforms.image_seed(epoch, i) for epoch in range(30) for i in range(1000)}
     assert len(seeds) == 30000
     assert all(0 <= seed < 2**64 for seed in seeds)
 
@@ -146,13 +147,13 @@ def test_image_seeds_of_neighbours_and_of_epochs_do_not_meet():
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 1.0), (0.8, 0.0), (0.0, 1.0)])
 def test_batches_are_mixed_as_timm_mixes_them(mixup: float, cutmix: float):
     images, labels = torch.rand(8, 3, 16, 16), torch.arange(8)
-    mixed = recipe.mixer(asked(mixup=mixup, cutmix=cutmix), 10, 0.1)
+    mixed = timm_transforms.mixer(asked(mixup=mixup, cutmix=cutmix), 10, 0.1)
     reference = timm.data.Mixup(mixup, cutmix, label_smoothing=0.1, num_classes=10)
     before = np.random.get_state()[1].tolist()  # noqa: NPY002
     for seed in range(6):
         found = mixed(images.clone(), labels, seed)
-        with recipe._kept_generators():
-            recipe._seed(seed)
+        with timm_transforms._kept_generators():
+            timm_transforms._seed(seed)
             expected = reference(images.clone(), labels)
         assert torch.equal(found[0], expected[0])
         assert torch.equal(found[1], expected[1])
@@ -164,7 +165,7 @@ def test_batches_are_mixed_as_timm_mixes_them(mixup: float, cutmix: float):
 
 def test_without_mixing_images_and_labels_come_back():
     images, labels = torch.rand(3, 3, 4, 4), torch.arange(3)
-    found = recipe.mixer(asked(), 10, 0.1)(images, labels, 0)
+    found = timm_transforms.mixer(asked(), 10, 0.1)(images, labels, 0)
     assert found[0] is images
     assert found[1] is labels
 
@@ -174,7 +175,7 @@ def test_timm_or_torchvision_that_cannot_be_imported_is_an_error_of_one_line(
     monkeypatch: pytest.MonkeyPatch, missing: str
 ):
     monkeypatch.setitem(sys.modules, missing, None)
-    for call in (lambda: made().transform, lambda: recipe.mixer(asked(mixup=1.0), 10, 0.1)):
+    for call in (lambda: made().transform, lambda: timm_transforms.mixer(asked(mixup=1.0), 10, 0.1)):
         with pytest.raises(InputError) as error:
             call()
         assert "\n" not in str(error.value)
@@ -190,7 +191,7 @@ def test_what_evaluation_sees_is_what_torchvisions_resize_and_centre_crop_show(s
         [transforms.Resize(shorter, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(48)]
     )
     image = photograph(3, size)
-    found = sources.fit(image, 48, crop)
+    found = datasets.fit(image, 48, crop)
     expected = np.asarray(reference(image)).transpose(2, 0, 1)
     longer, rest = divmod(max(size) * shorter, min(size))
     if rest or (longer - 48) % 2 or (shorter - 48) % 2:

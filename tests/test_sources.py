@@ -13,7 +13,8 @@ from PIL import Image
 from pyarrow import parquet
 from test_data import DIGITS, checkout, one_line, photograph  # noqa: F401 (a fixture)
 
-from famba import data, sources
+from famba import data
+from famba.data import datasets
 from famba.errors import InputError
 from famba.params import DataParams
 
@@ -62,8 +63,8 @@ def load(**changes: object) -> data.Dataset:
     return data.load(DataParams(**{**DIGITS, "dataset": "parquet", "root": "copied", "val_fraction": 0.2} | changes))
 
 
-def find(**changes: object) -> sources.Found:
-    return sources.find(DataParams(**{**DIGITS, "dataset": "parquet", "root": "copied"} | changes))
+def find(**changes: object) -> datasets.Found:
+    return datasets.find(DataParams(**{**DIGITS, "dataset": "parquet", "root": "copied"} | changes))
 
 
 def as_tensor(image: Image.Image) -> torch.Tensor:
@@ -80,7 +81,7 @@ def test_a_copy_of_a_set_gives_its_images_file_by_file_with_their_classes(copied
     assert found.labels.tolist() == [0, 1] * 5 + [1] * 5 + [0] * 5 + [1, 0, 0, 1, 0, 1]
     assert found.test.tolist() == [False] * 20 + [True] * 6
     for i in range(26):
-        assert np.array_equal(sources.pixels(found.images, i, 8), np.asarray(photograph(i)).transpose(2, 0, 1))
+        assert np.array_equal(datasets.pixels(found.images, i, 8), np.asarray(photograph(i)).transpose(2, 0, 1))
     d = load(dataset=dataset)
     assert (len(d.train), len(d.val), len(d.test)) == (16, 4, 6)
     assert torch.equal(d.test.images[4], as_tensor(photograph(24)))
@@ -115,7 +116,7 @@ def test_the_second_load_of_a_copy_decodes_nothing_and_a_changed_one_is_decoded_
 ):
     first = load()
     opened = []
-    monkeypatch.setattr(sources.Cells, "open", lambda self, i: opened.append(i) or photograph(99))
+    monkeypatch.setattr(datasets.Cells, "open", lambda self, i: opened.append(i) or photograph(99))
     again = load()
     assert torch.equal(again.train.images, first.train.images)
     assert not opened
@@ -226,7 +227,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, answer: object) -> list[str]:
 def splits(top: Path, **names: str) -> datasets.DatasetDict:
     """The set in the folder under other names of its splits."""
     files = {"train": str(top / FIRST), "test": str(top / TEST)}
-    with sources._quiet(datasets):
+    with datasets._quiet(datasets):
         kept = datasets.load_dataset("parquet", data_files=files, cache_dir=str(top.parent / "build" / "other"))
     return datasets.DatasetDict({names.get(name, name): split for name, split in kept.items()})
 
@@ -293,7 +294,7 @@ def test_without_the_package_the_error_says_what_to_install(copied: Path, monkey
 
 def test_the_librarys_bars_and_log_are_afterwards_as_they_were():
     before = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
-    with sources._quiet(datasets):
+    with datasets._quiet(datasets):
         assert datasets.are_progress_bars_disabled()
         assert datasets.logging.get_verbosity() == datasets.logging.ERROR
     assert (datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()) == before

@@ -18,10 +18,11 @@ from PIL import Image
 from processes import PATIENCE_S, is_there, wait_until
 from test_data import DIGITS, checkout, folder, one_line  # noqa: F401 (fixtures)
 
-from famba import augment, data
+from famba import data
+from famba.data import augment
+from famba.data.timm_transforms import Recipe
 from famba.errors import FambaError, InputError
 from famba.params import DataParams
-from famba.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 128  # pixels, of which 24 images take 1.1 MiB

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from PIL import Image
 
-from famba import augment, data, recipe, stream
+from famba import data
 from famba.bench.model import Training
 from famba.bench.setting import Setting
 from famba.bench.timing import interleaved, summary
+from famba.data import augment, loader, timm_transforms
+from famba.data.datasets import Files
+from famba.data.timm_transforms import Recipe
 from famba.errors import InputError
 from famba.params import DataParams
-from famba.recipe import Recipe
-from famba.sources import Files
 
 _CLASSES = 100
 _MEAN, _STD = data.IMAGENET_MEAN, data.IMAGENET_STD
@@ -68,7 +69,7 @@ def _in_memory(setting: Setting, img_size: int) -> list[dict[str, Any]]:
     calls: dict[str, tuple[Callable[[], object], int]] = {"tensors, whole batches": (whole_batches, len(split))}
     if not left_out():
         one_by_one = Recipe(replace(p, augment="timm", shift=0), _MEAN, _STD).transform
-        mix = recipe.mixer(p, _CLASSES, 0.1)
+        mix = timm_transforms.mixer(p, _CLASSES, 0.1)
 
         def image_by_image() -> None:
             for batch, labels in data.batches(split, b, generator=generator):
@@ -88,15 +89,15 @@ def _streamed(setting: Setting, img_size: int) -> list[dict[str, Any]]:
             p = replace(_PLAIN, img_size=img_size, augment="timm", shift=0, rand_augment="rand-m9-mstd0.5-inc1")
             labels = torch.arange(setting.loaded) % _CLASSES
             files = Files([str(path) for path in itertools.islice(_photographs(Path(folder)), setting.loaded)])
-            images = stream.Images(files, torch.arange(setting.loaded), img_size, 1.0)
+            images = loader.Images(files, torch.arange(setting.loaded), img_size, 1.0)
             for workers in _WORKERS:
-                split = stream.Streamed(images, labels, Recipe(p, _MEAN, _STD), workers)
+                split = loader.Streamed(images, labels, Recipe(p, _MEAN, _STD), workers)
                 name = f"{_ONE_BY_ONE}, {workers} workers" if workers else _ONE_BY_ONE
                 calls[name] = _epoch(split, b), setting.loaded
         return _rows(setting, img_size, model, b, calls)
 
 
-def _epoch(split: stream.Streamed, b: int) -> Callable[[], None]:
+def _epoch(split: loader.Streamed, b: int) -> Callable[[], None]:
     def call() -> None:
         for _ in data.batches(split, b, generator=torch.Generator().manual_seed(0)):
             pass

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from famba import augment, data, optim
+from famba import data, optim
 from famba.bench.model import Training
 from famba.bench.setting import Setting
 from famba.bench.timing import ratio
+from famba.data import augment
 from famba.models.vim import create_model
 from famba.params import DataParams
 

@@ -18,7 +18,7 @@ from jaxtyping import Float, Float32, Int64
 from PIL import Image
 from torch import Tensor
 
-from famba import sources
+from famba.data import datasets
 from famba.errors import InputError
 from famba.params import DataParams
 
@@ -47,7 +47,7 @@ class Recipe:
         with _kept_generators():
             for out, image, seed in zip(varied, images, seeds, strict=True):
                 if size <= _SMALL and image.size != (size, size):
-                    image = Image.fromarray(sources.fit(image, size).transpose(1, 2, 0))
+                    image = Image.fromarray(datasets.fit(image, size).transpose(1, 2, 0))
                 _seed(seed)
                 out.copy_(self.transform(image))
         return varied

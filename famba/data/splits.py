@@ -28,14 +28,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from famba import params, sources, stream
+from famba import params
+from famba.data import datasets, loader
+from famba.data.datasets import DATASETS as DATASETS
+from famba.data.datasets import Files, Found
+from famba.data.loader import Streamed
+from famba.data.timm_transforms import Recipe
 from famba.errors import InputError
 from famba.params import DataParams
-from famba.recipe import Recipe
-from famba.sources import DATASETS as DATASETS
-from famba.sources import Files, Found
 from famba.storage.files import json_bytes, write_atomic
-from famba.stream import Streamed
 
 _log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def load(p: DataParams) -> Dataset:
     """
     if p.shift >= p.img_size:
         raise InputError(f"data.shift: {p.shift}: must be less than data.img_size, {p.img_size}")
-    found = sources.find(p)
+    found = datasets.find(p)
     rows = _rows(p, found)
     in_memory = len(found.labels) * 3 * p.img_size**2 <= p.memory_mib * 2**20
     decoded: dict[float, Tensor] = {}  # by crop
@@ -99,7 +100,7 @@ def load(p: DataParams) -> Dataset:
     def split(part: str, crop: float) -> Split | Streamed:
         labels = found.labels[rows[part]]
         if not in_memory:
-            return Streamed(stream.Images(found.images, rows[part], p.img_size, crop), labels, None, p.workers)
+            return Streamed(loader.Images(found.images, rows[part], p.img_size, crop), labels, None, p.workers)
         if crop not in decoded:
             decoded[crop] = _decoded(found, p.img_size, crop)
         return Split(decoded[crop][rows[part]], labels)
@@ -113,7 +114,7 @@ def load(p: DataParams) -> Dataset:
     if p.augment == "timm":
         recipe = Recipe(p, mean, std)
         recipe.transform  # noqa: B018 (said now if it cannot be had)
-        images = stream.Images(found.images, rows["train"], p.img_size, 1.0)
+        images = loader.Images(found.images, rows["train"], p.img_size, 1.0)
         train = Streamed(images, found.labels[rows["train"]], recipe, p.workers)
     assert train is not None
     return Dataset(train, val, test, found.classes, mean, std)
@@ -156,7 +157,7 @@ def batches(
     seed = None
     if generator is not None and split.recipe is not None:
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    return stream.read(split, [part[rows] for part in order.cpu().split(batch_size)], seed)
+    return loader.read(split, [part[rows] for part in order.cpu().split(batch_size)], seed)
 
 
 def to_device(images: Dataset, device: torch.device) -> Dataset:
@@ -191,11 +192,11 @@ def read_image(source: str | Path | np.ndarray, img_size: int) -> UInt8[Tensor, 
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or not (source.ndim == 2 or source.shape[2:] == (3,)) or 0 in source.shape:
             raise InputError(f"image: {source.dtype} of shape {source.shape}; must be uint8 of (h, w) or (h, w, 3)")
-        return torch.from_numpy(sources.fit(Image.fromarray(source), img_size).copy())
+        return torch.from_numpy(datasets.fit(Image.fromarray(source), img_size).copy())
     path = params.root() / source
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    return torch.from_numpy(sources.pixels(Files([str(path)]), 0, img_size).copy())
+    return torch.from_numpy(datasets.pixels(Files([str(path)]), 0, img_size).copy())
 
 
 def normalise(
@@ -224,12 +225,12 @@ def _rows(p: DataParams, found: Found) -> dict[str, Int64[Tensor, "_"]]:
     """Which images of a set are whose."""
     trainable, draw = (~found.test).nonzero().flatten(), random.Random(p.split_seed)
     labels = found.labels[trainable]
-    held_out = sources.stratified(labels, round(p.val_fraction * len(trainable)), draw)
+    held_out = datasets.stratified(labels, round(p.val_fraction * len(trainable)), draw)
     val, train = trainable[held_out], trainable[~held_out]
     if p.limit is not None:
         if p.limit > len(train):
             raise InputError(f"data.limit: {p.limit}: there are {len(train)} training images")
-        train = train[sources.stratified(found.labels[train], p.limit, draw)]
+        train = train[datasets.stratified(found.labels[train], p.limit, draw)]
     for name, rows in {"training": train, "validation": val}.items():
         for label, count in enumerate(torch.bincount(found.labels[rows], minlength=len(found.classes)).tolist()):
             if count == 0:
@@ -252,7 +253,7 @@ def _decoded(found: Found, img_size: int, crop: float) -> UInt8[Tensor, "n 3 h w
     images = np.empty((n, img_size, img_size, 3), dtype=np.uint8)  # channels innermost, as they are decoded
 
     def decode(i: int) -> None:
-        images[i] = sources.pixels(found.images, i, img_size, crop).transpose(1, 2, 0)
+        images[i] = datasets.pixels(found.images, i, img_size, crop).transpose(1, 2, 0)
 
     # Threads gain on large images; on tiny ones, which hardly leave the interpreter, more than a few get in each
     # other's way. map keeps the order, so of several broken files it is always the first that is named.

@@ -23,10 +23,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from famba import sources
+from famba.data import datasets
+from famba.data.datasets import Encoded
+from famba.data.timm_transforms import Recipe, image_seed
 from famba.errors import FambaError, InputError
-from famba.recipe import Recipe, image_seed
-from famba.sources import Encoded
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class Images:
         rows = self.rows[chosen.cpu() if isinstance(chosen, Tensor) else chosen].tolist()
         found = np.empty((len(rows), 3, self.img_size, self.img_size), dtype=np.uint8)
         for i, row in enumerate(rows):
-            found[i] = sources.pixels(self.encoded, row, self.img_size, self.crop)
+            found[i] = datasets.pixels(self.encoded, row, self.img_size, self.crop)
         return torch.from_numpy(found)
 
 
@@ -132,15 +132,15 @@ class _Items(Dataset):
             return error
 
     def _plain(self, place: int) -> Image.Image:
-        with sources.opened(self.images.encoded, int(self.images.rows[place])) as image:
-            return sources.rgb(image)
+        with datasets.opened(self.images.encoded, int(self.images.rows[place])) as image:
+            return datasets.rgb(image)
 
 
 def _loader(items: _Items, places: list[list[int]], workers: int, device: torch.device) -> DataLoader:
     # Workers are forked, in no time, from a server that has imported all they need but done nothing yet: to fork this
     # process, with its threads and CUDA, might hang, and to start each anew takes seconds in every epoch.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["famba.warm" if "timm" in sys.modules else "famba.stream"])
+    context.set_forkserver_preload(["famba.data.preload" if "timm" in sys.modules else "famba.data.loader"])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")  # as many as were asked for
         return DataLoader(

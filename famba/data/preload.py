@@ -5,7 +5,7 @@ timm takes seconds to import. Where it cannot be, those who need it say so.
 
 import contextlib
 
-from famba import stream  # noqa: F401
+from famba.data import loader  # noqa: F401
 
 with contextlib.suppress(Exception):
     import timm.data  # noqa: F401
