@@ -20,12 +20,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from famba import cost, data, params
-from famba.cost import Cost
+from famba import data, params
 from famba.errors import InputError
 from famba.fusion import strategies
 from famba.models.vim import VisionMamba
 from famba.params import ADAPTIVE, AdaptiveRule, DataParams, FusionOptions
+from famba.profiling import flops
+from famba.profiling.flops import Cost
 from famba.storage import checkpoint, runs
 
 _BATCH = 128  # images at a time
@@ -74,7 +75,7 @@ class Step:
 
     def cost(self, schedule: Sequence[int]) -> Cost:
         """By formula, with the memory of the plain torch scan, so that every machine makes the same schedule."""
-        return cost.analyse(self.config, schedule, batch=self.batch, options=self.options, precision=self.precision)
+        return flops.analyse(self.config, schedule, batch=self.batch, options=self.options, precision=self.precision)
 
     def share(self, key: str, schedule: Sequence[int]) -> float:
         """Of the unfused step's peak `memory`, or of its forward `flops`, scans included, what a schedule leaves."""

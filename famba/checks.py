@@ -29,12 +29,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from famba import cost, params
+from famba import params
 from famba.fusion import matching, merge
 from famba.gpu_check import ROOT, Outcome, Say, Setting, Skipped
 from famba.kernels import ops, scan
 from famba.models.vim import VisionMamba, create_model
 from famba.params import FusionOptions, FusionRule, Params
+from famba.profiling import environment
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _BATCHES, _STATES = (1, 2, 3, 16), (1, 2, 3, 8, 16, 33, 64)
@@ -61,7 +62,7 @@ def device(setting: Setting, say: Say) -> Outcome:
     """The device is there, and what it is."""
     del say
     where = _begin(setting)
-    tables = cost.environment(where)
+    tables = environment.environment(where)
     if where.type == "cuda":
         found = torch.cuda.get_device_properties(where)
         tables["capability"] = f"{found.major}.{found.minor}"

@@ -139,9 +139,9 @@ def _torch(said: str | None) -> Row:
 def _gpu() -> Row:
     import torch
 
-    from famba import cost
+    from famba.profiling import environment
 
-    driver = cost.gpu_driver()
+    driver = environment.gpu_driver()
     if not torch.cuda.is_available():
         if not driver:
             return Row("GPU", "", False, "there is no NVIDIA driver here")

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from famba import cost, params, train
+from famba import params, train
 from famba.bench.table import table
 from famba.data import Dataset, Split
 from famba.errors import InputError
 from famba.kernels import precision
 from famba.parallel import Processes
 from famba.params import Params
+from famba.profiling import environment, timing
 from famba.session import Session
 
 MODELS = ("vim_tiny", "vim_small")  # of the paper's Table 1, each with the same strategies
@@ -59,7 +60,7 @@ def hours(
 
 def text(rows: Sequence[Mapping[str, Any]], profile: str, device: torch.device) -> str:
     """The rows to be read in a terminal, each model's hours below them, and those of all."""
-    at = cost.environment(device)
+    at = environment.environment(device)
     versions = ", ".join(f"{name} {version}" for name, version in at["versions"].items())
     models = list(dict.fromkeys(row["model"] for row in rows))
     sums = {name: math.fsum(row["hours"] for row in rows if row["model"] == name) for name in models}
@@ -114,7 +115,7 @@ def _row(p: Params, steps: int, images: int) -> dict[str, Any]:
         torch.set_num_threads(t.threads)
     precision.configure()
     session, parts = _session(p, device)
-    clock = cost.StepClock(device, warmup_steps=_WARMUP)
+    clock = timing.StepClock(device, warmup_steps=_WARMUP)
     session.model.train()
     for step in range(_WARMUP + steps):
         if step == 1 and device.type == "cuda":

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import pandas as pd
 import torch
 
-from famba import cost, metrics
+from famba import metrics
 from famba.fusion import strategies
 from famba.models.vim import create_model
 from famba.params import FusionOptions
+from famba.profiling import flops
 
 # Fused as by the public Famba-V code. At this batch nearly all memory is activations, so that its size matters little.
 _OPTIONS = FusionOptions(order="append", weighting="mean")
@@ -51,4 +52,4 @@ def beside_formula() -> pd.DataFrame:
 def _peak(model: str, schedule: Sequence[int]) -> int:
     with torch.device("meta"):  # its sizes are asked for, not its weights
         config = create_model(model, num_classes=_CLASSES, cls_position=_CLS).config
-    return cost.analyse(config, schedule, batch=_BATCH, options=_OPTIONS).peak_bytes
+    return flops.analyse(config, schedule, batch=_BATCH, options=_OPTIONS).peak_bytes

@@ -23,7 +23,7 @@ from torch.nn import functional
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from famba import cost, data, graph
+from famba import data, graph
 from famba.data import Dataset, augment, timm_transforms
 from famba.errors import InputError, TrainingError
 from famba.fusion import strategies
@@ -32,6 +32,7 @@ from famba.models.vim import VisionMamba, kernels
 from famba.optim import learning_rate, parameter_groups, peak_lr
 from famba.parallel import Processes
 from famba.params import Params, TrainParams
+from famba.profiling import environment, flops, memory, timing
 from famba.storage import checkpoint
 from famba.storage.runs import Run
 
@@ -148,7 +149,7 @@ class Session:
         """One pass over the training images, validation, and a checkpoint."""
         epoch = self.epoch + 1
         left = (self.p.train.epochs - self.epoch) * self.steps_per_epoch
-        clock = cost.StepClock(self.device, warmup_steps=int(not self.warm and left > 1))
+        clock = timing.StepClock(self.device, warmup_steps=int(not self.warm and left > 1))
         self.warm = True
         generator = torch.Generator().manual_seed(_epoch_seed(self.seed, epoch))
         self.model.train()
@@ -184,7 +185,7 @@ class Session:
         self._validate()
         val = self.images.val
         size, count = min(self.p.train.batch_size, len(val)), min(self.steps_per_epoch, _FORWARD_PASSES)
-        clock = cost.StepClock(self.device, warmup_steps=int(count > 1))
+        clock = timing.StepClock(self.device, warmup_steps=int(count > 1))
         again = itertools.chain.from_iterable(data.batches(val, size, drop_last=True) for _ in itertools.count())
         shown = torch.empty(0)
         for batch, _ in clock.batches(itertools.islice(again, count)):
@@ -193,7 +194,7 @@ class Session:
                 self._logits(self.model, shown)
         self.step_time_ms, self.data_time_ms = clock.step_time_ms, clock.data_time_ms
         resident = [shown, *self.model.state_dict().values()]
-        peak = cost.peak_memory(lambda: self._logits(self.model, shown), resident, self.device)
+        peak = memory.peak_memory(lambda: self._logits(self.model, shown), resident, self.device)
         self.peak_memory_mib = peak / _MIB
 
     def finish(self) -> Run:
@@ -206,20 +207,20 @@ class Session:
         if self.init_sha256 is not None:
             metrics["init_sha256"] = self.init_sha256
         used = kernels(self.p.train.backend, self.device, self.model.config, self.p.train.precision)
-        analysed = cost.analyse(self.model.config, self.model.schedule, options=self.model.options)
+        analysed = flops.analyse(self.model.config, self.model.schedule, options=self.model.options)
         measured = {
             **self._measured(),
             "train_time_s": math.fsum(self.epoch_time_s),
             "epoch_time_s": self.epoch_time_s,
             "flops_per_image": analysed.flops,
-            "flops_per_image_counted": cost.flops_counted(self.model, self._blank(1)),
+            "flops_per_image_counted": flops.flops_counted(self.model, self._blank(1)),
             "params_count": sum(weight.numel() for weight in self.model.parameters()),
             "processes": self.processes.count,
             "kernels": used,
             "tf32": torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32,
             "nondeterministic": precision.nondeterministic(self.device, used["scan"]),
             "command": self._command(),
-            **cost.environment(self.device),
+            **environment.environment(self.device),
         }
         described = {
             "strategy": self.p.strategy,
@@ -280,7 +281,7 @@ class Session:
         resident = [images, labels, *probe.model.state_dict().values(), *probe._moments()]
         if probe.ema is not None:
             resident += probe.ema.state_dict().values()
-        peak = cost.peak_memory(lambda: probe._step(parts, lr, 1), resident, self.device)
+        peak = memory.peak_memory(lambda: probe._step(parts, lr, 1), resident, self.device)
         self.peak_memory_mib = peak / _MIB
 
     def describe(self) -> str:
@@ -457,7 +458,7 @@ class Session:
             "peak_memory_mib": self.peak_memory_mib,
         }
 
-    def _postfix(self, loss: float, top1: float, clock: cost.StepClock, left: int) -> dict[str, str]:
+    def _postfix(self, loss: float, top1: float, clock: timing.StepClock, left: int) -> dict[str, str]:
         """What the bar says: of this epoch so far, and how long the whole run still takes."""
         shown = {"loss": f"{loss:.3f}", "top1": f"{top1:.1f}%"}
         if clock.step_time_ms:

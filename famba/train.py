@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from famba import cost, data, parallel, params
+from famba import data, parallel, params
 from famba.data import Dataset
 from famba.errors import InputError
 from famba.fusion import strategies
@@ -23,6 +23,7 @@ from famba.models import pretrained
 from famba.models.vim import VisionMamba, create_model, kernels, sizes
 from famba.optim import learning_rate, parameter_groups
 from famba.params import Params, TrainParams
+from famba.profiling import flops
 from famba.session import Session, Watcher, evaluate
 from famba.storage import runs
 from famba.storage.files import claimed, json_bytes, write_atomic
@@ -212,7 +213,7 @@ def _kernel_digest(p: Params) -> str:
     config = sizes(m.name, img_size=p.data.img_size, **given) | {"cls_position": m.cls_position}
     used = kernels(p.train.backend, device, config, p.train.precision)
     compiler = runtime.triton.__version__ if "triton" in used.values() else None
-    return hashlib.sha256(json_bytes([used, cost.instruction_set(device), compiler])).hexdigest()[:12]
+    return hashlib.sha256(json_bytes([used, flops.instruction_set(device), compiler])).hexdigest()[:12]
 
 
 def _device(t: TrainParams) -> torch.device:

@@ -10,8 +10,9 @@ import pytest
 import torch
 from accelerator import DEVICE, Accelerator
 
-from famba import cost, params, train
+from famba import params, train
 from famba.params import Params
+from famba.profiling import memory
 from famba.session import Session
 from famba.storage import checkpoint
 
@@ -28,7 +29,7 @@ def device(tmp_path, monkeypatch):
         shutil.copy(ROOT / name, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "_device", lambda t: DEVICE)
-    monkeypatch.setattr(cost, "peak_memory", peak_memory)
+    monkeypatch.setattr(memory, "peak_memory", peak_memory)
     with Accelerator() as device:
         yield device
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from famba import bench, cost
+from famba import bench
 from famba.__main__ import main
 from famba.bench import fusing, loading, model, precision, scan, timing
 from famba.bench.model import Training, able
@@ -19,6 +19,7 @@ from famba.errors import InputError
 from famba.fusion import merge
 from famba.kernels import ops
 from famba.kernels.scan import selective_scan_ref
+from famba.profiling import flops
 
 BACKENDS = able("torch", "native")
 
@@ -90,7 +91,7 @@ def test_a_contestant_that_does_not_exist_is_named():
 def test_the_products_replayed_are_exactly_the_models_flops(backend):
     training = Training(QUICK, backend)
     config, tokens = training.model.config, training.model.tokens
-    found = cost.analyse(config, [0] * config["depth"], batch=QUICK.batch)
+    found = flops.analyse(config, [0] * config["depth"], batch=QUICK.batch)
     convolutions = config["depth"] * 2 * QUICK.batch * tokens * 2 * config["d_model"] * 4 * 2
     forward = found.flops - convolutions
     rank = math.ceil(config["d_model"] / 16)

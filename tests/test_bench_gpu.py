@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from famba import bench, cost
+from famba import bench
 from famba.__main__ import main
 from famba.bench import fusing, gpu, timing
 from famba.bench.model import Training
@@ -18,6 +18,7 @@ from famba.errors import BackendError, InputError
 from famba.kernels import ops
 from famba.kernels.scan import selective_scan_ref
 from famba.models.mixer import BidirectionalMixer
+from famba.profiling import memory
 
 QUICK = dataclasses.replace(gpu._QUICK, device="cpu")
 
@@ -113,7 +114,7 @@ def test_what_raises_is_left_out_with_its_reason_and_the_others_go_on():
 
 
 def test_a_step_that_takes_too_long_is_left_out(monkeypatch):
-    monkeypatch.setattr(cost, "peak_memory", lambda *_: 0)
+    monkeypatch.setattr(memory, "peak_memory", lambda *_: 0)
     left: gpu.Left = []
     assert gpu.bench_steps(dataclasses.replace(QUICK, slow_s=-1.0), left) == []
     assert left

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from famba import calibrate, cost, create_model, data, params, sweep
+from famba import calibrate, create_model, data, params, sweep
 from famba.errors import InputError
 from famba.fusion import strategies
 from famba.params import AdaptiveRule, FusionOptions
+from famba.profiling import flops
 from famba.storage import runs
 
 SIZES = {"depth": 3, "d_model": 8, "d_state": 2, "num_classes": 5, "backend": "torch"}
@@ -98,7 +99,7 @@ def test_a_share_of_the_memory_is_kept_by_the_cheapest_schedule_of_the_frontier(
     schedule = within(AdaptiveRule(memory=share), model)
 
     def peak(removed) -> int:
-        return cost.analyse(model.config, removed, batch=4).peak_bytes
+        return flops.analyse(model.config, removed, batch=4).peak_bytes
 
     kept = [
         plan
@@ -112,7 +113,7 @@ def test_a_share_of_the_memory_is_kept_by_the_cheapest_schedule_of_the_frontier(
 
 def test_a_share_of_the_flops_counts_the_scans_too(model):
     schedule = within(AdaptiveRule(flops=0.75), model)
-    fused, whole = (cost.analyse(model.config, removed) for removed in (schedule, [0, 0, 0]))
+    fused, whole = (flops.analyse(model.config, removed) for removed in (schedule, [0, 0, 0]))
     share = (fused.flops + fused.scan_flops) / (whole.flops + whole.scan_flops)
     assert 0.7 < share <= 0.75
 
@@ -131,7 +132,7 @@ def test_the_precision_of_training_counts_for_a_share_of_the_memory(model):
         for precision in ("fp32", "bf16")
     ]
     peaks = [
-        cost.analyse(model.config, removed, batch=4, precision="bf16").peak_bytes for removed in (schedule, [0, 0, 0])
+        flops.analyse(model.config, removed, batch=4, precision="bf16").peak_bytes for removed in (schedule, [0, 0, 0])
     ]
     assert shares[1] == peaks[0] / peaks[1]
     assert shares[0] != shares[1]

@@ -12,10 +12,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from famba import FusionOptions, InputError, backends, cost, create_model, schedule
+from famba import FusionOptions, InputError, backends, create_model, schedule
 from famba.fusion import matching, merge
 from famba.kernels.scan import selective_scan
 from famba.kernels.triton import runtime
+from famba.profiling import environment, flops, memory, timing
 
 MIB = 2**20
 LATE = FusionOptions(order="append", weighting="mean", feature="delta", position="after_scan")
@@ -89,7 +90,7 @@ def test_the_flops_of_one_small_layer_are_those_worked_out_by_hand():
         [0],
         FusionOptions(),
     )
-    found = cost.analyse(model.config, [0])
+    found = flops.analyse(model.config, [0])
     assert found.stem.flops == 2 * 4 * 12 * 4
     assert found.layers[0].flops == 512 + 2 * 256 + 2 * 320 + 2 * 64 + 256  # in, conv, x, dt, out
     assert found.head.flops == 24
@@ -101,8 +102,8 @@ def test_the_flops_of_one_small_layer_are_those_worked_out_by_hand():
 @pytest.mark.parametrize(("changes", "removed", "options"), CASES)
 def test_flops_by_formula_are_exactly_those_that_the_counter_sees(changes, removed, options):
     model = nano(changes, removed, options)
-    found = cost.analyse(model.config, removed, batch=3, options=options)
-    assert found.flops == cost.flops_counted(model, images_for(model, 3)) > 0
+    found = flops.analyse(model.config, removed, batch=3, options=options)
+    assert found.flops == flops.flops_counted(model, images_for(model, 3)) > 0
     assert found.token_counts == model.token_counts
 
 
@@ -112,8 +113,8 @@ def test_the_counter_sees_the_same_flops_whichever_backend_computes_them(changes
     emptied, mode = on_paper
     model = emptied(nano(changes, removed, options, backend))
     with mode:
-        counted = cost.flops_counted(model, torch.empty(3, 3, model.img_size, model.img_size))
-    assert counted == cost.analyse(model.config, removed, batch=3, options=options).flops
+        counted = flops.flops_counted(model, torch.empty(3, 3, model.img_size, model.img_size))
+    assert counted == flops.analyse(model.config, removed, batch=3, options=options).flops
 
 
 @pytest.mark.parametrize("backend", SCANS)
@@ -127,7 +128,7 @@ def test_the_counter_leaves_the_scan_out(backend):
 @pytest.mark.parametrize(("changes", "removed", "options"), CASES)
 def test_parameter_bytes_are_the_models(changes, removed, options):
     model = nano(changes, removed, options)
-    found = cost.analyse(model.config, removed, options=options)
+    found = flops.analyse(model.config, removed, options=options)
     assert found.parameter_bytes == 4 * sum(weight.numel() for weight in model.parameters())
     one = sum(weight.numel() for weight in model.layers[0].parameters())
     assert found.layers[0].parameter_bytes == 4 * one
@@ -139,7 +140,7 @@ def test_parameter_bytes_are_the_models(changes, removed, options):
 @pytest.mark.parametrize(("changes", "removed", "options"), CASES)
 def test_activation_bytes_are_those_that_autograd_keeps(changes, removed, options, batch, backend, precision):
     model = nano(changes, removed, options, backend)
-    found = cost.analyse(model.config, removed, batch=batch, options=options, backend=backend, precision=precision)
+    found = flops.analyse(model.config, removed, batch=batch, options=options, backend=backend, precision=precision)
     assert found.activation_bytes == pytest.approx(saved_bytes(model, images_for(model, batch), precision), rel=0.05)
 
 
@@ -151,7 +152,7 @@ def test_activation_bytes_of_the_gpus_kernels_are_those_that_autograd_keeps(
 ):
     emptied, mode = on_paper
     model = emptied(nano(changes, removed, options, "triton"))
-    found = cost.analyse(model.config, removed, batch=batch, options=options, backend="triton", precision=precision)
+    found = flops.analyse(model.config, removed, batch=batch, options=options, backend="triton", precision=precision)
     with mode:
         kept = saved_bytes(model, torch.empty(batch, 3, model.img_size, model.img_size), precision)
     assert found.activation_bytes == pytest.approx(kept, rel=0.05)
@@ -170,8 +171,8 @@ def test_fusing_keeps_each_tokens_destination_and_weight_and_nothing_else(backen
     with saved_tensors_hooks(pack, lambda x: x):
         fused = merge.apply_both(plan, x, other, backend=backend)
     assert all(x.requires_grad for x in fused)
-    width = cost._Width(b=3, d=8, e=16, n=2, rank=1, product=4)
-    assert sum(kept.values()) == cost._kept(width, 11, 7, 7, cost._SCANS[backend], late=False)["fusion"]
+    width = flops._Width(b=3, d=8, e=16, n=2, rank=1, product=4)
+    assert sum(kept.values()) == flops._kept(width, 11, 7, 7, flops._SCANS[backend], late=False)["fusion"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -191,8 +192,8 @@ def test_peak_bytes_are_those_that_a_training_step_reaches(changes, removed, opt
         pytest.skip("a processor without bfloat16 products: torch makes them in another way, with other memory")
     model = nano(changes, removed, options, backend)
     step, resident = training(model, images_for(model, batch), precision)
-    measured = cost.peak_memory(step, resident, "cpu")
-    found = cost.analyse(model.config, removed, batch=batch, options=options, backend=backend, precision=precision)
+    measured = memory.peak_memory(step, resident, "cpu")
+    found = flops.analyse(model.config, removed, batch=batch, options=options, backend=backend, precision=precision)
     assert found.peak_bytes == pytest.approx(measured, rel=0.05)
 
 
@@ -201,8 +202,8 @@ def test_peak_bytes_are_those_that_a_training_step_reaches(changes, removed, opt
 def test_peak_bytes_with_triton_are_those_that_a_training_step_reaches(precision):
     model = nano({"img_size": 5}, [0, 0], FusionOptions(), "triton")
     step, resident = training(model, images_for(model, 2), precision)
-    measured = cost.peak_memory(step, resident, "cpu")
-    found = cost.analyse(model.config, [0, 0], batch=2, backend="triton", precision=precision)
+    measured = memory.peak_memory(step, resident, "cpu")
+    found = flops.analyse(model.config, [0, 0], batch=2, backend="triton", precision=precision)
     assert found.peak_bytes == pytest.approx(measured, rel=0.06)
 
 
@@ -210,30 +211,32 @@ def test_fusing_early_saves_more_memory_than_fusing_late():
     """The direction of Famba-V's Table 2: the later the first fused layer, the more memory."""
     config = create_model("vim_tiny").config
     peaks = [
-        cost.analyse(config, schedule("upper", depth=24, r=9, first_layer=first), batch=128).peak_bytes
+        flops.analyse(config, schedule("upper", depth=24, r=9, first_layer=first), batch=128).peak_bytes
         for first in (6, 8, 10, 12)
     ]
     assert peaks == sorted(peaks)
-    assert peaks[0] < peaks[-1] < cost.analyse(config, [0] * 24, batch=128).peak_bytes
+    assert peaks[0] < peaks[-1] < flops.analyse(config, [0] * 24, batch=128).peak_bytes
 
 
 def test_the_native_backend_needs_at_most_three_fifths_of_torchs_memory():
     """By formula, which other tests hold to the allocator within 5%."""
     config = create_model("vim_tiny").config
-    native, torchs = (cost.analyse(config, [0] * 24, batch=16, backend=name).peak_bytes for name in ("native", "torch"))
+    native, torchs = (
+        flops.analyse(config, [0] * 24, batch=16, backend=name).peak_bytes for name in ("native", "torch")
+    )
     assert native < 0.57 * torchs
 
 
 def test_a_schedule_that_does_not_fit_and_an_unknown_backend_are_refused():
     config = create_model("vim_nano", depth=8).config
     with pytest.raises(InputError, match=r"layer 1: r = 19 of t = 37"):
-        cost.analyse(config, [19, *[0] * 7])
+        flops.analyse(config, [19, *[0] * 7])
     with pytest.raises(InputError, match="schedule: 2 entries"):
-        cost.analyse(config, [0, 0])
+        flops.analyse(config, [0, 0])
     with pytest.raises(InputError, match="backend: 'reference'"):
-        cost.analyse(config, [0] * 8, backend="reference")
+        flops.analyse(config, [0] * 8, backend="reference")
     with pytest.raises(InputError, match="precision: 'fp16' is not one of fp32, bf16"):
-        cost.analyse(config, [0] * 8, precision="fp16")
+        flops.analyse(config, [0] * 8, precision="fp16")
 
 
 def mib(n: int) -> torch.Tensor:
@@ -250,14 +253,16 @@ def test_peak_memory_is_the_largest_sum_of_tensors_alive_together():
 
     base = mib(4)
     for _ in range(3):  # as often as one likes in a process
-        assert cost.peak_memory(step, [], "cpu") == 8 * MIB
-        assert cost.peak_memory(step, [base, base[5:], base.view(2, -1)], "cpu") == 12 * MIB
+        assert memory.peak_memory(step, [], "cpu") == 8 * MIB
+        assert memory.peak_memory(step, [base, base[5:], base.view(2, -1)], "cpu") == 12 * MIB
 
 
 def test_peak_memory_sees_what_an_operator_holds_only_inside():
     x = mib(8)
-    assert cost.peak_memory(lambda: functional.cross_entropy(x.view(1, -1), torch.tensor([0])), [x], "cpu") >= 16 * MIB
-    assert cost.peak_memory(lambda: x.logsumexp(0), [x], "cpu") >= 16 * MIB
+    assert (
+        memory.peak_memory(lambda: functional.cross_entropy(x.view(1, -1), torch.tensor([0])), [x], "cpu") >= 16 * MIB
+    )
+    assert memory.peak_memory(lambda: x.logsumexp(0), [x], "cpu") >= 16 * MIB
 
 
 def test_measuring_memory_changes_no_result_and_runs_the_step_once():
@@ -270,7 +275,7 @@ def test_measuring_memory_changes_no_result_and_runs_the_step_once():
             calls.append(model(images_for(model, 4)).sum().backward())
 
         if measured:
-            cost.peak_memory(step, model.parameters(), "cpu")
+            memory.peak_memory(step, model.parameters(), "cpu")
         else:
             step()
         assert len(calls) == 1
@@ -289,7 +294,7 @@ def test_measuring_memory_prints_nothing_and_passes_on_what_the_step_prints(capf
         os.write(2, b"from below\n")
         print("from python", file=sys.stderr)
 
-    cost.peak_memory(step, [], "cpu")
+    memory.peak_memory(step, [], "cpu")
     captured = capfd.readouterr()
     assert captured.out == ""
     assert sorted(captured.err.splitlines()) == ["from below", "from python"]
@@ -297,8 +302,8 @@ def test_measuring_memory_prints_nothing_and_passes_on_what_the_step_prints(capf
 
 def test_a_step_that_raises_leaves_the_next_measurement_whole(capfd):
     with pytest.raises(ZeroDivisionError):
-        cost.peak_memory(lambda: 1 // 0, [], "cpu")
-    assert cost.peak_memory(lambda: mib(2), [], "cpu") == 2 * MIB
+        memory.peak_memory(lambda: 1 // 0, [], "cpu")
+    assert memory.peak_memory(lambda: mib(2), [], "cpu") == 2 * MIB
     assert capfd.readouterr().err == ""
 
 
@@ -306,7 +311,7 @@ def test_a_step_that_raises_leaves_the_next_measurement_whole(capfd):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_peak_memory_on_cuda_is_the_allocators():
     base, other = (torch.zeros(size * MIB, dtype=torch.uint8, device="cuda") for size in (4, 2))
-    peak = cost.peak_memory(lambda: torch.zeros(8 * MIB, dtype=torch.uint8, device="cuda"), [base, base[5:]], "cuda")
+    peak = memory.peak_memory(lambda: torch.zeros(8 * MIB, dtype=torch.uint8, device="cuda"), [base, base[5:]], "cuda")
     assert peak == 12 * MIB
     assert torch.cuda.memory_allocated() >= base.nbytes + other.nbytes
 
@@ -328,14 +333,14 @@ def test_peak_memory_on_cuda_is_that_of_the_resident_tensors_and_the_step_whatev
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: Allocator.peak)
     base = mib(4)
     for _ in range(2):
-        assert cost.peak_memory(step, [base, base[5:]], "cuda") == 12 * MIB
+        assert memory.peak_memory(step, [base, base[5:]], "cuda") == 12 * MIB
 
 
 @pytest.fixture
 def now(monkeypatch) -> list[float]:
     """The time, to be set by hand."""
     time_s = [100.0]
-    monkeypatch.setattr(cost.time, "perf_counter", lambda: time_s[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: time_s[0])
     return time_s
 
 
@@ -345,7 +350,7 @@ def test_the_clock_tells_steps_from_waiting_and_drops_the_warm_up(now):
             now[0] += wait_s
             yield wait_s
 
-    clock = cost.StepClock("cpu")
+    clock = timing.StepClock("cpu")
     now[0] += 50  # before training
     for batch in clock.batches(loader()):
         now[0] += 0.5  # augmentation
@@ -357,7 +362,7 @@ def test_the_clock_tells_steps_from_waiting_and_drops_the_warm_up(now):
 
 
 def test_the_clock_does_not_record_a_step_that_raises(now):
-    clock = cost.StepClock("cpu", warmup_steps=0)
+    clock = timing.StepClock("cpu", warmup_steps=0)
     with pytest.raises(ZeroDivisionError), clock.step():
         now[0] += 1 // 0
     assert clock.step_time_ms == clock.data_time_ms == []
@@ -368,7 +373,7 @@ def test_the_clock_does_not_record_a_step_that_raises(now):
 
 def test_the_environment_names_device_and_versions_but_no_host_and_no_path():
     loaded = set(sys.modules)
-    found = cost.environment("cpu")
+    found = environment.environment("cpu")
     assert not {"triton", "mamba_ssm"} & (set(sys.modules) - loaded)
     assert set(found) == {"device", "instruction_set", "threads", "versions"}
     assert found["device"].startswith("cpu: ")
@@ -385,23 +390,23 @@ def test_on_cuda_the_environment_names_the_gpu_its_driver_and_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(cost, "gpu_driver", lambda: "580.65.06")
-    found = cost.environment("cuda")
+    monkeypatch.setattr(environment, "gpu_driver", lambda: "580.65.06")
+    found = environment.environment("cuda")
     assert (found["device"], found["instruction_set"]) == ("cuda: NVIDIA H100", "sm_90")
     assert found["versions"] | {"cuda": "13.0", "driver": "580.65.06"} == found["versions"]
-    assert not {"cuda", "driver"} & set(cost.environment("cpu")["versions"])
+    assert not {"cuda", "driver"} & set(environment.environment("cpu")["versions"])
 
 
 def test_the_driver_is_read_from_its_module_else_from_nvidia_smi(tmp_path, monkeypatch):
     module = tmp_path / "version"
-    monkeypatch.setattr(cost, "_DRIVER", module)
+    monkeypatch.setattr(environment, "_DRIVER", module)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert cost.gpu_driver() == ""
+    assert environment.gpu_driver() == ""
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\necho 550.54.15\necho 550.54.15\n")
     program.chmod(0o755)
-    assert cost.gpu_driver() == "550.54.15"
+    assert environment.gpu_driver() == "550.54.15"
     module.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\n")
-    assert cost.gpu_driver() == "580.65.06"
+    assert environment.gpu_driver() == "580.65.06"
     module.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n")
-    assert cost.gpu_driver() == "535.104.05"
+    assert environment.gpu_driver() == "535.104.05"

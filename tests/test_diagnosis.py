@@ -9,10 +9,11 @@ import torch
 from processes import FOREVER_S
 
 import famba
-from famba import cost, diagnosis
+from famba import diagnosis
 from famba.__main__ import main
 from famba.diagnosis import Row
 from famba.kernels.cpu import build
+from famba.profiling import environment
 
 NAMES = [
     "Python", "torch", "GPU", "C++ compiler", "native kernels", "triton", "hub", "mamba_ssm",
@@ -124,7 +125,7 @@ def test_a_gpu_is_told_by_name_memory_capability_and_driver(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(cost, "gpu_driver", lambda: "580.65.06")
+    monkeypatch.setattr(environment, "gpu_driver", lambda: "580.65.06")
     one = torch.ones(1)
     monkeypatch.setattr(torch, "ones", lambda *size, device: one)
     described = "NVIDIA H100, 80 GiB, sm_90, driver 580.65.06, one of 2"
@@ -149,7 +150,7 @@ def test_a_gpu_is_told_by_name_memory_capability_and_driver(monkeypatch):
 def test_a_missing_gpu_is_the_drivers_or_torchs_fault(monkeypatch, driver, cuda, reason, command):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr(cost, "gpu_driver", lambda: driver)
+    monkeypatch.setattr(environment, "gpu_driver", lambda: driver)
     row = diagnosis._gpu()
     assert not row.usable
     assert row.reason.startswith(reason)
@@ -219,6 +220,6 @@ def test_a_driver_that_hangs_is_no_driver(monkeypatch, tmp_path):
     def hang(*arguments, **options):
         raise subprocess.TimeoutExpired("nvidia-smi", 20)
 
-    monkeypatch.setattr(cost, "_DRIVER", tmp_path / "absent")
+    monkeypatch.setattr(environment, "_DRIVER", tmp_path / "absent")
     monkeypatch.setattr(subprocess, "run", hang)
-    assert cost.gpu_driver() == ""
+    assert environment.gpu_driver() == ""

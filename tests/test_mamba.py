@@ -22,10 +22,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from famba import backends, cost, create_model, selective_scan
+from famba import backends, create_model, selective_scan
 from famba.errors import BackendError
 from famba.kernels import dispatch, mamba_ssm, precision
 from famba.kernels.scan import selective_scan_ref
+from famba.profiling import environment
 
 
 def scan_fn(
@@ -346,7 +347,7 @@ def test_the_version_of_pyproject_is_loaded_and_named_among_a_runs_versions(hub)
     hub(SCAN_REPOSITORY)
     mamba_ssm._find.cache_clear()
     scanned_by_the_hub()
-    versions = cost.environment("cpu")["versions"]
+    versions = environment.environment("cpu")["versions"]
     assert (versions["hub mamba-ssm"], versions["kernels"]) == ("mamba-ssm_aaaaaaa", kernels.__version__)
 
 

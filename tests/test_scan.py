@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from famba import cost
 from famba.errors import BackendError, InputError
 from famba.kernels import scan
 from famba.kernels.scan import backends, selective_scan, selective_scan_ref
+from famba.profiling import memory
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "components.json").read_text())["scan"]
@@ -217,7 +217,7 @@ def test_nothing_is_kept_for_a_gradient_that_cannot_be_asked_for(backend):
     inputs = draw(2, 64, 160, 8, dtype=torch.float32)
 
     def largest():
-        return cost.peak_memory(lambda: selective_scan(**inputs, backend=backend), inputs.values(), "cpu")
+        return memory.peak_memory(lambda: selective_scan(**inputs, backend=backend), inputs.values(), "cpu")
 
     with torch.no_grad():
         ungraded = largest()

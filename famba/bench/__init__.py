@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from famba import cost, params
+from famba import params
 from famba.bench import gpu
 from famba.bench.fusing import bench_layer, bench_schedules, break_even
 from famba.bench.loading import bench_loading, left_out
@@ -26,6 +26,7 @@ from famba.bench.table import table
 from famba.errors import InputError
 from famba.kernels import precision
 from famba.kernels.cpu import runtime
+from famba.profiling import environment
 from famba.storage.files import json_bytes, write_atomic
 
 _Tables = dict[str, list[dict[str, Any]]]
@@ -80,7 +81,7 @@ def run(parts: Sequence[str] = PARTS, *, quick: bool = False) -> dict[str, Any]:
         "setting": dataclasses.asdict(setting),
         "command": f"python -m famba bench{chosen}{' --quick' if quick else ''}",
         "kernels": runtime.instruction_set() if able("native") else None,
-        **cost.environment("cpu"),
+        **environment.environment("cpu"),
     }
 
 

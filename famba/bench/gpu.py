@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from famba import cost, params
+from famba import params
 from famba.bench.fusing import bench_layer, bench_schedules
 from famba.bench.model import Training, able
 from famba.bench.published import as_published, with_norms_of
@@ -33,6 +33,7 @@ from famba.errors import InputError
 from famba.graph import captured
 from famba.kernels import precision
 from famba.kernels.triton.scan import scan_bytes
+from famba.profiling import environment, memory
 from famba.storage.files import json_bytes, write_atomic
 
 PATH = "results/benchmark_gpu.json"
@@ -130,7 +131,7 @@ def run(
         "setting": dataclasses.asdict(setting),
         "command": f"python -m famba bench --gpu{chosen}{options}",
         "left_out": [],
-        **cost.environment(device),
+        **environment.environment(device),
     }
     for part in PARTS:
         if part in parts:
@@ -304,7 +305,7 @@ def _training_step(
     change(with_norms_of(training.model, norms))
     training.step()  # makes the optimiser's moments
     start = time.perf_counter()
-    peaks[what] = cost.peak_memory(training.step, training.resident(), device) / _MIB
+    peaks[what] = memory.peak_memory(training.step, training.resident(), device) / _MIB
     if (took_s := time.perf_counter() - start) > setting.slow_s:
         raise TimeoutError(f"one step took {took_s:.0f} s")
     return training.step

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from famba import cost
 from famba.bench.model import Training, able
 from famba.bench.setting import Setting
+from famba.profiling import flops, memory
 
 _MIB = 2**20
 
@@ -23,8 +23,8 @@ def bench_memory(setting: Setting) -> list[dict[str, Any]]:
             schedules |= setting.schedules(depth)
         training.step()  # makes the optimiser's moments
         for strategy, schedule in schedules.items():
-            peak = cost.peak_memory(lambda x=training, s=schedule: x.step(s), training.resident(), "cpu")
-            predicted = cost.analyse(training.model.config, schedule, batch=setting.batch, backend=backend).peak_bytes
+            peak = memory.peak_memory(lambda x=training, s=schedule: x.step(s), training.resident(), "cpu")
+            predicted = flops.analyse(training.model.config, schedule, batch=setting.batch, backend=backend).peak_bytes
             rows.append(
                 {
                     "backend": backend,

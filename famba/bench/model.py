@@ -19,12 +19,13 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from famba import cost, optim
+from famba import optim
 from famba.bench.setting import Setting
 from famba.bench.timing import ratio
 from famba.fusion import merge
 from famba.kernels import ops, precision, scan
 from famba.models import vim
+from famba.profiling import memory
 
 PARTS = ("matrix products", "scan", "convolution", "norm", "gate", "fusion", "elementwise", "optimiser", "Python")
 
@@ -198,7 +199,7 @@ def parts_of(step: Callable[[], object]) -> dict[str, float]:
     `elementwise`; `Python` is what no operation took.
     """
     with (
-        cost._without_profiler_lines(),
+        memory._without_profiler_lines(),
         _named_parts(),
         profile(activities=[ProfilerActivity.CPU], acc_events=False) as recorded,
         record_function(_NAMED + "Python"),
