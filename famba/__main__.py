@@ -174,18 +174,18 @@ def _train(options: argparse.Namespace) -> int:
         p = params.read_resolved(options.resolved)
     else:
         p = params.load(options.profile, strategy=options.strategy, processes=options.processes)
-    from famba import parallel, train
     from famba.storage import runs
+    from famba.training import distributed, fit
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("famba").setLevel(logging.INFO)
     out = options.out or params.root() / "build" / "runs" / runs.run_name(p.strategy, options.seed)
-    with runs.held(out.absolute()) if parallel.writes() else contextlib.nullcontext():
-        run = train.fit(p, seed=options.seed, progress=sys.stderr.isatty())
-        if parallel.writes():
+    with runs.held(out.absolute()) if distributed.writes() else contextlib.nullcontext():
+        run = fit.fit(p, seed=options.seed, progress=sys.stderr.isatty())
+        if distributed.writes():
             print(runs.write(run, out.absolute()))
-    if parallel.writes() and not options.keep_checkpoints:
-        train.forget(p, seed=options.seed)
+    if distributed.writes() and not options.keep_checkpoints:
+        fit.forget(p, seed=options.seed)
     return 0
 
 

@@ -13,10 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from famba import data, evidence, params, sweep, train
+from famba import data, evidence, params, sweep
 from famba.errors import InputError
 from famba.models.vim import VisionMamba
 from famba.storage import checkpoint, runs
+from famba.training import fit
 
 _BATCH = 50  # images: a trace holds every layer's tokens
 
@@ -81,7 +82,7 @@ def in_runs(
         if not 1 <= images <= len(dataset.test):
             raise InputError(f"images: {images}; must be in 1..{len(dataset.test)}, the test images")
         inputs = data.normalise(dataset.test.images[:images], described["mean"], described["std"])
-        untrained = train.build(p, classes=len(dataset.classes), seed=seed)
+        untrained = fit.build(p, classes=len(dataset.classes), seed=seed)
         for weights, model in zip(evidence.WEIGHTS, (trained, untrained), strict=True):
             frames.append(alikeness(model.eval(), inputs).assign(strategy=strategy, weights=weights))
     return pd.concat(frames, ignore_index=True)

@@ -130,25 +130,25 @@ def determinism(setting: Setting, say: Say) -> Outcome:
 
 def training(setting: Setting, say: Say) -> Outcome:
     """A run that is killed and resumed, and one that is not, end with equal metrics."""
-    from famba import train
+    from famba.training import fit
 
     with _run_params(setting) as p, contextlib.ExitStack() as after:
-        after.callback(train.forget, p, seed=0)
+        after.callback(fit.forget, p, seed=0)
         say("a run that is killed in its second epoch")
         # Forked before anything of CUDA begins here.
         process = multiprocessing.get_context("fork").Process(target=_killed_run, args=(setting, p))
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL, f"the run to be killed ended with status {process.exitcode}"
-        assert list(train.folder(p, seed=0).glob("epoch-*.safetensors")), "it has written no checkpoint"
+        assert list(fit.folder(p, seed=0).glob("epoch-*.safetensors")), "it has written no checkpoint"
         say("the same run, resumed")
         _begin(setting)
         lengths: list[int] = []
-        resumed = train.fit(p, seed=0, watch=[lambda history, _: lengths.append(len(history))])
+        resumed = fit.fit(p, seed=0, watch=[lambda history, _: lengths.append(len(history))])
         assert lengths[0] == 2, f"it went on with epoch {lengths[0]}, not with 2"
-        train.forget(p, seed=0)
+        fit.forget(p, seed=0)
         say("a run that is not killed")
-        whole = train.fit(p, seed=0)
+        whole = fit.fit(p, seed=0)
     losses = [[row["train_loss"] for row in run.history] for run in (resumed, whole)]
     assert resumed.metrics == whole.metrics, f"other metrics after resuming; training losses {losses}"
     assert losses[0] == losses[1], f"equal metrics, but training losses {losses}"
@@ -160,7 +160,8 @@ def training(setting: Setting, say: Say) -> Outcome:
 
 def streaming(setting: Setting, say: Say) -> Outcome:
     """Training on images that worker processes decode."""
-    from famba import data, train
+    from famba import data
+    from famba.training import fit
 
     _begin(setting)
     with _run_params(setting) as p:
@@ -172,15 +173,15 @@ def streaming(setting: Setting, say: Say) -> Outcome:
         say("loading")
         assert not isinstance(data.load(p.data).train, data.Split), "the images lie in memory"
         say("training")
-        run = train.fit(p, seed=0)
-        train.forget(p, seed=0)
+        run = fit.fit(p, seed=0)
+        fit.forget(p, seed=0)
     (row,) = run.history
     return Outcome(f"an epoch by {_WORKERS} workers: {run.cost['train_time_s']:.1f} s, loss {row['train_loss']:.3f}")
 
 
 def graph(setting: Setting, say: Say) -> Outcome:
     """Training by a CUDA graph gives the losses of training without."""
-    from famba import train
+    from famba.training import fit
 
     _begin(setting)
     losses = []
@@ -188,8 +189,8 @@ def graph(setting: Setting, say: Say) -> Outcome:
         for captured in (False, True):
             say(f"cuda_graph: {captured}")
             q = dataclasses.replace(p, train=dataclasses.replace(p.train, cuda_graph=captured))
-            losses.append([row["train_loss"] for row in train.fit(q, seed=0).history])
-            train.forget(q, seed=0)
+            losses.append([row["train_loss"] for row in fit.fit(q, seed=0).history])
+            fit.forget(q, seed=0)
     apart = max(abs(x - y) / y for x, y in zip(*losses, strict=True))
     # A matrix product may take another workspace, and so another order, inside a graph.
     assert apart <= 1e-4, f"training losses {losses[0]} without, {losses[1]} with a graph"
@@ -505,7 +506,7 @@ def _run_params(setting: Setting) -> Iterator[Params]:
 
 
 def _killed_run(setting: Setting, p: Params) -> None:
-    from famba import train
+    from famba.training import fit
 
     _begin(setting)
 
@@ -513,7 +514,7 @@ def _killed_run(setting: Setting, p: Params) -> None:
         if len(history) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    train.fit(p, seed=0, watch=[kill])
+    fit.fit(p, seed=0, watch=[kill])
 
 
 def _measured(part: str, setting: Setting, say: Say) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """How long a sweep would take on this device, from a few training steps of each strategy: `python -m famba hours`.
 
-The steps are those of training itself (famba.session), on images of noise. Loading and varying images, validation and
+The steps are those of training itself (famba.training.trainer), on images of noise. Loading and varying images, validation and
 the test come on top.
 """
 
@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from famba import params, train
+from famba import params
 from famba.bench.table import table
 from famba.data import Dataset, Split
 from famba.errors import InputError
 from famba.kernels import precision
-from famba.parallel import Processes
 from famba.params import Params
 from famba.profiling import environment, timing
-from famba.session import Session
+from famba.training import fit
+from famba.training.distributed import Processes
+from famba.training.trainer import Session
 
 MODELS = ("vim_tiny", "vim_small")  # of the paper's Table 1, each with the same strategies
 IMAGES = 45_000  # of CIFAR's 50,000, were a tenth held out
@@ -88,7 +89,7 @@ def place(profile: str | None = None, device: str | None = None) -> torch.device
     """
     t = params.load(profile, strategy="none").train
     try:
-        return train._device(t if device is None else dataclasses.replace(t, device=device))
+        return fit._device(t if device is None else dataclasses.replace(t, device=device))
     except InputError as error:
         hint = "" if (device or t.device) == "cpu" else "; to try it here: --device cpu"
         raise InputError(f"{error}{hint}") from None
@@ -147,7 +148,7 @@ def _session(p: Params, device: torch.device) -> tuple[Session, list[Any]]:
     split = Split(pixels.to(device), torch.arange(size, device=device) % _CLASSES)
     noise = Dataset(split, split, split, tuple(map(str, range(_CLASSES))), (0.5,) * 3, (0.25,) * 3)
     unvaried = dataclasses.replace(p, data=dataclasses.replace(p.data, **_WAYS_TO_VARY))
-    model = train.build(p, classes=_CLASSES, seed=0).to(device)
+    model = fit.build(p, classes=_CLASSES, seed=0).to(device)
     session = Session(unvaried, 0, model, noise, Processes(device), params.root() / "build" / "hours")
     images, labels = session._blank(size), split.labels
     if p.data.mixup or p.data.cutmix:

@@ -71,15 +71,15 @@ def ensure(
         if wrong := _why_not(folder, p, seed):
             raise InputError(wrong)
         return folder
-    from famba import train
+    from famba.training import fit
 
-    made_of = train.made_of(p, seed=seed)
+    made_of = fit.made_of(p, seed=seed)
     if _why_not(folder, p, seed, made_of):
         with runs.held(folder):
-            run = train.fit(p, seed=seed)
+            run = fit.fit(p, seed=seed)
             cost = {**run.cost, "made_of": made_of, "command": command or run.cost["command"]}
             runs.write(dataclasses.replace(run, cost=cost), folder)
-        train.forget(p, seed=seed)
+        fit.forget(p, seed=seed)
     return folder
 
 

@@ -38,9 +38,10 @@ def has_a_scan_that_raises(setting, say):
 
 
 def forgets_its_optimiser(setting, say):
-    from famba import checks, session
+    from famba import checks
+    from famba.training import trainer
 
-    restore, folders = session.Session.restore, []
+    restore, folders = trainer.Session.restore, []
 
     def forgetful(self):
         restore(self)
@@ -48,7 +49,7 @@ def forgets_its_optimiser(setting, say):
         folders.append(self.folder)
 
     try:
-        with mock.patch.object(session.Session, "restore", forgetful):
+        with mock.patch.object(trainer.Session, "restore", forgetful):
             return checks.training(setting, say)
     finally:
         assert len(folders) == 2

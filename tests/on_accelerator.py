@@ -10,11 +10,12 @@ import pytest
 import torch
 from accelerator import DEVICE, Accelerator
 
-from famba import params, train
+from famba import params
 from famba.params import Params
 from famba.profiling import memory
-from famba.session import Session
 from famba.storage import checkpoint
+from famba.training import fit
+from famba.training.trainer import Session
 
 ROOT = Path(__file__).parent.parent
 # torch's own deepcopy of a weight looks at its address, which one without numbers does not have
@@ -28,7 +29,7 @@ def device(tmp_path, monkeypatch):
     for name in ("params.yaml", "dvc.yaml"):
         shutil.copy(ROOT / name, tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "_device", lambda t: DEVICE)
+    monkeypatch.setattr(fit, "_device", lambda t: DEVICE)
     monkeypatch.setattr(memory, "peak_memory", peak_memory)
     with Accelerator() as device:
         yield device
@@ -91,8 +92,8 @@ def test_a_run_that_was_stopped_goes_on_to_its_end_and_a_step_waits_once(device,
     monkeypatch.setattr(Session, "_save", stopped)
     monkeypatch.setattr(Session, "restore", restored)
     with pytest.raises(KeyboardInterrupt):
-        train.fit(p, seed=0)
-    run = train.fit(p, seed=0)
+        fit.fit(p, seed=0)
+    run = fit.fit(p, seed=0)
     assert [row["epoch"] for row in run.history] == [1, 2]
     assert run.cost["nondeterministic"] == ["convolution_backward"] + (
         ["index_add", "scatter_add"] if p.train.backend == "torch" else []
@@ -118,10 +119,10 @@ def test_weights_are_only_evaluated(device):
     p = smoke()
     described = {"classes": [str(digit) for digit in range(10)], "mean": [0.5] * 3, "std": [0.5] * 3}
     Path("weights.safetensors").write_bytes(
-        checkpoint.model_bytes(model := train.build(p, classes=10, seed=0), model.state_dict(), described)
+        checkpoint.model_bytes(model := fit.build(p, classes=10, seed=0), model.state_dict(), described)
     )
     device.waits.clear()
-    run = train.fit(smoke(init_from="weights.safetensors", epochs=0), seed=0)
+    run = fit.fit(smoke(init_from="weights.safetensors", epochs=0), seed=0)
     assert run.history == []
     assert run.metrics["chosen"] == {"weights": "raw", "epoch": 0}
     assert device.waits["session.evaluate"] == 2, "once for each split, whatever its batches"

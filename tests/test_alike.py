@@ -5,10 +5,11 @@ import pytest
 import torch
 from test_records import make_run
 
-from famba import FusionOptions, alike, create_model, data, params, train
+from famba import FusionOptions, alike, create_model, data, params
 from famba.errors import InputError
 from famba.params import SweepParams
 from famba.storage import checkpoint, runs
+from famba.training import fit
 
 SCHEDULE = [3, 0, 4, 2]
 
@@ -85,7 +86,7 @@ def runs(tmp_path):
     for strategy in ("none", "upper"):
         p = params.load("smoke", strategy=strategy)
         dataset = data.load(p.data)
-        model = train.build(p, classes=10, seed=99)
+        model = fit.build(p, classes=10, seed=99)
         described = {"strategy": strategy, "classes": list(dataset.classes), "mean": dataset.mean, "std": dataset.std}
         content = checkpoint.model_bytes(model, model.state_dict(), described)
         counts = {"schedule": model.schedule, "token_counts": model.token_counts}
@@ -104,7 +105,7 @@ def test_each_run_is_measured_beside_the_first_weights_of_its_seed(runs):
     dataset = data.load(p.data)
     inputs = data.normalise(dataset.test.images[:4], dataset.mean, dataset.std)
     for weights, seed in {"trained": 99, "untrained": 3}.items():
-        expected = alike.alikeness(train.build(p, classes=10, seed=seed).eval(), inputs)["value"]
+        expected = alike.alikeness(fit.build(p, classes=10, seed=seed).eval(), inputs)["value"]
         ours = frame.loc[(frame["strategy"] == "upper") & (frame["weights"] == weights), "value"]
         np.testing.assert_allclose(ours, expected)
 

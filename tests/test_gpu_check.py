@@ -15,9 +15,10 @@ import torch
 from packaging.requirements import Requirement
 from processes import PATIENCE_S, is_there, wait_until
 
-from famba import bench, checks, gpu_check, graph
+from famba import bench, checks, gpu_check
 from famba.__main__ import main
 from famba.gpu_check import Check, Setting
+from famba.training import cuda_graph
 
 ROOT = gpu_check.ROOT
 CPU = Setting("cpu", quick=True)
@@ -244,7 +245,7 @@ def test_the_tests_of_a_gpu_fail_by_name_and_those_that_want_a_package_are_count
 @pytest.mark.parametrize("wrong", [False, True])
 def test_a_graph_with_other_losses_fails(wrong, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)  # as it is to be afterwards
-    monkeypatch.setattr(graph, "unavailable", lambda device, processes: "")
+    monkeypatch.setattr(cuda_graph, "unavailable", lambda device, processes: "")
 
     def captured(call):
         def replay():
@@ -253,7 +254,7 @@ def test_a_graph_with_other_losses_fails(wrong, monkeypatch):
 
         return replay
 
-    monkeypatch.setattr(graph, "captured", captured)
+    monkeypatch.setattr(cuda_graph, "captured", captured)
     if wrong:
         with pytest.raises(AssertionError, match=r"^training losses .* without, .* with a graph$"):
             checks.graph(CPU, print)

@@ -20,7 +20,8 @@ from packaging.requirements import Requirement
 from ruamel.yaml import YAML
 
 import famba
-from famba import backends, metrics, params, train
+from famba import backends, metrics, params
+from famba.training import fit
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGE_NOTEBOOKS = ("train", "compare", "tokens", "evidence", "ablation", "adaptive", "photographs")
@@ -311,7 +312,7 @@ def test_checkpoints_are_keyed_by_all_code_that_makes_a_result():
         "records",
         "watch",
     }  # read, write and measure
-    assert set(train.CODE) | {"native", "gpu"} == closure({"train"}) - beside_it
+    assert set(fit.CODE) | {"native", "gpu"} == closure({"train"}) - beside_it
 
 
 def test_the_readmes_tables_are_those_of_the_results():

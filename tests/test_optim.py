@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from famba import params, train
-from famba.optim import learning_rate, parameter_groups, peak_lr
+from famba import params
 from famba.params import Params
+from famba.training import fit
+from famba.training.optim import learning_rate, parameter_groups, peak_lr
 
 FILE = Path(__file__).parent.parent / "params.yaml"
 
@@ -36,7 +37,7 @@ def test_a_rate_that_is_meant_for_another_batch_is_scaled_by_it():
 
 
 def test_norms_biases_and_what_the_scan_and_the_positions_are_made_of_do_not_decay():
-    model = train.build(smoke(), classes=10, seed=0)
+    model = fit.build(smoke(), classes=10, seed=0)
     decayed, kept = parameter_groups(model, 0.05)
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.05, 0.0)
     names = {id(weight): name for name, weight in model.named_parameters()}

@@ -13,11 +13,12 @@ import pytest
 import torch
 from processes import wait_until
 
-from famba import InputError, data, parallel, params, train
+from famba import InputError, data, params
 from famba.errors import TrainingError
 from famba.params import Params
-from famba.session import Session, evaluate
 from famba.storage import runs
+from famba.training import distributed, fit
+from famba.training.trainer import Session, evaluate
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,7 +38,7 @@ def test_a_process_by_itself_takes_its_cuda_device_as_the_current_one(monkeypatc
     taken = []
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     for name in ("cuda:1", "cuda", "cpu"):
-        assert parallel.join(torch.device(name)).device == torch.device(name)
+        assert distributed.join(torch.device(name)).device == torch.device(name)
     assert taken == [torch.device("cuda:1")]
 
 
@@ -59,8 +60,8 @@ def numbers(run: runs.Run) -> list[float]:
 
 @pytest.mark.parametrize("varied", [{}, MIXED], ids=["plain", "mixed"])
 def test_a_step_in_parts_is_the_step_at_once(varied):
-    whole = train.fit(smoke(varied), seed=3)
-    parts = train.fit(smoke(varied, device_batch=4), seed=3)
+    whole = fit.fit(smoke(varied), seed=3)
+    parts = fit.fit(smoke(varied, device_batch=4), seed=3)
     assert numbers(parts) == pytest.approx(numbers(whole), rel=1e-5)
     assert parts.history[0]["train_top1_percent"] == whole.history[0]["train_top1_percent"]
     assert parts.cost["peak_memory_mib"] < 0.9 * whole.cost["peak_memory_mib"]
@@ -68,19 +69,19 @@ def test_a_step_in_parts_is_the_step_at_once(varied):
 
 def test_a_batch_that_the_parts_do_not_divide_is_refused():
     with pytest.raises(InputError, match=r"batch_size: 16: must be a multiple of 1 processes times .*, 5"):
-        train.fit(smoke(device_batch=5), seed=0)
+        fit.fit(smoke(device_batch=5), seed=0)
 
 
 def test_parts_of_an_odd_number_of_images_cannot_be_mixed():
     with pytest.raises(InputError, match=r"train\.batch_size: 15: 5 images at once .*mixup.* must be even"):
-        train.fit(smoke(MIXED, batch_size=15, device_batch=5), seed=0)
+        fit.fit(smoke(MIXED, batch_size=15, device_batch=5), seed=0)
 
 
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one_at_the_same_batch():
-    one = train.fit(smoke(MIXED), seed=3)
+    one = fit.fit(smoke(MIXED), seed=3)
     shutil.rmtree("build")
-    two = train.fit(smoke(MIXED, processes=2, device_batch=4), seed=3)
+    two = fit.fit(smoke(MIXED, processes=2, device_batch=4), seed=3)
     assert numbers(two) == pytest.approx(numbers(one), rel=1e-5)
     assert [row["train_top1_percent"] for row in two.history] == [row["train_top1_percent"] for row in one.history]
     assert two.metrics["top1_percent"] == one.metrics["top1_percent"]
@@ -90,7 +91,7 @@ def test_two_processes_give_the_losses_of_one_at_the_same_batch():
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(monkeypatch):
-    undisturbed = train.fit(smoke(epochs=3), seed=4)
+    undisturbed = fit.fit(smoke(epochs=3), seed=4)
     shutil.rmtree("build")
     save = Session._save
 
@@ -102,9 +103,9 @@ def test_a_run_goes_on_with_another_number_of_processes(monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(Session, "_save", stop)
         with pytest.raises(KeyboardInterrupt):
-            train.fit(smoke(epochs=3), seed=4)
+            fit.fit(smoke(epochs=3), seed=4)
     told: list[int] = []
-    run = train.fit(smoke(epochs=3, processes=2), seed=4, watch=[lambda history, cost: told.append(len(history))])
+    run = fit.fit(smoke(epochs=3, processes=2), seed=4, watch=[lambda history, cost: told.append(len(history))])
     assert numbers(run) == pytest.approx(numbers(undisturbed), rel=1e-5)
     assert run.history[0] == undisturbed.history[0]  # that epoch was not trained again
     assert told[-1] == 3
@@ -113,7 +114,7 @@ def test_a_run_goes_on_with_another_number_of_processes(monkeypatch):
 @pytest.mark.slow
 def test_where_one_process_is_killed_all_stop_and_it_is_said_which(repository):
     p = smoke(epochs=500, processes=2)
-    checkpoints = train.folder(p, seed=0)
+    checkpoints = fit.folder(p, seed=0)
     killed: list[int] = []
 
     def kill(history, cost):
@@ -123,7 +124,7 @@ def test_where_one_process_is_killed_all_stop_and_it_is_said_which(repository):
             os.kill(pid, signal.SIGKILL)
 
     with pytest.raises(TrainingError, match="rank 1 was stopped by SIGKILL, and all others with it") as error:
-        train.fit(p, seed=0, watch=[kill])
+        fit.fit(p, seed=0, watch=[kill])
     assert "\n" not in str(error.value)
     assert list(checkpoints.glob("epoch-*.safetensors"))
     wait_until(lambda: not ranks(repository))
@@ -152,26 +153,26 @@ def test_what_a_process_refuses_is_said_in_one_line():
         TrainingError,
         match=r"^data\.val_fraction 0\.1 and data\.limit 8 .* without a training image; at least 1 needed$",
     ):
-        train.fit(p, seed=0)
+        fit.fit(p, seed=0)
 
 
 def test_more_processes_than_torchrun_has_started_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(InputError, match=r"train\.processes: 2; torchrun has started 1"):
-        train.fit(smoke(processes=2), seed=0)
+        fit.fit(smoke(processes=2), seed=0)
 
 
-@pytest.mark.parametrize("start", [lambda: parallel.launch([], 2, quiet=True)])
+@pytest.mark.parametrize("start", [lambda: distributed.launch([], 2, quiet=True)])
 def test_several_processes_need_accelerate(monkeypatch, start):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(InputError, match=r"need Accelerate, which is not installed: pip install 'famba\[paper\]'"):
         start()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="need Accelerate"):
-        parallel.join(torch.device("cpu"))
+        distributed.join(torch.device("cpu"))
 
 
-class Rank(parallel.Processes):
+class Rank(distributed.Processes):
     """One of several processes whose sums are kept, not made."""
 
     def __init__(self, rank: int, count: int) -> None:
@@ -188,7 +189,7 @@ class Rank(parallel.Processes):
 def test_every_image_of_an_evaluation_counts_once_however_many_share_it(count):
     p = smoke()
     images = data.load(p.data)
-    model = train.build(p, classes=10, seed=0)
+    model = fit.build(p, classes=10, seed=0)
     ranks = [Rank(i, count) for i in range(count)]
     for rank in ranks:
         evaluate(model, images.val, images, batch_size=50, processes=rank)

@@ -68,11 +68,12 @@ def incubate() -> None:
     """The incubator's own side: a line of JSON in, a line of JSON out."""
     import torch
 
-    from famba import data, params, train
+    from famba import data, params
     from famba.__main__ import main
+    from famba.training import fit
 
     torch.set_num_threads(1)  # a fork has none of its parent's threads
-    train.build(params.load("smoke", strategy="upper"), classes=10, seed=0)
+    fit.build(params.load("smoke", strategy="upper"), classes=10, seed=0)
     data.load(params.load("smoke", strategy="upper").data)  # imports what it needs
     with tempfile.TemporaryDirectory() as folder:
         for line in sys.stdin:

@@ -56,7 +56,7 @@ def trained(monkeypatch) -> list[tuple[str, int]]:
         return f"{p.digest(seed)}-{fake.code}"
 
     fake = SimpleNamespace(fit=fit, forget=forget, made_of=made_of, code="code")
-    monkeypatch.setitem(sys.modules, "famba.train", fake)
+    monkeypatch.setitem(sys.modules, "famba.training.fit", fake)
     monkeypatch.setattr(famba, "train", fake, raising=False)
     return made
 
@@ -108,7 +108,7 @@ def test_a_run_that_started_from_other_weights_is_refused_or_trained_again(tmp_p
 def test_a_run_of_other_code_is_trained_again_where_that_is_allowed(tmp_path, trained, monkeypatch):
     run = {"strategy": "none", "seed": 0, "profile": "smoke"}
     sweep.ensure_run(tmp_path, **run, train_missing=True)
-    monkeypatch.setattr(sys.modules["famba.train"], "code", "changed")
+    monkeypatch.setattr(sys.modules["famba.training.fit"], "code", "changed")
     sweep.ensure_run(tmp_path, **run, train_missing=False)
     assert len(trained) == 1
     sweep.ensure_run(tmp_path, **run, train_missing=True)

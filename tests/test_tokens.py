@@ -4,11 +4,12 @@ import torch
 from PIL import Image
 from test_records import make_run
 
-from famba import data, params, tokens, train
+from famba import data, params, tokens
 from famba.errors import InputError
 from famba.fusion import strategies
 from famba.params import STRATEGIES
 from famba.storage import checkpoint, runs
+from famba.training import fit
 
 
 @pytest.fixture
@@ -16,7 +17,7 @@ def run(tmp_path):
     """A finished run of `upper` in the smoke profile, but for the training."""
     p = params.load("smoke", strategy="upper")
     dataset = data.load(p.data)
-    model = train.build(p, classes=10, seed=0)
+    model = fit.build(p, classes=10, seed=0)
     described = {"strategy": "upper", "classes": list(dataset.classes), "mean": dataset.mean, "std": dataset.std}
     content = checkpoint.model_bytes(model, model.state_dict(), described)
     counts = {"schedule": model.schedule, "token_counts": model.token_counts}

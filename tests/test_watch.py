@@ -10,9 +10,10 @@ import pytest
 from nbclient import NotebookClient
 from PIL import Image
 
-from famba import params, watch
+from famba import params
 from famba.errors import InputError
 from famba.storage import runs
+from famba.training import callbacks
 
 
 def epochs(count: int, **changes) -> list[dict]:
@@ -50,8 +51,8 @@ def test_a_notebook_holds_one_figure_that_is_the_newest():
     NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(params.root())}}).execute()
     (output,) = notebook.cells[0].outputs  # and so nothing on stderr
     with Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))) as shown:
-        assert shown.convert("RGB").tobytes() == pixels(watch._png(epochs_of_the_notebook(3), 3))
-        assert shown.convert("RGB").tobytes() != pixels(watch._png(epochs_of_the_notebook(1), 3))
+        assert shown.convert("RGB").tobytes() == pixels(callbacks._png(epochs_of_the_notebook(3), 3))
+        assert shown.convert("RGB").tobytes() != pixels(callbacks._png(epochs_of_the_notebook(1), 3))
 
 
 def epochs_of_the_notebook(count: int) -> list[dict]:
@@ -70,10 +71,10 @@ class Shell:
 
     def __init__(self, monkeypatch):
         self.shown, self.now = [], 100.0
-        monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: self.now))
-        monkeypatch.setattr(watch, "_in_notebook", lambda: True)
+        monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(callbacks, "_in_notebook", lambda: True)
         monkeypatch.setattr("IPython.display.display", self.display)
-        monkeypatch.setattr(watch, "_png", self.drawn)
+        monkeypatch.setattr(callbacks, "_png", self.drawn)
 
     def drawn(self, history, epochs):
         self.now += 1
@@ -89,7 +90,7 @@ class Shell:
 
 
 def test_the_first_and_the_last_epoch_are_drawn_and_between_them_a_twentieth_of_the_time(monkeypatch):
-    shell, curves = Shell(monkeypatch), watch.Curves(50)
+    shell, curves = Shell(monkeypatch), callbacks.Curves(50)
     for count in range(1, 51):
         curves(epochs(count))
         shell.now += 1
@@ -97,21 +98,21 @@ def test_the_first_and_the_last_epoch_are_drawn_and_between_them_a_twentieth_of_
 
 
 def test_every_epoch_is_drawn_where_the_last_is_not_known(monkeypatch):
-    shell, curves = Shell(monkeypatch), watch.Curves()
+    shell, curves = Shell(monkeypatch), callbacks.Curves()
     for count in (1, 2, 3):
         curves(epochs(count), {"throughput_img_s": 1.0})
     assert shell.shown == [b"\1", b"\2", b"\3"]
 
 
 def test_outside_a_notebook_nothing_is_drawn_or_printed(monkeypatch, capsys):
-    monkeypatch.setattr(watch, "_png", None)  # would fail
-    watch.Curves(3)(epochs(3))
+    monkeypatch.setattr(callbacks, "_png", None)  # would fail
+    callbacks.Curves(3)(epochs(3))
     assert capsys.readouterr() == ("", "")
 
 
 def test_the_moving_average_is_drawn_where_there_is_one():
     without, averaged = epochs(3), epochs(3, ema_val_loss=1.0, ema_val_top1_percent=50.0)
-    assert pixels(watch._png(without, 3)) != pixels(watch._png(averaged, 3))
+    assert pixels(callbacks._png(without, 3)) != pixels(callbacks._png(averaged, 3))
 
 
 def scalars(folder) -> dict[str, list[tuple[int, float]]]:
@@ -123,7 +124,7 @@ def scalars(folder) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_tensorboard_reads_every_column_and_the_cost_by_epoch(tmp_path):
-    events = watch.Events(tmp_path, start_epoch=0)
+    events = callbacks.Events(tmp_path, start_epoch=0)
     for count in (1, 2):
         events(epochs(count), {"throughput_img_s": 100.0 * count, "peak_memory_mib": 64.0})
     read = scalars(tmp_path)  # while it goes on
@@ -135,11 +136,11 @@ def test_tensorboard_reads_every_column_and_the_cost_by_epoch(tmp_path):
 
 
 def test_a_run_that_goes_on_from_an_earlier_epoch_has_each_once(tmp_path):
-    events = watch.Events(tmp_path, start_epoch=0)
+    events = callbacks.Events(tmp_path, start_epoch=0)
     for count in (1, 2, 3):
         events(epochs(count))
     events.close()  # killed after epoch 3, before its checkpoint
-    events = watch.Events(tmp_path, start_epoch=2)
+    events = callbacks.Events(tmp_path, start_epoch=2)
     for count in (3, 4):
         events(epochs(count, lr=0.5))
     events.close()
@@ -149,19 +150,19 @@ def test_a_run_that_goes_on_from_an_earlier_epoch_has_each_once(tmp_path):
 def test_a_missing_tensorboard_is_an_error_that_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(InputError, match=r"train\.tensorboard.*pip install 'famba\[paper\]'$"):
-        watch.Events(tmp_path, start_epoch=0)
+        callbacks.Events(tmp_path, start_epoch=0)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_written_to_is_an_input_error_of_one_line(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="file/events: cannot be written") as caught:
-        watch.Events(tmp_path / "file" / "events", start_epoch=0)
+        callbacks.Events(tmp_path / "file" / "events", start_epoch=0)
     assert "\n" not in str(caught.value)
 
 
 def test_the_rows_so_far_are_the_finished_runs_own(tmp_path):
-    rows = watch.Rows(tmp_path / "deep" / "history.csv")
+    rows = callbacks.Rows(tmp_path / "deep" / "history.csv")
     for count in (1, 2, 3):
         rows(epochs(count), {"peak_memory_mib": 1.0})
         assert (tmp_path / "deep" / "history.csv").read_bytes() == runs.history_bytes(epochs(count))

@@ -30,11 +30,11 @@ from famba.bench.setting import FULL, QUICK, Setting
 from famba.bench.table import table
 from famba.bench.timing import ratio
 from famba.errors import InputError
-from famba.graph import captured
 from famba.kernels import precision
 from famba.kernels.triton.scan import scan_bytes
 from famba.profiling import environment, memory
 from famba.storage.files import json_bytes, write_atomic
+from famba.training.cuda_graph import captured
 
 PATH = "results/benchmark_gpu.json"
 TABLES = {

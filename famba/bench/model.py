@@ -19,13 +19,13 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from famba import optim
 from famba.bench.setting import Setting
 from famba.bench.timing import ratio
 from famba.fusion import merge
 from famba.kernels import ops, precision, scan
 from famba.models import vim
 from famba.profiling import memory
+from famba.training import optim
 
 PARTS = ("matrix products", "scan", "convolution", "norm", "gate", "fusion", "elementwise", "optimiser", "Python")
 

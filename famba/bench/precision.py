@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from famba import data, optim
+from famba import data
 from famba.bench.model import Training
 from famba.bench.setting import Setting
 from famba.bench.timing import ratio
 from famba.data import augment
 from famba.models.vim import create_model
 from famba.params import DataParams
+from famba.training import optim
 
 _DIGITS = DataParams(
     dataset="digits", root=None, img_size=8, val_fraction=0.1, split_seed=0, limit=None, eval_crop=1.0,

@@ -1,6 +1,6 @@
 """Training: from parameters to a finished run.
 
-What happens from step to step is famba.session's; several processes on one run are famba.parallel's.
+What happens from step to step is famba.training.trainer's; several processes on one run are famba.training.distributed's.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from famba import data, parallel, params
+from famba import data, params
 from famba.data import Dataset
 from famba.errors import InputError
 from famba.fusion import strategies
@@ -21,14 +21,15 @@ from famba.kernels import precision
 from famba.kernels.triton import runtime
 from famba.models import pretrained
 from famba.models.vim import VisionMamba, create_model, kernels, sizes
-from famba.optim import learning_rate, parameter_groups
 from famba.params import Params, TrainParams
 from famba.profiling import flops
-from famba.session import Session, Watcher, evaluate
 from famba.storage import runs
 from famba.storage.files import claimed, json_bytes, write_atomic
 from famba.storage.runs import Run
-from famba.watch import Events, Rows
+from famba.training import distributed
+from famba.training.callbacks import Events, Rows
+from famba.training.optim import learning_rate, parameter_groups
+from famba.training.trainer import Session, Watcher, evaluate
 
 __all__ = ["CODE", "build", "evaluate", "fit", "folder", "forget", "learning_rate", "made_of", "parameter_groups"]
 
@@ -66,15 +67,15 @@ def fit(p: Params, *, seed: int, progress: bool = False, watch: Sequence[Watcher
         TrainingError: a loss or gradient that is not finite (names step, learning rate, layer and the last good
             checkpoint), tokens that were not fused as the schedule promises, or a process of several that was stopped.
     """
-    if p.train.processes > 1 and not parallel.started():
+    if p.train.processes > 1 and not distributed.started():
         return _fit_in_processes(p, seed, progress, watch)
-    if parallel.started() and p.train.processes not in (1, parallel.started()):
-        raise InputError(f"train.processes: {p.train.processes}; torchrun has started {parallel.started()}")
+    if distributed.started() and p.train.processes not in (1, distributed.started()):
+        raise InputError(f"train.processes: {p.train.processes}; torchrun has started {distributed.started()}")
     device = _device(p.train)
     if p.train.threads is not None:
         torch.set_num_threads(p.train.threads)
     precision.configure()
-    processes = parallel.join(device)
+    processes = distributed.join(device)
     images = data.load(p.data)
     model = build(p, classes=len(images.classes), seed=seed).to(processes.device)
     checkpoints = folder(p, seed=seed)
@@ -156,7 +157,7 @@ def _fit_in_processes(p: Params, seed: int, progress: bool, watch: Sequence[Watc
 
     write_atomic(checkpoints / "asked.json", json_bytes(p.as_dict()))
     arguments = ["train", "--resolved", str(checkpoints / "asked.json"), "--seed", str(seed), "--out", str(out)]
-    parallel.launch([*arguments, "--keep-checkpoints"], p.train.processes, quiet=not progress, meanwhile=tell)
+    distributed.launch([*arguments, "--keep-checkpoints"], p.train.processes, quiet=not progress, meanwhile=tell)
     tell()
     return Run(**vars(runs.read(out)), model_bytes=(out / runs.MODEL_FILE).read_bytes())
 

@@ -23,18 +23,19 @@ from torch.nn import functional
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from famba import data, graph
+from famba import data
 from famba.data import Dataset, augment, timm_transforms
 from famba.errors import InputError, TrainingError
 from famba.fusion import strategies
 from famba.kernels import precision
 from famba.models.vim import VisionMamba, kernels
-from famba.optim import learning_rate, parameter_groups, peak_lr
-from famba.parallel import Processes
 from famba.params import Params, TrainParams
 from famba.profiling import environment, flops, memory, timing
 from famba.storage import checkpoint
 from famba.storage.runs import Run
+from famba.training import cuda_graph
+from famba.training.distributed import Processes
+from famba.training.optim import learning_rate, parameter_groups, peak_lr
 
 _log = logging.getLogger(__name__)
 _MIB = 2**20
@@ -111,7 +112,7 @@ class Session:
         self.init_sha256 = p.init_sha256(seed)
         t = p.train
         self.parts = _parts(t, processes.count)
-        if t.cuda_graph and (reason := graph.unavailable(self.device, processes.count)):
+        if t.cuda_graph and (reason := cuda_graph.unavailable(self.device, processes.count)):
             raise InputError(f"train.cuda_graph: true: {reason}")
         if t.batch_size > len(images.train):
             raise InputError(f"train.batch_size: {t.batch_size}; there are {len(images.train)} training images")
@@ -350,7 +351,7 @@ class Session:
             return self._gradients(parts)
         if self.replay is None:
             self.given = [(images.clone(), targets.clone()) for images, targets in parts]
-            self.replay = graph.captured(lambda: self._gradients(self.given), self.device)
+            self.replay = cuda_graph.captured(lambda: self._gradients(self.given), self.device)
         for mine, part in zip(self.given, parts, strict=True):
             for place, x in zip(mine, part, strict=True):
                 place.copy_(x)
