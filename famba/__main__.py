@@ -228,9 +228,9 @@ def _hours(options: argparse.Namespace) -> int:
 
 
 def _readme(options: argparse.Namespace) -> int:
-    from famba import metrics
+    from famba.analysis import summary
 
-    metrics.update_readme("README.md", metrics.readme_blocks("results"))
+    summary.update_readme("README.md", summary.readme_blocks("results"))
     return 0
 
 

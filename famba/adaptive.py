@@ -1,7 +1,7 @@
 """The adaptive schedules beside the sweep: trained with its seeds at their budget, compared, written down.
 
 A frame's `strategy` is one of `STRATEGIES`, or `adaptive-` and the measure of costs that the schedule was made from.
-Intervals are Student's at 95%, on differences paired by seed, as in famba.metrics; each is for one comparison.
+Intervals are Student's at 95%, on differences paired by seed, as in famba.analysis.summary; each is for one comparison.
 """
 
 import dataclasses
@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from famba import calibrate, metrics, params, sweep
-from famba.calibrate import Plan
+from famba import params, sweep
+from famba.analysis import calibration, summary
+from famba.analysis.calibration import Plan
 from famba.errors import InputError
 from famba.params import ADAPTIVE, STRATEGIES, FusionRule, SweepParams
 from famba.storage import runs
@@ -36,8 +37,8 @@ def plans(asked: SweepParams, *, profile: str, runs_dir: str | Path, kinds: Sequ
         InputError: as from `calibrate.plan`.
     """
     rule = params.load_adaptive(profile)
-    folders = [Path(runs_dir) / runs.run_name(metrics.BASELINE, seed) for seed in asked.seeds]
-    return [calibrate.plan(folders, rule, kind=kind, count=images) for kind in kinds]
+    folders = [Path(runs_dir) / runs.run_name(summary.BASELINE, seed) for seed in asked.seeds]
+    return [calibration.plan(folders, rule, kind=kind, count=images) for kind in kinds]
 
 
 def name(plan: Plan) -> str:
@@ -57,10 +58,10 @@ def runs(
     Raises:
         InputError: as from `metrics.load_runs`; or a sweep in which no named strategy fuses.
     """
-    if set(asked.strategies) <= {metrics.BASELINE}:
+    if set(asked.strategies) <= {summary.BASELINE}:
         raise InputError(f"sweep.strategies: {list(asked.strategies)}: none that fuses, so nothing to compare with")
-    rows = metrics.load_runs(asked, runs_dir).filter(_COLUMNS).to_dict("records")
-    base = params.load(profile, strategy=metrics.BASELINE)
+    rows = summary.load_runs(asked, runs_dir).filter(_COLUMNS).to_dict("records")
+    base = params.load(profile, strategy=summary.BASELINE)
     for plan in plans:
         p = dataclasses.replace(base, strategy=ADAPTIVE, fusion=FusionRule(schedule=tuple(plan.schedule)))
         for seed in asked.seeds:
@@ -74,7 +75,7 @@ def runs(
 
 def schedules(plans: Sequence[Plan], asked: SweepParams, *, runs_dir: str | Path) -> pd.DataFrame:
     """One row per layer of every strategy: strategy, layer, removed; the named ones as their runs fused."""
-    named = metrics.load_schedules(asked, runs_dir)
+    named = summary.load_schedules(asked, runs_dir)
     rows = named.loc[named["layer"] > 0, ["strategy", "layer", "removed"]].to_dict("records")
     rows += [
         {"strategy": name(plan), "layer": layer, "removed": removed}
@@ -111,7 +112,7 @@ def table(runs: pd.DataFrame, schedules: pd.DataFrame, plans: Sequence[Plan]) ->
             ahead = [] if name(plan) == strategy else ahead
             row[f"cost_{plan.kind}"] = sum(costs[r] for costs, r in zip(plan.costs, removed, strict=True))
             columns = [f"{plan.kind}_ahead{end}" for end in ("", "_low", "_high")]
-            row |= dict(zip(columns, metrics.interval(ahead), strict=True))
+            row |= dict(zip(columns, summary.interval(ahead), strict=True))
         rows.append(row)
     return pd.DataFrame(rows)
 

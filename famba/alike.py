@@ -13,7 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from famba import data, evidence, params, sweep
+from famba import data, params, sweep
+from famba.analysis import similarity
 from famba.errors import InputError
 from famba.models.vim import VisionMamba
 from famba.storage import checkpoint, runs
@@ -83,7 +84,7 @@ def in_runs(
             raise InputError(f"images: {images}; must be in 1..{len(dataset.test)}, the test images")
         inputs = data.normalise(dataset.test.images[:images], described["mean"], described["std"])
         untrained = fit.build(p, classes=len(dataset.classes), seed=seed)
-        for weights, model in zip(evidence.WEIGHTS, (trained, untrained), strict=True):
+        for weights, model in zip(similarity.WEIGHTS, (trained, untrained), strict=True):
             frames.append(alikeness(model.eval(), inputs).assign(strategy=strategy, weights=weights))
     return pd.concat(frames, ignore_index=True)
 

@@ -8,10 +8,11 @@ import functools
 
 import ipywidgets
 
-from famba import figures, tokens
+from famba import figures
+from famba.analysis import tokens
+from famba.analysis.tokens import Watched
 from famba.fusion import strategies
 from famba.params import STRATEGIES
-from famba.tokens import Watched
 
 
 class Explorer(ipywidgets.VBox):

@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from famba import evidence, metrics
+from famba.analysis import similarity, summary
 from famba.canvas import GREY, Figure, caption, styled
 from famba.canvas import save as save
 from famba.errors import InputError
@@ -74,7 +74,7 @@ def accuracy_against(frame: pd.DataFrame, cost: str = "train_time_s") -> Figure:
     Raises:
         InputError: a column that is not a cost.
     """
-    front = metrics.pareto(frame, cost)
+    front = summary.pareto(frame, cost)
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axes = figure.add_subplot()
     names, chart = _strategies(frame), {"x": cost, "y": "top1_percent", "style": "strategy", "markers": _MARKERS}
@@ -509,22 +509,22 @@ def alike_similarity(frame: pd.DataFrame) -> Figure:
     Args:
         frame: as from `alike.in_runs`.
     """
-    table = evidence.quantiles(frame.loc[frame["quantity"] == "similarity"])
+    table = similarity.quantiles(frame.loc[frame["quantity"] == "similarity"])
     figure = Figure(figsize=(9.6, 3.9), layout="constrained")
     axes, right = figure.subplots(1, 2, width_ratios=[3, 2])
-    _bands(axes, _of(table, metrics.BASELINE))
+    _bands(axes, _of(table, summary.BASELINE))
     axes.set(xlabel="layer", ylabel="cosine similarity with the best match", title="unfused tokens (none)")
     axes.legend(loc="best")
-    rises = evidence.rise(frame)
-    for row, weights in enumerate(evidence.WEIGHTS):
+    rises = similarity.rise(frame)
+    for row, weights in enumerate(similarity.WEIGHTS):
         values = rises[weights].to_numpy()
-        mean, low, high = evidence.bootstrap(values)
+        mean, low, high = similarity.bootstrap(values)
         _box(right, values, float(row), _WEIGHTS_COLOURS[weights])
         style = {"color": _PALETTE[3], "capsize": 4, "markersize": 5, "zorder": 4}
         right.errorbar(mean, row, xerr=[[mean - low], [high - mean]], fmt="o", **style)
     right.axvline(0, color="0.6", linewidth=0.9)
-    right.set_yticks(range(len(evidence.WEIGHTS)), evidence.WEIGHTS)
-    right.set(ylim=(len(evidence.WEIGHTS) - 0.5, -0.5), xlabel="difference in cosine similarity")
+    right.set_yticks(range(len(similarity.WEIGHTS)), similarity.WEIGHTS)
+    right.set(ylim=(len(similarity.WEIGHTS) - 0.5, -0.5), xlabel="difference in cosine similarity")
     right.set_title("upper third minus lower third of the layers")
     right.xaxis.set_major_locator(MaxNLocator(nbins=5))
     right.grid(False, axis="y")
@@ -548,8 +548,8 @@ def alike_distance(frame: pd.DataFrame) -> Figure:
     Raises:
         InputError: no strategy that fuses.
     """
-    table = evidence.quantiles(frame.loc[frame["quantity"] == "distance"])
-    names, chance = _strategies(table), evidence.chance_distance(frame)
+    table = similarity.quantiles(frame.loc[frame["quantity"] == "distance"])
+    names, chance = _strategies(table), similarity.chance_distance(frame)
     figure = Figure(figsize=(max(5.0, 2.5 * len(names) + 1.0), 3.6), layout="constrained")
     panels = figure.subplots(1, len(names), sharex=True, sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
@@ -575,12 +575,12 @@ def alike_size(frame: pd.DataFrame) -> Figure:
     Raises:
         InputError: a strategy that has no colour.
     """
-    sizes = frame.loc[(frame["quantity"] == "size") & (frame["strategy"] != metrics.BASELINE)]
+    sizes = frame.loc[(frame["quantity"] == "size") & (frame["strategy"] != summary.BASELINE)]
     names = _strategies(sizes)
     figure = Figure(figsize=(7.2, 1.2 + 0.75 * len(names)), layout="constrained")
     axes = figure.add_subplot()
     for row, name in enumerate(names):
-        for offset, weights in zip((-0.19, 0.19), evidence.WEIGHTS, strict=True):
+        for offset, weights in zip((-0.19, 0.19), similarity.WEIGHTS, strict=True):
             values = _of(sizes, name).loc[sizes["weights"] == weights, "value"].to_numpy()
             _box(axes, values, row + offset, _WEIGHTS_COLOURS[weights], width=0.3)
     axes.set_yticks(range(len(names)), names)
@@ -588,8 +588,8 @@ def alike_size(frame: pd.DataFrame) -> Figure:
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
     axes.grid(False, axis="y")
-    handles = [Rectangle((0, 0), 1, 1, color=_WEIGHTS_COLOURS[weights], alpha=0.6) for weights in evidence.WEIGHTS]
-    figure.legend(handles, evidence.WEIGHTS, loc="outside upper center", ncols=2)
+    handles = [Rectangle((0, 0), 1, 1, color=_WEIGHTS_COLOURS[weights], alpha=0.6) for weights in similarity.WEIGHTS]
+    figure.legend(handles, similarity.WEIGHTS, loc="outside upper center", ncols=2)
     text = f"Tokens of {sizes['image'].nunique()} images, class token apart: median, middle half, whiskers 5 to 95%."
     caption(figure, text, width=110)
     return figure
@@ -597,7 +597,7 @@ def alike_size(frame: pd.DataFrame) -> Figure:
 
 def _bands(axes: Axes, table: pd.DataFrame) -> None:
     """Median, middle half and 5 to 95% by layer, for both kinds of weights."""
-    for weights in evidence.WEIGHTS:
+    for weights in similarity.WEIGHTS:
         own, colour = table.loc[table["weights"] == weights], _WEIGHTS_COLOURS[weights]
         for low, high, alpha in (("q05", "q95", 0.13), ("q25", "q75", 0.25)):
             axes.fill_between(own["layer"], own[low], own[high], color=colour, alpha=alpha, linewidth=0)
@@ -728,7 +728,7 @@ def adaptive_schedules(schedules: pd.DataFrame, runs: pd.DataFrame) -> Figure:
         bars.grid(False)
         bars.tick_params(labelbottom=row == len(names) - 1)
         points = _of(runs, name)["top1_percent"].to_numpy(float)
-        mean, low, high = metrics.interval(points.tolist())
+        mean, low, high = summary.interval(points.tolist())
         score.scatter(points, [row] * len(points), s=20, color=colours[name], alpha=0.5)
         error = None if math.isnan(low) else [[mean - low], [high - mean]]
         style: dict[str, Any] = {"color": colours[name], "markeredgecolor": "white", "markersize": 9, "capsize": 3}

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from famba import ablation, effects, params
+from famba import ablation, params
+from famba.analysis import ablation
 from famba.errors import InputError
 from famba.params import AblationParams, FusionOptions
 from famba.storage import runs
@@ -153,6 +154,6 @@ def test_a_run_that_cannot_be_trained_is_named(tmp_path, monkeypatch):
 
 def test_what_is_gathered_can_be_told_in_words(trained):
     frame, _ = trained
-    table = effects.effects(frame, grid="upper", reference=FusionOptions())
+    table = ablation.effects(frame, grid="upper", reference=FusionOptions())
     assert list(table["strategy"]) == ["upper", "upper", "lower"]
-    assert "Keeping scan order instead of" in effects.markdown(table, frame)
+    assert "Keeping scan order instead of" in ablation.markdown(table, frame)

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from famba import adaptive, sweep
-from famba.calibrate import Plan
+from famba.analysis.calibration import Plan
 from famba.errors import InputError
 from famba.params import AdaptiveRule, SweepParams
 from famba.storage import runs

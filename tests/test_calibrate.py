@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from famba import calibrate, create_model, data, params, sweep
+from famba import create_model, data, params, sweep
+from famba.analysis import calibration
 from famba.errors import InputError
 from famba.fusion import strategies
 from famba.params import AdaptiveRule, FusionOptions
@@ -37,7 +38,7 @@ def seen(model, images, schedule):
 
 
 def test_similarity_costs_are_what_the_best_pairs_lack_of_being_alike(model, images):
-    costs = calibrate.fusing_costs(model, images, kind="similarity")
+    costs = calibration.fusing_costs(model, images, kind="similarity")
     assert [len(row) for row in costs] == [1 + MOST] * 3
     for layer in range(3):
         for r in (1, 5, MOST):
@@ -51,7 +52,7 @@ def test_similarity_costs_are_what_the_best_pairs_lack_of_being_alike(model, ima
 
 
 def test_costs_by_the_logits_are_divergences_from_the_unfused_answer(model, images):
-    costs = calibrate.fusing_costs(model, images, kind="logits")
+    costs = calibration.fusing_costs(model, images, kind="logits")
     unfused = seen(model, images, [0, 0, 0])[0].double().softmax(-1)
     for layer in range(3):
         for r in (1, 2, 3, 4, 6, 8, 11, 16, MOST):
@@ -62,11 +63,11 @@ def test_costs_by_the_logits_are_divergences_from_the_unfused_answer(model, imag
         assert costs[layer][7] == pytest.approx((costs[layer][6] + costs[layer][8]) / 2)
 
 
-@pytest.mark.parametrize("kind", calibrate.KINDS)
+@pytest.mark.parametrize("kind", calibration.KINDS)
 def test_calibration_leaves_the_model_alone_and_repeats_itself(model, images, kind):
     before = functional.normalize(model.pos_embed).clone()
-    first = calibrate.fusing_costs(model, images, kind=kind)
-    assert calibrate.fusing_costs(model, images, kind=kind) == first
+    first = calibration.fusing_costs(model, images, kind=kind)
+    assert calibration.fusing_costs(model, images, kind=kind) == first
     assert model.schedule == [4, 0, 0]
     assert model.training
     assert torch.equal(functional.normalize(model.pos_embed), before)
@@ -74,14 +75,14 @@ def test_calibration_leaves_the_model_alone_and_repeats_itself(model, images, ki
 
 def test_the_kind_of_costs_is_checked(model, images):
     with pytest.raises(InputError, match="'accuracy' is not one of similarity, logits"):
-        calibrate.fusing_costs(model, images, kind="accuracy")
+        calibration.fusing_costs(model, images, kind="accuracy")
 
 
 COSTS = [[r * (1 + layer) ** 0.5 + r * r / 50 for r in range(1 + MOST)] for layer in range(3)]
 
 
 def within(rule: AdaptiveRule, model) -> list[int]:
-    return calibrate.within(rule, COSTS, calibrate.Step(model.config, 4, FusionOptions(), "fp32"))
+    return calibration.within(rule, COSTS, calibration.Step(model.config, 4, FusionOptions(), "fp32"))
 
 
 def price(schedule) -> float:
@@ -128,7 +129,7 @@ def test_a_share_that_no_schedule_keeps_is_refused_with_the_nearest(model):
 def test_the_precision_of_training_counts_for_a_share_of_the_memory(model):
     schedule = [10, 5, 0]
     shares = [
-        calibrate.Step(model.config, 4, FusionOptions(), precision).share("memory", schedule)
+        calibration.Step(model.config, 4, FusionOptions(), precision).share("memory", schedule)
         for precision in ("fp32", "bf16")
     ]
     peaks = [
@@ -145,21 +146,21 @@ def run_dir(tmp_path_factory):
 
 
 def test_a_plan_says_what_it_was_made_from_and_what_it_saves(run_dir):
-    plan = calibrate.plan([run_dir, run_dir], AdaptiveRule(total=20), kind="logits", count=7)
+    plan = calibration.plan([run_dir, run_dir], AdaptiveRule(total=20), kind="logits", count=7)
     assert (plan.kind, plan.runs, plan.images) == ("logits", ["none-0", "none-0"], 7)
     assert sum(plan.schedule) == 20
     assert 0 < plan.memory_share < 1
     assert 0 < plan.flops_share < 1
-    one = calibrate.plan([run_dir], AdaptiveRule(total=20), kind="logits", count=7)
+    one = calibration.plan([run_dir], AdaptiveRule(total=20), kind="logits", count=7)
     assert plan.costs == one.costs  # the mean of a run with itself
 
 
 def test_calibration_looks_at_validation_images_and_never_at_the_test_split(run_dir, monkeypatch):
     whole = data.load(params.load("smoke", strategy="none").data)
     blind = dataclasses.replace(whole, test=data.Split(whole.test.images[:0], whole.test.labels[:0]), train=whole.test)
-    expected = calibrate.plan([run_dir], AdaptiveRule(total=20), kind="similarity", count=9)
+    expected = calibration.plan([run_dir], AdaptiveRule(total=20), kind="similarity", count=9)
     monkeypatch.setattr(data, "load", lambda _: blind)
-    assert calibrate.plan([run_dir], AdaptiveRule(total=20), kind="similarity", count=9) == expected
+    assert calibration.plan([run_dir], AdaptiveRule(total=20), kind="similarity", count=9) == expected
 
 
 def test_a_run_that_fuses_or_differs_from_the_first_is_no_ground_for_calibration(run_dir, monkeypatch):
@@ -173,6 +174,6 @@ def test_a_run_that_fuses_or_differs_from_the_first_is_no_ground_for_calibration
     monkeypatch.setattr(runs, "read", other)
     for folder, said in {"fusing": "needs a run of 'none'", "other": "only their seeds may differ"}.items():
         with pytest.raises(InputError, match=said):
-            calibrate.plan([run_dir, folder], AdaptiveRule(total=2), kind="logits", count=2)
+            calibration.plan([run_dir, folder], AdaptiveRule(total=2), kind="logits", count=2)
     with pytest.raises(InputError, match="must be 1 or more"):
-        calibrate.plan([], AdaptiveRule(total=2), kind="logits", count=2)
+        calibration.plan([], AdaptiveRule(total=2), kind="logits", count=2)

@@ -7,8 +7,8 @@ import math
 import pandas as pd
 import pytest
 
-from famba import effects
-from famba.effects import FACTORS
+from famba.analysis import ablation
+from famba.analysis.ablation import FACTORS
 from famba.errors import InputError
 from famba.params import FusionOptions, levels
 
@@ -59,7 +59,7 @@ def effect(table: pd.DataFrame, strategy: str, over: str, factor: str) -> dict:
 
 @pytest.fixture
 def table() -> pd.DataFrame:
-    return effects.effects(two_by_two(), grid="upper", reference=FusionOptions())
+    return ablation.effects(two_by_two(), grid="upper", reference=FusionOptions())
 
 
 def test_an_effect_over_the_grid_is_the_mean_of_each_seeds_pairs_and_its_interval_is_over_seeds(table):
@@ -98,7 +98,7 @@ def test_more_pairs_of_the_same_seeds_do_not_make_an_interval_narrower():
     frame = frame[frame["strategy"] == "upper"]
     twice = pd.concat([frame, frame.assign(position="after_scan")])
     once, doubled = (
-        effect(effects.effects(runs, grid="upper", reference=FusionOptions()), "upper", "grid", "order")
+        effect(ablation.effects(runs, grid="upper", reference=FusionOptions()), "upper", "grid", "order")
         for runs in (frame, twice)
     )
     assert (once["pairs"], doubled["pairs"]) == (2, 4)
@@ -108,7 +108,7 @@ def test_more_pairs_of_the_same_seeds_do_not_make_an_interval_narrower():
 def test_another_reference_turns_the_sign():
     frame = two_by_two()
     reference = FusionOptions(order="append")
-    table = effects.effects(frame[frame["strategy"] == "upper"], grid="upper", reference=reference)
+    table = ablation.effects(frame[frame["strategy"] == "upper"], grid="upper", reference=reference)
     found = effect(table, "upper", "grid", "order")
     assert (found["kept"], found["instead"]) == ("append", "scan")
     assert found["mean"] == pytest.approx(-5.5 / 3)
@@ -116,15 +116,15 @@ def test_another_reference_turns_the_sign():
 
 def test_one_seed_has_no_interval():
     frame = two_by_two()
-    table = effects.effects(frame[frame["seed"] == 1], grid="upper", reference=FusionOptions())
+    table = ablation.effects(frame[frame["seed"] == 1], grid="upper", reference=FusionOptions())
     found = effect(table, "upper", "grid", "order")
     assert found["mean"] == pytest.approx(3)
     assert math.isnan(found["low"])
-    assert not effects.told(found)
-    assert effects.sentence(found).endswith(
+    assert not ablation.told(found)
+    assert ablation.sentence(found).endswith(
         "+3.0 points, n = 1 seed with 2 pairs of runs: without an interval, so nothing is told."
     )
-    text = effects.markdown(table, frame)
+    text = ablation.markdown(table, frame)
     assert " nan" not in text
     assert "+nan" not in text
     assert "| order: scan − append | +3.0 | +4.0 | −1.0 |" in text
@@ -135,32 +135,32 @@ def test_a_run_without_its_counterpart_is_named():
     frame = two_by_two()
     lone = frame[~((frame["order"] == "append") & (frame["weighting"] == "mean") & (frame["seed"] == 1))]
     with pytest.raises(InputError, match="scan against append: the run mean-normed-before_mixer of seed 1 has no"):
-        effects.effects(lone, grid="upper", reference=FusionOptions())
+        ablation.effects(lone, grid="upper", reference=FusionOptions())
 
 
 def test_seeds_with_another_number_of_pairs_are_refused():
     frame = two_by_two()
     less = frame[~((frame["weighting"] == "mean") & (frame["seed"] == 1))]
     with pytest.raises(InputError, match=r"from seed to seed: \{0: 2, 1: 1, 2: 2\}"):
-        effects.effects(less, grid="upper", reference=FusionOptions())
+        ablation.effects(less, grid="upper", reference=FusionOptions())
 
 
 def test_a_run_that_comes_twice_is_refused():
     frame = two_by_two()
     with pytest.raises(InputError, match="order scan: the run size-normed-before_mixer of seed 0 comes twice"):
-        effects.effects(pd.concat([frame, frame.iloc[:1]]), grid="upper", reference=FusionOptions())
+        ablation.effects(pd.concat([frame, frame.iloc[:1]]), grid="upper", reference=FusionOptions())
 
 
 def test_a_grid_without_runs_is_refused():
     with pytest.raises(InputError, match="'all' has no runs; there are runs of upper, lower"):
-        effects.effects(two_by_two(), grid="all", reference=FusionOptions())
+        ablation.effects(two_by_two(), grid="all", reference=FusionOptions())
 
 
 MADE_UP = {"factor": "order", "kept": "scan", "instead": "append", "n": 5, "pairs": 20}
 
 
 def test_a_sentence_says_difference_interval_and_n():
-    said = effects.sentence(MADE_UP | {"mean": 0.62, "low": 0.1, "high": 1.14})
+    said = ablation.sentence(MADE_UP | {"mean": 0.62, "low": 0.1, "high": 1.14})
     assert said == (
         "Keeping scan order instead of putting even tokens first, then odd ones: +0.6 points, "
         "95% interval +0.1 to +1.1, n = 5 seeds with 20 pairs of runs each."
@@ -168,14 +168,14 @@ def test_a_sentence_says_difference_interval_and_n():
 
 
 def test_a_sentence_with_a_loss_has_its_sign():
-    assert ": −0.6 points, 95% interval −1.1 to −0.1," in effects.sentence(
+    assert ": −0.6 points, 95% interval −1.1 to −0.1," in ablation.sentence(
         MADE_UP | {"mean": -0.62, "low": -1.14, "high": -0.1}
     )
 
 
 @pytest.mark.parametrize(("low", "high"), [(-0.1, 1.3), (-1.3, 0.1), (0.0, 1.2), (-1.2, 0.0), (0.0, 0.0)])
 def test_an_interval_that_includes_zero_tells_no_difference(low, high):
-    said = effects.sentence(MADE_UP | {"mean": (low + high) / 2, "low": low, "high": high, "pairs": 1})
+    said = ablation.sentence(MADE_UP | {"mean": (low + high) / 2, "low": low, "high": high, "pairs": 1})
     assert ": no difference could be told (" in said
     assert said.endswith("n = 5 seeds with a pair of runs each).")
 
@@ -184,15 +184,15 @@ def test_every_pair_of_values_has_its_words():
     for factor in FACTORS:
         for kept, instead in itertools.permutations(levels(factor), 2):  # pyright: ignore[reportArgumentType]
             row = MADE_UP | {"factor": factor, "kept": kept, "instead": instead, "mean": 1.0, "low": 0.5, "high": 1.5}
-            assert " instead of " in effects.sentence(row)
+            assert " instead of " in ablation.sentence(row)
 
 
 def test_zero_has_no_sign_of_its_own():
-    assert ": +0.0 points" in effects.sentence(MADE_UP | {"mean": -0.04, "low": -0.05, "high": -0.01})
+    assert ": +0.0 points" in ablation.sentence(MADE_UP | {"mean": -0.04, "low": -0.05, "high": -0.01})
 
 
 def test_the_text_has_a_sentence_per_effect_a_table_and_how_many_intervals_exclude_zero(table):
-    text = effects.markdown(table, two_by_two())
+    text = ablation.markdown(table, two_by_two())
     assert text.count("\n- ") == 2
     assert "| option | upper, over the grid | upper | lower |" in text
     (order,) = [line for line in text.splitlines() if line.startswith("| order: scan − append |")]
@@ -205,11 +205,11 @@ def test_the_text_has_a_sentence_per_effect_a_table_and_how_many_intervals_exclu
 
 def test_files_hold_every_run_and_the_text_and_are_the_same_bytes_again(tmp_path, table):
     runs = two_by_two()
-    effects.write(table, runs, tmp_path)
+    ablation.write(table, runs, tmp_path)
     lines = (tmp_path / "ablation.csv").read_text().splitlines()
     assert lines[0] == "profile,strategy,order,weighting,feature,position,seed,epochs,top1_percent,loss,flops_per_image"
     assert len(lines) == 1 + len(runs)
-    assert (tmp_path / "ablation.md").read_text() == effects.markdown(table, runs)
+    assert (tmp_path / "ablation.md").read_text() == ablation.markdown(table, runs)
     before = (tmp_path / "ablation.csv").read_bytes()
-    effects.write(table, runs, tmp_path)
+    ablation.write(table, runs, tmp_path)
     assert (tmp_path / "ablation.csv").read_bytes() == before

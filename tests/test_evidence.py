@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from famba import evidence
+from famba.analysis import similarity
 from famba.errors import InputError
 
 
@@ -24,21 +24,21 @@ def measured(slopes, depth=6, images=20, strategies=("none", "upper")):
 
 def test_quantiles_of_a_case_worked_by_hand_come_in_the_fixed_order():
     frame = measured({"untrained": 0.0, "trained": 0.0}, depth=2, images=5, strategies=("upper", "none"))
-    table = evidence.quantiles(frame)
+    table = similarity.quantiles(frame)
     keys = table[["quantity", "strategy", "weights", "layer"]].to_numpy().tolist()
     assert keys[:5] == [
         *(["similarity", "none", "trained", 1], ["similarity", "none", "trained", 2]),
         *(["similarity", "none", "untrained", 1], ["similarity", "none", "untrained", 2]),
         ["similarity", "upper", "trained", 1],
     ]
-    assert list(dict.fromkeys(table["quantity"])) == list(evidence.QUANTITIES)
+    assert list(dict.fromkeys(table["quantity"])) == list(similarity.QUANTITIES)
     first = table.iloc[0]
     assert first["n"] == 15
-    np.testing.assert_allclose(first[list(evidence.QUANTILES)].astype(float), [0.5, 0.51, 0.52, 0.53, 0.54])
+    np.testing.assert_allclose(first[list(similarity.QUANTILES)].astype(float), [0.5, 0.51, 0.52, 0.53, 0.54])
 
 
 def test_the_rise_compares_the_thirds_of_each_image():
-    rises = evidence.rise(measured({"trained": 0.1, "untrained": -0.1}, depth=7))
+    rises = similarity.rise(measured({"trained": 0.1, "untrained": -0.1}, depth=7))
     np.testing.assert_allclose(rises["trained"], 0.5, err_msg="layers 6, 7 less layers 1, 2")
     np.testing.assert_allclose(rises["untrained"], -0.5)
     assert len(rises) == 20
@@ -49,31 +49,31 @@ def test_the_rise_compares_the_thirds_of_each_image():
     [(2, [1], [2]), (4, [1], [4]), (10, [1, 2, 3], [8, 9, 10]), (24, [*range(1, 9)], [*range(17, 25)])],
 )
 def test_thirds_do_not_overlap(depth, lower, upper):
-    assert evidence.thirds(depth) == (lower, upper)
+    assert similarity.thirds(depth) == (lower, upper)
 
 
 def test_what_cannot_be_compared_is_refused():
     with pytest.raises(InputError, match="depth: 1; at least 2 layers needed"):
-        evidence.thirds(1)
+        similarity.thirds(1)
     with pytest.raises(InputError, match="strategies: upper; 'none' is needed"):
-        evidence.rise(measured({"trained": 0.0, "untrained": 0.0}, strategies=("upper",)))
+        similarity.rise(measured({"trained": 0.0, "untrained": 0.0}, strategies=("upper",)))
     with pytest.raises(InputError, match="values: none"):
-        evidence.bootstrap(np.array([]))
+        similarity.bootstrap(np.array([]))
 
 
 def test_the_bootstrap_covers_the_truth_about_as_often_as_it_says():
     draws = np.random.default_rng(0).normal(5, 2, (200, 100))
-    inside = [low <= 5 <= high for _, low, high in map(evidence.bootstrap, draws)]
+    inside = [low <= 5 <= high for _, low, high in map(similarity.bootstrap, draws)]
     assert 0.9 < np.mean(inside) < 0.99
-    assert evidence.bootstrap(draws[0]) == evidence.bootstrap(draws[0])
-    assert evidence.bootstrap(np.array([2.0, 2.0])) == (2.0, 2.0, 2.0)
+    assert similarity.bootstrap(draws[0]) == similarity.bootstrap(draws[0])
+    assert similarity.bootstrap(np.array([2.0, 2.0])) == (2.0, 2.0, 2.0)
 
 
 def test_chance_is_the_median_over_all_pairs_of_patches():
     frame = measured({"trained": 0.0, "untrained": 0.0})
     pairs = itertools.combinations(itertools.product(range(3), range(3)), 2)
     expected = np.median([np.hypot(a[0] - b[0], a[1] - b[1]) for a, b in pairs])
-    assert evidence.chance_distance(frame) == pytest.approx(expected)
+    assert similarity.chance_distance(frame) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -86,14 +86,14 @@ def test_chance_is_the_median_over_all_pairs_of_patches():
     ],
 )
 def test_the_verdict_follows_from_the_numbers(slopes, said):
-    text = evidence.text(measured(dict(zip(evidence.WEIGHTS, slopes, strict=True))))
+    text = similarity.text(measured(dict(zip(similarity.WEIGHTS, slopes, strict=True))))
     for words in said:
         assert words in text.splitlines()[0]
 
 
 def test_the_text_and_the_table_are_written_with_the_numbers(tmp_path):
     frame = measured({"trained": -0.02, "untrained": 0.0})
-    evidence.write(frame, tmp_path, seed=3, profile="smoke")
+    similarity.write(frame, tmp_path, seed=3, profile="smoke")
     text = (tmp_path / "evidence.md").read_text()
     assert "- trained: \N{MINUS SIGN}0.0800 (\N{MINUS SIGN}0.0800 to \N{MINUS SIGN}0.0800)" in text
     assert "mean over 20 images" in text
@@ -101,6 +101,6 @@ def test_the_text_and_the_table_are_written_with_the_numbers(tmp_path):
     assert "seed 3" in text
     assert "| none |" not in text
     first = (tmp_path / "evidence.csv").read_bytes()
-    assert len(first.splitlines()) == 1 + len(evidence.quantiles(frame))
-    evidence.write(frame, tmp_path, seed=3, profile="smoke")
+    assert len(first.splitlines()) == 1 + len(similarity.quantiles(frame))
+    similarity.write(frame, tmp_path, seed=3, profile="smoke")
     assert (tmp_path / "evidence.csv").read_bytes() == first

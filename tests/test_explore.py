@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 from test_tokens import run  # noqa: F401 (a fixture)
 
-from famba import explore, figures, tokens
+from famba import explore, figures
+from famba.analysis import tokens
 from famba.fusion import strategies
 from famba.params import STRATEGIES
 

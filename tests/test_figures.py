@@ -10,7 +10,8 @@ from matplotlib.collections import PathCollection
 from matplotlib.colors import to_hex, to_rgb
 from test_metrics import runs_frame
 
-from famba import effects, figures, metrics
+from famba import figures
+from famba.analysis import ablation, summary
 from famba.errors import InputError
 from famba.params import STRATEGIES, FusionOptions
 
@@ -24,7 +25,7 @@ def runs():
 
 @pytest.fixture
 def schedules():
-    return metrics.schedule_frame({"upper": [0, 0, 4], "none": [0, 0, 0], "all": [2, 2, 2]}, tokens=17)
+    return summary.schedule_frame({"upper": [0, 0, 4], "none": [0, 0, 0], "all": [2, 2, 2]}, tokens=17)
 
 
 @pytest.fixture
@@ -171,12 +172,12 @@ def test_runs_that_trained_nothing_are_drawn_and_said(runs, history):
     runs["train_time_s"] = 0.0
     against = figures.accuracy_against(runs, "train_time_s")
     assert {line.get_xydata()[0, 0] for line, *_ in against.axes[0].containers} == {0.0}
-    beside = figures.paper_beside_ours(metrics.beside_paper(metrics.summary(runs)))
+    beside = figures.paper_beside_ours(summary.beside_paper(summary.summary(runs)))
     assert any("not\nmeasured\nhere" in text.get_text() for text in beside.axes[9].texts)
 
 
 def test_beside_the_paper_bars_are_changes_and_texts_are_values(runs):
-    figure = figures.paper_beside_ours(metrics.beside_paper(metrics.summary(runs)))
+    figure = figures.paper_beside_ours(summary.beside_paper(summary.summary(runs)))
     assert len(figure.axes) == 3 * 5
     assert [title.split("\n")[::2] for title in titles(figure)] == [
         *(["Vim-Ti", "paper"], ["Vim-Ti", "here"], ["Vim-S", "paper"], ["Vim-S", "here"], ["vim_nano", "here"])
@@ -391,7 +392,7 @@ def test_no_text_of_the_saved_figures_overlaps_another(runs, schedules, history,
         figures.tokens_per_layer(schedules),
         figures.training_curves(history),
         figures.strategies_overview(schedules),
-        figures.paper_beside_ours(metrics.beside_paper(metrics.summary(runs))),
+        figures.paper_beside_ours(summary.beside_paper(summary.summary(runs))),
         figures.benchmark(benchmarks),
         figures.gpu_benchmark(made_up_gpu),
         figures.alike_similarity(likeness),
@@ -445,7 +446,7 @@ def ablated():
 
 
 def test_an_ablation_shows_every_effect_with_its_interval_and_every_cell_with_its_mean(ablated):
-    table = effects.effects(ablated, grid="upper", reference=FusionOptions())
+    table = ablation.effects(ablated, grid="upper", reference=FusionOptions())
     figure = figures.ablation(table, ablated)
     left, right = figure.axes
     labels = [text.get_text() for text in left.get_yticklabels()]
@@ -470,7 +471,7 @@ def test_an_ablation_shows_every_effect_with_its_interval_and_every_cell_with_it
 
 def test_an_ablation_of_one_option_and_one_seed_has_marks_without_intervals(ablated):
     runs = ablated[(ablated["seed"] == 0) & (ablated["feature"] == "normed")]
-    table = effects.effects(runs, grid="upper", reference=FusionOptions())
+    table = ablation.effects(runs, grid="upper", reference=FusionOptions())
     figure = figures.ablation(table, runs)
     left, right = figure.axes
     assert not any(container.lines[2] for container in left.containers)
@@ -478,7 +479,7 @@ def test_an_ablation_of_one_option_and_one_seed_has_marks_without_intervals(abla
 
 
 def test_an_ablation_is_the_same_bytes_again(ablated, tmp_path):
-    table = effects.effects(ablated, grid="upper", reference=FusionOptions())
+    table = ablation.effects(ablated, grid="upper", reference=FusionOptions())
     first, second = (figures.save(figures.ablation(table, ablated), tmp_path / f"{i}.png") for i in range(2))
     assert first.read_bytes() == second.read_bytes()
 
@@ -507,7 +508,7 @@ def test_adaptive_schedules_show_every_layers_tokens_and_the_mean_with_its_inter
     assert means == [[97.0, 0], [95.0, 1], [94.5, 2]]
     (spread,) = score.containers[2][2]
     low, high = spread.get_segments()[0][:, 0]
-    assert (low, high) == pytest.approx(metrics.interval([94.0, 95.0])[1:])
+    assert (low, high) == pytest.approx(summary.interval([94.0, 95.0])[1:])
     assert "n = 2 seeds" in figure._supxlabel.get_text()
     with pytest.raises(InputError, match="'adaptive-luck' is not one of"):
         figures.adaptive_schedules(pd.DataFrame(layers), pd.DataFrame(rows).assign(strategy="adaptive-luck"))

@@ -20,7 +20,8 @@ from packaging.requirements import Requirement
 from ruamel.yaml import YAML
 
 import famba
-from famba import backends, metrics, params
+from famba import backends, params
+from famba.analysis import summary
 from famba.training import fit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -317,9 +318,9 @@ def test_checkpoints_are_keyed_by_all_code_that_makes_a_result():
 
 def test_the_readmes_tables_are_those_of_the_results():
     text = (ROOT / "README.md").read_text()
-    blocks = metrics.readme_blocks(ROOT / "results")
+    blocks = summary.readme_blocks(ROOT / "results")
     assert set(blocks) == {"results", "photographs", "beside"}
-    assert metrics.readme_text(text, blocks) == text
+    assert summary.readme_text(text, blocks) == text
 
 
 def test_commands_that_the_readme_names_exist():

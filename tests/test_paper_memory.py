@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from famba import paper_memory
+from famba.analysis import paper_memory
 
 
 @pytest.fixture(scope="module")

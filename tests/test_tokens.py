@@ -4,7 +4,8 @@ import torch
 from PIL import Image
 from test_records import make_run
 
-from famba import data, params, tokens
+from famba import data, params
+from famba.analysis import tokens
 from famba.errors import InputError
 from famba.fusion import strategies
 from famba.params import STRATEGIES

@@ -3,7 +3,7 @@
 A schedule holds the tokens removed by each layer. The model takes a schedule and never sees a name. Layers count
 from 1, as in the paper. Here `t` is a number of tokens and `r` the tokens removed by one layer. No torch.
 
-One strategy is not the paper's: `adaptive` spends a budget where a table says that fusing costs least (famba.calibrate
+One strategy is not the paper's: `adaptive` spends a budget where a table says that fusing costs least (famba.analysis.calibration
 measures such tables). Its `costs` hold one row for each layer, whose entry r is what fusing r tokens there costs.
 """
 

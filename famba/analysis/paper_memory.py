@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import pandas as pd
 import torch
 
-from famba import metrics
+from famba.analysis import summary
 from famba.fusion import strategies
 from famba.models.vim import create_model
 from famba.params import FusionOptions
@@ -31,7 +31,7 @@ def beside_formula() -> pd.DataFrame:
         it, so that about as many tokens go; 3: r varies), first_layer, r, source (`paper` or `formula`) and
         memory_share. The paper has these tables for vim_tiny alone; the formula is given for vim_small too.
     """
-    published = metrics.paper_table()
+    published = summary.paper_table()
     unfused = published.loc[(published["table"] == 1) & (published["strategy"] == "none")]
     base = dict(zip(unfused["model"], unfused["peak_memory_mib"], strict=True))
     rows = []

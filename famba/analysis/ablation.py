@@ -17,7 +17,8 @@ from typing import Any
 
 import pandas as pd
 
-from famba import metrics, params
+from famba import params
+from famba.analysis import summary
 from famba.errors import InputError
 from famba.params import STRATEGIES, FusionOptions
 from famba.storage.files import write_atomic
@@ -67,7 +68,7 @@ def effects(runs: pd.DataFrame, *, grid: str, reference: FusionOptions) -> pd.Da
                 compared = own if over == "grid" else _at(own, reference, but=factor)
                 for instead in [level for level in _DOING[factor] if level in set(own[factor]) and level != kept]:
                     by_seed = list(_paired(compared, factor, kept, instead).values())
-                    mean, low, high = metrics.interval([statistics.mean(pairs) for pairs in by_seed])
+                    mean, low, high = summary.interval([statistics.mean(pairs) for pairs in by_seed])
                     rows.append(
                         {"strategy": strategy, "over": over, "factor": factor, "kept": kept, "instead": instead}
                         | {"mean": mean, "low": low, "high": high, "n": len(by_seed), "pairs": len(by_seed[0])}

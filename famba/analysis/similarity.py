@@ -13,8 +13,8 @@ import pandas as pd
 from jaxtyping import Float
 
 from famba import params
+from famba.analysis.summary import BASELINE
 from famba.errors import InputError
-from famba.metrics import BASELINE
 from famba.params import STRATEGIES
 from famba.storage.files import write_atomic
 

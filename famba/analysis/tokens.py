@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from famba import data, metrics, params
+from famba import data, params
+from famba.analysis import summary
 from famba.errors import InputError
 from famba.fusion import strategies
 from famba.models.vim import Trace, VisionMamba
@@ -137,7 +138,7 @@ def groups(trace: Trace) -> list[Int[np.ndarray, "b _"]]:
 
 def similarities(trace: Trace, image: int = 0) -> list[Float[np.ndarray, "_ _"]]:
     """For each layer, the cosine similarity of each normed token of one image with every other, before it fuses."""
-    return [metrics.cosine_similarity(layer[image].double().numpy(force=True)) for layer in trace.normed]
+    return [summary.cosine_similarity(layer[image].double().numpy(force=True)) for layer in trace.normed]
 
 
 @torch.no_grad()
