@@ -13,9 +13,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from famba import data, params, sweep
+from famba import data, params
 from famba.analysis import similarity
 from famba.errors import InputError
+from famba.experiments import sweep
 from famba.models.vim import VisionMamba
 from famba.storage import checkpoint, runs
 from famba.training import fit

@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from famba import ablation, params
+from famba import params
 from famba.analysis import ablation
 from famba.errors import InputError
+from famba.experiments import ablation
 from famba.params import AblationParams, FusionOptions
 from famba.storage import runs
 

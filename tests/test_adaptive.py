@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from famba import adaptive, sweep
 from famba.analysis.calibration import Plan
 from famba.errors import InputError
+from famba.experiments import adaptive, sweep
 from famba.params import AdaptiveRule, SweepParams
 from famba.storage import runs
 

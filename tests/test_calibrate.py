@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from famba import create_model, data, params, sweep
+from famba import create_model, data, params
 from famba.analysis import calibration
 from famba.errors import InputError
+from famba.experiments import sweep
 from famba.fusion import strategies
 from famba.params import AdaptiveRule, FusionOptions
 from famba.profiling import flops

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 import famba
-from famba import params, sweep
+from famba import params
 from famba.errors import InputError
+from famba.experiments import sweep
 from famba.params import SweepParams
 from famba.storage import runs
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from processes import FOREVER_S, PATIENCE_S, is_there, wait_until
 
-from famba import workers
 from famba.errors import FambaError, InputError
+from famba.experiments import launcher
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,7 +51,7 @@ def refuse_once_the_other_waits(what: tuple[str, Path]) -> None:
 
 
 def test_results_come_in_the_order_of_the_items_and_every_process_works_on_several():
-    results = workers.run(square, {str(x): x for x in (3, 1, 2, 5, 4, 0)}, jobs=2)
+    results = launcher.run(square, {str(x): x for x in (3, 1, 2, 5, 4, 0)}, jobs=2)
     assert [(name, value) for name, (value, _) in results.items()] == [
         ("3", 9),
         ("1", 1),
@@ -67,29 +67,29 @@ def test_results_come_in_the_order_of_the_items_and_every_process_works_on_sever
 
 
 def test_no_items_are_no_work():
-    assert workers.run(square, {}, jobs=2) == {}
+    assert launcher.run(square, {}, jobs=2) == {}
 
 
 def test_an_error_keeps_its_kind_and_names_the_item():
     with pytest.raises(InputError, match=r"^second: x: 2; anything else is allowed$"):
-        workers.run(refuse_two, {"first": 1, "second": 2, "third": 3}, jobs=1)
+        launcher.run(refuse_two, {"first": 1, "second": 2, "third": 3}, jobs=1)
 
 
 def test_a_defect_names_the_item_and_keeps_its_traceback():
     with pytest.raises(RuntimeError, match=r"(?s)^nothing:\nTraceback.*return 1 / x.*ZeroDivisionError"):
-        workers.run(divide, {"one": 1, "nothing": 0}, jobs=2)
+        launcher.run(divide, {"one": 1, "nothing": 0}, jobs=2)
 
 
 def test_a_process_that_is_killed_is_an_error_that_names_its_item():
     with pytest.raises(FambaError, match=r"second: its process was stopped \(exit status -9\)"):
-        workers.run(die_at_two, {"first": 1, "second": 2, "third": 3}, jobs=1)
+        launcher.run(die_at_two, {"first": 1, "second": 2, "third": 3}, jobs=1)
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks into /proc")
 def test_a_failure_ends_what_the_others_are_doing(tmp_path):
     said = tmp_path / "pid"
     with pytest.raises(InputError, match="refused"):
-        workers.run(refuse_once_the_other_waits, {name: (name, said) for name in ("waits", "fails")}, jobs=2)
+        launcher.run(refuse_once_the_other_waits, {name: (name, said) for name in ("waits", "fails")}, jobs=2)
     assert not is_there(int(said.read_text()))
 
 

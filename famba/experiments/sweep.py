@@ -8,8 +8,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from famba import params, workers
+from famba import params
 from famba.errors import InputError
+from famba.experiments import launcher
 from famba.params import SweepParams
 from famba.storage import runs
 
@@ -35,7 +36,7 @@ def ensure_runs(
     }
     if jobs == 1:
         return [ensure_run(**run) for run in wanted.values()]
-    return list(workers.run(_ensure_run, wanted, jobs=jobs).values())
+    return list(launcher.run(_ensure_run, wanted, jobs=jobs).values())
 
 
 def ensure_run(run_dir: str | Path, *, strategy: str, seed: int, profile: str, train_missing: bool) -> Path:

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from famba import params, sweep
+from famba import params
 from famba.analysis import calibration, summary
 from famba.analysis.calibration import Plan
 from famba.errors import InputError
+from famba.experiments import sweep
 from famba.params import ADAPTIVE, STRATEGIES, FusionRule, SweepParams
 from famba.storage import runs
 from famba.storage.files import json_bytes, write_atomic

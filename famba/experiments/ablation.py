@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from famba import params, sweep, workers
+from famba import params
 from famba.errors import InputError
+from famba.experiments import launcher, sweep
 from famba.params import AblationParams, FusionOptions, Params
 from famba.storage import runs
 
@@ -52,7 +53,7 @@ def run(asked: AblationParams, *, profile: str, runs_dir: str | Path) -> pd.Data
     """
     folder = params.root() / runs_dir
     wanted = cells(asked, profile=profile)
-    workers.run(_train, {cell.name: (cell, folder / cell.name) for cell in wanted}, jobs=asked.jobs)
+    launcher.run(_train, {cell.name: (cell, folder / cell.name) for cell in wanted}, jobs=asked.jobs)
     runs = pd.DataFrame([_row(cell, runs.read(folder / cell.name)) for cell in wanted])
     return runs.assign(profile_epochs=params.load(profile, strategy=asked.strategy).train.epochs)
 
