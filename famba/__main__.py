@@ -235,7 +235,7 @@ def _readme(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from famba import bench, figures
+    from famba import bench, plots
 
     if options.gpu:
         bench.gpu.main(options.parts, quick=options.quick, device=options.device, json=options.json)
@@ -247,7 +247,7 @@ def _bench(options: argparse.Namespace) -> int:
     if path := options.json or ("results/benchmark.json" if whole else None):
         bench.write(result, Path(path).absolute() if options.json else path)
     if path := options.figure or ("figures/benchmark.png" if whole else None):
-        figures.save(figures.benchmark(bench.frames(result)), Path(path).absolute() if options.figure else path)
+        plots.save(plots.benchmark(bench.frames(result)), Path(path).absolute() if options.figure else path)
     return 0
 
 

@@ -5,17 +5,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from famba import canvas, figures
-from famba.canvas import Animation
+from famba import plots
 from famba.errors import InputError
+from famba.plots import style
+from famba.plots.style import Animation
 
 
 def film(colours=("red", "blue", "green"), frame_ms=700):
     """A small square that changes its colour."""
 
-    @canvas.styled
+    @style.styled
     def frame(colour):
-        figure = canvas.Figure(figsize=(1, 1))
+        figure = style.Figure(figsize=(1, 1))
         figure.add_axes((0, 0, 1, 1)).set(facecolor=colour)
         return figure
 
@@ -23,7 +24,7 @@ def film(colours=("red", "blue", "green"), frame_ms=700):
 
 
 def test_an_animation_is_saved_as_a_gif_that_shows_each_frame_and_rests_on_the_last(tmp_path):
-    path = figures.save(film(frame_ms=200), tmp_path / "deep" / "a.gif")
+    path = plots.save(film(frame_ms=200), tmp_path / "deep" / "a.gif")
     with Image.open(path) as gif:
         assert gif.n_frames == 3
         assert gif.info["loop"] == 0, "for ever"
@@ -38,9 +39,9 @@ def test_an_animation_is_saved_as_a_gif_that_shows_each_frame_and_rests_on_the_l
 
 def test_an_unchanged_animation_is_saved_as_the_same_bytes(tmp_path):
     path = tmp_path / "a.gif"
-    first = figures.save(film(), path).read_bytes()
-    assert figures.save(film(), path).read_bytes() == first
-    assert figures.save(film(("red", "blue", "black")), path).read_bytes() != first
+    first = plots.save(film(), path).read_bytes()
+    assert plots.save(film(), path).read_bytes() == first
+    assert plots.save(film(("red", "blue", "black")), path).read_bytes() != first
 
 
 def test_a_notebook_plays_an_animation():
@@ -52,6 +53,6 @@ def test_a_notebook_plays_an_animation():
 
 def test_a_suffix_of_the_other_kind_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"a\.png: animations are saved as \.gif"):
-        figures.save(film(), tmp_path / "a.png")
+        plots.save(film(), tmp_path / "a.png")
     with pytest.raises(InputError, match=r"a\.gif: figures are saved as \.png or \.svg"):
-        figures.save(film().frames[0], tmp_path / "a.gif")
+        plots.save(film().frames[0], tmp_path / "a.gif")

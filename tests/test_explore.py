@@ -7,15 +7,16 @@ import pytest
 from PIL import Image
 from test_tokens import run  # noqa: F401 (a fixture)
 
-from famba import explore, figures
+from famba import plots
 from famba.analysis import tokens
 from famba.fusion import strategies
 from famba.params import STRATEGIES
+from famba.plots import explorer
 
 
 @pytest.fixture
 def explorer(run):  # noqa: F811
-    return explore.Explorer(tokens.watch(run, count=3))
+    return explorer.Explorer(tokens.watch(run, count=3))
 
 
 def pixels(explorer):
@@ -41,8 +42,8 @@ def test_every_control_redraws_and_going_back_shows_the_same_again(explorer):
 
 def test_what_is_shown_is_the_model_under_the_chosen_schedule(explorer, run, monkeypatch):  # noqa: F811
     asked = []
-    draw = figures.fusion_closer
-    monkeypatch.setattr(figures, "fusion_closer", lambda *a, **k: asked.append((a, k)) or draw(*a, **k))
+    draw = plots.fusion_closer
+    monkeypatch.setattr(plots, "fusion_closer", lambda *a, **k: asked.append((a, k)) or draw(*a, **k))
     explorer.strategy.value = "lower"
     explorer.r.value = 5
     explorer.image.value = 1
@@ -65,7 +66,7 @@ def test_r_cannot_leave_what_a_strategy_can_fuse(explorer):
 
 def test_an_update_is_one_picture_and_the_model_runs_only_for_another_schedule(explorer, monkeypatch):
     done = []
-    for module, name in ((tokens, "under"), (figures, "fusion_closer")):
+    for module, name in ((tokens, "under"), (plots, "fusion_closer")):
         work = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, _name=name, _work=work, **k: done.append(_name) or _work(*a, **k))
     under, picture = ["under", "fusion_closer"], ["fusion_closer"]

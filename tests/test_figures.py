@@ -10,7 +10,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.colors import to_hex, to_rgb
 from test_metrics import runs_frame
 
-from famba import figures
+from famba import plots
 from famba.analysis import ablation, summary
 from famba.errors import InputError
 from famba.params import STRATEGIES, FusionOptions
@@ -95,25 +95,25 @@ def titles(figure):
 
 
 def test_every_strategy_has_a_colour_of_its_own_in_the_fixed_order():
-    assert tuple(figures.STRATEGY_COLOURS) == STRATEGIES
-    for one, two in itertools.combinations(figures.STRATEGY_COLOURS.values(), 2):
+    assert tuple(plots.STRATEGY_COLOURS) == STRATEGIES
+    for one, two in itertools.combinations(plots.STRATEGY_COLOURS.values(), 2):
         assert np.abs(np.subtract(to_rgb(one), to_rgb(two))).max() > 0.2, (one, two)
-    assert {to_rgb(colour) for colour in figures.STRATEGY_COLOURS.values()} < set(seaborn.color_palette("colorblind"))
+    assert {to_rgb(colour) for colour in plots.STRATEGY_COLOURS.values()} < set(seaborn.color_palette("colorblind"))
 
 
 @pytest.mark.parametrize("cost", ["train_time_s", "peak_memory_mib"])
 def test_accuracy_against_draws_means_runs_and_spread_of_the_frame(runs, cost):
-    figure = figures.accuracy_against(runs, cost)
+    figure = plots.accuracy_against(runs, cost)
     axes = figure.axes[0]
     assert legend(figure) == ["none", "all", "upper", "Pareto front"]
     for (line, *_), strategy in zip(axes.containers, ["none", "all", "upper"], strict=True):
         of = runs[runs["strategy"] == strategy]
         assert line.get_xydata().tolist() == [[of[cost].mean(), of["top1_percent"].mean()]]
-        assert to_hex(line.get_color()) == figures.STRATEGY_COLOURS[strategy].lower()
+        assert to_hex(line.get_color()) == plots.STRATEGY_COLOURS[strategy].lower()
     (cloud,) = [item for item in axes.collections if isinstance(item, PathCollection)]
     np.testing.assert_allclose(cloud.get_offsets(), runs[[cost, "top1_percent"]])
     assert [to_hex(colour) for colour in cloud.get_facecolors()] == [
-        figures.STRATEGY_COLOURS[strategy].lower() for strategy in runs["strategy"]
+        plots.STRATEGY_COLOURS[strategy].lower() for strategy in runs["strategy"]
     ]
     bars = [bar for bar in axes.containers if bar.has_yerr]
     assert len(bars) == 3
@@ -125,59 +125,59 @@ def test_accuracy_against_draws_means_runs_and_spread_of_the_frame(runs, cost):
 
 def test_the_front_that_is_drawn_is_the_front_of_the_numbers(runs):
     runs.loc[runs["strategy"] == "all", "train_time_s"] = 1000.0
-    front = figures.accuracy_against(runs).axes[0].get_lines()[-1]
+    front = plots.accuracy_against(runs).axes[0].get_lines()[-1]
     assert front.get_xdata().tolist() == [2 * 91.0, 2 * 93.0], "upper, then none; all is dearer and worse"
     assert front.get_drawstyle() == "steps-post"
 
 
 def test_captions_say_over_how_many_seeds(runs, history):
-    assert "mean over n = 3 seeds, bars ± 1 sd" in figures.accuracy_against(runs).get_supxlabel()
-    one = figures.accuracy_against(runs[runs["seed"] == 0])
+    assert "mean over n = 3 seeds, bars ± 1 sd" in plots.accuracy_against(runs).get_supxlabel()
+    one = plots.accuracy_against(runs[runs["seed"] == 0])
     assert "one run each, so without spread" in one.get_supxlabel().replace("\n", " ")
     assert [(bar.has_xerr, bar.has_yerr) for bar in one.axes[0].containers] == 3 * [(False, False)]
-    assert figures.training_curves(history).get_supxlabel() == "Mean over n = 3 seeds; the band is ± 1 sd."
-    assert figures.training_curves(history[history["seed"] == 0]).get_supxlabel() == "Mean over n = 1 seed."
+    assert plots.training_curves(history).get_supxlabel() == "Mean over n = 3 seeds; the band is ± 1 sd."
+    assert plots.training_curves(history[history["seed"] == 0]).get_supxlabel() == "Mean over n = 1 seed."
 
 
 def test_accuracy_against_refuses_what_is_no_cost_and_whom_it_cannot_colour(runs):
     with pytest.raises(InputError, match="'throughput_img_s' is not one of train_time_s"):
-        figures.accuracy_against(runs, "throughput_img_s")
+        plots.accuracy_against(runs, "throughput_img_s")
     with pytest.raises(InputError, match=r"strategy: \['middle'\]; allowed: none, all"):
-        figures.accuracy_against(runs.replace({"strategy": {"upper": "middle"}}))
+        plots.accuracy_against(runs.replace({"strategy": {"upper": "middle"}}))
 
 
 def test_tokens_per_layer_draws_the_counts_from_the_input_on(schedules):
-    drawn = lines(figures.tokens_per_layer(schedules))
+    drawn = lines(plots.tokens_per_layer(schedules))
     assert list(drawn) == ["none (17 left)", "all (11 left)", "upper (13 left)"]
     assert drawn["upper (13 left)"].get_xydata().tolist() == [[0, 17], [1, 17], [2, 17], [3, 13]]
 
 
 def test_training_curves_draw_mean_and_spread_over_seeds(history):
-    figure = figures.training_curves(history)
+    figure = plots.training_curves(history)
     assert titles(figure) == ["training loss", "validation loss", "validation top-1 accuracy (%)"]
     loss = figure.axes[0]
     assert list(lines(figure)) == ["none", "upper"]
     np.testing.assert_allclose(lines(figure)["none"].get_ydata(), [5.0, 3.0, 4 / 3 + 1])
     band = loss.collections[0].get_paths()[0].vertices
     assert band[:, 1].max() == pytest.approx(4.0 + 1 + 1), "seeds 0, 1, 2 add mean 1 and sd 1"
-    one = figures.training_curves(history[history["seed"] == 1])
+    one = plots.training_curves(history[history["seed"] == 1])
     assert lines(one)["upper"].get_ydata().tolist() == [5.0, 3.0, 4 / 3 + 1]
     assert not any(np.isfinite(path.vertices).any() for band in one.axes[0].collections for path in band.get_paths())
 
 
 def test_runs_that_trained_nothing_are_drawn_and_said(runs, history):
-    figure = figures.training_curves(history[:0])
+    figure = plots.training_curves(history[:0])
     assert figure.axes == []
     assert figure.get_supxlabel() == "Nothing was trained: the runs evaluate the weights that they were given."
     runs["train_time_s"] = 0.0
-    against = figures.accuracy_against(runs, "train_time_s")
+    against = plots.accuracy_against(runs, "train_time_s")
     assert {line.get_xydata()[0, 0] for line, *_ in against.axes[0].containers} == {0.0}
-    beside = figures.paper_beside_ours(summary.beside_paper(summary.summary(runs)))
+    beside = plots.paper_beside_ours(summary.beside_paper(summary.summary(runs)))
     assert any("not\nmeasured\nhere" in text.get_text() for text in beside.axes[9].texts)
 
 
 def test_beside_the_paper_bars_are_changes_and_texts_are_values(runs):
-    figure = figures.paper_beside_ours(summary.beside_paper(summary.summary(runs)))
+    figure = plots.paper_beside_ours(summary.beside_paper(summary.summary(runs)))
     assert len(figure.axes) == 3 * 5
     assert [title.split("\n")[::2] for title in titles(figure)] == [
         *(["Vim-Ti", "paper"], ["Vim-Ti", "here"], ["Vim-S", "paper"], ["Vim-S", "here"], ["vim_nano", "here"])
@@ -196,14 +196,14 @@ def test_beside_the_paper_bars_are_changes_and_texts_are_values(runs):
 
 
 def test_the_overview_writes_what_each_layer_removes(schedules):
-    axes = figures.strategies_overview(schedules).axes[0]
+    axes = plots.strategies_overview(schedules).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["none", "all", "upper"]
     numbers = {text.get_position(): text.get_text() for text in axes.texts if text.get_text().isdigit()}
     assert numbers == {(0.5, 1.5): "2", (1.5, 1.5): "2", (2.5, 1.5): "2", (2.5, 2.5): "4"}, "all and upper"
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "3"]
     for mesh, (strategy, removed) in zip(axes.collections, {"none": 0, "all": 2, "upper": 4}.items(), strict=True):
         assert mesh.get_array().compressed().max() == removed
-        assert to_hex(mesh.get_cmap()(1.0)) == figures.STRATEGY_COLOURS[strategy].lower()
+        assert to_hex(mesh.get_cmap()(1.0)) == plots.STRATEGY_COLOURS[strategy].lower()
     assert [text.get_text() for text in axes.texts if "→" in text.get_text()] == [
         *("17 → 17 tokens", "17 → 11 tokens", "17 → 13 tokens")
     ]
@@ -211,7 +211,7 @@ def test_the_overview_writes_what_each_layer_removes(schedules):
 
 def test_heatmaps_show_the_matrices_on_one_scale():
     matrices = [np.array([[1.0, -0.33], [-0.33, 1.0]]), np.ones((1, 1)), np.eye(5)]
-    figure = figures.similarity_heatmaps(matrices, layers=[1, 4, 9])
+    figure = plots.similarity_heatmaps(matrices, layers=[1, 4, 9])
     assert titles(figure) == ["layer 1: 2 tokens", "layer 4: 1 tokens", "layer 9: 5 tokens"]
     *panels, bar = figure.axes
     assert bar.get_ylabel() == "cosine similarity"
@@ -221,9 +221,9 @@ def test_heatmaps_show_the_matrices_on_one_scale():
         assert mesh.get_clim() == (-0.4, 1.0)
         assert axes.get_xlim() == axes.get_ylim()[::-1] == (0, len(matrix)), "layer's first token top left"
     with pytest.raises(InputError, match="layers: 1 numbers for 3 matrices"):
-        figures.similarity_heatmaps(matrices, layers=[1])
+        plots.similarity_heatmaps(matrices, layers=[1])
     with pytest.raises(InputError, match=r"layer 1 has the shape \(2, 3\), which is not square"):
-        figures.similarity_heatmaps([np.ones((2, 3))])
+        plots.similarity_heatmaps([np.ones((2, 3))])
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ def likeness():
 
 
 def test_likeness_is_drawn_by_layer_beside_its_change_towards_the_upper_layers(likeness):
-    left, right = figures.alike_similarity(likeness).axes
+    left, right = plots.alike_similarity(likeness).axes
     trained, untrained = left.get_lines()
     np.testing.assert_allclose(trained.get_ydata(), 0.905 - 0.1 * np.arange(1, 7))
     np.testing.assert_allclose(untrained.get_ydata(), [0.905] * 6)
@@ -253,7 +253,7 @@ def test_likeness_is_drawn_by_layer_beside_its_change_towards_the_upper_layers(l
 
 
 def test_distances_have_a_panel_for_each_strategy_that_fuses_and_say_what_chance_would_do(likeness):
-    figure = figures.alike_distance(likeness)
+    figure = plots.alike_distance(likeness)
     assert titles(figure) == ["upper"]
     trained, untrained, chance = figure.axes[0].get_lines()
     assert set(trained.get_ydata()) == {1.5}
@@ -262,7 +262,7 @@ def test_distances_have_a_panel_for_each_strategy_that_fuses_and_say_what_chance
 
 
 def test_sizes_at_the_end_are_drawn_for_the_strategies_that_fuse(likeness):
-    axes = figures.alike_size(likeness).axes[0]
+    axes = plots.alike_size(likeness).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["upper"]
     medians = [line.get_xdata().tolist() for line in axes.get_lines() if line.get_color() == "white"]
     assert medians == [[2.0, 2.0]] * 2
@@ -271,37 +271,37 @@ def test_sizes_at_the_end_are_drawn_for_the_strategies_that_fuse(likeness):
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_an_unchanged_figure_is_saved_as_the_same_bytes(tmp_path, runs, suffix):
     path = tmp_path / "deep" / f"a.{suffix}"
-    figure = figures.accuracy_against(runs)
-    assert figures.save(figure, path) == path
+    figure = plots.accuracy_against(runs)
+    assert plots.save(figure, path) == path
     first = path.read_bytes()
-    figures.save(figure, path)
+    plots.save(figure, path)
     assert path.read_bytes() == first, "saved twice"
-    figures.save(figures.accuracy_against(runs), path)
+    plots.save(plots.accuracy_against(runs), path)
     assert path.read_bytes() == first, "drawn twice"
     assert not any(word in first for word in (b"Software", b"<dc:date>", matplotlib.__version__.encode()))
-    figures.save(figures.accuracy_against(runs, "peak_memory_mib"), path)
+    plots.save(plots.accuracy_against(runs, "peak_memory_mib"), path)
     assert path.read_bytes() != first
 
 
 def test_the_style_of_the_session_changes_nothing(tmp_path, runs):
-    plain = figures.save(figures.accuracy_against(runs), tmp_path / "plain.png").read_bytes()
+    plain = plots.save(plots.accuracy_against(runs), tmp_path / "plain.png").read_bytes()
     with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "red", "savefig.dpi": 30, "axes.grid": False}):
-        styled = figures.save(figures.accuracy_against(runs), tmp_path / "styled.png").read_bytes()
+        styled = plots.save(plots.accuracy_against(runs), tmp_path / "styled.png").read_bytes()
         assert matplotlib.rcParams["font.size"] == 20, "and the session keeps its own"
     assert styled == plain
 
 
 def test_another_suffix_is_refused(tmp_path, runs):
     with pytest.raises(InputError, match=r"a\.jpg: figures are saved as \.png or \.svg"):
-        figures.save(figures.accuracy_against(runs), tmp_path / "a.jpg")
+        plots.save(plots.accuracy_against(runs), tmp_path / "a.jpg")
 
 
 def test_a_notebook_can_show_a_figure_without_pyplot(schedules):
-    assert figures.tokens_per_layer(schedules)._repr_png_().startswith(PNG)
+    assert plots.tokens_per_layer(schedules)._repr_png_().startswith(PNG)
 
 
 def test_a_benchmark_draws_the_numbers_of_its_tables(benchmarks):
-    scan, parts, steps, memory, curves, _ = figures.benchmark(benchmarks).axes
+    scan, parts, steps, memory, curves, _ = plots.benchmark(benchmarks).axes
     assert scan.get_xscale() == "log"
     assert [[bar.get_width() for bar in bars] for bars in scan.containers] == 2 * [[0.5, 100, 1]]
     assert {text.get_text() for text in scan.texts} == {" 1×", " 200×", " 2×"}
@@ -324,10 +324,10 @@ def test_a_benchmark_draws_the_numbers_of_its_tables(benchmarks):
 
 
 def test_a_benchmark_of_some_parts_has_their_panels_alone(benchmarks):
-    figure = figures.benchmark({"memory": benchmarks["memory"]})
+    figure = plots.benchmark({"memory": benchmarks["memory"]})
     assert titles(figure) == ["memory, measured and by formula"]
     with pytest.raises(InputError, match="tables: lengths; at least one of scan, profile, schedules, memory, curves"):
-        figures.benchmark({"lengths": benchmarks["lengths"]})
+        plots.benchmark({"lengths": benchmarks["lengths"]})
 
 
 @pytest.fixture
@@ -364,7 +364,7 @@ def made_up_gpu(benchmarks):
 
 
 def test_a_gpus_benchmark_draws_the_numbers_of_its_tables(made_up_gpu):
-    figure = figures.gpu_benchmark(made_up_gpu)
+    figure = plots.gpu_benchmark(made_up_gpu)
     scan, steps, schedules, graphs = figure.axes
     assert [bar.get_width() for bar in scan.containers[0]] == [0.5, 2.0, 300.0, 1.0], (
         "as called where none was captured"
@@ -382,22 +382,22 @@ def test_a_gpus_benchmark_draws_the_numbers_of_its_tables(made_up_gpu):
 
 
 def test_without_a_gpus_benchmark_its_figure_says_so():
-    (said,) = figures.gpu_benchmark({}).texts
+    (said,) = plots.gpu_benchmark({}).texts
     assert said.get_text() == "no GPU has been measured yet: make bench-gpu"
 
 
 def test_no_text_of_the_saved_figures_overlaps_another(runs, schedules, history, benchmarks, likeness, made_up_gpu):
     drawn = [
-        figures.accuracy_against(runs),
-        figures.tokens_per_layer(schedules),
-        figures.training_curves(history),
-        figures.strategies_overview(schedules),
-        figures.paper_beside_ours(summary.beside_paper(summary.summary(runs))),
-        figures.benchmark(benchmarks),
-        figures.gpu_benchmark(made_up_gpu),
-        figures.alike_similarity(likeness),
-        figures.alike_distance(likeness),
-        figures.alike_size(likeness),
+        plots.accuracy_against(runs),
+        plots.tokens_per_layer(schedules),
+        plots.training_curves(history),
+        plots.strategies_overview(schedules),
+        plots.paper_beside_ours(summary.beside_paper(summary.summary(runs))),
+        plots.benchmark(benchmarks),
+        plots.gpu_benchmark(made_up_gpu),
+        plots.alike_similarity(likeness),
+        plots.alike_distance(likeness),
+        plots.alike_size(likeness),
     ]
     for figure in drawn:
         figure.draw_without_rendering()
@@ -447,7 +447,7 @@ def ablated():
 
 def test_an_ablation_shows_every_effect_with_its_interval_and_every_cell_with_its_mean(ablated):
     table = ablation.effects(ablated, grid="upper", reference=FusionOptions())
-    figure = figures.ablation(table, ablated)
+    figure = plots.ablation(table, ablated)
     left, right = figure.axes
     labels = [text.get_text() for text in left.get_yticklabels()]
     assert (
@@ -460,7 +460,7 @@ def test_an_ablation_shows_every_effect_with_its_interval_and_every_cell_with_it
         np.testing.assert_allclose(container.lines[0].get_xdata(), rows["mean"])
         ends = np.array([segment[:, 0] for segment in container.lines[2][0].get_segments()])
         np.testing.assert_allclose(ends, rows[["low", "high"]].to_numpy())
-    assert drawn["lower"].lines[0].get_color() == figures.STRATEGY_COLOURS["lower"]
+    assert drawn["lower"].lines[0].get_color() == plots.STRATEGY_COLOURS["lower"]
     heights = [np.round(container.lines[0].get_ydata()) for container in drawn.values()]
     assert all((height == range(5)).all() for height in heights)
     assert [text.get_text() for text in right.get_yticklabels()] == ["normed", "residual", "delta", "B", "C"]
@@ -472,7 +472,7 @@ def test_an_ablation_shows_every_effect_with_its_interval_and_every_cell_with_it
 def test_an_ablation_of_one_option_and_one_seed_has_marks_without_intervals(ablated):
     runs = ablated[(ablated["seed"] == 0) & (ablated["feature"] == "normed")]
     table = ablation.effects(runs, grid="upper", reference=FusionOptions())
-    figure = figures.ablation(table, runs)
+    figure = plots.ablation(table, runs)
     left, right = figure.axes
     assert not any(container.lines[2] for container in left.containers)
     assert [text.get_text() for text in right.texts] == ["90.0", "88.0"]
@@ -480,7 +480,7 @@ def test_an_ablation_of_one_option_and_one_seed_has_marks_without_intervals(abla
 
 def test_an_ablation_is_the_same_bytes_again(ablated, tmp_path):
     table = ablation.effects(ablated, grid="upper", reference=FusionOptions())
-    first, second = (figures.save(figures.ablation(table, ablated), tmp_path / f"{i}.png") for i in range(2))
+    first, second = (plots.save(plots.ablation(table, ablated), tmp_path / f"{i}.png") for i in range(2))
     assert first.read_bytes() == second.read_bytes()
 
 
@@ -497,7 +497,7 @@ def test_adaptive_schedules_show_every_layers_tokens_and_the_mean_with_its_inter
         for name, runs in scores.items()
         for seed, x in enumerate(runs)
     ]
-    figure = figures.adaptive_schedules(pd.DataFrame(layers), pd.DataFrame(rows))
+    figure = plots.adaptive_schedules(pd.DataFrame(layers), pd.DataFrame(rows))
     score, *bars = figure.axes
     assert [axes.get_ylabel().split("\n") for axes in bars] == [
         [name, f"{sum(plan)} in all"] for name, plan in removed.items()
@@ -511,7 +511,7 @@ def test_adaptive_schedules_show_every_layers_tokens_and_the_mean_with_its_inter
     assert (low, high) == pytest.approx(summary.interval([94.0, 95.0])[1:])
     assert "n = 2 seeds" in figure._supxlabel.get_text()
     with pytest.raises(InputError, match="'adaptive-luck' is not one of"):
-        figures.adaptive_schedules(pd.DataFrame(layers), pd.DataFrame(rows).assign(strategy="adaptive-luck"))
+        plots.adaptive_schedules(pd.DataFrame(layers), pd.DataFrame(rows).assign(strategy="adaptive-luck"))
 
 
 def test_paper_memory_draws_the_papers_points_and_both_formulas_against_layer_and_r():
@@ -522,7 +522,7 @@ def test_paper_memory_draws_the_papers_points_and_both_formulas_against_layer_an
         for table, layer, r in at
         for (model, source), x in sides.items()
     ]
-    figure = figures.paper_memory(pd.DataFrame(rows))
+    figure = plots.paper_memory(pd.DataFrame(rows))
     assert legend(figure) == ["Vim-Ti, paper", "Vim-Ti, formula", "Vim-S, formula"]
     by_layer, by_r = figure.axes
     assert by_layer.lines[0].get_xydata().tolist() == pytest.approx(np.array([[2, 0.75], [6, 0.65]]))
@@ -535,4 +535,4 @@ def test_paper_memory_draws_the_papers_points_and_both_formulas_against_layer_an
     ("value", "text"), [(1419.4, "1,419"), (154.2, "154"), (99.6, "99.6"), (1.0, "1"), (0.0421, "0.0421")]
 )
 def test_a_ratio_is_written_with_three_digits_and_no_exponent(value, text):
-    assert figures._three_digits(value) == text
+    assert plots._three_digits(value) == text

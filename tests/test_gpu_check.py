@@ -107,7 +107,7 @@ def test_what_cannot_be_checked_is_refused_in_one_line(options, said, capsys):
 
 
 def test_every_check_that_a_cpu_can_do_passes_there_and_its_result_can_be_drawn(tmp_path, capsys):
-    from famba import figures  # a bare machine, which collects this file, has nothing to draw with
+    from famba import plots  # a bare machine, which collects this file, has nothing to draw with
 
     path = tmp_path / "check.json"
     assert main(["gpu-check", "--device", "cpu", "--quick", "--json", str(path)]) == 0
@@ -126,7 +126,7 @@ def test_every_check_that_a_cpu_can_do_passes_there_and_its_result_can_be_drawn(
     tables = bench.gpu_frames(path)
     assert {"checks", "setting", "steps", "schedules"} <= set(tables)
     assert list(tables["checks"]["verdict"]) == list(verdicts.values())
-    assert len(figures.gpu_benchmark(tables).axes) == 2
+    assert len(plots.gpu_benchmark(tables).axes) == 2
 
 
 def test_checks_of_the_whole_space_are_made_at_full_size():

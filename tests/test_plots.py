@@ -11,8 +11,8 @@ import pytest
 from test_records import make_run
 
 from famba.analysis import summary
-from famba.figures import STRATEGY_COLOURS
 from famba.params import STRATEGIES, SweepParams
+from famba.plots import STRATEGY_COLOURS
 from famba.storage import runs
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -23,17 +23,17 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from famba.analysis import similarity, summary
-from famba.canvas import GREY, Figure, caption, styled
-from famba.canvas import save as save
 from famba.errors import InputError
 from famba.params import STRATEGIES
-from famba.pictures import fusion_animation as fusion_animation
-from famba.pictures import fusion_closer as fusion_closer
-from famba.pictures import fusion_map as fusion_map
-from famba.pictures import image_grid as image_grid
-from famba.pictures import patch_grid as patch_grid
-from famba.pictures import saliency as saliency
-from famba.pictures import saliency_map as saliency_map
+from famba.plots.style import GREY, Figure, caption, styled
+from famba.plots.style import save as save
+from famba.plots.tokens import fusion_animation as fusion_animation
+from famba.plots.tokens import fusion_closer as fusion_closer
+from famba.plots.tokens import fusion_map as fusion_map
+from famba.plots.tokens import image_grid as image_grid
+from famba.plots.tokens import patch_grid as patch_grid
+from famba.plots.tokens import saliency as saliency
+from famba.plots.tokens import saliency_map as saliency_map
 
 _PALETTE = seaborn.color_palette("colorblind").as_hex()
 STRATEGY_COLOURS = {

@@ -8,7 +8,7 @@ import functools
 
 import ipywidgets
 
-from famba import figures
+from famba import plots
 from famba.analysis import tokens
 from famba.analysis.tokens import Watched
 from famba.fusion import strategies
@@ -52,7 +52,7 @@ class Explorer(ipywidgets.VBox):
 
     def _draw(self, strategy: str, r: int, layer: int, image: int) -> bytes:
         seen = self._under(strategy, r)
-        figure = figures.fusion_closer(
+        figure = plots.fusion_closer(
             seen.images[image],
             [groups[image] for groups in tokens.groups(seen.trace)],
             layer=layer,

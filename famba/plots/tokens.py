@@ -18,8 +18,8 @@ from matplotlib.collections import LineCollection
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from famba.canvas import Animation, Figure, styled
 from famba.errors import InputError
+from famba.plots.style import Animation, Figure, styled
 
 _PALETTE = seaborn.color_palette("colorblind").as_hex()
 _BLUE, _ORANGE, _SKY = _PALETTE[0], _PALETTE[1], _PALETTE[9]
