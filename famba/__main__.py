@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from famba import gpu_check, lifeline
+from famba import lifeline
+from famba.bench import gpu_check
 from famba.errors import FambaError, InputError
 from famba.storage.files import json_bytes, write_atomic
 
@@ -219,11 +220,12 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _hours(options: argparse.Namespace) -> int:
-    from famba import hours, params
+    from famba import params
+    from famba.bench import estimate
 
-    device = hours.place(options.profile, options.device)
-    rows = hours.hours(options.profile, steps=options.steps, images=options.images, device=options.device)
-    print(hours.text(rows, params.load(options.profile, strategy="none").profile, device))
+    device = estimate.place(options.profile, options.device)
+    rows = estimate.hours(options.profile, steps=options.steps, images=options.images, device=options.device)
+    print(estimate.text(rows, params.load(options.profile, strategy="none").profile, device))
     return 0
 
 

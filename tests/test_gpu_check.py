@@ -15,9 +15,10 @@ import torch
 from packaging.requirements import Requirement
 from processes import PATIENCE_S, is_there, wait_until
 
-from famba import bench, checks, gpu_check
+from famba import bench
 from famba.__main__ import main
-from famba.gpu_check import Check, Setting
+from famba.bench import gpu_check, gpu_checks
+from famba.bench.gpu_check import Check, Setting
 from famba.training import cuda_graph
 
 ROOT = gpu_check.ROOT
@@ -130,7 +131,7 @@ def test_every_check_that_a_cpu_can_do_passes_there_and_its_result_can_be_drawn(
 
 
 def test_checks_of_the_whole_space_are_made_at_full_size():
-    cases = checks._operator_cases(Setting("cuda", quick=False))
+    cases = gpu_checks._operator_cases(Setting("cuda", quick=False))
     names = [case.name for case in cases]
     assert len(set(names)) > 200
     for kind in ("scan, b", "both scans", "convolution", "norm", "fusion"):
@@ -213,16 +214,16 @@ def test_the_sanitizer_runs_small_calls_of_every_operator(status, found, tmp_pat
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     if found:
         with pytest.raises(AssertionError, match=found):
-            checks.sanitizer(CPU, print)
+            gpu_checks.sanitizer(CPU, print)
     else:
-        assert checks.sanitizer(CPU, print).detail == "memcheck and racecheck have found nothing"
+        assert gpu_checks.sanitizer(CPU, print).detail == "memcheck and racecheck have found nothing"
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(gpu_check.Skipped, match="compute-sanitizer is missing"):
-        checks.sanitizer(CPU, print)
+        gpu_checks.sanitizer(CPU, print)
 
 
 def test_the_tests_of_a_gpu_fail_by_name_and_those_that_want_a_package_are_counted_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr(checks, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_checks, "ROOT", tmp_path)
     file = tmp_path / "tests" / "test_of_a_gpu.py"
     file.parent.mkdir()
     head = "import pytest\npytestmark = pytest.mark.gpu\n"
@@ -230,16 +231,16 @@ def test_the_tests_of_a_gpu_fail_by_name_and_those_that_want_a_package_are_count
     (file.parent / "test_of_a_cpu.py").write_text("import nowhere\n")
     (file.parent / "test_that_wants_more.py").write_text(head + "import elsewhere\n")
     file.write_text(head + "def test_one(): pass\ndef test_two(): import nowhere.at_all\n")
-    assert checks.tests(CPU, print).detail == "1 of 3 passed, some want elsewhere, nowhere"
+    assert gpu_checks.tests(CPU, print).detail == "1 of 3 passed, some want elsewhere, nowhere"
     (file.parent / "test_that_wants_more.py").unlink()
     file = file.rename(file.with_name("test_of_another.py"))
     file.write_text(head + "def test_one(): pass\ndef test_two(): assert 0\n")
     with pytest.raises(AssertionError, match=r"^1 failed, 1 of 2 passed: tests\.test_of_another\.test_two$"):
-        checks.tests(CPU, print)
+        gpu_checks.tests(CPU, print)
     file = file.rename(file.with_name("test_of_none.py"))
     file.write_text(head)
     with pytest.raises(AssertionError, match=r"^0 of 0 passed; pytest ended with status 5$"):
-        checks.tests(CPU, print)
+        gpu_checks.tests(CPU, print)
 
 
 @pytest.mark.parametrize("wrong", [False, True])
@@ -257,9 +258,9 @@ def test_a_graph_with_other_losses_fails(wrong, monkeypatch):
     monkeypatch.setattr(cuda_graph, "captured", captured)
     if wrong:
         with pytest.raises(AssertionError, match=r"^training losses .* without, .* with a graph$"):
-            checks.graph(CPU, print)
+            gpu_checks.graph(CPU, print)
     else:
-        assert checks.graph(CPU, print).detail.startswith("3 epochs, losses apart by 0e+00")
+        assert gpu_checks.graph(CPU, print).detail.startswith("3 epochs, losses apart by 0e+00")
 
 
 def test_a_run_that_forgets_its_optimiser_when_it_is_resumed_fails_and_leaves_no_checkpoints():

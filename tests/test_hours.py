@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from famba import hours, params
+from famba import params
 from famba.__main__ import main
+from famba.bench import estimate
 from famba.errors import InputError
 
 
@@ -20,14 +21,14 @@ def rows(monkeypatch):
         row |= {"hours": p.train.epochs * epoch_s / 3600, "batch": p.train.batch_size, "precision": p.train.precision}
         return {"model": p.model.name, "strategy": p.strategy, **row}
 
-    monkeypatch.setattr(hours, "_row", measured)
-    return lambda profile, **options: hours.hours(profile, **options)
+    monkeypatch.setattr(estimate, "_row", measured)
+    return lambda profile, **options: estimate.hours(profile, **options)
 
 
 def test_the_papers_profile_stands_for_both_models_of_its_table_and_each_strategy_of_the_sweep(rows):
     found = rows("paper", device="cpu")
     strategies = list(params.load_sweep().strategies)
-    assert [(row["model"], row["strategy"]) for row in found] == [(m, s) for m in hours.MODELS for s in strategies]
+    assert [(row["model"], row["strategy"]) for row in found] == [(m, s) for m in estimate.MODELS for s in strategies]
 
 
 def test_the_hours_of_a_table_by_hand(rows):
@@ -35,7 +36,7 @@ def test_the_hours_of_a_table_by_hand(rows):
     found = rows("paper", device="cpu")
     assert [row["epoch_s"] for row in found] == pytest.approx([35.1] * 10)
     assert [row["hours"] for row in found] == pytest.approx([2.925] * 10)
-    said = hours.text(found, "paper", torch.device("cpu"))
+    said = estimate.text(found, "paper", torch.device("cpu"))
     assert "vim_tiny, 5 strategies: 14.6 hours" in said
     assert "vim_small, 5 strategies: 14.6 hours" in said
     assert "the whole table, one seed: 29.2 hours" in said
@@ -54,13 +55,13 @@ def test_the_command_times_the_steps_of_training_on_the_smoke_profile(capsys):
 
 def test_a_row_counts_whole_steps_of_the_images_and_fuses_as_its_strategy_says(monkeypatch):
     p, seen = params.load("smoke", strategy="upper"), []
-    step = hours.Session._step
-    monkeypatch.setattr(hours.Session, "_step", lambda s, *rest: seen.append(s.token_counts) or step(s, *rest))
-    row = hours._row(hours._alone(p, "vim_nano", None), 2, 100)
+    step = estimate.Session._step
+    monkeypatch.setattr(estimate.Session, "_step", lambda s, *rest: seen.append(s.token_counts) or step(s, *rest))
+    row = estimate._row(estimate._alone(p, "vim_nano", None), 2, 100)
     assert row["epoch_s"] == pytest.approx(100 // 32 * row["step_ms"] / 1000)
     assert row["hours"] == pytest.approx(2 * row["epoch_s"] / 3600)
     assert row["least_ms"] <= row["step_ms"]
-    assert len(seen) == hours._WARMUP + 2
+    assert len(seen) == estimate._WARMUP + 2
     assert seen[0][-1] < seen[0][0]
 
 
@@ -73,7 +74,7 @@ def test_the_papers_recipe_is_timed_without_timm_in_its_parts_and_with_mixed_lab
         train=dataclasses.replace(p.train, batch_size=4, device_batch=2, device="cpu"),
         fusion=dataclasses.replace(p.fusion, r=2),
     )
-    session, parts = hours._session(small, torch.device("cpu"))
+    session, parts = estimate._session(small, torch.device("cpu"))
     assert [(images.shape, labels.shape) for images, labels in parts] == 2 * [((2, 3, 32, 32), (2, 100))]
     assert session.ema is not None
     loss, _ = session._step(parts, 1e-3, 0)
@@ -103,4 +104,4 @@ def test_a_missing_gpu_is_said_with_a_way_to_try(capsys):
     printed = capsys.readouterr().err
     assert printed == ("famba: train.device: 'cuda'; torch sees 0 CUDA devices here; to try it here: --device cpu\n")
     with pytest.raises(InputError, match="--device cpu"):
-        hours.place("paper")
+        estimate.place("paper")

@@ -1,4 +1,4 @@
-"""What `python -m famba gpu-check` checks; each function is a process of its own, started by famba.gpu_check.
+"""What `python -m famba gpu-check` checks; each function is a process of its own, started by famba.bench.gpu_check.
 
 Letters as elsewhere: `b` batch, `e` channels, `t` tokens, `n` states per channel, `k` taps, `d` width.
 """
@@ -30,8 +30,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from famba import params
+from famba.bench.gpu_check import ROOT, Outcome, Say, Setting, Skipped
 from famba.fusion import matching, merge
-from famba.gpu_check import ROOT, Outcome, Say, Setting, Skipped
 from famba.kernels import ops, scan
 from famba.models.vim import VisionMamba, create_model
 from famba.params import FusionOptions, FusionRule, Params
