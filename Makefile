@@ -16,7 +16,7 @@ export TORCH UV PYTHON TORCH_BACKEND
 KEY   := $(shell { cat pyproject.toml constraints.txt .ci/setup; echo '$(TORCH) $(TORCH_BACKEND) $(CURDIR)'; } | cksum | cut -d' ' -f1)
 READY := $(VENV)/ready-$(KEY)
 
-# What make started ends with it (famba/lifeline.py).
+# What make started ends with it (famba/supervision.py).
 repro ablation adaptive: export FAMBA_ENDS_WITH := $(shell echo $$PPID)
 
 # Spinning OpenMP threads make a step several times slower when something else runs on the same cores.

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from famba import data, params
+from famba import config, data
 from famba.analysis import similarity
 from famba.errors import InputError
 from famba.experiments import sweep
@@ -55,7 +55,7 @@ def alikeness(model: VisionMamba, images: Float[Tensor, "n 3 h w"]) -> pd.DataFr
 
 
 def in_runs(
-    asked: params.SweepParams, *, seed: int, profile: str, runs_dir: str | Path, images: int, train_missing: bool
+    asked: config.SweepParams, *, seed: int, profile: str, runs_dir: str | Path, images: int, train_missing: bool
 ) -> pd.DataFrame:
     """`alikeness` of every strategy's run with one seed, and of the same architecture with that seed's first weights.
 
@@ -79,7 +79,7 @@ def in_runs(
             train_missing=train_missing,
         )
         trained, described = checkpoint.load_model(run / runs.MODEL_FILE)
-        p = params.load(profile, strategy=strategy)
+        p = config.load(profile, strategy=strategy)
         dataset = data.load(p.data)
         if not 1 <= images <= len(dataset.test):
             raise InputError(f"images: {images}; must be in 1..{len(dataset.test)}, the test images")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from accelerator import DEVICE, Accelerator
 
-from famba import params
-from famba.params import Params
+from famba import config
+from famba.config import Params
 from famba.profiling import memory
 from famba.storage import checkpoint
 from famba.training import fit
@@ -43,7 +43,7 @@ def peak_memory(step, resident, device):
 
 
 def smoke(strategy="upper", *, data=None, model=None, **changes) -> Params:
-    p = params.load("smoke", strategy=strategy)
+    p = config.load("smoke", strategy=strategy)
     changes = {"threads": 1, "batch_size": 200, **changes}
     small = {"depth": 1, "patch_size": 4, "stride": 2}  # 9 patches
     return dataclasses.replace(

@@ -5,11 +5,11 @@ import json
 
 import pytest
 
-from famba import params
+from famba import config
 from famba.analysis import ablation
+from famba.config import AblationParams, FusionOptions
 from famba.errors import InputError
 from famba.experiments import ablation
-from famba.params import AblationParams, FusionOptions
 from famba.storage import runs
 
 ASKED = AblationParams(
@@ -55,7 +55,7 @@ def test_cells_are_named_by_strategy_options_and_seed():
 
 def test_a_cell_is_the_profiles_run_with_these_options_on_one_thread():
     by_name = {cell.name: cell for cell in ablation.cells(ASKED, profile="smoke")}
-    plain = params.load("smoke", strategy="lower")
+    plain = config.load("smoke", strategy="lower")
     cell = by_name["lower-scan-size-delta-before_mixer-7"]
     assert cell.seed == 7
     assert cell.params == dataclasses.replace(plain, options=dataclasses.replace(plain.options, feature="delta"))
@@ -75,13 +75,13 @@ def test_only_the_factors_that_are_named_vary():
 def test_epochs_are_replaced_and_never_fewer_than_the_warm_up_takes():
     shortened = dataclasses.replace(ASKED, epochs=5)
     assert {cell.params.train.epochs for cell in ablation.cells(shortened, profile="default")} == {5}
-    own = params.load("default", strategy="upper").train.epochs
+    own = config.load("default", strategy="upper").train.epochs
     assert own != 5
     assert {cell.params.train.epochs for cell in ablation.cells(ASKED, profile="default")} == {own}
 
 
 def test_epochs_below_the_warm_up_are_refused(tmp_path, monkeypatch):
-    text = (params.root() / "params.yaml").read_text()
+    text = (config.root() / "params.yaml").read_text()
     (tmp_path / "params.yaml").write_text(text.replace("  warmup_epochs: 1\n", "  warmup_epochs: 3\n"))
     (tmp_path / "dvc.yaml").write_text("stages: {}\n")
     monkeypatch.chdir(tmp_path)
@@ -139,7 +139,7 @@ def test_a_run_of_other_code_is_trained_again(trained):
 
 
 def test_a_run_that_cannot_be_trained_is_named(tmp_path, monkeypatch):
-    text = (params.root() / "params.yaml").read_text()
+    text = (config.root() / "params.yaml").read_text()
     assert "lower: {r: 8, first_layer: 1, last_layer: 3}" in text
     broken = text.replace("lower: {r: 8, first_layer: 1, last_layer: 3}", "lower: {r: 80}")
     (tmp_path / "params.yaml").write_text(broken)

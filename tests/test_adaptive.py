@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 
 from famba.analysis.calibration import Plan
+from famba.config import AdaptiveRule, SweepParams
 from famba.errors import InputError
 from famba.experiments import adaptive, sweep
-from famba.params import AdaptiveRule, SweepParams
 from famba.storage import runs
 
 PLANS = [

@@ -5,9 +5,9 @@ import pytest
 import torch
 from test_records import make_run
 
-from famba import FusionOptions, alike, create_model, data, params
+from famba import FusionOptions, alike, config, create_model, data
+from famba.config import SweepParams
 from famba.errors import InputError
-from famba.params import SweepParams
 from famba.storage import checkpoint, runs
 from famba.training import fit
 
@@ -84,7 +84,7 @@ def test_equal_tokens_are_wholly_alike_and_nothing_is_more_so():
 def runs(tmp_path):
     """`none` and `upper`, which never trained: the weights of another seed."""
     for strategy in ("none", "upper"):
-        p = params.load("smoke", strategy=strategy)
+        p = config.load("smoke", strategy=strategy)
         dataset = data.load(p.data)
         model = fit.build(p, classes=10, seed=99)
         described = {"strategy": strategy, "classes": list(dataset.classes), "mean": dataset.mean, "std": dataset.std}
@@ -101,7 +101,7 @@ def test_each_run_is_measured_beside_the_first_weights_of_its_seed(runs):
         *(("none", "trained"), ("none", "untrained"), ("upper", "trained"), ("upper", "untrained"))
     }
     assert set(frame["image"]) == {0, 1, 2, 3}
-    p = params.load("smoke", strategy="upper")
+    p = config.load("smoke", strategy="upper")
     dataset = data.load(p.data)
     inputs = data.normalise(dataset.test.images[:4], dataset.mean, dataset.std)
     for weights, seed in {"trained": 99, "untrained": 3}.items():

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from famba import bench
-from famba.__main__ import main
 from famba.bench import fusing, loading, model, precision, scan, timing
 from famba.bench.model import Training, able
 from famba.bench.setting import FULL, QUICK
+from famba.cli import main
 from famba.errors import InputError
 from famba.fusion import merge
 from famba.kernels import ops

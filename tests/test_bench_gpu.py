@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from famba import bench
-from famba.__main__ import main
 from famba.bench import fusing, gpu, timing
 from famba.bench.model import Training
 from famba.bench.published import PublishedMixer, as_published, with_norms_of
 from famba.bench.table import table
+from famba.cli import main
 from famba.errors import BackendError, InputError
 from famba.kernels import ops
 from famba.kernels.scan import selective_scan_ref

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from famba import create_model, data, params
+from famba import config, create_model, data
 from famba.analysis import calibration
+from famba.config import AdaptiveRule, FusionOptions
 from famba.errors import InputError
 from famba.experiments import sweep
 from famba.fusion import strategies
-from famba.params import AdaptiveRule, FusionOptions
 from famba.profiling import flops
 from famba.storage import runs
 
@@ -157,7 +157,7 @@ def test_a_plan_says_what_it_was_made_from_and_what_it_saves(run_dir):
 
 
 def test_calibration_looks_at_validation_images_and_never_at_the_test_split(run_dir, monkeypatch):
-    whole = data.load(params.load("smoke", strategy="none").data)
+    whole = data.load(config.load("smoke", strategy="none").data)
     blind = dataclasses.replace(whole, test=data.Split(whole.test.images[:0], whole.test.labels[:0]), train=whole.test)
     expected = calibration.plan([run_dir], AdaptiveRule(total=20), kind="similarity", count=9)
     monkeypatch.setattr(data, "load", lambda _: blind)

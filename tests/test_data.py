@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from famba import data, params
+from famba import config, data
+from famba.config import DataParams
 from famba.errors import InputError
-from famba.params import DataParams
 
 DIGITS = {
     "dataset": "digits",
@@ -430,8 +430,8 @@ def test_images_without_any_contrast_are_an_error(folder: Path):
 
 
 def test_every_profile_of_the_repository_names_a_known_dataset():
-    for profile in params.load(strategy="none").profile, "smoke":
-        assert params.load(profile, strategy="none").data.dataset in data.DATASETS
+    for profile in config.load(strategy="none").profile, "smoke":
+        assert config.load(profile, strategy="none").data.dataset in data.DATASETS
 
 
 # batches

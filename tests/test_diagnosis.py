@@ -9,9 +9,9 @@ import torch
 from processes import FOREVER_S
 
 import famba
-from famba import diagnosis
-from famba.__main__ import main
-from famba.diagnosis import Row
+from famba import doctor
+from famba.cli import main
+from famba.doctor import Row
 from famba.kernels.cpu import build
 from famba.profiling import environment
 
@@ -26,10 +26,10 @@ def examine(monkeypatch):
     """All rows by name, where imports say what is given and the others come through; a GPU on demand."""
 
     def run(*, gpu: bool = False, **said: str | None) -> dict[str, Row]:
-        modules = ["torch", *(module for modules in diagnosis._GPU.values() for module in modules), *diagnosis._EXTRAS]
-        monkeypatch.setattr(diagnosis, "_imported", lambda names: dict.fromkeys(modules, "") | said)
+        modules = ["torch", *(module for modules in doctor._GPU.values() for module in modules), *doctor._EXTRAS]
+        monkeypatch.setattr(doctor, "_imported", lambda names: dict.fromkeys(modules, "") | said)
         if gpu:
-            monkeypatch.setattr(diagnosis, "_gpu", lambda: Row("GPU", "NVIDIA H100", True))
+            monkeypatch.setattr(doctor, "_gpu", lambda: Row("GPU", "NVIDIA H100", True))
         return {row.name: row for row in famba.doctor()}
 
     return run
@@ -66,7 +66,7 @@ def test_the_command_prints_the_rows_and_its_status_is_0_whatever_is_broken(exam
 
 def test_text_by_hand():
     rows = [Row("torch", "2.13.0", True), Row("timm", "", False, "not installed", "pip install timm\nmake env")]
-    assert diagnosis.text(rows) == (
+    assert doctor.text(rows) == (
         "yes  torch  2.13.0\nno   timm\n            not installed\n            $ pip install timm\n"
         "            $ make env"
     )
@@ -81,7 +81,7 @@ def test_a_package_is_told_missing_broken_or_crashing_without_harm(packages):
     }
     for name, source in sources.items():
         (packages / f"{name}.py").write_text(source)
-    assert diagnosis._imported(["absent_package", "absent_package.part", *sources]) == {
+    assert doctor._imported(["absent_package", "absent_package.part", *sources]) == {
         "absent_package": None,
         "absent_package.part": None,
         "sound": "",
@@ -92,9 +92,9 @@ def test_a_package_is_told_missing_broken_or_crashing_without_harm(packages):
 
 
 def test_an_import_that_hangs_is_given_up(packages, monkeypatch):
-    monkeypatch.setattr(diagnosis, "_TIME_LIMIT_S", 1)
+    monkeypatch.setattr(doctor, "_TIME_LIMIT_S", 1)
     (packages / "hanging.py").write_text(f"import time; time.sleep({FOREVER_S})")
-    assert diagnosis._imported(["hanging"]) == {"hanging": "its import took more than 1 s"}
+    assert doctor._imported(["hanging"]) == {"hanging": "its import took more than 1 s"}
 
 
 def test_without_torch_the_rest_is_still_told(examine):
@@ -129,14 +129,14 @@ def test_a_gpu_is_told_by_name_memory_capability_and_driver(monkeypatch):
     one = torch.ones(1)
     monkeypatch.setattr(torch, "ones", lambda *size, device: one)
     described = "NVIDIA H100, 80 GiB, sm_90, driver 580.65.06, one of 2"
-    assert diagnosis._gpu() == Row("GPU", described, True)
+    assert doctor._gpu() == Row("GPU", described, True)
 
     def unsupported(*size, device):
         raise RuntimeError("CUDA error: no kernel image is available\nCUDA kernel errors might be ..")
 
     monkeypatch.setattr(torch, "ones", unsupported)
     reason = "torch cannot compute on it: CUDA error: no kernel image is available"
-    assert diagnosis._gpu() == Row("GPU", described, False, reason, "make env TORCH_BACKEND=auto")
+    assert doctor._gpu() == Row("GPU", described, False, reason, "make env TORCH_BACKEND=auto")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_a_missing_gpu_is_the_drivers_or_torchs_fault(monkeypatch, driver, cuda,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(environment, "gpu_driver", lambda: driver)
-    row = diagnosis._gpu()
+    row = doctor._gpu()
     assert not row.usable
     assert row.reason.startswith(reason)
     assert (row.command, row.version) == (command, f"driver {driver}" if driver else "")
@@ -159,7 +159,7 @@ def test_a_missing_gpu_is_the_drivers_or_torchs_fault(monkeypatch, driver, cuda,
 
 def test_gpu_backends_are_recommended_only_where_there_is_a_gpu(examine):
     found = examine(transformers=None, causal_conv1d="ImportError: libcudart.so.12")
-    for name in diagnosis._GPU:
+    for name in doctor._GPU:
         assert (found[name].reason, found[name].command) == ("it runs on a GPU, and none can be used", "")
 
 
@@ -179,13 +179,13 @@ def test_what_a_user_can_do_for_gpu_kernels_is_listed_by_the_work_it_takes(exami
     found = examine(gpu=True, triton="ImportError: no ptxas", **missing)
     assert found["triton"] == Row(
         "triton",
-        diagnosis._version("triton"),
+        doctor._version("triton"),
         False,
         "triton does not import: ImportError: no ptxas",
         "pip install triton",
     )
     assert found["mamba_ssm"].reason == "selective_scan_cuda is not installed"
-    assert all(row.usable for name, row in examine(gpu=True).items() if name in diagnosis._GPU)
+    assert all(row.usable for name, row in examine(gpu=True).items() if name in doctor._GPU)
 
 
 def test_extras_keep_torch_and_timm_depends_on_torchvision(examine):
@@ -205,15 +205,15 @@ def test_a_compiler_is_told_by_its_version_and_a_missing_one_by_what_installs_it
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    assert diagnosis._compiler() == Row("C++ compiler", "g++ (made up) 99.1", True)
+    assert doctor._compiler() == Row("C++ compiler", "g++ (made up) 99.1", True)
     (tmp_path / "g++").unlink()
-    row = diagnosis._compiler()
+    row = doctor._compiler()
     assert row.reason.startswith("no C++ compiler (c++, g++, clang++) on PATH")
     assert row.command == "apt-get install g++"
     monkeypatch.setattr(build, "unavailable", lambda: "no C++ compiler")
-    assert diagnosis._native() == Row("native kernels", "", False, "no C++ compiler", "apt-get install g++")
+    assert doctor._native() == Row("native kernels", "", False, "no C++ compiler", "apt-get install g++")
     monkeypatch.setenv("CXX", "nowhere-c++")
-    assert diagnosis._compiler().command == "unset CXX"
+    assert doctor._compiler().command == "unset CXX"
 
 
 def test_a_driver_that_hangs_is_no_driver(monkeypatch, tmp_path):

@@ -9,8 +9,8 @@ import pytest
 
 from famba.analysis import ablation
 from famba.analysis.ablation import FACTORS
+from famba.config import FusionOptions, levels
 from famba.errors import InputError
-from famba.params import FusionOptions, levels
 
 T_2, T_1 = 4.302653, 12.706205  # Student's 97.5% quantile with 2 and with 1 degrees of freedom
 SETTING = {

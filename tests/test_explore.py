@@ -9,8 +9,8 @@ from test_tokens import run  # noqa: F401 (a fixture)
 
 from famba import plots
 from famba.analysis import tokens
+from famba.config import STRATEGIES
 from famba.fusion import strategies
-from famba.params import STRATEGIES
 from famba.plots import explorer
 
 

@@ -12,8 +12,8 @@ from test_metrics import runs_frame
 
 from famba import plots
 from famba.analysis import ablation, summary
+from famba.config import STRATEGIES, FusionOptions
 from famba.errors import InputError
-from famba.params import STRATEGIES, FusionOptions
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

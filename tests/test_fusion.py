@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from famba.config import FusionOptions
 from famba.errors import BackendError, InputError
 from famba.fusion import merge
 from famba.fusion.matching import Matching, match_tokens
@@ -17,7 +18,6 @@ from famba.fusion.merge import apply, apply_both, fuse, plan
 from famba.kernels.cpu import build
 from famba.kernels.triton import runtime as gpu
 from famba.models.vim import create_model
-from famba.params import FusionOptions
 
 GOLDEN = Path(__file__).parent / "golden"
 TENSORS = load_file(GOLDEN / "fusion.safetensors")

@@ -16,9 +16,9 @@ from packaging.requirements import Requirement
 from processes import PATIENCE_S, is_there, wait_until
 
 from famba import bench
-from famba.__main__ import main
 from famba.bench import gpu_check, gpu_checks
 from famba.bench.gpu_check import Check, Setting
+from famba.cli import main
 from famba.training import cuda_graph
 
 ROOT = gpu_check.ROOT

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from famba import params
-from famba.__main__ import main
+from famba import config
 from famba.bench import estimate
+from famba.cli import main
 from famba.errors import InputError
 
 
@@ -27,7 +27,7 @@ def rows(monkeypatch):
 
 def test_the_papers_profile_stands_for_both_models_of_its_table_and_each_strategy_of_the_sweep(rows):
     found = rows("paper", device="cpu")
-    strategies = list(params.load_sweep().strategies)
+    strategies = list(config.load_sweep().strategies)
     assert [(row["model"], row["strategy"]) for row in found] == [(m, s) for m in estimate.MODELS for s in strategies]
 
 
@@ -47,14 +47,14 @@ def test_the_command_times_the_steps_of_training_on_the_smoke_profile(capsys):
     assert main(["hours", "--profile", "smoke", "--steps", "2", "--images", "128"]) == 0
     printed = capsys.readouterr().out
     assert "profile smoke: 2 epochs, 32 images a step" in printed
-    for strategy in params.load_sweep().strategies:
+    for strategy in config.load_sweep().strategies:
         assert f" {strategy} " in printed
     assert "vim_nano, 5 strategies: " in printed
     assert "the whole table, one seed: " in printed
 
 
 def test_a_row_counts_whole_steps_of_the_images_and_fuses_as_its_strategy_says(monkeypatch):
-    p, seen = params.load("smoke", strategy="upper"), []
+    p, seen = config.load("smoke", strategy="upper"), []
     step = estimate.Session._step
     monkeypatch.setattr(estimate.Session, "_step", lambda s, *rest: seen.append(s.token_counts) or step(s, *rest))
     row = estimate._row(estimate._alone(p, "vim_nano", None), 2, 100)
@@ -66,7 +66,7 @@ def test_a_row_counts_whole_steps_of_the_images_and_fuses_as_its_strategy_says(m
 
 
 def test_the_papers_recipe_is_timed_without_timm_in_its_parts_and_with_mixed_labels():
-    p = params.load("paper", strategy="all")
+    p = config.load("paper", strategy="all")
     small = dataclasses.replace(
         p,
         data=dataclasses.replace(p.data, img_size=32),

@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from ruamel.yaml import YAML
 
 import famba
-from famba import backends, params
+from famba import backends, config
 from famba.analysis import summary
 from famba.training import fit
 
@@ -143,7 +143,7 @@ def test_what_reads_results_needs_no_torch_and_training_needs_nothing_that_reads
 
 def test_the_package_hands_out_its_public_names_and_imports_nothing_for_it():
     done = subprocess.run(
-        [sys.executable, "-c", "import sys, famba; print('torch' in sys.modules, 'famba.params' in sys.modules)"],
+        [sys.executable, "-c", "import sys, famba; print('torch' in sys.modules, 'famba.config' in sys.modules)"],
         capture_output=True,
         text=True,
         check=True,
@@ -375,5 +375,5 @@ def test_the_sweep_has_a_rule_for_every_strategy_in_every_profile():
     profiles = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())["profiles"]
     assert {"default", "smoke"} <= set(profiles)
     for profile in profiles:
-        for strategy in params.load_sweep().strategies:
-            assert params.load(profile, strategy=strategy).strategy == strategy
+        for strategy in config.load_sweep().strategies:
+            assert config.load(profile, strategy=strategy).strategy == strategy

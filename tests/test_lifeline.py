@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from processes import FOREVER_S, is_there, wait_until
 
-from famba import lifeline
+from famba import supervision
 from famba.errors import InputError
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks into /proc")
@@ -42,7 +42,7 @@ if sys.argv[1] != "leaves":
 
 
 def start(command: list[str], how: str = "waits", **given: str) -> subprocess.Popen:
-    environment = {key: value for key, value in os.environ.items() if key not in ("DVC_STAGE", lifeline.ENDS_WITH)}
+    environment = {key: value for key, value in os.environ.items() if key not in ("DVC_STAGE", supervision.ENDS_WITH)}
     environment |= {"PYTHONPATH": str(ROOT), **given}
     return subprocess.Popen(
         [sys.executable, "-c", DVC, how, *command], env=environment, start_new_session=True, stderr=subprocess.DEVNULL
@@ -100,7 +100,7 @@ def test_a_stage_whose_dvc_is_gone_already_does_not_begin(tmp_path):
 def test_what_works_for_a_process_that_is_no_ancestor_does_not_begin(tmp_path):
     gone = subprocess.Popen(["true"])
     gone.wait()
-    start(stage(tmp_path / "said"), "plain", **{lifeline.ENDS_WITH: str(gone.pid)}).wait()
+    start(stage(tmp_path / "said"), "plain", **{supervision.ENDS_WITH: str(gone.pid)}).wait()
     assert (tmp_path / "said.why").read_text() == (
         f"process {gone.pid}, which this one works for (FAMBA_ENDS_WITH), is gone"
     )
@@ -136,11 +136,11 @@ def test_what_must_be_done_at_the_stop_is_done_first_and_only_while_it_must(how,
 
 
 def test_a_number_that_is_none_is_refused(monkeypatch):
-    monkeypatch.setenv(lifeline.ENDS_WITH, "make")
+    monkeypatch.setenv(supervision.ENDS_WITH, "make")
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         with pytest.raises(InputError, match=r"^FAMBA_ENDS_WITH: 'make' is not the number of a process$"):
-            lifeline.hold()
+            supervision.hold()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

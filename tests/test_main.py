@@ -9,8 +9,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from famba import params
-from famba.__main__ import main
+from famba import config
+from famba.cli import main
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def notebook(tmp_path: Path):
 
 def test_params_prints_what_a_run_gets(capsys):
     assert main(["params", "--strategy", "upper", "--profile", "smoke"]) == 0
-    assert json.loads(capsys.readouterr().out) == params.load("smoke", strategy="upper").as_dict()
+    assert json.loads(capsys.readouterr().out) == config.load("smoke", strategy="upper").as_dict()
 
 
 def test_params_writes_a_file_in_a_folder_that_is_not_there_yet(tmp_path, capsys):
@@ -66,7 +66,7 @@ def test_what_resolved_parameters_say_already_is_not_said_twice(also, capsys):
 
 
 def test_the_command_line_starts_without_torch():
-    code = "import sys, famba.__main__ as m; m.main(['params', '--strategy', 'all']); print('torch' in sys.modules)"
+    code = "import sys, famba.cli as m; m.main(['params', '--strategy', 'all']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("}\nFalse\n")
 
@@ -76,7 +76,7 @@ def test_a_notebook_gets_its_parameters_as_yaml_and_runs_in_the_root(notebook, t
         "a = 1\nb = 'x'\nc = 0.5\nd = 1\nuntouched = 7",
         "import os\nprint(repr((a, b, c, d, untouched)), os.environ['OMP_WAIT_POLICY'], os.getcwd())",
     )
-    root = params.root()
+    root = config.root()
     monkeypatch.chdir(root / "tests")
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     out = tmp_path / "deep" / "er" / "out.ipynb"

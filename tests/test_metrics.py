@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_records import make_run, spoil
 
-from famba import params
+from famba import config
 from famba.analysis import summary
+from famba.config import STRATEGIES, SweepParams
 from famba.errors import InputError
-from famba.params import STRATEGIES, SweepParams
 from famba.storage import runs
 
 SWEEP = SweepParams(strategies=("upper", "none"), seeds=(0, 1))
@@ -369,4 +369,4 @@ def test_cosine_similarity_of_a_case_worked_by_hand():
 
 
 def test_the_sweep_of_the_project_can_be_paired():
-    assert summary.BASELINE in params.load_sweep().strategies
+    assert summary.BASELINE in config.load_sweep().strategies

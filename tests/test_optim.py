@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from famba import params
-from famba.params import Params
+from famba import config
+from famba.config import Params
 from famba.training import fit
 from famba.training.optim import learning_rate, parameter_groups, peak_lr
 
@@ -15,7 +15,7 @@ FILE = Path(__file__).parent.parent / "params.yaml"
 
 
 def smoke() -> Params:
-    return params.load("smoke", strategy="upper", path=FILE)
+    return config.load("smoke", strategy="upper", path=FILE)
 
 
 def test_the_learning_rate_rises_linearly_then_falls_along_a_cosine():

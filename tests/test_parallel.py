@@ -13,9 +13,9 @@ import pytest
 import torch
 from processes import wait_until
 
-from famba import InputError, data, params
+from famba import InputError, config, data
+from famba.config import Params
 from famba.errors import TrainingError
-from famba.params import Params
 from famba.storage import runs
 from famba.training import distributed, fit
 from famba.training.trainer import Session, evaluate
@@ -46,7 +46,7 @@ MIXED = {"mixup": 0.8, "cutmix": 1.0, "erase": 0.25, "flip": True}
 
 
 def smoke(varied: dict | None = None, **changes) -> Params:
-    p = params.load("smoke", strategy="upper")
+    p = config.load("smoke", strategy="upper")
     images = dataclasses.replace(p.data, limit=64, **(varied or {}))
     changes = {"threads": 1, "batch_size": 16, "ema_decay": 0.9, **changes}
     return dataclasses.replace(p, data=images, train=dataclasses.replace(p.train, **changes))

@@ -11,9 +11,8 @@ from typing import Any, get_args
 import pytest
 from ruamel.yaml import YAML
 
-from famba import params
-from famba.errors import InputError
-from famba.params import (
+from famba import config
+from famba.config import (
     STRATEGIES,
     AblationParams,
     DataParams,
@@ -24,6 +23,7 @@ from famba.params import (
     SweepParams,
     TrainParams,
 )
+from famba.errors import InputError
 
 FILE = Path(__file__).parent.parent / "params.yaml"
 TEXT = FILE.read_text(encoding="utf-8")
@@ -79,50 +79,50 @@ def test_a_section_spells_out_every_field_of_its_dataclass_and_comes_back_as_it_
 
 def test_the_sweep_comes_back_as_it_was():
     written = document()["sweep"]
-    assert json.loads(json.dumps(dataclasses.asdict(params.load_sweep(FILE)))) == written
+    assert json.loads(json.dumps(dataclasses.asdict(config.load_sweep(FILE)))) == written
 
 
 def test_the_ablation_comes_back_as_it_was_and_changes_replace_its_values():
     written = document()["ablation"]
     assert list(written) == [field.name for field in dataclasses.fields(AblationParams)]
-    assert json.loads(json.dumps(dataclasses.asdict(params.load_ablation(FILE)))) == written
-    changed = params.load_ablation(FILE, seeds=[5], epochs=None)
+    assert json.loads(json.dumps(dataclasses.asdict(config.load_ablation(FILE)))) == written
+    changed = config.load_ablation(FILE, seeds=[5], epochs=None)
     assert (changed.seeds, changed.epochs) == ((5,), None)
-    assert dataclasses.replace(changed, seeds=(0,), epochs=1) == params.load_ablation(FILE, seeds=[0], epochs=1)
+    assert dataclasses.replace(changed, seeds=(0,), epochs=1) == config.load_ablation(FILE, seeds=[0], epochs=1)
 
 
 def test_the_runs_on_photographs_come_back_as_they_were_and_name_a_profile():
     written = document()["photographs"]
-    assert json.loads(json.dumps(dataclasses.asdict(params.load_photographs(FILE)))) == written
+    assert json.loads(json.dumps(dataclasses.asdict(config.load_photographs(FILE)))) == written
     assert written["profile"] in PROFILES
 
 
 def test_bad_runs_on_photographs_are_named_in_one_line(edited: Callable[..., Path]):
-    message = said(lambda: params.load_photographs(edited("photographs", "seeds", to=[0, 0])))
+    message = said(lambda: config.load_photographs(edited("photographs", "seeds", to=[0, 0])))
     assert "params.yaml: photographs.seeds: [0, 0]" in message
-    assert "photographs.jobs: 0" in said(lambda: params.load_photographs(edited("photographs", "jobs", to=0)))
+    assert "photographs.jobs: 0" in said(lambda: config.load_photographs(edited("photographs", "jobs", to=0)))
 
 
 def test_other_seeds_than_the_files_can_be_swept():
-    assert params.load_sweep(FILE, seeds=[7]).seeds == (7,)
-    assert params.load_sweep(FILE, seeds=[7]).strategies == params.load_sweep(FILE).strategies
-    assert "sweep.seeds" in said(lambda: params.load_sweep(FILE, seeds=[7, 7]))
+    assert config.load_sweep(FILE, seeds=[7]).seeds == (7,)
+    assert config.load_sweep(FILE, seeds=[7]).strategies == config.load_sweep(FILE).strategies
+    assert "sweep.seeds" in said(lambda: config.load_sweep(FILE, seeds=[7, 7]))
 
 
 def test_the_levels_of_a_factor_are_the_values_that_its_option_can_take():
-    assert params.levels("feature") == ("normed", "residual", "delta", "B", "C")
-    assert get_args(params.Factor) == tuple(field.name for field in dataclasses.fields(FusionOptions))
-    for factor in get_args(params.Factor):
-        assert getattr(FusionOptions(), factor) in params.levels(factor)
+    assert config.levels("feature") == ("normed", "residual", "delta", "B", "C")
+    assert get_args(config.Factor) == tuple(field.name for field in dataclasses.fields(FusionOptions))
+    for factor in get_args(config.Factor):
+        assert getattr(FusionOptions(), factor) in config.levels(factor)
 
 
 def test_the_fusion_section_has_one_rule_for_each_strategy_and_each_comes_back_as_it_was():
     written = document()["fusion"]
     assert tuple(written) == (*STRATEGIES, "adaptive")
     for strategy in STRATEGIES:
-        loaded = dataclasses.asdict(params.load("default", strategy=strategy, path=FILE).fusion)
+        loaded = dataclasses.asdict(config.load("default", strategy=strategy, path=FILE).fusion)
         assert {key: value for key, value in loaded.items() if value is not None} == written[strategy]
-    budget = dataclasses.asdict(params.load_adaptive("default", path=FILE))
+    budget = dataclasses.asdict(config.load_adaptive("default", path=FILE))
     assert {key: value for key, value in budget.items() if value is not None} == written["adaptive"]
 
 
@@ -139,14 +139,14 @@ def test_the_fusion_section_has_one_rule_for_each_strategy_and_each_comes_back_a
 )
 def test_a_budget_that_is_none_is_refused(edited: Callable[..., Path], rule: dict, expected: tuple[str, ...]):
     path = edited("fusion", "adaptive", to=rule)
-    message = said(lambda: params.load_adaptive("default", path=path))
+    message = said(lambda: config.load_adaptive("default", path=path))
     assert all(part in message for part in expected)
 
 
 def test_a_profile_replaces_the_budget_whole(edited: Callable[..., Path]):
     path = edited("profiles", "smoke", "fusion", to={"adaptive": {"memory": 0.5}})
-    assert params.load_adaptive("smoke", path=path) == params.AdaptiveRule(memory=0.5)
-    assert params.load_adaptive("default", path=path).memory is None
+    assert config.load_adaptive("smoke", path=path) == config.AdaptiveRule(memory=0.5)
+    assert config.load_adaptive("default", path=path).memory is None
 
 
 def test_no_section_is_left_untested():
@@ -156,7 +156,7 @@ def test_no_section_is_left_untested():
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_profile_loads_with_every_strategy_and_changes_what_it_names_only(profile: str, strategy: str):
-    p = params.load(profile, strategy=strategy, path=FILE)
+    p = config.load(profile, strategy=strategy, path=FILE)
     assert (p.profile, p.strategy) == (profile, strategy)
     base, changes = document(), document()["profiles"][profile]
     for section in SECTIONS:
@@ -166,12 +166,12 @@ def test_every_profile_loads_with_every_strategy_and_changes_what_it_names_only(
 
 
 def test_without_a_profile_the_one_that_the_file_names_is_taken(edited: Callable[..., Path]):
-    assert params.load(strategy="all", path=FILE).profile == document()["profile"]
-    assert params.load(strategy="all", path=edited("profile", to="smoke")).profile == "smoke"
+    assert config.load(strategy="all", path=FILE).profile == document()["profile"]
+    assert config.load(strategy="all", path=edited("profile", to="smoke")).profile == "smoke"
 
 
 def test_a_resolved_configuration_can_be_rebuilt_from_the_record_of_it():
-    p = params.load("smoke", strategy="upper", path=FILE)
+    p = config.load("smoke", strategy="upper", path=FILE)
     record = json.loads(json.dumps(p.as_dict()))
     rebuilt = Params(
         profile=record["profile"],
@@ -186,18 +186,18 @@ def test_a_resolved_configuration_can_be_rebuilt_from_the_record_of_it():
 def test_numbers_are_read_by_yaml_1_2(tmp_path: Path):
     path = tmp_path / "params.yaml"
     path.write_text(re.sub(r"\blr: \S+", "lr: 1e-3", TEXT, count=1))
-    assert params.load(strategy="none", path=path).train.lr == 0.001
+    assert config.load(strategy="none", path=path).train.lr == 0.001
     path.write_text(TEXT.replace("flip: false", "flip: no", 1))
-    assert "data.flip: 'no'" in said(lambda: params.load(strategy="none", path=path))
+    assert "data.flip: 'no'" in said(lambda: config.load(strategy="none", path=path))
 
 
 def test_a_file_that_changed_is_read_again(tmp_path: Path):
     path = tmp_path / "params.yaml"
     path.write_text(TEXT)
-    before = params.load(strategy="none", path=path)
+    before = config.load(strategy="none", path=path)
     path.write_text(re.sub(r"batch_size: \d+", "batch_size: 999", TEXT, count=1))
     assert before.train.batch_size != 999
-    assert params.load(strategy="none", path=path).train.batch_size == 999
+    assert config.load(strategy="none", path=path).train.batch_size == 999
 
 
 def test_reading_parameters_imports_no_torch():
@@ -246,14 +246,14 @@ OTHER: dict[tuple[str, str], Any] = {
 
 
 def test_the_digest_changes_with_every_single_value_that_makes_the_result_and_with_the_seed():
-    p = params.load("default", strategy="all", path=FILE)
+    p = config.load("default", strategy="all", path=FILE)
     digests = [p.digest(0), p.digest(1)]
     digests.append(dataclasses.replace(p, profile="smoke").digest(0))
     digests.append(dataclasses.replace(p, strategy="lower").digest(0))
     for section in (*SECTIONS, "fusion"):
         part = getattr(p, section)
         for field in dataclasses.fields(part):
-            if field.name in params.EXECUTION.get(section, ()):
+            if field.name in config.EXECUTION.get(section, ()):
                 continue
             old = getattr(part, field.name)
             new = OTHER[section, field.name] if (section, field.name) in OTHER else old + type(old)(1) / 4
@@ -266,28 +266,28 @@ def test_the_digest_changes_with_every_single_value_that_makes_the_result_and_wi
 
 
 def test_a_run_may_go_on_under_the_same_digest_whatever_carries_it_out():
-    p = params.load("default", strategy="all", path=FILE)
+    p = config.load("default", strategy="all", path=FILE)
     other = {"workers": 3, "memory_mib": 1, "processes": 2, "tensorboard": True}
-    assert {key for keys in params.EXECUTION.values() for key in keys} == set(other)
-    for section, keys in params.EXECUTION.items():
+    assert {key for keys in config.EXECUTION.values() for key in keys} == set(other)
+    for section, keys in config.EXECUTION.items():
         changed = dataclasses.replace(getattr(p, section), **{key: other[key] for key in keys})
         assert changed != getattr(p, section)
         assert dataclasses.replace(p, **{section: changed}).digest(0) == p.digest(0)
 
 
 def test_the_number_of_processes_may_be_given_instead_of_the_files():
-    p = params.load("smoke", strategy="all", processes=4, path=FILE)
+    p = config.load("smoke", strategy="all", processes=4, path=FILE)
     assert p.train.processes == 4
-    assert p.digest(0) == params.load("smoke", strategy="all", path=FILE).digest(0)
-    message = said(lambda: params.load("smoke", strategy="all", processes=0, path=FILE))
+    assert p.digest(0) == config.load("smoke", strategy="all", path=FILE).digest(0)
+    message = said(lambda: config.load("smoke", strategy="all", processes=0, path=FILE))
     assert "params.yaml: train.processes: 0" in message
 
 
 def test_resolved_parameters_come_back_from_the_file_that_a_run_has(tmp_path: Path):
-    p = params.load("paper", strategy="upper", path=FILE)
+    p = config.load("paper", strategy="upper", path=FILE)
     path = tmp_path / "params.json"
     path.write_text(json.dumps(p.as_dict()))
-    assert params.read_resolved(path) == p
+    assert config.read_resolved(path) == p
 
 
 @pytest.mark.parametrize(
@@ -301,22 +301,22 @@ def test_resolved_parameters_come_back_from_the_file_that_a_run_has(tmp_path: Pa
     ],
 )
 def test_resolved_parameters_that_are_wrong_are_named_in_one_line(tmp_path: Path, change, parts: tuple[str, ...]):
-    document = params.load("smoke", strategy="upper", path=FILE).as_dict()
+    document = config.load("smoke", strategy="upper", path=FILE).as_dict()
     change(document)
     path = tmp_path / "params.json"
     path.write_text(json.dumps(document))
-    message = said(lambda: params.read_resolved(path))
+    message = said(lambda: config.read_resolved(path))
     assert all(part in message for part in parts)
 
 
 def test_a_file_of_resolved_parameters_that_is_none_is_named(tmp_path: Path):
-    assert "cannot be read" in said(lambda: params.read_resolved(tmp_path / "none.json"))
+    assert "cannot be read" in said(lambda: config.read_resolved(tmp_path / "none.json"))
     (tmp_path / "params.json").write_text("{")
-    assert "params.json: not readable as JSON" in said(lambda: params.read_resolved(tmp_path / "params.json"))
+    assert "params.json: not readable as JSON" in said(lambda: config.read_resolved(tmp_path / "params.json"))
 
 
 def test_the_digest_of_the_same_values_is_the_same_in_another_process():
-    p = params.load("smoke", strategy="all", path=FILE)
+    p = config.load("smoke", strategy="all", path=FILE)
     code = "from famba import params; print(params.load('smoke', strategy='all').digest(4))"
     out = subprocess.run([sys.executable, "-c", code], cwd=FILE.parent, check=True, capture_output=True, text=True)
     assert out.stdout.strip() == p.digest(4)
@@ -403,7 +403,7 @@ def test_a_bad_value_is_named_in_one_line_with_its_key_and_what_is_allowed(
     edited: Callable[..., Path], keys: tuple[Any, ...], value: Any, parts: tuple[str, ...]
 ):
     path = edited(*keys, to=value)
-    message = said(lambda: params.load(strategy="all", path=path))
+    message = said(lambda: config.load(strategy="all", path=path))
     assert message.startswith("params.yaml: ")
     for part in parts:
         assert part in message
@@ -426,7 +426,7 @@ def test_a_bad_value_is_named_in_one_line_with_its_key_and_what_is_allowed(
 )
 def test_a_bad_sweep_is_named_in_one_line(edited: Callable[..., Path], key: str, value: Any, parts: tuple[str, ...]):
     path = edited("sweep", key, to=value)
-    message = said(lambda: params.load_sweep(path))
+    message = said(lambda: config.load_sweep(path))
     assert all(part in message for part in ("params.yaml", *parts))
 
 
@@ -443,7 +443,7 @@ def test_a_bad_sweep_is_named_in_one_line(edited: Callable[..., Path], key: str,
 )
 def test_what_is_missing_is_named(edited: Callable[..., Path], keys: tuple[str, ...], expected: str):
     path = edited(*keys, delete=True)
-    assert said(lambda: params.load(strategy="all", path=path)) == expected
+    assert said(lambda: config.load(strategy="all", path=path)) == expected
 
 
 @pytest.mark.parametrize(
@@ -466,25 +466,25 @@ def test_what_is_missing_is_named(edited: Callable[..., Path], keys: tuple[str, 
 )
 def test_a_bad_ablation_is_named_in_one_line(edited: Callable[..., Path], key: str, value: Any, parts: tuple[str, ...]):
     path = edited("ablation", key, to=value)
-    in_file = said(lambda: params.load_ablation(path))
+    in_file = said(lambda: config.load_ablation(path))
     assert all(part in in_file for part in ("params.yaml", *parts))
-    assert said(lambda: params.load_ablation(FILE, **{key: value})) == in_file
+    assert said(lambda: config.load_ablation(FILE, **{key: value})) == in_file
 
 
 def test_an_ablation_of_one_strategy_needs_no_others():
-    assert params.load_ablation(FILE, strategies=[]).strategies == ()
+    assert config.load_ablation(FILE, strategies=[]).strategies == ()
 
 
 def test_a_missing_sweep_is_named(edited: Callable[..., Path]):
     path = edited("sweep", delete=True)
-    assert said(lambda: params.load_sweep(path)).startswith("params.yaml: sweep: None")
+    assert said(lambda: config.load_sweep(path)).startswith("params.yaml: sweep: None")
 
 
 def test_an_unknown_strategy_or_profile_is_named_with_those_that_there_are():
-    assert said(lambda: params.load(strategy="most", path=FILE)) == (
+    assert said(lambda: config.load(strategy="most", path=FILE)) == (
         "strategy: 'most' is not one of none, all, interleaved, lower, upper"
     )
-    message = said(lambda: params.load("big", strategy="all", path=FILE))
+    message = said(lambda: config.load("big", strategy="all", path=FILE))
     assert message == f"params.yaml: profile: 'big' is not one of {', '.join(PROFILES)}"
 
 
@@ -506,12 +506,12 @@ def test_an_unknown_strategy_or_profile_is_named_with_those_that_there_are():
 def test_a_file_that_is_no_yaml_mapping_is_named_in_one_line(tmp_path: Path, raw: bytes):
     path = tmp_path / "params.yaml"
     path.write_bytes(raw)
-    assert said(lambda: params.load(strategy="all", path=path)).startswith("params.yaml: ")
+    assert said(lambda: config.load(strategy="all", path=path)).startswith("params.yaml: ")
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path):
     path = tmp_path / "none.yaml"
-    assert said(lambda: params.load(strategy="all", path=path)) == f"{path}: cannot be read (No such file or directory)"
+    assert said(lambda: config.load(strategy="all", path=path)) == f"{path}: cannot be read (No such file or directory)"
 
 
 # weights to start from
@@ -519,7 +519,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path):
 
 def test_nothing_is_trained_where_there_are_weights_whatever_the_warm_up(edited: Callable[..., Path]):
     changes = {"epochs": 0, "init_from": "weights.safetensors", "warmup_epochs": 3}
-    train = params.load("default", strategy="all", path=edited("profiles", "default", to={"train": changes})).train
+    train = config.load("default", strategy="all", path=edited("profiles", "default", to={"train": changes})).train
     assert (train.epochs, train.init_from) == (0, "weights.safetensors")
 
 
@@ -529,7 +529,7 @@ def test_the_weights_to_start_from_are_a_file_in_the_repository_known_by_its_con
     for name in ("params.yaml", "dvc.yaml"):
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
-    p = params.load("finetune", strategy="all", path=FILE)
+    p = config.load("finetune", strategy="all", path=FILE)
     assert p.train.init_from is not None
     own = dataclasses.replace(p, train=dataclasses.replace(p.train, init_from="runs/of {seed}/{name}"))
     path = tmp_path / "runs" / "of 4" / "{name}"
@@ -539,7 +539,7 @@ def test_the_weights_to_start_from_are_a_file_in_the_repository_known_by_its_con
     for content in (b"weights", b"other weights"):
         path.write_bytes(content)
         assert own.init_sha256(4) == hashlib.sha256(content).hexdigest()
-    assert params.load("default", strategy="all", path=FILE).init_sha256(4) is None
+    assert config.load("default", strategy="all", path=FILE).init_sha256(4) is None
 
 
 # dataclasses and the root
@@ -557,13 +557,13 @@ def test_the_root_is_the_nearest_folder_above_that_holds_both_files(tmp_path: Pa
     for name in ("params.yaml", "dvc.yaml"):
         (tmp_path / name).touch()
     monkeypatch.chdir(inner)
-    assert params.root() == tmp_path
+    assert config.root() == tmp_path
 
 
 def test_outside_any_checkout_the_root_is_the_one_that_the_package_lies_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    assert params.root() == FILE.parent
-    monkeypatch.setattr(params, "__file__", str(tmp_path / "site-packages" / "famba" / "params.py"))
-    assert said(params.root).startswith(f"{tmp_path}: no params.yaml and dvc.yaml")
+    assert config.root() == FILE.parent
+    monkeypatch.setattr(config, "__file__", str(tmp_path / "site-packages" / "famba" / "params.py"))
+    assert said(config.root).startswith(f"{tmp_path}: no params.yaml and dvc.yaml")

@@ -11,7 +11,7 @@ import pytest
 from test_records import make_run
 
 from famba.analysis import summary
-from famba.params import STRATEGIES, SweepParams
+from famba.config import STRATEGIES, SweepParams
 from famba.plots import STRATEGY_COLOURS
 from famba.storage import runs
 

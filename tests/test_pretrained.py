@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from famba import FusionOptions, InputError, VisionMamba, apply, load_vim, schedule
+from famba.config import STRATEGIES
 from famba.models import pretrained
 from famba.models.pretrained import resize_positions, take_weights
-from famba.params import STRATEGIES
 from famba.storage.checkpoint import model_bytes
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -16,9 +16,9 @@ from torchvision import transforms
 
 import famba
 from famba import data
+from famba.config import DataParams
 from famba.data import datasets, timm_transforms
 from famba.errors import InputError
-from famba.params import DataParams
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 PAPER = {"img_size": 48, "shift": 0, "flip": True, "erase": 0.25, "rand_augment": "rand-m9-mstd0.5-inc1"}

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from famba import params
+from famba import config
 from famba.errors import InputError
 from famba.storage import runs
 
@@ -57,7 +57,7 @@ def make_run(strategy="upper", seed=0, **changes):
             "epoch_time_s": [6.0, 6.5],
         },
         history=history,
-        params=params.load("smoke", strategy=strategy).as_dict(),
+        params=config.load("smoke", strategy=strategy).as_dict(),
         model_bytes=b"weights",
     )
     return dataclasses.replace(run, **changes)
@@ -118,7 +118,7 @@ def test_metrics_json_is_written_last_and_taken_away_first(tmp_path, monkeypatch
 
 def test_a_relative_folder_lies_in_the_repository_whatever_the_working_directory(tmp_path, monkeypatch):
     for name in ("params.yaml", "dvc.yaml"):
-        (tmp_path / name).write_bytes((params.root() / name).read_bytes())
+        (tmp_path / name).write_bytes((config.root() / name).read_bytes())
     (tmp_path / "notebooks").mkdir()
     monkeypatch.chdir(tmp_path / "notebooks")
     assert runs.write(make_run(), "results/run") == tmp_path / "results" / "run"

@@ -14,9 +14,9 @@ from pyarrow import parquet
 from test_data import DIGITS, checkout, one_line, photograph  # noqa: F401 (a fixture)
 
 from famba import data
+from famba.config import DataParams
 from famba.data import datasets
 from famba.errors import InputError
-from famba.params import DataParams
 
 COLUMNS = {"img": {"_type": "Image"}, "label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from famba.config import FusionRule
 from famba.errors import InputError
 from famba.fusion.strategies import STRATEGIES, adaptive, from_rule, frontier, fused_layers, schedule, token_counts
-from famba.params import FusionRule
 
 PAPER = {"none": None, "all": 7, "interleaved": 14, "lower": 9, "upper": 9}
 

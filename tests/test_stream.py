@@ -19,10 +19,10 @@ from processes import PATIENCE_S, is_there, wait_until
 from test_data import DIGITS, checkout, folder, one_line  # noqa: F401 (fixtures)
 
 from famba import data
+from famba.config import DataParams
 from famba.data import augment
 from famba.data.timm_transforms import Recipe
 from famba.errors import FambaError, InputError
-from famba.params import DataParams
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 128  # pixels, of which 24 images take 1.1 MiB

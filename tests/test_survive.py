@@ -68,13 +68,13 @@ def incubate() -> None:
     """The incubator's own side: a line of JSON in, a line of JSON out."""
     import torch
 
-    from famba import data, params
-    from famba.__main__ import main
+    from famba import config, data
+    from famba.cli import main
     from famba.training import fit
 
     torch.set_num_threads(1)  # a fork has none of its parent's threads
-    fit.build(params.load("smoke", strategy="upper"), classes=10, seed=0)
-    data.load(params.load("smoke", strategy="upper").data)  # imports what it needs
+    fit.build(config.load("smoke", strategy="upper"), classes=10, seed=0)
+    data.load(config.load("smoke", strategy="upper").data)  # imports what it needs
     with tempfile.TemporaryDirectory() as folder:
         for line in sys.stdin:
             print(json.dumps(_disturbed(main, json.loads(line), Path(folder))), flush=True)

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 import famba
-from famba import params
+from famba import config
+from famba.config import SweepParams
 from famba.errors import InputError
 from famba.experiments import sweep
-from famba.params import SweepParams
 from famba.storage import runs
 
 
@@ -83,18 +83,18 @@ def test_a_run_of_other_parameters_is_trained_again(tmp_path, trained):
     (folder / "params.json").write_text(json.dumps(made))
     sweep.ensure_run(folder, strategy="none", seed=0, profile="smoke", train_missing=True)
     assert len(trained) == 2
-    assert json.loads((folder / "params.json").read_text()) == params.load("smoke", strategy="none").as_dict()
+    assert json.loads((folder / "params.json").read_text()) == config.load("smoke", strategy="none").as_dict()
 
 
 def test_a_run_that_started_from_other_weights_is_refused_or_trained_again(tmp_path, trained, monkeypatch):
-    load, weights = params.load, tmp_path / "weights.safetensors"
+    load, weights = config.load, tmp_path / "weights.safetensors"
     weights.write_bytes(b"some")
 
     def started(profile=None, **asked):
         p = load(profile, **asked)
         return dataclasses.replace(p, train=dataclasses.replace(p.train, init_from=str(weights)))
 
-    monkeypatch.setattr(params, "load", started)
+    monkeypatch.setattr(config, "load", started)
     run = {"strategy": "none", "seed": 0, "profile": "smoke"}
     for content in (b"some", b"other"):
         weights.write_bytes(content)
@@ -128,7 +128,7 @@ def test_a_run_that_was_trained_elsewhere_and_does_not_say_by_what_code_is_taken
 
 
 def test_a_run_records_the_command_that_was_given_for_it(tmp_path, trained):
-    p = params.load("smoke", strategy="upper")
+    p = config.load("smoke", strategy="upper")
     sweep.ensure(tmp_path / "given", p, seed=0, train_missing=True, command="make something")
     sweep.ensure(tmp_path / "own", p, seed=0, train_missing=True)
     assert [runs.read(tmp_path / name).cost["command"] for name in ("given", "own")] == ["make something", "none"]

@@ -4,11 +4,11 @@ import torch
 from PIL import Image
 from test_records import make_run
 
-from famba import data, params
+from famba import config, data
 from famba.analysis import tokens
+from famba.config import STRATEGIES
 from famba.errors import InputError
 from famba.fusion import strategies
-from famba.params import STRATEGIES
 from famba.storage import checkpoint, runs
 from famba.training import fit
 
@@ -16,7 +16,7 @@ from famba.training import fit
 @pytest.fixture
 def run(tmp_path):
     """A finished run of `upper` in the smoke profile, but for the training."""
-    p = params.load("smoke", strategy="upper")
+    p = config.load("smoke", strategy="upper")
     dataset = data.load(p.data)
     model = fit.build(p, classes=10, seed=0)
     described = {"strategy": "upper", "classes": list(dataset.classes), "mean": dataset.mean, "std": dataset.std}

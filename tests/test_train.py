@@ -13,12 +13,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from famba import InputError, apply, backends, params
+from famba import InputError, apply, backends, config
+from famba.config import Params
 from famba.errors import TrainingError
 from famba.kernels import dispatch
 from famba.kernels.cpu import build, runtime
 from famba.models.vim import kernels
-from famba.params import Params
 from famba.storage import checkpoint, runs
 from famba.training import cuda_graph, fit
 from famba.training.distributed import Processes
@@ -37,7 +37,7 @@ def repository(tmp_path, monkeypatch):
 
 
 def smoke(strategy: str = "upper", **changes) -> Params:
-    p = params.load("smoke", strategy=strategy)
+    p = config.load("smoke", strategy=strategy)
     data = dataclasses.replace(p.data, limit=64)
     return dataclasses.replace(p, data=data, train=dataclasses.replace(p.train, **{"threads": 1, **changes}))
 
@@ -357,7 +357,7 @@ def test_parameters_that_cannot_be_met_are_refused_before_training(change, said)
 
 
 def test_an_r_that_is_too_large_is_refused_before_training_naming_layer_t_and_r():
-    p = dataclasses.replace(smoke(), fusion=params.FusionRule(r=18))
+    p = dataclasses.replace(smoke(), fusion=config.FusionRule(r=18))
     with pytest.raises(InputError, match=r"layer 2: r = 18 of t = 19 tokens; allowed: 0\.\.9"):
         fit.fit(dataclasses.replace(p, strategy="all"), seed=0)
 

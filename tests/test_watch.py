@@ -10,7 +10,7 @@ import pytest
 from nbclient import NotebookClient
 from PIL import Image
 
-from famba import params
+from famba import config
 from famba.errors import InputError
 from famba.storage import runs
 from famba.training import callbacks
@@ -48,7 +48,7 @@ for epoch in (1, 2, 3):
 def test_a_notebook_holds_one_figure_that_is_the_newest():
     cells = [nbformat.v4.new_code_cell(source) for source in (WATCHED, "curves(history[:1])")]
     notebook = nbformat.v4.new_notebook(cells=cells)
-    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(params.root())}}).execute()
+    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(config.root())}}).execute()
     (output,) = notebook.cells[0].outputs  # and so nothing on stderr
     with Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))) as shown:
         assert shown.convert("RGB").tobytes() == pixels(callbacks._png(epochs_of_the_notebook(3), 3))

@@ -17,10 +17,10 @@ from typing import Any
 
 import pandas as pd
 
-from famba import params
+from famba import config
 from famba.analysis import summary
+from famba.config import STRATEGIES, FusionOptions
 from famba.errors import InputError
-from famba.params import STRATEGIES, FusionOptions
 from famba.storage.files import write_atomic
 
 FACTORS: tuple[str, ...] = tuple(asdict(FusionOptions()))
@@ -131,7 +131,7 @@ def write(table: pd.DataFrame, runs: pd.DataFrame, folder: str | Path) -> None:
         runs: what it was made from.
         folder: if relative, from the repository root.
     """
-    folder = params.root() / folder
+    folder = config.root() / folder
     content = runs[list(_WRITTEN)].to_csv(index=False, lineterminator="\n")
     write_atomic(folder / "ablation.csv", content.encode())
     write_atomic(folder / "ablation.md", markdown(table, runs).encode())

@@ -20,11 +20,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from famba import data, params
+from famba import data
+from famba.config import ADAPTIVE, AdaptiveRule, DataParams, FusionOptions
 from famba.errors import InputError
 from famba.fusion import strategies
 from famba.models.vim import VisionMamba
-from famba.params import ADAPTIVE, AdaptiveRule, DataParams, FusionOptions
 from famba.profiling import flops
 from famba.profiling.flops import Cost
 from famba.storage import checkpoint, runs
@@ -108,7 +108,7 @@ def plan(run_dirs: Sequence[str | Path], rule: AdaptiveRule, *, kind: str, count
     chosen = torch.linspace(0, len(split) - 1, min(count, len(split))).round().long()
     tables, config = [], {}
     for run_dir in run_dirs:
-        run, folder = runs.read(run_dir), params.root() / run_dir
+        run, folder = runs.read(run_dir), config.root() / run_dir
         if any(run.schedule):
             raise InputError(f"{folder}: strategy {run.strategy!r} fuses tokens; calibration needs a run of 'none'")
         if run.params != first.params:

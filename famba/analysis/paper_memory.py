@@ -12,9 +12,9 @@ import pandas as pd
 import torch
 
 from famba.analysis import summary
+from famba.config import FusionOptions
 from famba.fusion import strategies
 from famba.models.vim import create_model
-from famba.params import FusionOptions
 from famba.profiling import flops
 
 # Fused as by the public Famba-V code. At this batch nearly all memory is activations, so that its size matters little.

@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from famba import params
+from famba import config
 from famba.analysis.summary import BASELINE
+from famba.config import STRATEGIES
 from famba.errors import InputError
-from famba.params import STRATEGIES
 from famba.storage.files import write_atomic
 
 QUANTITIES = ("similarity", "distance", "size")
@@ -144,7 +144,7 @@ def write(frame: pd.DataFrame, folder: str | Path, *, seed: int, profile: str) -
         folder: if relative, from the repository root.
         seed, profile: of the runs that it was made from.
     """
-    table, folder = quantiles(frame), params.root() / folder
+    table, folder = quantiles(frame), config.root() / folder
     rounded = table.round(dict.fromkeys(QUANTILES, 4))
     write_atomic(folder / "evidence.csv", rounded.to_csv(index=False, lineterminator="\n").encode())
     setting = (

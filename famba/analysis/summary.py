@@ -19,10 +19,10 @@ import pandas as pd
 from jaxtyping import Float
 from scipy import stats
 
-from famba import params
+from famba import config
+from famba.config import STRATEGIES, SweepParams
 from famba.errors import InputError
 from famba.fusion import strategies
-from famba.params import STRATEGIES, SweepParams
 from famba.storage import runs
 from famba.storage.files import json_bytes, write_atomic
 
@@ -202,7 +202,7 @@ def write_summary(frame: pd.DataFrame, folder: str | Path) -> pd.DataFrame:
         frame: as from `load_runs`.
         folder: if relative, from the repository root.
     """
-    table, folder = summary(frame), params.root() / folder
+    table, folder = summary(frame), config.root() / folder
     write_atomic(folder / "summary.csv", table.to_csv(index=False, lineterminator="\n").encode())
     write_atomic(folder / "summary.md", markdown(table).encode())
     write_atomic(folder / "summary.json", json_bytes(_means(table)))
@@ -217,7 +217,7 @@ def write_curves(history: pd.DataFrame, folder: str | Path) -> pd.DataFrame:
         folder: if relative, from the repository root.
     """
     curves = history.loc[:, list(CURVES)]
-    write_atomic(params.root() / folder / "curves.csv", curves.to_csv(index=False, lineterminator="\n").encode())
+    write_atomic(config.root() / folder / "curves.csv", curves.to_csv(index=False, lineterminator="\n").encode())
     return curves
 
 
@@ -227,7 +227,7 @@ def load_summary(folder: str | Path) -> pd.DataFrame:
     Raises:
         InputError: no such file, or another one.
     """
-    path = params.root() / folder / "summary.csv"
+    path = config.root() / folder / "summary.csv"
     try:
         table = pd.read_csv(StringIO(path.read_text(encoding="utf-8")), dtype=str, keep_default_na=False)
     except OSError as error:
@@ -383,7 +383,7 @@ def readme_blocks(results_dir: str | Path) -> dict[str, str]:
     Raises:
         InputError: a summary of the sweep that is missing, or any that is spoilt.
     """
-    default, photographs = load_summary(results_dir), params.root() / results_dir / "photographs"
+    default, photographs = load_summary(results_dir), config.root() / results_dir / "photographs"
     blocks = {"results": markdown(default)}
     if photographs.exists():
         beside = {"digits": default, "photographs": load_summary(photographs)}
@@ -393,7 +393,7 @@ def readme_blocks(results_dir: str | Path) -> dict[str, str]:
 
 def update_readme(readme_path: str | Path, blocks: Mapping[str, str]) -> bool:
     """Bring the README's blocks up to date; whether that changed it. Errors as in `readme_text`."""
-    path = params.root() / readme_path
+    path = config.root() / readme_path
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -417,7 +417,7 @@ def _records(sweep: SweepParams, runs_dir: str | Path) -> list[runs.RunRecord]:
         for value in values:
             if values.count(value) > 1:
                 raise InputError(f"sweep.{key}: {value!r} is named twice, and would count twice")
-    folder, found = params.root() / runs_dir, []
+    folder, found = config.root() / runs_dir, []
     for strategy in [name for name in STRATEGIES if name in sweep.strategies]:
         for seed in sweep.seeds:
             name = runs.run_name(strategy, seed)

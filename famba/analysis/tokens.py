@@ -16,12 +16,12 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from famba import data, params
+from famba import config, data
 from famba.analysis import summary
+from famba.config import DataParams
 from famba.errors import InputError
 from famba.fusion import strategies
 from famba.models.vim import Trace, VisionMamba
-from famba.params import DataParams
 from famba.storage import checkpoint, runs
 
 _SHOWN_PX = 224  # images of one's own are kept at about this size beside what the model sees of them
@@ -68,7 +68,7 @@ def watch(run_dir: str | Path, *, count: int) -> Watched:
         InputError: a run that is missing or spoilt; data that cannot be read.
     """
     run = runs.read(run_dir)
-    model, described = checkpoint.load_model(params.root() / run_dir / runs.MODEL_FILE)
+    model, described = checkpoint.load_model(config.root() / run_dir / runs.MODEL_FILE)
     dataset = data.load(DataParams(**run.params["data"]))
     chosen = [int((dataset.test.labels == label).nonzero()[0]) for label in range(len(dataset.classes))][:count]
     images = dataset.test.images[chosen]
@@ -91,7 +91,7 @@ def watch_images(run_dir: str | Path, sources: Sequence[str | Path | np.ndarray]
     if not sources:
         raise InputError("sources: no images; at least 1 needed")
     runs.read(run_dir)
-    model, described = checkpoint.load_model(params.root() / run_dir / runs.MODEL_FILE)
+    model, described = checkpoint.load_model(config.root() / run_dir / runs.MODEL_FILE)
     scale = max(1, _SHOWN_PX // model.img_size)
     seen, shown = (
         torch.stack([data.read_image(source, size) for source in sources])

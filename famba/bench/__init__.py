@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from famba import params
+from famba import config
 from famba.bench import gpu
 from famba.bench.fusing import bench_layer, bench_schedules, break_even
 from famba.bench.loading import bench_loading, left_out
@@ -91,7 +91,7 @@ def write(result: Mapping[str, Any], path: str | Path) -> Path:
     Raises:
         InputError: it cannot be written there.
     """
-    path = params.root() / path
+    path = config.root() / path
     write_atomic(path, json_bytes(result))
     return path
 
@@ -109,7 +109,7 @@ def gpu_frames(path: str | Path = gpu.PATH) -> dict[str, pd.DataFrame]:
     Raises:
         InputError: a file that is no JSON.
     """
-    path = params.root() / path
+    path = config.root() / path
     if not path.is_file():
         return {}
     try:

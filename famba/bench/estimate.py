@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from famba import params
+from famba import config
 from famba.bench.table import table
+from famba.config import Params
 from famba.data import Dataset, Split
 from famba.errors import InputError
 from famba.kernels import precision
-from famba.params import Params
 from famba.profiling import environment, timing
 from famba.training import fit
 from famba.training.distributed import Processes
@@ -52,8 +52,8 @@ def hours(
     if steps < 1:
         raise InputError(f"steps: {steps}: must be at least 1")
     rows = []
-    for strategy in params.load_sweep().strategies:
-        p = params.load(profile, strategy=strategy)
+    for strategy in config.load_sweep().strategies:
+        p = config.load(profile, strategy=strategy)
         names = MODELS if p.model.name in MODELS else (p.model.name,)
         rows += [_row(_alone(p, name, device), steps, images) for name in names]
     return sorted(rows, key=lambda row: row["model"], reverse=True)  # stable: strategies stay in their order
@@ -87,7 +87,7 @@ def place(profile: str | None = None, device: str | None = None) -> torch.device
     Raises:
         InputError: it is not here.
     """
-    t = params.load(profile, strategy="none").train
+    t = config.load(profile, strategy="none").train
     try:
         return fit._device(t if device is None else dataclasses.replace(t, device=device))
     except InputError as error:
@@ -149,7 +149,7 @@ def _session(p: Params, device: torch.device) -> tuple[Session, list[Any]]:
     noise = Dataset(split, split, split, tuple(map(str, range(_CLASSES))), (0.5,) * 3, (0.25,) * 3)
     unvaried = dataclasses.replace(p, data=dataclasses.replace(p.data, **_WAYS_TO_VARY))
     model = fit.build(p, classes=_CLASSES, seed=0).to(device)
-    session = Session(unvaried, 0, model, noise, Processes(device), params.root() / "build" / "hours")
+    session = Session(unvaried, 0, model, noise, Processes(device), config.root() / "build" / "hours")
     images, labels = session._blank(size), split.labels
     if p.data.mixup or p.data.cutmix:
         labels = functional.one_hot(labels, _CLASSES).float()

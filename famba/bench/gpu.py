@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from famba import params
+from famba import config
 from famba.bench.fusing import bench_layer, bench_schedules
 from famba.bench.model import Training, able
 from famba.bench.published import as_published, with_norms_of
@@ -393,5 +393,5 @@ def _check_device(device: str, quick: bool) -> None:
 def main(parts: Sequence[str], *, quick: bool, device: str, json: Path | None) -> None:
     """Measure, print and write; a whole benchmark goes to `PATH` if nothing else is said."""
     whole = set(parts or PARTS) == set(PARTS) and not quick
-    path = json.absolute() if json else (params.root() / PATH if whole else None)
+    path = json.absolute() if json else (config.root() / PATH if whole else None)
     print(text(run(parts or PARTS, quick=quick, device=device, path=path)))

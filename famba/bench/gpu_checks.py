@@ -29,12 +29,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from famba import params
+from famba import config
 from famba.bench.gpu_check import ROOT, Outcome, Say, Setting, Skipped
+from famba.config import FusionOptions, FusionRule, Params
 from famba.fusion import matching, merge
 from famba.kernels import ops, scan
 from famba.models.vim import VisionMamba, create_model
-from famba.params import FusionOptions, FusionRule, Params
 from famba.profiling import environment
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -495,7 +495,7 @@ def _run_params(setting: Setting) -> Iterator[Params]:
             # The classes differ by their brightness.
             pixels = torch.randint(128 + 32 * label, (32, 32, 3), dtype=torch.uint8, generator=generator)
             Image.fromarray(pixels.numpy()).save(path)
-        p = params.load("smoke", strategy="upper")
+        p = config.load("smoke", strategy="upper")
         yield dataclasses.replace(
             p,
             data=dataclasses.replace(p.data, dataset="folder", root=folder, img_size=32, limit=None),

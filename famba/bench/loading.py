@@ -17,11 +17,11 @@ from famba import data
 from famba.bench.model import Training
 from famba.bench.setting import Setting
 from famba.bench.timing import interleaved, summary
+from famba.config import DataParams
 from famba.data import augment, loader, timm_transforms
 from famba.data.datasets import Files
 from famba.data.timm_transforms import Recipe
 from famba.errors import InputError
-from famba.params import DataParams
 
 _CLASSES = 100
 _MEAN, _STD = data.IMAGENET_MEAN, data.IMAGENET_STD

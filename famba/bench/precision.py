@@ -14,9 +14,9 @@ from famba import data
 from famba.bench.model import Training
 from famba.bench.setting import Setting
 from famba.bench.timing import ratio
+from famba.config import DataParams
 from famba.data import augment
 from famba.models.vim import create_model
-from famba.params import DataParams
 from famba.training import optim
 
 _DIGITS = DataParams(

@@ -23,9 +23,9 @@ from jaxtyping import Bool, Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
-from famba import params
+from famba import config
+from famba.config import DataParams
 from famba.errors import InputError
-from famba.params import DataParams
 
 # Repository on the hub, columns of the image and of the label; None where the features tell.
 _HUB: dict[str, tuple[str, str | None, str | None]] = {
@@ -230,7 +230,7 @@ def stratified(labels: Int64[Tensor, "n"], count: int, draw: random.Random) -> B
 def _top(p: DataParams, needed: str) -> Path:
     if p.root is None:
         raise InputError(f"data.root: null: dataset {p.dataset!r} needs {needed}")
-    top = params.root() / p.root
+    top = config.root() / p.root
     if not top.is_dir():
         raise InputError(f"data.root: {top}: no such folder")
     return top
@@ -334,7 +334,7 @@ def _parquet(top: Path, image: str | None, label: str | None) -> Found:
         by_split.setdefault(file.stem.partition("-")[0], []).append(str(file))
     try:
         with _quiet(datasets):
-            kept = str(params.root() / "build" / "cache" / "datasets")
+            kept = str(config.root() / "build" / "cache" / "datasets")
             splits = datasets.load_dataset("parquet", data_files=by_split, cache_dir=kept, keep_in_memory=False)
     except Exception as error:  # as in _hub
         raise InputError(f"{files[0].parent}: cannot be loaded ({_reason(error)})") from None

@@ -28,14 +28,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from famba import params
+from famba import config
+from famba.config import DataParams
 from famba.data import datasets, loader
 from famba.data.datasets import DATASETS as DATASETS
 from famba.data.datasets import Files, Found
 from famba.data.loader import Streamed
 from famba.data.timm_transforms import Recipe
 from famba.errors import InputError
-from famba.params import DataParams
 from famba.storage.files import json_bytes, write_atomic
 
 _log = logging.getLogger(__name__)
@@ -193,7 +193,7 @@ def read_image(source: str | Path | np.ndarray, img_size: int) -> UInt8[Tensor, 
         if source.dtype != np.uint8 or not (source.ndim == 2 or source.shape[2:] == (3,)) or 0 in source.shape:
             raise InputError(f"image: {source.dtype} of shape {source.shape}; must be uint8 of (h, w) or (h, w, 3)")
         return torch.from_numpy(datasets.fit(Image.fromarray(source), img_size).copy())
-    path = params.root() / source
+    path = config.root() / source
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     return torch.from_numpy(datasets.pixels(Files([str(path)]), 0, img_size).copy())
@@ -272,7 +272,7 @@ def _cache(found: Found, img_size: int, kind: str, *more: object) -> Path | None
         return None
     described = f"3 {PIL.__version__} {img_size} {found.key} {' '.join(map(str, more))}"  # 3: the layout of the file
     name = f"{found.name}-{img_size}px-{hashlib.sha256(described.encode()).hexdigest()[:20]}.{kind}"
-    return params.root() / "build" / "cache" / name
+    return config.root() / "build" / "cache" / name
 
 
 def _read_cache(path: Path, shape: tuple[int, ...]) -> UInt8[Tensor, "n h w 3"]:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from famba import params
+from famba import config
+from famba.config import AblationParams, FusionOptions, Params
 from famba.errors import InputError
 from famba.experiments import launcher, sweep
-from famba.params import AblationParams, FusionOptions, Params
 from famba.storage import runs
 
 COMMAND = "make ablation"
@@ -51,11 +51,11 @@ def run(asked: AblationParams, *, profile: str, runs_dir: str | Path) -> pd.Data
     Raises:
         FambaError: a run that cannot be trained; its message starts with the run's name.
     """
-    folder = params.root() / runs_dir
+    folder = config.root() / runs_dir
     wanted = cells(asked, profile=profile)
     launcher.run(_train, {cell.name: (cell, folder / cell.name) for cell in wanted}, jobs=asked.jobs)
     runs = pd.DataFrame([_row(cell, runs.read(folder / cell.name)) for cell in wanted])
-    return runs.assign(profile_epochs=params.load(profile, strategy=asked.strategy).train.epochs)
+    return runs.assign(profile_epochs=config.load(profile, strategy=asked.strategy).train.epochs)
 
 
 def cells(asked: AblationParams, *, profile: str) -> list[Cell]:
@@ -66,7 +66,7 @@ def cells(asked: AblationParams, *, profile: str) -> list[Cell]:
     """
     found = []
     for strategy in (asked.strategy, *asked.strategies):
-        p = _shortened(params.load(profile, strategy=strategy), asked)
+        p = _shortened(config.load(profile, strategy=strategy), asked)
         for options in grid(asked, p.options) if strategy == asked.strategy else one_at_a_time(asked, p.options):
             values = "-".join(dataclasses.asdict(options).values())
             found += [
@@ -78,7 +78,7 @@ def cells(asked: AblationParams, *, profile: str) -> list[Cell]:
 
 def grid(asked: AblationParams, reference: FusionOptions) -> list[FusionOptions]:
     """Every combination of the factors' values; an option that is no factor stays as in the reference."""
-    combinations = itertools.product(*(params.levels(factor) for factor in asked.factors))
+    combinations = itertools.product(*(config.levels(factor) for factor in asked.factors))
     return [dataclasses.replace(reference, **dict(zip(asked.factors, values, strict=True))) for values in combinations]
 
 
@@ -87,7 +87,7 @@ def one_at_a_time(asked: AblationParams, reference: FusionOptions) -> list[Fusio
     changed = [
         dataclasses.replace(reference, **{factor: level})
         for factor in asked.factors
-        for level in params.levels(factor)
+        for level in config.levels(factor)
         if level != getattr(reference, factor)
     ]
     return [reference, *changed]

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from famba import params
+from famba import config
 from famba.analysis import calibration, summary
 from famba.analysis.calibration import Plan
+from famba.config import ADAPTIVE, STRATEGIES, FusionRule, SweepParams
 from famba.errors import InputError
 from famba.experiments import sweep
-from famba.params import ADAPTIVE, STRATEGIES, FusionRule, SweepParams
 from famba.storage import runs
 from famba.storage.files import json_bytes, write_atomic
 
@@ -37,7 +37,7 @@ def plans(asked: SweepParams, *, profile: str, runs_dir: str | Path, kinds: Sequ
     Raises:
         InputError: as from `calibrate.plan`.
     """
-    rule = params.load_adaptive(profile)
+    rule = config.load_adaptive(profile)
     folders = [Path(runs_dir) / runs.run_name(summary.BASELINE, seed) for seed in asked.seeds]
     return [calibration.plan(folders, rule, kind=kind, count=images) for kind in kinds]
 
@@ -62,7 +62,7 @@ def runs(
     if set(asked.strategies) <= {summary.BASELINE}:
         raise InputError(f"sweep.strategies: {list(asked.strategies)}: none that fuses, so nothing to compare with")
     rows = summary.load_runs(asked, runs_dir).filter(_COLUMNS).to_dict("records")
-    base = params.load(profile, strategy=summary.BASELINE)
+    base = config.load(profile, strategy=summary.BASELINE)
     for plan in plans:
         p = dataclasses.replace(base, strategy=ADAPTIVE, fusion=FusionRule(schedule=tuple(plan.schedule)))
         for seed in asked.seeds:
@@ -190,7 +190,7 @@ def write(table: pd.DataFrame, plans: Sequence[Plan], folder: str | Path) -> Non
     Args:
         folder: if relative, from the repository root.
     """
-    folder = params.root() / folder
+    folder = config.root() / folder
     content = {plan.kind: dataclasses.asdict(plan) | {"verdict": verdict(table, plan.kind)} for plan in plans}
     write_atomic(folder / "adaptive.csv", table.to_csv(index=False, lineterminator="\n").encode())
     write_atomic(folder / "adaptive.md", markdown(table, plans).encode())

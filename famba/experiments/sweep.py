@@ -8,10 +8,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from famba import params
+from famba import config
+from famba.config import SweepParams
 from famba.errors import InputError
 from famba.experiments import launcher
-from famba.params import SweepParams
 from famba.storage import runs
 
 
@@ -49,7 +49,7 @@ def ensure_run(run_dir: str | Path, *, strategy: str, seed: int, profile: str, t
     Raises:
         InputError: the run is not what was asked for, and must not be trained; says why.
     """
-    return ensure(run_dir, params.load(profile, strategy=strategy), seed=seed, train_missing=train_missing)
+    return ensure(run_dir, config.load(profile, strategy=strategy), seed=seed, train_missing=train_missing)
 
 
 def _ensure_run(run: dict[str, Any]) -> Path:
@@ -57,7 +57,7 @@ def _ensure_run(run: dict[str, Any]) -> Path:
 
 
 def ensure(
-    run_dir: str | Path, p: params.Params, *, seed: int, train_missing: bool, command: str | None = None
+    run_dir: str | Path, p: config.Params, *, seed: int, train_missing: bool, command: str | None = None
 ) -> Path:
     """The folder of the run of any parameters, checked; arguments and errors as in `ensure_run`.
 
@@ -67,7 +67,7 @@ def ensure(
     Args:
         command: what to type for this run, where it is more than a strategy and a seed of a profile.
     """
-    folder = params.root() / run_dir
+    folder = config.root() / run_dir
     if not train_missing:
         if wrong := _why_not(folder, p, seed):
             raise InputError(wrong)
@@ -84,7 +84,7 @@ def ensure(
     return folder
 
 
-def _why_not(folder: Path, p: params.Params, seed: int, made_of: str | None = None) -> str:
+def _why_not(folder: Path, p: config.Params, seed: int, made_of: str | None = None) -> str:
     """Empty if the folder holds the run of these parameters and this seed, else the reason."""
     try:
         run = runs.read(folder)
@@ -92,7 +92,7 @@ def _why_not(folder: Path, p: params.Params, seed: int, made_of: str | None = No
         return str(error)
     if run.seed != seed:
         return f"{folder / 'metrics.json'}: seed: {run.seed}; asked for {seed}"
-    if params.identity(run.params) != params.identity(p.as_dict()):
+    if config.identity(run.params) != config.identity(p.as_dict()):
         return f"{folder / 'params.json'}: other parameters than params.yaml gives for {p.strategy} in {p.profile}"
     if run.metrics.get("init_sha256") != p.init_sha256(seed):
         return f"{folder / 'metrics.json'}: init_sha256: started from other weights than {p.init_path(seed)} holds now"

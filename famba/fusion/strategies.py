@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
+from famba.config import ADAPTIVE, STRATEGIES, FusionRule
 from famba.errors import InputError
-from famba.params import ADAPTIVE, STRATEGIES, FusionRule
 
 Costs = Sequence[Sequence[float | int]]
 # The paper's lower and upper strategies fuse in 19 of 24 layers; at another depth the same share is the default.

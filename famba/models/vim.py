@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from famba.config import FusionOptions
 from famba.errors import InputError
 from famba.fusion import matching, merge, strategies
 from famba.fusion.matching import Matching
@@ -21,7 +22,6 @@ from famba.kernels import dispatch, ops, scan
 from famba.kernels.cpu import runtime as native
 from famba.kernels.ops import add_rms_norm
 from famba.models.mixer import BidirectionalMixer
-from famba.params import FusionOptions
 
 _NORM_EPS = 1e-5
 

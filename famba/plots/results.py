@@ -23,8 +23,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from famba.analysis import similarity, summary
+from famba.config import STRATEGIES
 from famba.errors import InputError
-from famba.params import STRATEGIES
 from famba.plots.style import GREY, Figure, caption, styled
 from famba.plots.style import save as save
 from famba.plots.tokens import fusion_animation as fusion_animation

@@ -19,7 +19,7 @@ import seaborn
 from matplotlib.figure import Figure as _MatplotlibFigure
 from PIL import Image
 
-from famba import params
+from famba import config
 from famba.errors import InputError
 from famba.storage.files import write_atomic
 
@@ -71,7 +71,7 @@ def save(picture: _MatplotlibFigure | Animation, path: str | Path) -> Path:
     Raises:
         InputError: a suffix that is not for this kind of picture, or a folder that cannot be written to.
     """
-    path = params.root() / path
+    path = config.root() / path
     kind = "animations" if isinstance(picture, Animation) else "figures"
     if _FORMATS.get(path.suffix) != kind:
         allowed = " or ".join(suffix for suffix, of in _FORMATS.items() if of == kind)

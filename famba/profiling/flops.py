@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from famba.config import FusionOptions
 from famba.errors import InputError
 from famba.fusion import strategies
 from famba.kernels import scan
 from famba.kernels.triton import scan as gpu_scan
-from famba.params import FusionOptions
 
 _EXPAND, _CONV = 2, 4  # d_inner / d_model and the convolutions' taps, as released
 _FLOAT, _INDEX = 4, 8  # bytes of a float32 and of a position

@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from famba.config import FusionOptions
 from famba.errors import InputError
 from famba.models.vim import VisionMamba
-from famba.params import FusionOptions
 from famba.storage.files import write_atomic
 
 _FORMAT = "famba"  # the one metadata entry: safetensors keeps text only, and several in no fixed order

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from famba import params
+from famba import config
 from famba.errors import InputError
 from famba.storage.files import claimed, json_bytes, write_atomic
 
@@ -114,7 +114,7 @@ def write(run: Run, run_dir: str | Path) -> Path:
         InputError: a value that is missing, not finite or of the wrong kind (checked before any file is touched), or a
             folder that cannot be written to, or that another process holds.
     """
-    folder = params.root() / run_dir
+    folder = config.root() / run_dir
     identity = {"strategy": run.strategy, "seed": run.seed, "profile": run.profile}
     metrics = {**identity, **run.metrics}
     _check_schedule(run.schedule, run.token_counts, folder / "schedule.json")
@@ -154,7 +154,7 @@ def held(run_dir: str | Path) -> Iterator[Path]:
     Raises:
         InputError: another process holds it, or it cannot be written to.
     """
-    folder = params.root() / run_dir
+    folder = config.root() / run_dir
     key = folder.resolve()
     if key in _held:
         yield folder
@@ -177,7 +177,7 @@ def read(run_dir: str | Path) -> RunRecord:
         InputError: a file that is missing or not readable, a key that is missing, a number that is not finite, token
             counts that do not follow from the schedule; names the file and the key.
     """
-    folder = params.root() / run_dir
+    folder = config.root() / run_dir
     if not folder.is_dir():
         raise InputError(f"{folder}: no such run")
     if not (folder / "metrics.json").is_file():
@@ -221,7 +221,7 @@ def history_bytes(history: Sequence[Mapping[str, Any]]) -> bytes:
 
 def _check(run: RunRecord, metrics: Mapping[str, Any], folder: Path) -> None:
     """What must hold of a run, written or read; `metrics` is metrics.json whole."""
-    allowed = (*params.STRATEGIES, params.ADAPTIVE)
+    allowed = (*config.STRATEGIES, config.ADAPTIVE)
     if run.strategy not in allowed:
         raise InputError(f"{folder / 'metrics.json'}: strategy: {run.strategy!r} is not one of {', '.join(allowed)}")
     _check_metrics(metrics, folder / "metrics.json")

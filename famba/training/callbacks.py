@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from famba import params
+from famba import config
 from famba.errors import InputError
 from famba.storage import runs
 from famba.storage.files import write_atomic
@@ -79,7 +79,7 @@ class Events:
         Raises:
             InputError: TensorBoard is not installed, or the folder cannot be written to.
         """
-        folder = params.root() / folder
+        folder = config.root() / folder
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -111,7 +111,7 @@ class Rows:
         """Args:
         path: if relative, from the repository root.
         """
-        self._path = params.root() / path
+        self._path = config.root() / path
 
     def __call__(self, history: Sequence[Mapping[str, Any]], cost: Mapping[str, float] | None = None) -> None:
         """Write all epochs again; InputError where that cannot be."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from famba import lifeline
+from famba import supervision
 from famba.errors import InputError, TrainingError
 
 _MISSING = "several processes need Accelerate, which is not installed: pip install 'famba[paper]'"
@@ -139,7 +139,7 @@ def launch(arguments: Sequence[str], count: int, *, quiet: bool, meanwhile: Call
         env={
             "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)),  # or torchrun says 1
             **os.environ,
-            lifeline.ENDS_WITH: str(os.getpid()),  # torchrun's processes outlive a torchrun that is killed
+            supervision.ENDS_WITH: str(os.getpid()),  # torchrun's processes outlive a torchrun that is killed
         },
     )
     try:
@@ -163,7 +163,7 @@ def _wait(process: subprocess.Popen, meanwhile: Callable[[], None]) -> str:
 def _reason(said: str, status: int) -> str:
     """One line: what a process of famba said, else which one was stopped, else torchrun's own status."""
     lines = [line.partition("famba: ")[2] for line in said.splitlines() if "famba: " in line]
-    lines = [line for line in lines if line != lifeline.TERMINATED]  # those that were stopped because of another
+    lines = [line for line in lines if line != supervision.TERMINATED]  # those that were stopped because of another
     if lines:
         return lines[0]
     if found := re.search(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", said, re.DOTALL):

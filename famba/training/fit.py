@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from famba import data, params
+from famba import config, data
+from famba.config import Params, TrainParams
 from famba.data import Dataset
 from famba.errors import InputError
 from famba.fusion import strategies
@@ -21,7 +22,6 @@ from famba.kernels import precision
 from famba.kernels.triton import runtime
 from famba.models import pretrained
 from famba.models.vim import VisionMamba, create_model, kernels, sizes
-from famba.params import Params, TrainParams
 from famba.profiling import flops
 from famba.storage import runs
 from famba.storage.files import claimed, json_bytes, write_atomic
@@ -128,7 +128,7 @@ def build(p: Params, *, classes: int, seed: int) -> VisionMamba:
 
 def folder(p: Params, *, seed: int) -> Path:
     """Where the checkpoints of a run are: one made of something else, or run by other kernels, has another folder."""
-    return params.root() / "build" / "checkpoints" / f"{made_of(p, seed=seed)}-{_kernel_digest(p)}"
+    return config.root() / "build" / "checkpoints" / f"{made_of(p, seed=seed)}-{_kernel_digest(p)}"
 
 
 def made_of(p: Params, *, seed: int) -> str:
@@ -169,7 +169,7 @@ def _watchers(p: Params, seed: int, session: Session, given: Sequence[Watcher]) 
     with contextlib.ExitStack() as closing:
         if p.train.tensorboard and session.processes.rank == 0:
             name = f"{p.profile}-{runs.run_name(p.strategy, seed)}-{session.folder.name}"
-            events = Events(params.root() / "build" / "tensorboard" / name, start_epoch=session.epoch)
+            events = Events(config.root() / "build" / "tensorboard" / name, start_epoch=session.epoch)
             closing.callback(events.close)
             watchers.append(events)
         yield watchers

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from famba.params import TrainParams
+from famba.config import TrainParams
 
 
 def peak_lr(p: TrainParams) -> float:

@@ -24,12 +24,12 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from famba import data
+from famba.config import Params, TrainParams
 from famba.data import Dataset, augment, timm_transforms
 from famba.errors import InputError, TrainingError
 from famba.fusion import strategies
 from famba.kernels import precision
 from famba.models.vim import VisionMamba, kernels
-from famba.params import Params, TrainParams
 from famba.profiling import environment, flops, memory, timing
 from famba.storage import checkpoint
 from famba.storage.runs import Run

@@ -1,0 +1,292 @@
+"""The command line: `python -m famba <command>`; `--help` lists the commands, `<command> --help` its options.
+
+An error that a user can mend is one line on stderr and exit status 1. Anything else is a defect and keeps its
+traceback. Each command imports what it needs, so that reading parameters does not wait for torch, and
+a machine with torch alone can be checked.
+"""
+
+import argparse
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from famba import supervision
+from famba.bench import gpu_check
+from famba.errors import FambaError, InputError
+from famba.storage.files import json_bytes, write_atomic
+
+
+def main(arguments: Sequence[str] | None = None, *, hold: bool = False) -> int:
+    """Run one command; the exit status.
+
+    Args:
+        hold: answer SIGTERM, and end with what this process works for (`lifeline.hold`).
+    """
+    options = _parser().parse_args(arguments)
+    # Spinning OpenMP threads make a step several times slower when something else runs on the same cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        if hold:
+            supervision.hold()
+        return options.run(options)
+    except FambaError as error:
+        print(f"famba: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return 130
+    except supervision.Terminated as end:
+        _say(end.why)
+        return 143
+
+
+def run_notebook(notebook: Path, output: Path, given: dict[str, str]) -> None:
+    """Execute a notebook with parameters, in the repository root, and keep the executed copy.
+
+    Args:
+        given: parameter name -> value, read as a YAML scalar: `0` is a number, `none` a string, `null` is None.
+
+    Raises:
+        InputError: no such notebook, or a parameter that its `parameters` cell does not have. Papermill itself would
+            only warn, and run the default instead.
+        FambaError: raised inside the notebook: the same message.
+        PapermillExecutionError: any other error inside the notebook.
+    """
+    import papermill
+    from jupyter_client.manager import AsyncKernelManager
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    from famba import config
+
+    if not notebook.is_file():
+        raise InputError(f"{notebook}: no such notebook")
+    allowed = papermill.inspect_notebook(str(notebook)) if given else {}
+    for name in given:
+        if name not in allowed:
+            raise InputError(f"{notebook}: parameter {name!r} is unknown; allowed: {', '.join(allowed) or 'none'}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    kernels: list[AsyncKernelManager] = []
+
+    class Kernel(AsyncKernelManager):
+        def __init__(self, **traits: Any) -> None:
+            super().__init__(**traits)
+            kernels.append(self)
+
+    def kill() -> None:
+        """Asked to end, a kernel at work takes seconds and prints a traceback; its checkpoints survive this as well."""
+        for kernel in kernels:
+            if kernel.has_kernel:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(getattr(kernel.provisioner, "pid"), signal.SIGKILL)  # noqa: B009 (only a local one has it)
+
+    try:
+        with supervision.at_stop(kill):
+            papermill.execute_notebook(
+                str(notebook),
+                str(output),
+                parameters={name: _scalar(name, value) for name, value in given.items()},
+                kernel_name="python3",
+                kernel_manager_class=Kernel,
+                progress_bar=False,
+                cwd=str(config.root()),
+                extra_arguments=["--IPKernelApp.log_level=40"],  # a warning about local sockets, for every notebook
+            )
+    except PapermillExecutionError as error:
+        if error.ename in _user_errors():
+            raise FambaError(f"{notebook}: {error.evalue}") from None
+        raise
+    except DeadKernelError:
+        raise FambaError(f"{notebook}: its kernel was killed; most often the machine ran out of memory") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m famba", description="Vision Mamba with token fusion.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, run: Any, summary: str, **more: Any) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary, **more)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("train", _train, "train one strategy with one seed, and write the run")
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument("--strategy", help="one of params.yaml's, under fusion")
+    what.add_argument(
+        "--resolved", type=Path, metavar="FILE", help="or all parameters, as a run's params.json has them"
+    )
+    sub.add_argument("--profile", help="one of params.yaml's; the one that it names itself if not given")
+    sub.add_argument("--processes", type=int, help="train together, each on its device; instead of train.processes")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--out", type=Path, help="folder of the run; build/runs/<strategy>-<seed> if not given")
+    sub.add_argument("--keep-checkpoints", action="store_true", help="do not remove them when the run is written")
+
+    sub = command("params", _params, "print the parameters that a run gets, its profile applied, as JSON")
+    sub.add_argument("--strategy", required=True, help="one of params.yaml's, under fusion")
+    sub.add_argument("--profile", help="one of params.yaml's; the one that it names itself if not given")
+    sub.add_argument("--out", type=Path, help="write them to this file instead")
+
+    sub = command("notebook", _notebook, "execute a notebook with parameters; an unknown one is an error")
+    sub.add_argument("notebook", type=Path)
+    sub.add_argument("output", type=Path, help="the executed copy")
+    sub.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="given")
+
+    command("doctor", _doctor, "say what works on this machine, and the command that mends what does not")
+
+    sub = command("hours", _hours, "say how long the sweep would take on this device, from a few training steps")
+    sub.add_argument("--profile", help="one of params.yaml's; the one that it names itself if not given")
+    sub.add_argument("--steps", type=int, default=20, help="timed for each strategy")
+    sub.add_argument("--images", type=int, default=45_000, help="that an epoch trains on")
+    sub.add_argument("--device", help="instead of the profile's")
+
+    command("readme", _readme, "bring the table in README.md up to date with results/summary.csv")
+
+    sub = command("bench", _bench, "time scans, training steps and fusion; this machine should do nothing else")
+    sub.add_argument(
+        "parts", nargs="*", metavar="part", help="scan, model, fusion, memory, precision, data; all if none is given"
+    )
+    sub.add_argument("--gpu", action="store_true", help="that of a GPU, whose parts are scan, steps, fusion, graphs")
+    sub.add_argument("--device", default="cuda", help="with --gpu: cuda, cuda:N; cpu with --quick")
+    sub.add_argument("--quick", action="store_true", help="small sizes: seconds, to see that it works")
+    sub.add_argument("--json", type=Path, help="write the result there; results/benchmark.json if it is whole")
+    sub.add_argument("--figure", type=Path, help="draw it there; figures/benchmark.png if it is whole")
+
+    sub = command("gpu-check", _gpu_check, "check all that famba does on a GPU, and measure it: eight minutes at most")
+    sub.add_argument("checks", nargs="*", metavar="check", help=f"{', '.join(gpu_check.CHECKS)}; all if none is given")
+    sub.add_argument("--device", default="cuda", help="cuda, cuda:N; cpu with --quick")
+    sub.add_argument("--quick", action="store_true", help="small sizes, to see that it works")
+    sub.add_argument("--json", type=Path, help=f"write the result there; {gpu_check.PATH} if it is whole")
+    sub.add_argument("--wheels", type=Path, help=f"folder of packages that are not installed; {gpu_check.WHEELS}")
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    from famba import config
+
+    if options.resolved is not None:
+        for name in ("profile", "processes"):
+            if (value := getattr(options, name)) is not None:
+                raise InputError(f"--{name}: {value!r}: not allowed with --resolved, which says it already")
+        p = config.read_resolved(options.resolved)
+    else:
+        p = config.load(options.profile, strategy=options.strategy, processes=options.processes)
+    from famba.storage import runs
+    from famba.training import distributed, fit
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("famba").setLevel(logging.INFO)
+    out = options.out or config.root() / "build" / "runs" / runs.run_name(p.strategy, options.seed)
+    with runs.held(out.absolute()) if distributed.writes() else contextlib.nullcontext():
+        run = fit.fit(p, seed=options.seed, progress=sys.stderr.isatty())
+        if distributed.writes():
+            print(runs.write(run, out.absolute()))
+    if distributed.writes() and not options.keep_checkpoints:
+        fit.forget(p, seed=options.seed)
+    return 0
+
+
+def _params(options: argparse.Namespace) -> int:
+    from famba import config
+
+    content = json_bytes(config.load(options.profile, strategy=options.strategy).as_dict())
+    if options.out is None:
+        print(content.decode(), end="")
+    else:
+        write_atomic(options.out, content)
+    return 0
+
+
+def _notebook(options: argparse.Namespace) -> int:
+    from papermill.exceptions import PapermillExecutionError
+
+    try:
+        run_notebook(options.notebook, options.output, dict(options.given))
+    except PapermillExecutionError as error:
+        print(f"famba: {options.notebook}: cell {error.exec_count} failed\n{error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from famba import doctor
+
+    print(doctor.text(doctor.doctor()))
+    return 0
+
+
+def _hours(options: argparse.Namespace) -> int:
+    from famba import config
+    from famba.bench import estimate
+
+    device = estimate.place(options.profile, options.device)
+    rows = estimate.hours(options.profile, steps=options.steps, images=options.images, device=options.device)
+    print(estimate.text(rows, config.load(options.profile, strategy="none").profile, device))
+    return 0
+
+
+def _readme(options: argparse.Namespace) -> int:
+    from famba.analysis import summary
+
+    summary.update_readme("README.md", summary.readme_blocks("results"))
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from famba import bench, plots
+
+    if options.gpu:
+        bench.gpu.main(options.parts, quick=options.quick, device=options.device, json=options.json)
+        return 0
+    parts = options.parts or bench.PARTS
+    result = bench.run(parts, quick=options.quick)
+    print(bench.text(result))
+    whole = set(parts) == set(bench.PARTS) and not options.quick
+    if path := options.json or ("results/benchmark.json" if whole else None):
+        bench.write(result, Path(path).absolute() if options.json else path)
+    if path := options.figure or ("figures/benchmark.png" if whole else None):
+        plots.save(plots.benchmark(bench.frames(result)), Path(path).absolute() if options.figure else path)
+    return 0
+
+
+def _gpu_check(options: argparse.Namespace) -> int:
+    return gpu_check.main(
+        options.checks,
+        device=options.device,
+        quick=options.quick,
+        json=options.json,
+        wheels=options.wheels or gpu_check.ROOT / gpu_check.WHEELS,
+    )
+
+
+def _say(why: str) -> None:
+    with contextlib.suppress(OSError):  # nobody may be listening any more
+        print(f"famba: {why}", file=sys.stderr)
+
+
+def _scalar(name: str, text: str) -> Any:
+    """Read with a YAML 1.2 reader, as params.yaml is: `no` and `1e-3` mean what they mean there."""
+    from ruamel.yaml import YAML, YAMLError
+
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        raise InputError(f"parameter {name} = {text!r}: not readable as YAML: {' '.join(str(error).split())}") from None
+
+
+def _user_errors() -> set[str]:
+    """Names of FambaError and all that derive from it: the notebook's kernel tells the class by its name only."""
+    names, found = set(), [FambaError]
+    while found:
+        kind = found.pop()
+        names.add(kind.__name__)
+        found += kind.__subclasses__()
+    return names
+
+
+if __name__ == "__main__":
+    sys.exit(main(hold=True))
