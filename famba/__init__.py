@@ -1,39 +1,64 @@
 """Vision Mamba with token fusion: the cross-layer strategies of Famba-V (arXiv:2409.09808) on Vim (arXiv:2401.09417).
 
-The public names are looked up when they are first asked for, so that reading results needs no torch.
+The public names are imported when they are first used, so that reading results needs no torch.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from famba.diagnostics import doctor
+    from famba.errors import FambaError, InputError
+    from famba.fusion.matching import Matching, match_tokens
+    from famba.fusion.merge import fuse
+    from famba.fusion.options import FusionOptions
+    from famba.fusion.strategies import STRATEGIES, schedule, token_counts
+    from famba.kernels.scan import backends, selective_scan, selective_scan_ref
+    from famba.models.pretrained import apply, load_vim, set_schedule
+    from famba.models.vim import VisionMamba, create_model
+    from famba.training.fit import fit
+
+__version__ = "0.1.0"
+__all__ = [
+    "STRATEGIES",
+    "FambaError",
+    "FusionOptions",
+    "InputError",
+    "Matching",
+    "VisionMamba",
+    "apply",
+    "backends",
+    "create_model",
+    "doctor",
+    "fit",
+    "fuse",
+    "load_vim",
+    "match_tokens",
+    "schedule",
+    "selective_scan",
+    "selective_scan_ref",
+    "set_schedule",
+    "token_counts",
+]
 _HOME = {
-    "FambaError": "errors",
-    "InputError": "errors",
-    "FusionOptions": "params",
-    "selective_scan": "scan",
-    "selective_scan_ref": "scan",
-    "backends": "scan",
-    "Matching": "fusion",
-    "match_tokens": "fusion",
-    "fuse": "fusion",
-    "STRATEGIES": "strategies",
-    "schedule": "strategies",
-    "token_counts": "strategies",
-    "VisionMamba": "model",
-    "create_model": "model",
-    "load_vim": "pretrained",
-    "apply": "pretrained",
-    "fit": "train",
-    "doctor": "diagnosis",
+    "errors": ("FambaError", "InputError"),
+    "fusion.options": ("FusionOptions",),
+    "fusion.matching": ("Matching", "match_tokens"),
+    "fusion.merge": ("fuse",),
+    "fusion.strategies": ("STRATEGIES", "schedule", "token_counts"),
+    "kernels.scan": ("backends", "selective_scan", "selective_scan_ref"),
+    "models.vim": ("VisionMamba", "create_model"),
+    "models.pretrained": ("apply", "load_vim", "set_schedule"),
+    "training.fit": ("fit",),
+    "diagnostics": ("doctor",),
 }
-
-__all__ = sorted(_HOME)
+_MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE:
         raise AttributeError(f"module 'famba' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"famba.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(f"famba.{_MODULE[name]}"), name)
 
 
 def __dir__() -> list[str]:

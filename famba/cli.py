@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from famba import supervision
-from famba.bench import gpu_check
+from famba import gpu_check, supervision
 from famba.errors import FambaError, InputError
+from famba.storage import provenance
 from famba.storage.files import json_bytes, write_atomic
 
 
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None, *, hold: bool = False) -> int:
     """Run one command; the exit status.
 
     Args:
-        hold: answer SIGTERM, and end with what this process works for (`lifeline.hold`).
+        hold: answer SIGTERM, and end with what this process works for (`supervision.hold`).
     """
     options = _parser().parse_args(arguments)
     # Spinning OpenMP threads make a step several times slower when something else runs on the same cores.
@@ -131,6 +131,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--profile", help="one of params.yaml's; the one that it names itself if not given")
     sub.add_argument("--out", type=Path, help="write them to this file instead")
 
+    sub = command("resolve", _resolve, "write what the pipeline's stages depend on: parameters, and digests of code")
+    sub.add_argument("--profile", help="one of params.yaml's; the one that it names itself if not given")
+    sub.add_argument("--out", type=Path, required=True, help="folder for params/<strategy>.json, code/<notebook>.json")
+
     sub = command("notebook", _notebook, "execute a notebook with parameters; an unknown one is an error")
     sub.add_argument("notebook", type=Path)
     sub.add_argument("output", type=Path, help="the executed copy")
@@ -144,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--images", type=int, default=45_000, help="that an epoch trains on")
     sub.add_argument("--device", help="instead of the profile's")
 
-    command("readme", _readme, "bring the table in README.md up to date with results/summary.csv")
+    command("readme", _readme, "write the tables of README.md and docs/results.md from results/")
 
     sub = command("bench", _bench, "time scans, training steps and fusion; this machine should do nothing else")
     sub.add_argument(
@@ -172,7 +176,7 @@ def _train(options: argparse.Namespace) -> int:
         for name in ("profile", "processes"):
             if (value := getattr(options, name)) is not None:
                 raise InputError(f"--{name}: {value!r}: not allowed with --resolved, which says it already")
-        p = config.read_resolved(options.resolved)
+        p = config.read_resolved(options.resolved.absolute())
     else:
         p = config.load(options.profile, strategy=options.strategy, processes=options.processes)
     from famba.storage import runs
@@ -201,6 +205,17 @@ def _params(options: argparse.Namespace) -> int:
     return 0
 
 
+def _resolve(options: argparse.Namespace) -> int:
+    from famba import config
+
+    for strategy in config.load_sweep().strategies:
+        p = config.load(options.profile, strategy=strategy)
+        write_atomic(options.out / "params" / f"{strategy}.json", json_bytes(p.as_dict()))
+    for notebook in sorted((config.root() / "notebooks").glob("*.ipynb")):
+        write_atomic(options.out / "code" / f"{notebook.stem}.json", json_bytes(provenance.of_notebook(notebook)))
+    return 0
+
+
 def _notebook(options: argparse.Namespace) -> int:
     from papermill.exceptions import PapermillExecutionError
 
@@ -213,9 +228,9 @@ def _notebook(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from famba import doctor
+    from famba import diagnostics
 
-    print(doctor.text(doctor.doctor()))
+    print(diagnostics.text(diagnostics.doctor()))
     return 0
 
 
@@ -232,7 +247,8 @@ def _hours(options: argparse.Namespace) -> int:
 def _readme(options: argparse.Namespace) -> int:
     from famba.analysis import summary
 
-    summary.update_readme("README.md", summary.readme_blocks("results"))
+    for path, blocks in summary.readme_blocks("results").items():
+        summary.update_readme(path, blocks)
     return 0
 
 

@@ -10,19 +10,20 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from ruamel.yaml import YAML, YAMLError
 
 from famba.errors import InputError
+from famba.fusion import strategies
+from famba.fusion.options import Factor, FusionOptions
+from famba.fusion.strategies import ADAPTIVE, STRATEGIES, Strategy
 
-Strategy = Literal["none", "all", "interleaved", "lower", "upper"]
-STRATEGIES: tuple[str, ...] = get_args(Strategy)
-ADAPTIVE = "adaptive"  # made from calibration data, so no strategy that a name alone gives a schedule to
-
-Factor = Literal["order", "weighting", "feature", "position"]
+# Per channel, of ImageNet's training images.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -106,24 +107,6 @@ class ModelParams:
     cls_position: Literal["middle", "head", "none"]
     pool: Literal["cls", "mean"]
     average_directions: bool
-
-
-@dataclass(frozen=True, config=_strict)
-class FusionOptions:
-    """How two tokens become one; each option is independent of the others.
-
-    Attributes:
-        order: `scan` keeps the survivors in scan order; `append` puts the unmerged even tokens first, then the
-            odd ones (ToMe's order, and that of the public Famba-V code).
-        weighting: `size` weighs a token by the patches it stands for; `mean` counts each token once.
-        feature: what similarity compares: the normed tokens, the residual stream, or the scan's step, B or C.
-        position: fuse before the mixer, or after the scan and gate, before the output projection (Famba-V figure 1).
-    """
-
-    order: Literal["scan", "append"] = "scan"
-    weighting: Literal["size", "mean"] = "size"
-    feature: Literal["normed", "residual", "delta", "B", "C"] = "normed"
-    position: Literal["before_mixer", "after_scan"] = "before_mixer"
 
 
 @dataclass(frozen=True, config=_strict)
@@ -274,6 +257,25 @@ class Params:
     options: FusionOptions
     train: TrainParams
 
+    def schedule(self, depth: int) -> list[int]:
+        """Tokens removed by each layer of a model of that depth; errors as in `famba.schedule`."""
+        rule = self.fusion
+        if rule.schedule is None:
+            return strategies.schedule(
+                self.strategy,
+                depth=depth,
+                r=rule.r,
+                total=rule.total,
+                first_layer=rule.first_layer,
+                last_layer=rule.last_layer,
+            )
+        if len(rule.schedule) != depth:
+            raise InputError(
+                f"fusion.{self.strategy}.schedule: {list(rule.schedule)} has {len(rule.schedule)} layers; the model "
+                f"has {depth}"
+            )
+        return list(rule.schedule)
+
     def as_dict(self) -> dict[str, Any]:
         """The resolved configuration as plain data, the form in which a run records it."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
@@ -388,12 +390,16 @@ def load(
     return Params(profile=chosen, strategy=strategy, fusion=rule, **resolved)
 
 
-def read_resolved(path: Path) -> Params:
+def read_resolved(path: str | Path) -> Params:
     """The parameters of a run as `as_dict` gives them and a run's params.json holds them.
+
+    Args:
+        path: if relative, from the repository root.
 
     Raises:
         InputError: a file that cannot be read, an unknown or missing key, a wrong type or value.
     """
+    path = root() / path
     try:
         document = json.loads(path.read_bytes())
     except OSError as error:
@@ -441,8 +447,8 @@ def load_ablation(path: Path | None = None, **changes: Any) -> AblationParams:
     values = _mapping(_read(path).get("ablation"), f"{name}: ablation") | changes
     ablation = _validated(AblationParams, values, name, "ablation", {})
     _once(ablation, ("strategies", "factors", "seeds"), f"{name}: ablation")
-    for key, strategies in {"strategy": (ablation.strategy,), "strategies": ablation.strategies}.items():
-        if "none" in strategies:
+    for key, chosen in {"strategy": (ablation.strategy,), "strategies": ablation.strategies}.items():
+        if "none" in chosen:
             raise InputError(f"{name}: ablation.{key}: 'none' fuses nothing, so that no option of fusion matters to it")
     if ablation.strategy in ablation.strategies:
         raise InputError(f"{name}: ablation.strategies: {ablation.strategy!r} is ablation.strategy already")
@@ -457,11 +463,6 @@ def load_photographs(path: Path | None = None) -> PhotographsParams:
     )
     _once(asked, ("seeds",), f"{name}: photographs")
     return asked
-
-
-def levels(factor: Factor) -> tuple[str, ...]:
-    """The values that an option of fusion can take."""
-    return get_args(get_type_hints(FusionOptions)[factor])
 
 
 def _once(section: Any, keys: tuple[str, ...], where: str) -> None:
@@ -566,7 +567,8 @@ def _validated(kind: type, values: dict[str, Any], name: str, section: str, wher
     """Build the dataclass, or say in one line which key holds which value and what is allowed."""
     _known(values, {f.name for f in dataclasses.fields(kind)}, f"{name}: {section}")
     try:
-        return kind(**values)
+        # FusionOptions is no pydantic dataclass, so that a model needs no pydantic.
+        return TypeAdapter(kind).validate_python(values) if kind is FusionOptions else kind(**values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         path = [str(part) for part in first["loc"]]

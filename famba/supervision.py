@@ -54,7 +54,7 @@ def hold() -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell leaves SIGINT for what it starts with `&`
             signal.signal(number, _stop)
     if line := _line():
-        threading.Thread(target=_watch, args=(line,), name="lifeline", daemon=True).start()
+        threading.Thread(target=_watch, args=(line,), name="supervision", daemon=True).start()
 
 
 @contextlib.contextmanager

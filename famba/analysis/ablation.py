@@ -19,8 +19,9 @@ import pandas as pd
 
 from famba import config
 from famba.analysis import summary
-from famba.config import STRATEGIES, FusionOptions
 from famba.errors import InputError
+from famba.fusion.options import FusionOptions
+from famba.fusion.strategies import STRATEGIES
 from famba.storage.files import write_atomic
 
 FACTORS: tuple[str, ...] = tuple(asdict(FusionOptions()))

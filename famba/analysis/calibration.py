@@ -20,14 +20,17 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from famba import data
-from famba.config import ADAPTIVE, AdaptiveRule, DataParams, FusionOptions
+from famba import config, data
+from famba.config import AdaptiveRule, DataParams
 from famba.errors import InputError
 from famba.fusion import strategies
+from famba.fusion.options import FusionOptions
+from famba.fusion.strategies import ADAPTIVE
+from famba.models import saved
 from famba.models.vim import VisionMamba
 from famba.profiling import flops
 from famba.profiling.flops import Cost
-from famba.storage import checkpoint, runs
+from famba.storage import runs
 
 _BATCH = 128  # images at a time
 
@@ -106,20 +109,20 @@ def plan(run_dirs: Sequence[str | Path], rule: AdaptiveRule, *, kind: str, count
         torch.set_num_threads(threads)  # sums in another order could tip a choice
     split = data.load(DataParams(**first.params["data"])).val
     chosen = torch.linspace(0, len(split) - 1, min(count, len(split))).round().long()
-    tables, config = [], {}
+    tables, sizes = [], {}
     for run_dir in run_dirs:
         run, folder = runs.read(run_dir), config.root() / run_dir
         if any(run.schedule):
             raise InputError(f"{folder}: strategy {run.strategy!r} fuses tokens; calibration needs a run of 'none'")
         if run.params != first.params:
             raise InputError(f"{folder}: other parameters than {run_dirs[0]}; only their seeds may differ")
-        model, described = checkpoint.load_model(folder / runs.MODEL_FILE)
+        model, described = saved.load_model(folder / runs.MODEL_FILE)
         images = data.normalise(split.images[chosen], described["mean"], described["std"])
         tables.append(fusing_costs(model, images, kind=kind))
-        config = model.config
+        sizes = model.config
     costs = np.mean(tables, axis=0).tolist()
     asked = first.params["train"]
-    step = Step(config, asked["batch_size"], FusionOptions(**first.params["options"]), asked["precision"])
+    step = Step(sizes, asked["batch_size"], FusionOptions(**first.params["options"]), asked["precision"])
     schedule = within(rule, costs, step)
     return Plan(
         kind=kind,

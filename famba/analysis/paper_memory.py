@@ -12,8 +12,8 @@ import pandas as pd
 import torch
 
 from famba.analysis import summary
-from famba.config import FusionOptions
 from famba.fusion import strategies
+from famba.fusion.options import FusionOptions
 from famba.models.vim import create_model
 from famba.profiling import flops
 

@@ -14,8 +14,8 @@ from jaxtyping import Float
 
 from famba import config
 from famba.analysis.summary import BASELINE
-from famba.config import STRATEGIES
 from famba.errors import InputError
+from famba.fusion.strategies import STRATEGIES
 from famba.storage.files import write_atomic
 
 QUANTITIES = ("similarity", "distance", "size")
@@ -28,7 +28,7 @@ def quantiles(frame: pd.DataFrame) -> pd.DataFrame:
     """Five quantiles over images and tokens, one row for each quantity, strategy, weights and layer.
 
     Args:
-        frame: as from `alike.in_runs`.
+        frame: as from `tokens.similarity_in_runs`.
     """
     order = {name: place for place, name in enumerate((*QUANTITIES, *STRATEGIES, *WEIGHTS))}
     by = ["quantity", "strategy", "weights", "layer"]
@@ -44,7 +44,7 @@ def rise(frame: pd.DataFrame) -> pd.DataFrame:
     For each image, the median best-match similarity in the upper third less that in the lower third.
 
     Args:
-        frame: as from `alike.in_runs`; `none` must be among its strategies.
+        frame: as from `tokens.similarity_in_runs`; `none` must be among its strategies.
 
     Returns:
         One row for each image, a column for each of `WEIGHTS`.
@@ -89,7 +89,8 @@ def chance_distance(frame: pd.DataFrame) -> float:
     """Median distance of two different patches of an image, in patches: how far apart chance alone would fuse.
 
     Args:
-        frame: as from `alike.in_runs`; the sizes of an image's tokens add up to its patches, whatever fused.
+        frame: as from `tokens.similarity_in_runs`; the sizes of an image's tokens add up to its patches, whatever
+        fused.
     """
     sizes = frame.loc[frame["quantity"] == "size"]
     grid = math.isqrt(round(sizes.groupby(["strategy", "weights", "image"])["value"].sum().max()))
@@ -102,7 +103,7 @@ def text(frame: pd.DataFrame) -> str:
     """What the numbers say, made from them alone, as Markdown.
 
     Args:
-        frame: as from `alike.in_runs`.
+        frame: as from `tokens.similarity_in_runs`.
 
     Raises:
         InputError: as in `rise`.
@@ -137,21 +138,21 @@ def text(frame: pd.DataFrame) -> str:
 
 
 def write(frame: pd.DataFrame, folder: str | Path, *, seed: int, profile: str) -> pd.DataFrame:
-    """Write evidence.csv (quantiles) and evidence.md (what they say); return the quantiles.
+    """Write similarity.csv (quantiles) and similarity.md (what they say); return the quantiles.
 
     Args:
-        frame: as from `alike.in_runs`.
+        frame: as from `tokens.similarity_in_runs`.
         folder: if relative, from the repository root.
         seed, profile: of the runs that it was made from.
     """
     table, folder = quantiles(frame), config.root() / folder
     rounded = table.round(dict.fromkeys(QUANTILES, 4))
-    write_atomic(folder / "evidence.csv", rounded.to_csv(index=False, lineterminator="\n").encode())
+    write_atomic(folder / "similarity.csv", rounded.to_csv(index=False, lineterminator="\n").encode())
     setting = (
         f"Profile `{profile}`, each strategy's run with seed {seed}; untrained is that seed's initialisation. The "
         "intervals are over images, for one trained model: another seed may differ by more."
     )
-    write_atomic(folder / "evidence.md", f"{text(frame)}\n{setting}\n".encode())
+    write_atomic(folder / "similarity.md", f"{text(frame)}\n{setting}\n".encode())
     return table
 
 

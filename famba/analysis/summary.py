@@ -20,9 +20,10 @@ from jaxtyping import Float
 from scipy import stats
 
 from famba import config
-from famba.config import STRATEGIES, SweepParams
+from famba.config import SweepParams
 from famba.errors import InputError
 from famba.fusion import strategies
+from famba.fusion.strategies import STRATEGIES
 from famba.storage import runs
 from famba.storage.files import json_bytes, write_atomic
 
@@ -270,9 +271,42 @@ def markdown(summary: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n"
 
 
+def markdown_short(summary: pd.DataFrame) -> str:
+    """The summary in one small table: top-1 and its difference to `none`, training time and peak memory relative to it.
+
+    Raises:
+        InputError: a summary without `none`.
+    """
+    table = summary.to_dict("records")
+    base = next((row for row in table if row["strategy"] == BASELINE), None)
+    if base is None:
+        raise InputError(f"summary: no runs of {BASELINE} among {', '.join(summary['strategy'])}")
+    lines = _table(
+        ["strategy", "n", "top-1 (%)", "difference to `none` (points)", "training time", "peak memory"],
+        [
+            [
+                row["strategy"],
+                str(row["n"]),
+                _spread(row, "top1_percent"),
+                "" if row is base else _difference(row, "top1_percent"),
+                *(f"{row[f'{cost}_mean'] / base[f'{cost}_mean']:.2f}" for cost in ("train_time_s", "peak_memory_mib")),
+            ]
+            for row in table
+        ],
+    )
+    lines += [
+        "",
+        "Top-1: mean ± 1 standard deviation over n seeds; its difference is paired by seed, with the 95% interval. "
+        "Training time and peak memory are relative to `none`.",
+        "",
+        _setting(summary),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def paper_table() -> pd.DataFrame:
-    """The paper's Tables 1 to 3, one row per run, n = 1 each (famba/paper/README.md says what the columns are)."""
-    file = resources.files("famba") / "paper" / "famba_v_results.csv"
+    """The paper's Tables 1 to 3, one row per run, n = 1 each; paper/README.md says what the columns are."""
+    file = resources.files("famba.analysis") / "paper" / "famba_v_results.csv"
     return pd.read_csv(
         StringIO(file.read_text(encoding="utf-8")), dtype={"fused_layers": str}, keep_default_na=False, na_values=[]
     )
@@ -352,7 +386,7 @@ def markdown_beside_paper(ours: Mapping[str, pd.DataFrame]) -> str:
     lines = _table(["strategy", *columns], rows)
     lines += [
         "",
-        "`none`: its top-1 (%). The others: top-1 above it (points), and training time and peak memory by its.",
+        "First row: top-1 (%). Other rows: change of top-1 (points), training time and peak memory relative to `none`.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -377,22 +411,22 @@ def readme_text(text: str, blocks: Mapping[str, str], name: str = "README.md") -
     return text
 
 
-def readme_blocks(results_dir: str | Path) -> dict[str, str]:
-    """What the README shows of the results: the sweep's table and, if they were made, the photographs' and the paper's.
+def readme_blocks(results_dir: str | Path) -> dict[str, dict[str, str]]:
+    """The blocks of README.md and docs/results.md by file and name; without results on photographs, none of those.
 
     Raises:
-        InputError: a summary of the sweep that is missing, or any that is spoilt.
+        InputError: a summary of the sweep that is missing, or any that is spoilt or has no runs of `none`.
     """
     default, photographs = load_summary(results_dir), config.root() / results_dir / "photographs"
     blocks = {"results": markdown(default)}
     if photographs.exists():
         beside = {"digits": default, "photographs": load_summary(photographs)}
         blocks |= {"photographs": markdown(beside["photographs"]), "beside": markdown_beside_paper(beside)}
-    return blocks
+    return {"README.md": {"results": markdown_short(default)}, "docs/results.md": blocks}
 
 
 def update_readme(readme_path: str | Path, blocks: Mapping[str, str]) -> bool:
-    """Bring the README's blocks up to date; whether that changed it. Errors as in `readme_text`."""
+    """Bring a file's blocks up to date; whether that changed it. Errors as in `readme_text`."""
     path = config.root() / readme_path
     try:
         text = path.read_text(encoding="utf-8")

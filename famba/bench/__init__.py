@@ -24,8 +24,8 @@ from famba.bench.scan import bench_scan
 from famba.bench.setting import FULL, QUICK, Setting
 from famba.bench.table import table
 from famba.errors import InputError
-from famba.kernels import precision
 from famba.kernels.cpu import runtime
+from famba.kernels.precision import configure
 from famba.profiling import environment
 from famba.storage.files import json_bytes, write_atomic
 
@@ -68,7 +68,7 @@ def run(parts: Sequence[str] = PARTS, *, quick: bool = False) -> dict[str, Any]:
         if part not in PARTS:
             raise InputError(f"part: {part!r} is unknown; allowed: {', '.join(PARTS)}")
     setting = QUICK if quick else FULL
-    precision.configure()
+    configure()
     tables: _Tables = {}
     for part in PARTS:
         if part in parts:

@@ -1,7 +1,7 @@
 """How long a sweep would take on this device, from a few training steps of each strategy: `python -m famba hours`.
 
-The steps are those of training itself (famba.training.trainer), on images of noise. Loading and varying images, validation and
-the test come on top.
+The steps are those of training itself (famba.training.trainer), on images of noise. Loading and varying images,
+validation and the test come on top.
 """
 
 import dataclasses

@@ -10,7 +10,8 @@ from famba.bench.model import Training
 from famba.bench.setting import Setting
 from famba.bench.timing import ratio
 from famba.errors import InputError
-from famba.fusion import matching, merge
+from famba.fusion import merge
+from famba.fusion.matching import Matching, match_tokens
 from famba.kernels import precision
 
 
@@ -38,8 +39,8 @@ def bench_layer(setting: Setting) -> list[dict[str, Any]]:
         torch.autograd.grad((mixed, total), [*inputs, *weights], (to_hidden.to(mixed.dtype), to_residual))
 
     def steps(r: int) -> dict[str, Callable[[], object]]:
-        def match() -> matching.Matching:
-            return matching.match_tokens(hidden, r, protected=() if cls_index is None else cls_index)
+        def match() -> Matching:
+            return match_tokens(hidden, r, protected=() if cls_index is None else cls_index)
 
         def apply(plan: merge.Plan) -> None:
             fused = merge.apply_both(plan, hidden, residual)

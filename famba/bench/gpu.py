@@ -167,8 +167,8 @@ def bench_scans(setting: GpuSetting, left: Left) -> dict[str, list[dict[str, Any
 
     `median_ms` is a scan called from Python, `device_ms` the same replayed from a CUDA graph: what the device alone
     takes. `both, gated` is what a mixer asks for, from steps yet to be projected, as it lies there; its bytes are those
-    of `famba.kernels.triton.scan`. Of `one` direction, which is what mamba-ssm's function does, the inputs lie as the contestant
-    wants them: mamba-ssm's with tokens innermost, the others' with channels.
+    of `famba.kernels.triton.scan`. Of `one` direction, which is what mamba-ssm's function does, the inputs lie as the
+    contestant wants them: mamba-ssm's with tokens innermost, the others' with channels.
     """
     copy = _copy(setting)
     rows = [

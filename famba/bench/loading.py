@@ -17,14 +17,14 @@ from famba import data
 from famba.bench.model import Training
 from famba.bench.setting import Setting
 from famba.bench.timing import interleaved, summary
-from famba.config import DataParams
+from famba.config import IMAGENET_MEAN, IMAGENET_STD, DataParams
 from famba.data import augment, loader, timm_transforms
 from famba.data.datasets import Files
 from famba.data.timm_transforms import Recipe
 from famba.errors import InputError
 
 _CLASSES = 100
-_MEAN, _STD = data.IMAGENET_MEAN, data.IMAGENET_STD
+_MEAN, _STD = IMAGENET_MEAN, IMAGENET_STD
 _ONE_BY_ONE = "timm, image by image"
 _WORKERS = (0, 2)
 _PLAIN = DataParams(

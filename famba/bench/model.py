@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from famba.bench.setting import Setting
 from famba.bench.timing import ratio
-from famba.fusion import merge
+from famba.fusion import matching, merge
 from famba.kernels import ops, precision, scan
 from famba.models import vim
 from famba.profiling import memory
@@ -223,7 +223,7 @@ _FUNCTIONS = (
     ("convolution", ops, "causal_conv1d_silu"),
     ("gate", ops, "gated_sum"),
     ("norm", vim, "add_rms_norm"),
-    ("fusion", merge, "match_tokens"),
+    ("fusion", matching, "match_tokens"),
     ("fusion", merge, "plan"),
     ("fusion", merge, "apply_both"),
 )

@@ -16,6 +16,7 @@ from famba.bench.setting import Setting
 from famba.bench.timing import ratio
 from famba.config import DataParams
 from famba.data import augment
+from famba.kernels.precision import autocast
 from famba.models.vim import create_model
 from famba.training import optim
 
@@ -68,7 +69,7 @@ def loss_curve(precision: str, *, steps: int, depth: int | None = None, order: i
         for batch, labels in data.batches(images.train, _BATCH, generator=generator, drop_last=True):
             draws = augment.draw(_DIGITS, _BATCH, generator, classes=len(images.classes))
             shown, _ = augment.apply(batch, labels, draws, images.mean, images.std, 0.0)
-            with precision.autocast(batch.device, precision):
+            with autocast(batch.device, precision):
                 logits = model(shown).float()
             loss = functional.cross_entropy(logits, labels)
             loss.backward()

@@ -1,8 +1,8 @@
 """Images: where they come from, how they are split and varied, and the batches that training takes."""
 
+from famba.data.datasets import DATASETS
+from famba.data.loader import Streamed
 from famba.data.splits import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     Dataset,
     Split,
     batches,
@@ -15,10 +15,10 @@ from famba.data.splits import (
 )
 
 __all__ = [
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
+    "DATASETS",
     "Dataset",
     "Split",
+    "Streamed",
     "batches",
     "load",
     "normalise",

@@ -29,7 +29,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from famba import config
-from famba.config import DataParams
+from famba.config import IMAGENET_MEAN, IMAGENET_STD, DataParams
 from famba.data import datasets, loader
 from famba.data.datasets import DATASETS as DATASETS
 from famba.data.datasets import Files, Found
@@ -41,8 +41,6 @@ from famba.storage.files import json_bytes, write_atomic
 _log = logging.getLogger(__name__)
 
 # Per channel, 0 black and 1 white; what the released models' images were normalised by.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean, standard deviation
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import pandas as pd
 
 from famba import config
-from famba.config import AblationParams, FusionOptions, Params
+from famba.config import AblationParams, Params
 from famba.errors import InputError
 from famba.experiments import launcher, sweep
+from famba.fusion.options import FusionOptions, levels
 from famba.storage import runs
 
 COMMAND = "make ablation"
@@ -54,8 +55,8 @@ def run(asked: AblationParams, *, profile: str, runs_dir: str | Path) -> pd.Data
     folder = config.root() / runs_dir
     wanted = cells(asked, profile=profile)
     launcher.run(_train, {cell.name: (cell, folder / cell.name) for cell in wanted}, jobs=asked.jobs)
-    runs = pd.DataFrame([_row(cell, runs.read(folder / cell.name)) for cell in wanted])
-    return runs.assign(profile_epochs=config.load(profile, strategy=asked.strategy).train.epochs)
+    table = pd.DataFrame([_row(cell, runs.read(folder / cell.name)) for cell in wanted])
+    return table.assign(profile_epochs=config.load(profile, strategy=asked.strategy).train.epochs)
 
 
 def cells(asked: AblationParams, *, profile: str) -> list[Cell]:
@@ -78,7 +79,7 @@ def cells(asked: AblationParams, *, profile: str) -> list[Cell]:
 
 def grid(asked: AblationParams, reference: FusionOptions) -> list[FusionOptions]:
     """Every combination of the factors' values; an option that is no factor stays as in the reference."""
-    combinations = itertools.product(*(config.levels(factor) for factor in asked.factors))
+    combinations = itertools.product(*(levels(factor) for factor in asked.factors))
     return [dataclasses.replace(reference, **dict(zip(asked.factors, values, strict=True))) for values in combinations]
 
 
@@ -87,7 +88,7 @@ def one_at_a_time(asked: AblationParams, reference: FusionOptions) -> list[Fusio
     changed = [
         dataclasses.replace(reference, **{factor: level})
         for factor in asked.factors
-        for level in config.levels(factor)
+        for level in levels(factor)
         if level != getattr(reference, factor)
     ]
     return [reference, *changed]

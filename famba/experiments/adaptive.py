@@ -16,9 +16,10 @@ import pandas as pd
 from famba import config
 from famba.analysis import calibration, summary
 from famba.analysis.calibration import Plan
-from famba.config import ADAPTIVE, STRATEGIES, FusionRule, SweepParams
+from famba.config import FusionRule, SweepParams
 from famba.errors import InputError
 from famba.experiments import sweep
+from famba.fusion.strategies import ADAPTIVE, STRATEGIES
 from famba.storage import runs
 from famba.storage.files import json_bytes, write_atomic
 
@@ -47,7 +48,7 @@ def name(plan: Plan) -> str:
     return f"{ADAPTIVE}-{plan.kind}"
 
 
-def runs(
+def run_plans(
     plans: Sequence[Plan], asked: SweepParams, *, profile: str, runs_dir: str | Path, trained_dir: str | Path
 ) -> pd.DataFrame:
     """One row for every run of the sweep and of the plans, which are trained unless they have been, with its seeds.

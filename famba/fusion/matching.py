@@ -2,8 +2,8 @@
 
 `b` batch, `t` tokens in sequence order, `r` tokens removed, `c` numbers compared. Written from the paper.
 
-Every function has a backend, as those of famba.kernels.ops have: a name from `famba.backends()`, which leaves to plain torch
-what it has no kernel for, or "auto", the fastest that can run.
+Every function has a backend, as those of famba.kernels.ops have: a name from `famba.backends()`, which leaves to plain
+torch what it has no kernel for, or "auto", the fastest that can run.
 """
 
 from collections.abc import Sequence

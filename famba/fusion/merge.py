@@ -3,8 +3,8 @@
 `b` batch, `t` tokens in sequence order, `r` tokens removed, `s` = t - r tokens left, `d` width. Fusion inside Vision
 Mamba is Famba-V (arXiv:2409.09808, section 3.1). Written from the papers.
 
-Every function has a backend, as those of famba.kernels.ops have: a name from `famba.backends()`, which leaves to plain torch
-what it has no kernel for, or "auto", the fastest that can run.
+Every function has a backend, as those of famba.kernels.ops have: a name from `famba.backends()`, which leaves to plain
+torch what it has no kernel for, or "auto", the fastest that can run.
 """
 
 from typing import Any, NamedTuple

@@ -3,18 +3,23 @@
 A schedule holds the tokens removed by each layer. The model takes a schedule and never sees a name. Layers count
 from 1, as in the paper. Here `t` is a number of tokens and `r` the tokens removed by one layer. No torch.
 
-One strategy is not the paper's: `adaptive` spends a budget where a table says that fusing costs least (famba.analysis.calibration
-measures such tables). Its `costs` hold one row for each layer, whose entry r is what fusing r tokens there costs.
+One strategy is not the paper's: `adaptive` spends a budget where a table says that fusing costs least
+(famba.analysis.calibration measures such tables). Its `costs` hold one row for each layer, whose entry r is what fusing
+r tokens there costs.
 """
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from famba.config import ADAPTIVE, STRATEGIES, FusionRule
 from famba.errors import InputError
+
+Strategy = Literal["none", "all", "interleaved", "lower", "upper"]
+STRATEGIES: tuple[str, ...] = get_args(Strategy)
+ADAPTIVE = "adaptive"  # made from calibration data, so no strategy that a name alone gives a schedule to
 
 Costs = Sequence[Sequence[float | int]]
 # The paper's lower and upper strategies fuse in 19 of 24 layers; at another depth the same share is the default.
@@ -184,24 +189,6 @@ def _traced_back(taken: Sequence[np.ndarray], weights: Sequence[int], removed: i
         schedule.append(r)
         removed, saved = removed - r, saved - r * weight
     return schedule[::-1]
-
-
-def from_rule(strategy: str, rule: FusionRule, *, depth: int) -> list[int]:
-    """The schedule of one entry of params.yaml's `fusion` section; errors as in `schedule`."""
-    if rule.schedule is not None:
-        if len(rule.schedule) != depth:
-            raise InputError(
-                f"fusion.{strategy}.schedule: {list(rule.schedule)} has {len(rule.schedule)} layers; the model {depth}"
-            )
-        return list(rule.schedule)
-    return schedule(
-        strategy,
-        depth=depth,
-        r=rule.r,
-        total=rule.total,
-        first_layer=rule.first_layer,
-        last_layer=rule.last_layer,
-    )
 
 
 def token_counts(schedule: Sequence[int], tokens: int, *, protected: int = 1) -> list[int]:

@@ -35,7 +35,7 @@ MOST_STATES = 256
 _TAPS = range(2, 5)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _DEVICE = "cuda"
-_PROJECT = Path(__file__).parents[1]  # holds pyproject.toml and kernels.lock
+_PROJECT = Path(__file__).parents[2]  # holds pyproject.toml and kernels.lock
 _INSTALLED = {  # by package: the function, its module, and the library of the kernels
     "mamba_ssm": ("selective_scan_fn", "mamba_ssm.ops.selective_scan_interface", "selective_scan_cuda"),
     "causal_conv1d": ("causal_conv1d_fn", "causal_conv1d", "causal_conv1d_cuda"),

@@ -325,8 +325,8 @@ def _state_dtype(*tensors: Tensor | None) -> torch.dtype:
 class _Backend(dispatch.Backend):
     """A backend of the scan, whose `run` takes the arguments of `selective_scan_ref`.
 
-    `run_projected`, if there is one, takes those of `famba.kernels.ops.projected_scan`, and keeps no delta for backward;
-    `run_both` those of `famba.kernels.ops.bidirectional_scan`, both directions and the gate in one.
+    `run_projected`, if there is one, takes those of `famba.kernels.ops.projected_scan`, and keeps no delta for
+    backward; `run_both` those of `famba.kernels.ops.bidirectional_scan`, both directions and the gate in one.
     """
 
     run_projected: Callable[..., Tensor] | None = None

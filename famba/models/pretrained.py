@@ -1,7 +1,7 @@
 """Weights that were trained before: released Vim checkpoints and famba's own, fitted to a model, and fused as they are.
 
     model = load_vim("vim_t_midclstok_76p1acc.pth")
-    apply(model, schedule("upper", depth=24, r=9))  # and apply(model, None) takes it back
+    set_schedule(model, schedule("upper", depth=24, r=9))  # and set_schedule(model, None) takes it back
 
 `t` tokens at the size that the weights were trained at, `s` at another, `d` d_model. The form of the checkpoints is
 that of the public Vim code (Vim: arXiv:2401.09417): a torch file whose entries `model` and `model_ema` are state
@@ -12,6 +12,7 @@ import argparse
 import math
 import operator
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +22,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from famba.config import FusionOptions
-from famba.data import IMAGENET_MEAN, IMAGENET_STD
+from famba.config import IMAGENET_MEAN, IMAGENET_STD
 from famba.errors import InputError
+from famba.fusion.options import FusionOptions
 from famba.models.vim import VisionMamba
 from famba.storage import checkpoint
 
@@ -98,7 +99,9 @@ def load_vim(
     return model
 
 
-def apply(model: VisionMamba, schedule: Sequence[int] | None, options: FusionOptions | None = None) -> VisionMamba:
+def set_schedule(
+    model: VisionMamba, schedule: Sequence[int] | None, options: FusionOptions | None = None
+) -> VisionMamba:
     """Fuse by a schedule from now on, in a model as it is: no weight changes, and nothing is trained.
 
     Args:
@@ -122,6 +125,12 @@ def apply(model: VisionMamba, schedule: Sequence[int] | None, options: FusionOpt
         ) from None
     model.set_fusion(removed, FusionOptions() if options is None else options)
     return model
+
+
+def apply(model: VisionMamba, schedule: Sequence[int] | None, options: FusionOptions | None = None) -> VisionMamba:
+    """The former name of `set_schedule`."""
+    warnings.warn("famba.apply is now famba.set_schedule", DeprecationWarning, stacklevel=2)
+    return set_schedule(model, schedule, options)
 
 
 def take_weights(model: VisionMamba, path: Path) -> Origin:

@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from famba.config import FusionOptions
 from famba.errors import InputError
 from famba.fusion import matching, merge, strategies
 from famba.fusion.matching import Matching
+from famba.fusion.options import FusionOptions
 from famba.kernels import dispatch, ops, scan
 from famba.kernels.cpu import runtime as native
 from famba.kernels.ops import add_rms_norm
@@ -356,13 +356,13 @@ class _Block(nn.Module):
         normed, residual = self.norm(at.hidden, at.residual)
         mixer, size, cls_index = self.mixer, at.size, at.cls_index
         late = options.position == "after_scan"
-        feature = matching = plan = None
+        feature = pairs = plan = None
         selected = mixer.select(normed) if late else None
         if r:
             feature = self._feature(options.feature, normed, residual, selected)
             guard, backend = () if cls_index is None else cls_index, self._backend
-            matching = matching.match_tokens(feature, r, protected=guard, backend=backend)
-            plan = merge.plan(matching, size, order=options.order, weighting=options.weighting, backend=backend)
+            pairs = matching.match_tokens(feature, r, protected=guard, backend=backend)
+            plan = merge.plan(pairs, size, order=options.order, weighting=options.weighting, backend=backend)
             size = plan.size
             cls_index = None if cls_index is None else plan.destination.gather(1, cls_index[:, None])[:, 0]
         mixed = normed if selected is None else mixer.scan(*selected)
@@ -374,7 +374,7 @@ class _Block(nn.Module):
             b, before = normed.shape[:2]
             destination = torch.arange(before, device=normed.device).expand(b, -1) if plan is None else plan.destination
             trace.token_counts.append(hidden.shape[1])
-            trace.matchings.append(matching)
+            trace.matchings.append(pairs)
             trace.features.append(None if feature is None else feature.detach())
             trace.normed.append(normed.detach())
             trace.hidden_states.append(hidden.detach())

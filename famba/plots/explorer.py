@@ -11,8 +11,8 @@ import ipywidgets
 from famba import plots
 from famba.analysis import tokens
 from famba.analysis.tokens import Watched
-from famba.config import STRATEGIES
 from famba.fusion import strategies
+from famba.fusion.strategies import STRATEGIES
 
 
 class Explorer(ipywidgets.VBox):

@@ -23,8 +23,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from famba.analysis import similarity, summary
-from famba.config import STRATEGIES
 from famba.errors import InputError
+from famba.fusion.strategies import STRATEGIES
 from famba.plots.style import GREY, Figure, caption, styled
 from famba.plots.style import save as save
 from famba.plots.tokens import fusion_animation as fusion_animation
@@ -503,11 +503,11 @@ def _bars(axes: Axes, change: pd.DataFrame, unit: str, low: float, high: float) 
 
 
 @styled
-def alike_similarity(frame: pd.DataFrame) -> Figure:
+def token_similarity(frame: pd.DataFrame) -> Figure:
     """How alike each token is with the one most like it, by layer, trained and untrained, and how that changes upwards.
 
     Args:
-        frame: as from `alike.in_runs`.
+        frame: as from `tokens.similarity_in_runs`.
     """
     table = similarity.quantiles(frame.loc[frame["quantity"] == "similarity"])
     figure = Figure(figsize=(9.6, 3.9), layout="constrained")
@@ -539,11 +539,11 @@ def alike_similarity(frame: pd.DataFrame) -> Figure:
 
 
 @styled
-def alike_distance(frame: pd.DataFrame) -> Figure:
+def fused_distance(frame: pd.DataFrame) -> Figure:
     """How far apart in the image the tokens lie that each layer fuses, one panel for each strategy.
 
     Args:
-        frame: as from `alike.in_runs`.
+        frame: as from `tokens.similarity_in_runs`.
 
     Raises:
         InputError: no strategy that fuses.
@@ -566,11 +566,11 @@ def alike_distance(frame: pd.DataFrame) -> Figure:
 
 
 @styled
-def alike_size(frame: pd.DataFrame) -> Figure:
+def token_size(frame: pd.DataFrame) -> Figure:
     """How many patches a token stands for at the end, by strategy, trained and untrained.
 
     Args:
-        frame: as from `alike.in_runs`.
+        frame: as from `tokens.similarity_in_runs`.
 
     Raises:
         InputError: a strategy that has no colour.

@@ -38,6 +38,13 @@ def environment(device: torch.device | str) -> dict[str, Any]:
     }
 
 
+def instruction_set(device: torch.device) -> str:
+    """What torch's own kernels are made for here: the compute capability on CUDA, else as torch names a CPU's."""
+    if device.type == "cuda":
+        return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    return torch.backends.cpu.get_cpu_capability()
+
+
 def gpu_driver() -> str:
     """Version of the NVIDIA driver, "" where there is none: as the kernel's module says it, else nvidia-smi."""
     with contextlib.suppress(OSError):

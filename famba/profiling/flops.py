@@ -4,9 +4,10 @@ Axes: `b` batch, `t` tokens that enter a layer, `s` = t - r tokens left after it
 = 2 d, `n` d_state, `k` = 4 taps of the convolutions. A multiply and an add are two FLOPs. Bytes are those of tensors,
 as torch's allocator hands them out; the interpreter and the libraries' own buffers are not among them.
 
-The formulas follow famba.models.vim, famba.models.mixer and famba.fusion.merge line by line; the tests compare them with torch's FLOP
-counter, with what autograd keeps, and with the allocator. The scan's FLOPs, 9 per token, channel and state, are those
-that Mamba's authors give (https://github.com/state-spaces/mamba/issues/110) and the literature on it uses.
+The formulas follow famba.models.vim, famba.models.mixer and famba.fusion.merge line by line; the tests compare them
+with torch's FLOP counter, with what autograd keeps, and with the allocator. The scan's FLOPs, 9 per token, channel and
+state, are those that Mamba's authors give (https://github.com/state-spaces/mamba/issues/110) and the literature on it
+uses.
 """
 
 import itertools
@@ -19,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from famba.config import FusionOptions
 from famba.errors import InputError
 from famba.fusion import strategies
+from famba.fusion.options import FusionOptions
 from famba.kernels import scan
 from famba.kernels.triton import scan as gpu_scan
 
@@ -341,17 +342,10 @@ def _head(w: _Width, config: Mapping[str, Any], s: int, options: FusionOptions) 
 def flops_counted(model: nn.Module, images: Tensor) -> int:
     """FLOPs of one forward pass as torch's own counter sees them, to compare with `Cost.flops`.
 
-    It knows matrix products and convolutions, and is told of famba's where their tables are (famba.kernels.ops, famba.fusion.merge).
-    The selective scan is left out: it is one operator without a formula. The backend `reference` is made of torch's
-    operators, and its products count.
+    It knows matrix products and convolutions, and is told of famba's where their tables are (famba.kernels.ops,
+    famba.fusion.merge). The selective scan is left out: it is one operator without a formula. The backend `reference`
+    is made of torch's operators, and its products count.
     """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(images)
     return counter.get_total_flops()
-
-
-def instruction_set(device: torch.device) -> str:
-    """What torch's own kernels are made for here: the compute capability on CUDA, else as torch names a CPU's."""
-    if device.type == "cuda":
-        return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    return torch.backends.cpu.get_cpu_capability()

@@ -1,4 +1,4 @@
-"""Peak memory of a training step, measured: on a CPU from the profiler's allocation events, on CUDA by its allocator."""
+"""Peak memory of a training step, measured: the profiler's allocation events on a CPU, the allocator's peak on CUDA."""
 
 import contextlib
 import os

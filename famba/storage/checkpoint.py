@@ -4,7 +4,6 @@ A file holds named tensors and one JSON object, which says what it is and how to
 and holds a CRC-32 of all of that: safetensors itself would not notice a byte that changed on the disk.
 """
 
-import dataclasses
 import json
 import zlib
 from collections.abc import Mapping
@@ -16,47 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from famba.config import FusionOptions
 from famba.errors import InputError
-from famba.models.vim import VisionMamba
 from famba.storage.files import write_atomic
 
 _FORMAT = "famba"  # the one metadata entry: safetensors keeps text only, and several in no fixed order
 _CHECKSUM = "crc32"
-
-
-def model_bytes(model: VisionMamba, weights: Mapping[str, Tensor], described: Mapping[str, Any]) -> bytes:
-    """The content of a model file.
-
-    Args:
-        model: whose architecture and fusion are recorded.
-        weights: a state dict of it.
-        described: anything else that JSON can hold: strategy, seed, classes.
-    """
-    built = {
-        "model": model.config,
-        "schedule": model.schedule,
-        "fusion": dataclasses.asdict(model.options),
-    }
-    return pack(weights, {"kind": "model", **built, **described})
-
-
-def load_model(path: Path) -> tuple[VisionMamba, dict[str, Any]]:
-    """A model as it was saved, fusion included, and what the file says of it.
-
-    Raises:
-        InputError: a file that is missing, spoilt, not famba's, or whose tensors are not those of its model.
-    """
-    tensors, described = unpack(path, "model")
-    try:
-        model = VisionMamba(
-            **described["model"], schedule=described["schedule"], fusion=FusionOptions(**described["fusion"])
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: does not describe a model: {' '.join(str(error).split())}") from None
-    check_state(path, tensors, model.state_dict())
-    model.load_state_dict(tensors)
-    return model, described
 
 
 def pack(tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> bytes:

@@ -23,6 +23,7 @@ from typing import Any
 
 from famba import config
 from famba.errors import InputError
+from famba.fusion import strategies
 from famba.storage.files import claimed, json_bytes, write_atomic
 
 HISTORY_COLUMNS: tuple[str, ...] = (
@@ -221,7 +222,7 @@ def history_bytes(history: Sequence[Mapping[str, Any]]) -> bytes:
 
 def _check(run: RunRecord, metrics: Mapping[str, Any], folder: Path) -> None:
     """What must hold of a run, written or read; `metrics` is metrics.json whole."""
-    allowed = (*config.STRATEGIES, config.ADAPTIVE)
+    allowed = (*strategies.STRATEGIES, strategies.ADAPTIVE)
     if run.strategy not in allowed:
         raise InputError(f"{folder / 'metrics.json'}: strategy: {run.strategy!r} is not one of {', '.join(allowed)}")
     _check_metrics(metrics, folder / "metrics.json")

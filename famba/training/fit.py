@@ -1,10 +1,10 @@
 """Training: from parameters to a finished run.
 
-What happens from step to step is famba.training.trainer's; several processes on one run are famba.training.distributed's.
+What happens from step to step is famba.training.trainer's; several processes on one run are
+famba.training.distributed's.
 """
 
 import contextlib
-import functools
 import hashlib
 import logging
 import shutil
@@ -17,13 +17,12 @@ from famba import config, data
 from famba.config import Params, TrainParams
 from famba.data import Dataset
 from famba.errors import InputError
-from famba.fusion import strategies
 from famba.kernels import precision
 from famba.kernels.triton import runtime
 from famba.models import pretrained
 from famba.models.vim import VisionMamba, create_model, kernels, sizes
-from famba.profiling import flops
-from famba.storage import runs
+from famba.profiling import environment
+from famba.storage import provenance, runs
 from famba.storage.files import claimed, json_bytes, write_atomic
 from famba.storage.runs import Run
 from famba.training import distributed
@@ -31,16 +30,11 @@ from famba.training.callbacks import Events, Rows
 from famba.training.optim import learning_rate, parameter_groups
 from famba.training.trainer import Session, Watcher, evaluate
 
-__all__ = ["CODE", "build", "evaluate", "fit", "folder", "forget", "learning_rate", "made_of", "parameter_groups"]
+__all__ = ["build", "evaluate", "fit", "folder", "forget", "learning_rate", "made_of", "parameter_groups"]
 
 LIVE_HISTORY = "history.csv"  # beside the checkpoints, rewritten after every epoch
 
 _log = logging.getLogger(__name__)
-# With native/, what makes a result.
-CODE = (
-    "sources", "recipe", "stream", "data", "augment", "dispatch", "mamba", "scan", "ops", "fusion", "strategies",
-    "mixer", "model", "pretrained", "numerics", "optim", "parallel", "graph", "session", "train",
-)  # fmt: skip
 
 
 def fit(p: Params, *, seed: int, progress: bool = False, watch: Sequence[Watcher] = ()) -> Run:
@@ -122,7 +116,7 @@ def build(p: Params, *, classes: int, seed: int) -> VisionMamba:
         average_directions=p.model.average_directions,
         backend=p.train.backend,
     )
-    model.set_fusion(strategies.from_rule(p.strategy, p.fusion, depth=model.depth), p.options)
+    model.set_fusion(p.schedule(model.depth), p.options)
     return model
 
 
@@ -134,7 +128,7 @@ def folder(p: Params, *, seed: int) -> Path:
 def made_of(p: Params, *, seed: int) -> str:
     """What a run is made of, on whichever machine: parameters, seed, code and weights to start from, as one name."""
     start = p.init_sha256(seed)
-    return f"{p.digest(seed)}-{_code_digest()}" + ("" if start is None else f"-{start[:12]}")
+    return f"{p.digest(seed)}-{provenance.of_module(__name__)}" + ("" if start is None else f"-{start[:12]}")
 
 
 def forget(p: Params, *, seed: int) -> None:
@@ -195,26 +189,14 @@ def _start(p: Params, seed: int, model: VisionMamba, images: Dataset) -> Dataset
     return data.renormalised(images, origin.mean, origin.std)
 
 
-@functools.cache
-def _code_digest() -> str:
-    """What the numbers depend on beside the parameters: the modules between parameters and this one, and torch."""
-    package = Path(__file__).parent
-    files = [package / f"{name}.py" for name in CODE] + sorted((package / "native").glob("*.[cph]*"))
-    files += sorted((package / "gpu").glob("*.py"))
-    content = hashlib.sha256(torch.__version__.encode())
-    for path in files:
-        content.update(path.read_bytes())
-    return content.hexdigest()[:12]
-
-
 def _kernel_digest(p: Params) -> str:
     """What runs the code on this machine, on which the bits depend as well: a run never mixes two of them."""
     device, m = _device(p.train), p.model
     given = {"patch_size": m.patch_size, "stride": m.stride, "d_model": m.d_model, "d_state": m.d_state}
-    config = sizes(m.name, img_size=p.data.img_size, **given) | {"cls_position": m.cls_position}
-    used = kernels(p.train.backend, device, config, p.train.precision)
+    built = sizes(m.name, img_size=p.data.img_size, **given) | {"cls_position": m.cls_position}
+    used = kernels(p.train.backend, device, built, p.train.precision)
     compiler = runtime.triton.__version__ if "triton" in used.values() else None
-    return hashlib.sha256(json_bytes([used, flops.instruction_set(device), compiler])).hexdigest()[:12]
+    return hashlib.sha256(json_bytes([used, environment.instruction_set(device), compiler])).hexdigest()[:12]
 
 
 def _device(t: TrainParams) -> torch.device:

@@ -26,9 +26,11 @@ from tqdm import tqdm
 from famba import data
 from famba.config import Params, TrainParams
 from famba.data import Dataset, augment, timm_transforms
+from famba.data.loader import Streamed
 from famba.errors import InputError, TrainingError
 from famba.fusion import strategies
-from famba.kernels import precision
+from famba.kernels.precision import autocast, first_not_finite, nondeterministic
+from famba.models import saved
 from famba.models.vim import VisionMamba, kernels
 from famba.profiling import environment, flops, memory, timing
 from famba.storage import checkpoint
@@ -50,7 +52,7 @@ Watcher = Callable[[Sequence[Mapping[str, Any]], Mapping[str, Any]], None]
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    split: data.Split | data.Streamed,
+    split: data.Split | Streamed,
     images: Dataset,
     *,
     batch_size: int,
@@ -70,7 +72,7 @@ def evaluate(
         if not len(labels):
             continue
         batch, labels = (x.to(processes.device, non_blocking=True) for x in (batch, labels))
-        with precision.autocast(batch.device, precision):
+        with autocast(batch.device, precision):
             logits = model(data.normalise(batch, images.mean, images.std)).float()
         loss = functional.cross_entropy(logits, labels, reduction="sum")
         hits = logits.topk(min(5, logits.shape[-1])).indices == labels[:, None]
@@ -219,7 +221,7 @@ class Session:
             "processes": self.processes.count,
             "kernels": used,
             "tf32": torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32,
-            "nondeterministic": precision.nondeterministic(self.device, used["scan"]),
+            "nondeterministic": nondeterministic(self.device, used["scan"]),
             "command": self._command(),
             **environment.environment(self.device),
         }
@@ -241,7 +243,7 @@ class Session:
             cost=measured,
             history=self.history,
             params=self.p.as_dict(),
-            model_bytes=checkpoint.model_bytes(self.model, self.best, described),
+            model_bytes=saved.model_bytes(self.model, self.best, described),
         )
 
     def restore(self) -> None:
@@ -379,8 +381,8 @@ class Session:
         """Stop, saying where the first value that is not finite came up; the weights are those before the step."""
         place = ""
         for images, _ in parts:
-            with precision.autocast(self.device, self.p.train.precision):
-                place = place or precision.first_not_finite(self.model, images)
+            with autocast(self.device, self.p.train.precision):
+                place = place or first_not_finite(self.model, images)
         newest = max(self.folder.glob("epoch-*.safetensors"), default=None)
         kept = f"the last good checkpoint is {newest}" if newest else "no checkpoint was written yet"
         raise TrainingError(
@@ -389,10 +391,10 @@ class Session:
         )
 
     def _logits(self, model: nn.Module, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b classes"]:
-        with precision.autocast(self.device, self.p.train.precision):
+        with autocast(self.device, self.p.train.precision):
             return model(images).float()
 
-    def _evaluate(self, model: nn.Module, split: data.Split | data.Streamed) -> dict[str, float]:
+    def _evaluate(self, model: nn.Module, split: data.Split | Streamed) -> dict[str, float]:
         t = self.p.train
         size = 2 * t.batch_size // self.parts  # no activations are kept
         return evaluate(model, split, self.images, batch_size=size, precision=t.precision, processes=self.processes)
@@ -431,7 +433,7 @@ class Session:
         images, _ = next(iter(data.batches(self.images.val, min(2, len(self.images.val)))))
         two = data.normalise(images.to(self.device), self.images.mean, self.images.std)
         self.model.eval()
-        with torch.no_grad(), precision.autocast(self.device, self.p.train.precision):
+        with torch.no_grad(), autocast(self.device, self.p.train.precision):
             _, trace = self.model.forward_with_trace(two)
         promised = strategies.token_counts(
             self.model.schedule, self.model.tokens, protected=int(self.model.cls_token is not None)

@@ -1,4 +1,4 @@
-"""The tests of the kernels under the address and undefined-behaviour sanitizers: `python -m famba.kernels.cpu.sanitize`.
+"""Test the CPU kernels under the address and undefined-behaviour sanitizers: `python -m famba.kernels.cpu.sanitize`.
 
 The kernels are compiled anew with -fsanitize=address,undefined into the same cache, under another name, and the tests
 run in a process that has the sanitizer's runtime loaded first. Any finding ends that process.
@@ -12,8 +12,8 @@ from pathlib import Path
 
 from famba.kernels.cpu import build
 
-ROOT = Path(__file__).resolve().parents[2]
-TESTS = ("tests/test_native.py", "tests/test_ops.py", "tests/test_fusion.py")
+ROOT = Path(__file__).resolve().parents[3]
+TESTS = ("tests/kernels/test_cpu.py", "tests/kernels/test_ops.py", "tests/fusion/test_fusion.py")
 _FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1"
 
 

@@ -1,7 +1,7 @@
 """The selective scan on a CPU as torch operators, `famba::scan` and `famba::scan_backward`, over scan.cpp.
 
-Axes as in famba.kernels.scan: b batch, e channels, t tokens, n states. Activations may be float32 or bfloat16 and have any
-strides; vectors run over channels, so the fast layout is (b, t, e) in memory seen as (b, e, t). The recurrence is
+Axes as in famba.kernels.scan: b batch, e channels, t tokens, n states. Activations may be float32 or bfloat16 and have
+any strides; vectors run over channels, so the fast layout is (b, t, e) in memory seen as (b, e, t). The recurrence is
 float32. Outputs and gradients lie as the tensors they belong to.
 """
 

@@ -1,8 +1,8 @@
 """Depthwise causal convolution, bias and silu on a GPU as one torch operator, `famba::gpu_conv`: one direction or both.
 
 Axes: b batch, e channels, t tokens, k taps. Both directions come of one read of x. Strides, types and layout of the
-results are as in famba.kernels.triton.scan. Backward computes again what went into silu, and sums the weights' gradients over
-tiles of tokens in a fixed order.
+results are as in famba.kernels.triton.scan. Backward computes again what went into silu, and sums the weights'
+gradients over tiles of tokens in a fixed order.
 """
 
 import torch

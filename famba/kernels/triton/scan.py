@@ -1,8 +1,8 @@
 """The selective scan on a GPU as torch operators, `famba::gpu_scan` and its backward: one direction, or both at once.
 
-Axes as in famba.kernels.scan: b batch, e channels, t tokens, n states. Activations may be float32 or bfloat16 and have any
-strides; the fast layout is (b, t, e) in memory seen as (b, e, t). The recurrence is float32. Results and gradients lie
-channels last.
+Axes as in famba.kernels.scan: b batch, e channels, t tokens, n states. Activations may be float32 or bfloat16 and have
+any strides; the fast layout is (b, t, e) in memory seen as (b, e, t). The recurrence is float32. Results and gradients
+lie channels last.
 
 One warp scans a block of channels of one sequence, token by token. Its tile of states is (ER, NR, NL, EL): channels in
 registers, states in registers, states across lanes, channels across lanes. A sum over states then takes log2(NL)

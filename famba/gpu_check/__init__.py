@@ -1,4 +1,4 @@
-"""All that a first GPU has to show, in one command: `python -m famba gpu-check`; the checks are those of famba.bench.gpu_checks.
+"""All that a first GPU has to show, in one command: `python -m famba gpu-check`. Its checks: famba.gpu_check.checks.
 
 Each check is a process of its own with a time limit: a kernel that faults spoils CUDA for its whole process, and one
 that hangs must leave the others their time. This module imports the standard library alone, so that it starts on a
@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from famba.errors import InputError
 from famba.storage.files import json_bytes, write_atomic
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PATH = "results/gpu_check.json"
 WHEELS = "build/wheels"
 LIMIT_S = 465.0  # of all checks: with what starts before them, eight minutes
@@ -47,17 +47,17 @@ class Check(NamedTuple):
 
 # What matters most comes first, since the limit of all is less than the sum of theirs.
 CHECKS = {
-    "device": Check("famba.bench.gpu_checks:device", 60),
-    "operators": Check("famba.bench.gpu_checks:operators", 85),
-    "models": Check("famba.bench.gpu_checks:models", 85),
-    "determinism": Check("famba.bench.gpu_checks:determinism", 60),
-    "training": Check("famba.bench.gpu_checks:training", 90),
-    "streaming": Check("famba.bench.gpu_checks:streaming", 60),
-    "graph": Check("famba.bench.gpu_checks:graph", 60, on_cpu=False),
-    "steps": Check("famba.bench.gpu_checks:steps", 120),
-    "fusion": Check("famba.bench.gpu_checks:fused_steps", 90),
-    "tests": Check("famba.bench.gpu_checks:tests", 150, on_cpu=False),
-    "sanitizer": Check("famba.bench.gpu_checks:sanitizer", 100, on_cpu=False),
+    "device": Check("famba.gpu_check.checks:device", 60),
+    "operators": Check("famba.gpu_check.checks:operators", 85),
+    "models": Check("famba.gpu_check.checks:models", 85),
+    "determinism": Check("famba.gpu_check.checks:determinism", 60),
+    "training": Check("famba.gpu_check.checks:training", 90),
+    "streaming": Check("famba.gpu_check.checks:streaming", 60),
+    "graph": Check("famba.gpu_check.checks:graph", 60, on_cpu=False),
+    "steps": Check("famba.gpu_check.checks:steps", 120),
+    "fusion": Check("famba.gpu_check.checks:fused_steps", 90),
+    "tests": Check("famba.gpu_check.checks:tests", 150, on_cpu=False),
+    "sanitizer": Check("famba.gpu_check.checks:sanitizer", 100, on_cpu=False),
 }
 
 
@@ -167,7 +167,7 @@ def _tried(check: Check, setting: Setting) -> tuple[dict[str, Any], dict[str, An
     """A check's row and tables, whatever becomes of its process."""
     # The server imports what takes seconds, once, and nothing of CUDA begins there, so that checks can fork from it.
     context, at = multiprocessing.get_context("forkserver"), ""
-    context.set_forkserver_preload(["torch", "famba.bench.gpu_checks"])
+    context.set_forkserver_preload(["torch", "famba.gpu_check.checks"])
     receiver, sender = context.Pipe(duplex=False)
     with tempfile.NamedTemporaryFile() as printed:
         process = context.Process(target=_child, args=(check.function, setting, printed.name, sender))

@@ -1,4 +1,4 @@
-"""What `python -m famba gpu-check` checks; each function is a process of its own, started by famba.bench.gpu_check.
+"""What `python -m famba gpu-check` checks; each function is a process of its own, started by famba.gpu_check.
 
 Letters as elsewhere: `b` batch, `e` channels, `t` tokens, `n` states per channel, `k` taps, `d` width.
 """
@@ -30,10 +30,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from famba import config
-from famba.bench.gpu_check import ROOT, Outcome, Say, Setting, Skipped
 from famba.config import FusionOptions, FusionRule, Params
 from famba.fusion import matching, merge
+from famba.fusion.matching import Matching, match_tokens
+from famba.gpu_check import ROOT, Outcome, Say, Setting, Skipped
 from famba.kernels import ops, scan
+from famba.kernels.precision import autocast
 from famba.models.vim import VisionMamba, create_model
 from famba.profiling import environment
 
@@ -117,7 +119,7 @@ def determinism(setting: Setting, say: Say) -> Outcome:
         first: dict[str, Tensor] = {}
         for i in range(_REPEATS):
             say(f"{precision}, repeat {i + 1}")
-            with precision.autocast(where, precision):
+            with autocast(where, precision):
                 loss = functional.cross_entropy(model(images).float(), labels)
             weights = dict(model.named_parameters())
             grads = torch.autograd.grad(loss, list(weights.values()))
@@ -225,7 +227,7 @@ def tests(setting: Setting, say: Say) -> Outcome:
     del setting
     importlib.import_module("pytest")
     # The others would be collected for nothing, and import what a bare machine lacks.
-    files = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
+    files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
         # A process of its own: the tests' import hooks must be in place before famba is imported.
@@ -259,7 +261,8 @@ def sanitizer(setting: Setting, say: Say) -> Outcome:
     program = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
     if program is None:
         raise Skipped("compute-sanitizer is missing")
-    code = f"import sys; sys.path[:] = {sys.path!r}; from famba import checks; checks.small_calls({setting.device!r})"
+    code = "import sys; sys.path[:] = {!r}; from famba.gpu_check import checks; checks.small_calls({!r})"
+    code = code.format(sys.path, setting.device)
     for tool in ("memcheck", "racecheck"):
         say(tool)
         done = subprocess.run(
@@ -436,15 +439,15 @@ def _fusion(
     b, t, _ = shape
     feature, size = torch.randn(b, t, 9, generator=generator), torch.randint(1, 5, (b, t), generator=generator)
     r = max(1, (t - 2) // 3)
-    exact = matching.match_tokens(feature.double(), r, protected=() if guard is None else (guard,), backend="torch")
+    exact = match_tokens(feature.double(), r, protected=() if guard is None else (guard,), backend="torch")
 
     def run(x: Tensor, y: Tensor, backend: str) -> tuple[Tensor, Tensor]:
         protected = () if guard is None else torch.full((b,), guard, device=x.device)
-        matching = matching.match_tokens(feature.to(x.device), r, protected=protected, backend=backend)
-        assert torch.equal(matching.source.cpu(), exact.source), "other tokens than torch's disappear"
-        assert torch.equal(matching.target.cpu(), exact.target), "tokens join others than torch's"
+        pairs = match_tokens(feature.to(x.device), r, protected=protected, backend=backend)
+        assert torch.equal(pairs.source.cpu(), exact.source), "other tokens than torch's disappear"
+        assert torch.equal(pairs.target.cpu(), exact.target), "tokens join others than torch's"
         sizes = size.to(x.device, y.dtype)
-        return merge.apply_both(merge.plan(matching, sizes, order=order, weighting=weighting, backend=backend), x, y)
+        return merge.apply_both(merge.plan(pairs, sizes, order=order, weighting=weighting, backend=backend), x, y)
 
     x, y = torch.randn(2, *shape, generator=generator).unbind()
     return run, [x.to(dtype), y]
@@ -458,20 +461,19 @@ def _model_error(setting: Setting, b: int, config: Mapping[str, Any], precision:
     model = create_model("vim_nano", **sizes, backend=setting.backend)
     model.load_state_dict(exact.state_dict())
     images = torch.randn(b, 3, config["img_size"], config["img_size"])
-    matchings: list[matching.Matching] = []
-    match_tokens = matching.match_tokens
+    matchings: list[Matching] = []
 
-    def written_down(*args: Any, **kwargs: Any) -> matching.Matching:
+    def written_down(*args: Any, **kwargs: Any) -> Matching:
         matchings.append(match_tokens(*args, **kwargs))
         return matchings[-1]
 
-    def given(feature: Tensor, r: int, **kwargs: Any) -> matching.Matching:
+    def given(feature: Tensor, r: int, **kwargs: Any) -> Matching:
         found, chosen = match_tokens(feature, r, **kwargs), matchings.pop(0)
         assert found.source.shape == chosen.source.shape, "another number of tokens is fused"
-        return matching.Matching(chosen.source.to(feature.device), chosen.target.to(feature.device))
+        return Matching(chosen.source.to(feature.device), chosen.target.to(feature.device))
 
-    def results(model: VisionMamba, images: Tensor, match: Callable[..., matching.Matching], how: str) -> list[Tensor]:
-        with mock.patch.object(matching, "match_tokens", match), precision.autocast(images.device, how):
+    def results(model: VisionMamba, images: Tensor, match: Callable[..., Matching], how: str) -> list[Tensor]:
+        with mock.patch.object(matching, "match_tokens", match), autocast(images.device, how):
             logits = model(images)
         cotangent = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)
         return [logits.detach(), *torch.autograd.grad(logits, list(model.parameters()), cotangent)]

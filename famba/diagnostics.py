@@ -204,7 +204,8 @@ def _gpu_backends(found: dict[str, str | None], gpu: Row) -> list[Row]:
     commands = {
         "triton": "pip install triton",
         "hub": mamba_ssm.INSTALL_HUB,
-        "mamba_ssm": f"{mamba_ssm.INSTALL}  # a wheel, if there is one for this torch\n{mamba_ssm.BUILD}  # a build, with nvcc",
+        "mamba_ssm": f"{mamba_ssm.INSTALL}  # a wheel, if there is one for this torch\n"
+        f"{mamba_ssm.BUILD}  # a build, with nvcc",
     }
     rows = []
     for name, modules in _GPU.items():
