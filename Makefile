@@ -17,7 +17,7 @@ KEY   := $(shell { cat pyproject.toml constraints.txt .ci/setup; echo '$(TORCH) 
 READY := $(VENV)/ready-$(KEY)
 
 # What make started ends with it (famba/supervision.py).
-repro ablation adaptive: export FAMBA_ENDS_WITH := $(shell echo $$PPID)
+repro ablation adaptive photographs: export FAMBA_ENDS_WITH := $(shell echo $$PPID)
 
 # Spinning OpenMP threads make a step several times slower when something else runs on the same cores.
 export OMP_WAIT_POLICY := passive
@@ -32,8 +32,8 @@ IN_VENV := . $(VENV)/bin/activate &&
 JOBS ?= 2
 at_once = dvc stage list --name-only | grep -E '$(1)' | xargs -r -P $(JOBS) -n 4 dvc --wait-for-lock repro -s
 
-.PHONY: help env repro ablation adaptive photographs test test-fast lint lab bench bench-gpu gpu-check gpu-check-wheels
-.PHONY: doctor sanitize clean
+.PHONY: help env repro ablation adaptive photographs readme test test-fast lint lab bench bench-gpu gpu-check
+.PHONY: gpu-check-wheels doctor sanitize clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -44,19 +44,22 @@ env: $(READY)  ## set up .venv: a virtual environment with everything pinned (TO
 $(READY): ; .ci/setup $(VENV) $(READY)
 
 repro: env  ## train every strategy and draw the answer: what `dvc repro` does, JOBS stages at a time
-	$(IN_VENV) dvc repro strip resolve
+	$(IN_VENV) dvc repro resolve
 	$(IN_VENV) $(call at_once,^train@)
-	$(IN_VENV) $(call at_once,^(compare$$|evidence$$|tokens@))
+	$(IN_VENV) $(call at_once,^(compare$$|similarity$$|tokens@))
 	$(IN_VENV) dvc repro
 
 ablation: env  ## train every option of fusion with several seeds: results/ablation.md, some twenty minutes
-	$(IN_VENV) dvc repro ablation/dvc.yaml
 
-adaptive: env  ## make schedules from what fusing costs, train them, compare: the same as `dvc repro adaptive/dvc.yaml`
-	$(IN_VENV) dvc repro adaptive/dvc.yaml
+adaptive: env  ## make schedules from what fusing costs, train them, compare: results/adaptive.md
 
 photographs: env  ## the strategies on real photographs (params.yaml: photographs), some forty minutes on two cores
-	$(IN_VENV) dvc repro photographs/dvc.yaml && python -m famba readme
+
+ablation adaptive photographs:
+	$(IN_VENV) dvc repro experiments/dvc.yaml:$@
+
+readme: env  ## write the tables of README.md and docs/results.md from results/
+	$(IN_VENV) python -m famba readme
 
 test: env  ## every test: style, types, units, notebooks, the pipeline
 	$(IN_VENV) pytest --nbval notebooks/method.ipynb
