@@ -9,7 +9,7 @@ from unittest import mock
 
 from processes import FOREVER_S
 
-from famba.bench.gpu_check import Outcome, Skipped
+from famba.gpu_check import Outcome, Skipped
 
 
 def passes(setting, say):
@@ -17,28 +17,28 @@ def passes(setting, say):
 
 
 def has_a_wrong_scan(setting, say):
-    from famba.bench import gpu_checks
+    from famba.gpu_check import checks
     from famba.kernels import scan
 
     right = scan._BACKENDS["native"]
     wrong = dataclasses.replace(right, run=lambda *given: right.run(*given) * 1.001)
     with mock.patch.dict(scan._BACKENDS, native=wrong):
-        return gpu_checks.operators(setting, say)
+        return checks.operators(setting, say)
 
 
 def has_a_scan_that_raises(setting, say):
-    from famba.bench import gpu_checks
+    from famba.gpu_check import checks
     from famba.kernels import scan
 
     def refuse(*given):
         raise RuntimeError("no such chip")
 
     with mock.patch.dict(scan._BACKENDS, native=dataclasses.replace(scan._BACKENDS["native"], run=refuse)):
-        return gpu_checks.operators(setting, say)
+        return checks.operators(setting, say)
 
 
 def forgets_its_optimiser(setting, say):
-    from famba.bench import gpu_checks
+    from famba.gpu_check import checks
     from famba.training import trainer
 
     restore, folders = trainer.Session.restore, []
@@ -50,7 +50,7 @@ def forgets_its_optimiser(setting, say):
 
     try:
         with mock.patch.object(trainer.Session, "restore", forgetful):
-            return gpu_checks.training(setting, say)
+            return checks.training(setting, say)
     finally:
         assert len(folders) == 2
         say(f"checkpoints left: {[folder.name for folder in folders if folder.exists()]}")

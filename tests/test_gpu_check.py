@@ -15,10 +15,9 @@ import torch
 from packaging.requirements import Requirement
 from processes import PATIENCE_S, is_there, wait_until
 
-from famba import bench
-from famba.bench import gpu_check, gpu_checks
-from famba.bench.gpu_check import Check, Setting
+from famba import bench, gpu_check
 from famba.cli import main
+from famba.gpu_check import Check, Setting, checks
 from famba.training import cuda_graph
 
 ROOT = gpu_check.ROOT
@@ -131,7 +130,7 @@ def test_every_check_that_a_cpu_can_do_passes_there_and_its_result_can_be_drawn(
 
 
 def test_checks_of_the_whole_space_are_made_at_full_size():
-    cases = gpu_checks._operator_cases(Setting("cuda", quick=False))
+    cases = checks._operator_cases(Setting("cuda", quick=False))
     names = [case.name for case in cases]
     assert len(set(names)) > 200
     for kind in ("scan, b", "both scans", "convolution", "norm", "fusion"):
@@ -199,8 +198,8 @@ def test_on_a_bare_machine_without_wheels_a_check_says_which_package_it_lacks(ba
     done = bare("device", "steps", "--wheels", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(
-        r"device +skipped .* jaxtyping is missing; make gpu-check-wheels\n"
-        r"steps +skipped .* jaxtyping is missing; make gpu-check-wheels\n",
+        r"device +skipped .* pydantic is missing; make gpu-check-wheels\n"
+        r"steps +skipped .* pydantic is missing; make gpu-check-wheels\n",
         done.stdout,
     )
 
@@ -214,16 +213,16 @@ def test_the_sanitizer_runs_small_calls_of_every_operator(status, found, tmp_pat
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     if found:
         with pytest.raises(AssertionError, match=found):
-            gpu_checks.sanitizer(CPU, print)
+            checks.sanitizer(CPU, print)
     else:
-        assert gpu_checks.sanitizer(CPU, print).detail == "memcheck and racecheck have found nothing"
+        assert checks.sanitizer(CPU, print).detail == "memcheck and racecheck have found nothing"
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(gpu_check.Skipped, match="compute-sanitizer is missing"):
-        gpu_checks.sanitizer(CPU, print)
+        checks.sanitizer(CPU, print)
 
 
 def test_the_tests_of_a_gpu_fail_by_name_and_those_that_want_a_package_are_counted_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_checks, "ROOT", tmp_path)
+    monkeypatch.setattr(checks, "ROOT", tmp_path)
     file = tmp_path / "tests" / "test_of_a_gpu.py"
     file.parent.mkdir()
     head = "import pytest\npytestmark = pytest.mark.gpu\n"
@@ -231,16 +230,16 @@ def test_the_tests_of_a_gpu_fail_by_name_and_those_that_want_a_package_are_count
     (file.parent / "test_of_a_cpu.py").write_text("import nowhere\n")
     (file.parent / "test_that_wants_more.py").write_text(head + "import elsewhere\n")
     file.write_text(head + "def test_one(): pass\ndef test_two(): import nowhere.at_all\n")
-    assert gpu_checks.tests(CPU, print).detail == "1 of 3 passed, some want elsewhere, nowhere"
+    assert checks.tests(CPU, print).detail == "1 of 3 passed, some want elsewhere, nowhere"
     (file.parent / "test_that_wants_more.py").unlink()
     file = file.rename(file.with_name("test_of_another.py"))
     file.write_text(head + "def test_one(): pass\ndef test_two(): assert 0\n")
     with pytest.raises(AssertionError, match=r"^1 failed, 1 of 2 passed: tests\.test_of_another\.test_two$"):
-        gpu_checks.tests(CPU, print)
+        checks.tests(CPU, print)
     file = file.rename(file.with_name("test_of_none.py"))
     file.write_text(head)
     with pytest.raises(AssertionError, match=r"^0 of 0 passed; pytest ended with status 5$"):
-        gpu_checks.tests(CPU, print)
+        checks.tests(CPU, print)
 
 
 @pytest.mark.parametrize("wrong", [False, True])
@@ -248,7 +247,7 @@ def test_a_graph_with_other_losses_fails(wrong, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)  # as it is to be afterwards
     monkeypatch.setattr(cuda_graph, "unavailable", lambda device, processes: "")
 
-    def captured(call):
+    def captured(call, device):
         def replay():
             loss, correct = call()
             return loss * (1 + wrong), correct
@@ -258,9 +257,9 @@ def test_a_graph_with_other_losses_fails(wrong, monkeypatch):
     monkeypatch.setattr(cuda_graph, "captured", captured)
     if wrong:
         with pytest.raises(AssertionError, match=r"^training losses .* without, .* with a graph$"):
-            gpu_checks.graph(CPU, print)
+            checks.graph(CPU, print)
     else:
-        assert gpu_checks.graph(CPU, print).detail.startswith("3 epochs, losses apart by 0e+00")
+        assert checks.graph(CPU, print).detail.startswith("3 epochs, losses apart by 0e+00")
 
 
 def test_a_run_that_forgets_its_optimiser_when_it_is_resumed_fails_and_leaves_no_checkpoints():

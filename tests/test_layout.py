@@ -4,6 +4,7 @@ Each of these guards says how much it looked at, so that a file that moves canno
 """
 
 import ast
+import hashlib
 import os
 import re
 import shlex
@@ -22,59 +23,34 @@ from ruamel.yaml import YAML
 import famba
 from famba import backends, config
 from famba.analysis import summary
-from famba.training import fit
+from famba.storage import provenance
+from famba.storage.files import json_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGE_NOTEBOOKS = ("train", "compare", "tokens", "evidence", "ablation", "adaptive", "photographs")
-# A module imports only from those before it.
-# fmt: off
-ORDER = [
-    "errors", "lifeline", "params", "files", "gpu_check", "sources", "recipe", "stream", "warm", "data", "augment",
-    "dispatch", "native", "mamba", "gpu", "scan", "ops", "fusion", "strategies", "mixer", "model", "checkpoint",
-    "pretrained", "cost", "records", "numerics", "optim", "parallel", "graph", "watch", "session", "train", "calibrate",
-    "workers", "sweep", "ablation", "metrics", "effects", "paper_memory", "evidence", "tokens", "alike", "adaptive",
-    "canvas", "pictures", "figures", "explore", "bench", "checks", "hours", "diagnosis", "__main__",
-]
-NO_TORCH = [
-    "errors", "lifeline", "params", "files", "strategies", "records", "workers", "metrics", "effects", "evidence",
-    "canvas", "pictures", "figures",
-]
-# fmt: on
+STAGE_NOTEBOOKS = ("train", "compare", "tokens", "similarity", "ablation", "adaptive", "photographs")
+# A package imports only from itself and from those before it; two modules of fusion need nothing and come first.
+PACKAGES = (
+    *("errors", "fusion.options", "fusion.strategies", "config", "storage", "supervision", "kernels", "fusion"),
+    *("models", "data", "profiling", "training", "analysis", "experiments", "plots", "bench", "diagnostics"),
+    *("gpu_check", "cli", "__main__"),
+)
+# What reads parameters and results, and draws them.
+NO_TORCH = (
+    *("config", "storage.files", "storage.provenance", "storage.runs", "fusion.options", "fusion.strategies"),
+    *("analysis.ablation", "analysis.similarity", "analysis.summary", "experiments.launcher", "plots"),
+)
 
 
-def modules() -> dict[str, str]:
-    """The source of each module by its name; a package inside the package counts as one."""
-    paths = {path.stem: [path] for path in sorted((ROOT / "famba").glob("*.py")) if path.stem != "__init__"}
-    paths |= {path.parent.name: sorted(path.parent.glob("*.py")) for path in (ROOT / "famba").glob("*/__init__.py")}
-    return {name: "\n".join(path.read_text() for path in files) for name, files in paths.items()}
+def modules() -> list[str]:
+    """The name of every module of famba but famba itself."""
+    paths = [path.relative_to(ROOT).with_suffix("") for path in sorted((ROOT / "famba").rglob("*.py"))]
+    return [".".join(path.parts).removesuffix(".__init__") for path in paths if path.parts != ("famba", "__init__")]
 
 
-def imports(source: str) -> set[str]:
-    """The modules of famba that a source names in its imports, anywhere in it."""
-    known, found = modules(), set[str]()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("famba.")}
-        elif isinstance(node, ast.ImportFrom) and node.module == "famba":
-            found |= {alias.name if alias.name in known else famba._HOME[alias.name] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("famba."):
-            found.add(str(node.module).split(".")[1])
-    return found & set(known)
-
-
-def closure(start: set[str]) -> set[str]:
-    found, todo = set(), set(start)
-    while todo:
-        name = todo.pop()
-        found.add(name)
-        todo |= imports(modules()[name]) - found
-    return found
-
-
-def files_of(names: set[str]) -> set[str]:
-    """What a stage must depend on: the modules, and the folders of the package that hold what they read."""
-    files = {f"famba/{name}" if (ROOT / "famba" / name).is_dir() else f"famba/{name}.py" for name in names}
-    return files | {"famba/paper" for name in names if ' / "paper" / ' in modules()[name]}
+def package(module: str) -> int:
+    """The place of a module's package."""
+    name = module.removeprefix("famba.")
+    return PACKAGES.index(name if name in PACKAGES else name.split(".")[0])
 
 
 def notebooks() -> dict[str, nbformat.NotebookNode]:
@@ -120,25 +96,22 @@ def tracked() -> list[Path]:
     return [ROOT / name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 
-def test_every_module_has_its_place_and_imports_only_from_those_before_it():
-    assert set(modules()) == set(ORDER)
+def test_packages_import_only_from_those_before_them():
     looked = 0
-    for name, source in modules().items():
-        for other in imports(source) - {name}:
-            assert ORDER.index(other) < ORDER.index(name), f"{name} imports {other}"
+    for module in modules():
+        for other in provenance._module(module)[0]:
+            assert package(other) <= package(module), f"{module} imports {other}"
             looked += 1
-    assert looked > 20
+    assert looked > 100
 
 
 def test_what_reads_results_needs_no_torch_and_training_needs_nothing_that_reads_results():
     for name in NO_TORCH:
-        for other in closure({name}):
-            for node in ast.walk(ast.parse(modules()[other])):
-                named = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-                named += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-                assert not [n for n in named if n.split(".")[0] == "torch"], f"{name}, by way of {other}"
-    assert "model" in closure({"train"})
-    assert not closure({"train"}) & {"metrics", "figures", "sweep"}
+        for other in provenance._closure([f"famba.{name}"]):
+            assert "torch" not in provenance._module(other)[1], f"{name}, by way of {other}"
+    needed = provenance._closure(["famba.training.fit"])
+    assert "famba.models.vim" in needed
+    assert not [name for name in needed if package(name) > package("famba.training")]
 
 
 def test_the_package_hands_out_its_public_names_and_imports_nothing_for_it():
@@ -155,23 +128,19 @@ def test_the_package_hands_out_its_public_names_and_imports_nothing_for_it():
         assert getattr(famba, name) is not None
 
 
-def test_each_stage_depends_on_its_stripped_notebook_and_on_exactly_what_that_imports():
+def test_each_stage_depends_on_the_digest_of_the_notebook_that_it_runs():
     found = notebook_stages()
     assert set(found) == set(STAGE_NOTEBOOKS)
     for name, stage in found.items():
-        used = set().union(*(imports(source) for source in code(notebooks()[name])))
-        assert used
-        listed = {dep for dep in stage["deps"] if dep.startswith("famba/")}
-        assert listed == files_of(closure(used)), name
-        assert f"build/notebooks/{name}.ipynb" in stage["deps"]
-        assert not [dep for dep in stage["deps"] if dep.startswith("notebooks/")]
+        assert f"notebook notebooks/{name}.ipynb build/executed/{name}" in command(stage)
+        code = [dep for dep in stage["deps"] if not dep.startswith(("results/runs", "build/resolved/params/"))]
+        assert code == [f"build/resolved/code/{name}.json"]
+        assert provenance.of_notebook(ROOT / "notebooks" / f"{name}.ipynb")["digest"]
+    assert stages()["resolve"]["always_changed"]
 
 
-def test_the_resolved_parameters_depend_on_what_makes_them():
-    stage = stages()["resolve"]
-    assert set(stage["deps"]) == files_of(closure({"params"}))
+def test_experiments_depend_on_the_parameters_that_they_read():
     sections = set(YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text()))
-    assert set(stage["params"]) == sections - {"sweep", "ablation", "photographs"}
     assert set(stages()["ablation"]["params"]) == sections - {"sweep", "photographs"}
     assert set(stages()["adaptive"]["params"]) == sections - {"ablation", "photographs"}
     assert set(stages()["photographs"]["params"]) == sections - {"profile", "ablation"}
@@ -190,8 +159,10 @@ def test_training_outputs_are_cached_and_only_gathering_ones_are_not():
     """`cache: false` switches off DVC's run cache, so a finished run would be trained again."""
     for name, stage in notebook_stages().items():
         for out in [*stage.get("outs", []), *stage.get("metrics", []), *stage.get("plots", [])]:
-            cached = isinstance(out, str) or next(iter(out.values())).get("cache", True)
-            assert cached == (name == "train"), (name, out)
+            path, cached = (
+                (out, True) if isinstance(out, str) else next((k, v.get("cache", True)) for k, v in out.items())
+            )
+            assert cached == path.startswith(("results/runs/", "results/experiments/")), (name, out)
 
 
 def test_stage_notebooks_hold_no_outputs_and_every_notebook_asks_for_the_same_kernel():
@@ -287,9 +258,10 @@ def test_a_wheel_made_of_the_sdist_carries_all_that_it_reads_and_its_kernels_run
         packed = {name for name in archive.namelist() if name.startswith("famba/")}
         archive.extractall(tmp_path / "installed")
     wanted = {str(path.relative_to(ROOT)) for path in tracked() if (ROOT / "famba") in path.parents}
-    assert {"famba/kernels/cpu/scan.cpp", "famba/kernels/cpu/scan.h", "famba/paper/famba_v_results.csv"} <= wanted
+    table = "famba/analysis/paper/famba_v_results.csv"
+    assert {"famba/kernels/cpu/scan.cpp", "famba/kernels/cpu/scan.h", table, "famba/py.typed"} <= wanted
     assert packed == wanted
-    code = "from famba import backends; from famba.native import build; print(build.SOURCES, backends()['native'])"
+    code = "from famba import backends; from famba.kernels.cpu import build; print(build.SOURCES, backends()['native'])"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -298,41 +270,96 @@ def test_a_wheel_made_of_the_sdist_carries_all_that_it_reads_and_its_kernels_run
         env={**os.environ, "PYTHONPATH": str(tmp_path / "installed"), "XDG_CACHE_HOME": str(tmp_path)},
     )
     sources, reason = done.stdout.strip("\n").split(" ", 1)
-    assert Path(sources) == tmp_path / "installed" / "famba" / "native"
+    assert Path(sources) == tmp_path / "installed" / "famba" / "kernels" / "cpu"
     assert reason == backends()["native"]
 
 
-def test_checkpoints_are_keyed_by_all_code_that_makes_a_result():
-    beside_it = {
-        "errors",
-        "lifeline",
-        "params",
-        "files",
-        "checkpoint",
-        "cost",
-        "records",
-        "watch",
-    }  # read, write and measure
-    assert set(fit.CODE) | {"native", "gpu"} == closure({"train"}) - beside_it
+def test_committed_locks_are_of_this_code():
+    """What is published was made by the code beside it: for other code a lock holds another digest."""
+    looked = 0
+    for path in [ROOT / "dvc.lock", *ROOT.glob("*/dvc.lock")]:
+        for name, stage in YAML(typ="safe", pure=True).load(path.read_text())["stages"].items():
+            for dep in stage.get("deps", []):
+                if (notebook := re.fullmatch(r"build/resolved/code/(\w+)\.json", dep["path"])) is not None:
+                    made = json_bytes(provenance.of_notebook(ROOT / "notebooks" / f"{notebook[1]}.ipynb"))
+                    assert dep["md5"] == hashlib.md5(made).hexdigest(), (
+                        f"{path}: {name} was made by other code: dvc repro"
+                    )
+                    looked += 1
+    assert looked > 10
 
 
-def test_the_readmes_tables_are_those_of_the_results():
-    text = (ROOT / "README.md").read_text()
+def documents() -> dict[str, str]:
+    """README.md and docs/*.md by name."""
+    found = {str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
+    assert len(found) >= 7
+    return found
+
+
+def anchors(text: str) -> set[str]:
+    """What a link can point to within a Markdown text, named as GitHub names its headings."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_generated_tables_are_those_of_the_results():
     blocks = summary.readme_blocks(ROOT / "results")
-    assert set(blocks) == {"results", "photographs", "beside"}
-    assert summary.readme_text(text, blocks) == text
+    assert list(blocks["docs/results.md"]) == ["results", "photographs", "beside"]
+    for name, contents in blocks.items():
+        assert summary.readme_text(documents()[name], contents, name) == documents()[name], "run `make readme`"
 
 
-def test_commands_that_the_readme_names_exist():
-    text = (ROOT / "README.md").read_text()
+def test_the_readme_command_writes_both_files(tmp_path):
+    for name in ("params.yaml", "dvc.yaml", "README.md", "docs/results.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(re.sub(r"^\|.*\n", "", (ROOT / name).read_text(), flags=re.MULTILINE))
+    shutil.copytree(ROOT / "results", tmp_path / "results", ignore=shutil.ignore_patterns("runs", "experiments"))
+    subprocess.run(
+        [sys.executable, "-m", "famba", "readme"],
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    for name, contents in summary.readme_blocks(ROOT / "results").items():
+        assert all(content in (tmp_path / name).read_text() for content in contents.values()), name
+
+
+def test_the_readme_is_short():
+    assert len(documents()["README.md"].splitlines()) <= 150
+
+
+def test_links_in_readme_and_docs_point_to_files_and_headings_that_exist():
+    looked = 0
+    for name, text in documents().items():
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            if not link.startswith("https://"):
+                path, _, anchor = link.partition("#")
+                target = (ROOT / name).parent / path if path else ROOT / name
+                assert target.exists(), f"{name}: {link}"
+                assert not anchor or anchor in anchors(target.read_text()), f"{name}: {link}"
+                looked += 1
+    assert looked > 50
+
+
+def test_commands_and_profiles_that_readme_and_docs_name_exist():
+    text = "\n".join(documents().values())
     blocks = "\n".join(re.findall(r"^```.*?^```|`[^`\n]+`", text, re.DOTALL | re.MULTILINE))
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"\bmake ([a-z][a-z-]*)", blocks))
-    assert {"repro", "test"} <= named
+    assert {"repro", "test", "gpu-check"} <= named
     assert named <= targets
     usage = subprocess.run([sys.executable, "-m", "famba", "--help"], capture_output=True, text=True, cwd=ROOT).stdout
-    for word in set(re.findall(r"python -m famba ([a-z]+)", blocks)):
-        assert re.search(rf"^ +{word} ", usage, re.MULTILINE), word
+    words = set(re.findall(r"-m famba ([a-z-]+)", blocks))
+    assert {"train", "bench"} <= words
+    for word in words:
+        assert re.search(rf"^ +{word}\s", usage, re.MULTILINE), word
+    for module in set(re.findall(r"-m (famba\.[a-z_.]+)", blocks)):
+        assert module in modules()
+    profiles = set(re.findall(r"profile[= ]([a-z_0-9]+)", blocks))
+    assert {"smoke", "paper"} <= profiles
+    assert profiles <= set(YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())["profiles"])
+    for stage in set(re.findall(r"dvc repro experiments/dvc.yaml:([a-z]+)", blocks)):
+        assert stage in stages()
 
 
 def test_make_lists_every_target():
@@ -363,7 +390,7 @@ def test_no_test_asserts_how_long_something_took():
     """A busy machine would fail it; `processes.wait_until`, which gives up on what hangs, is the one exception."""
     clock = re.compile(r"\btime\.(time|monotonic|perf_counter|process_time|thread_time)(_ns)?\(")
     found, looked_at = [], 0
-    for path in sorted((ROOT / "tests").glob("*.py")):
+    for path in sorted((ROOT / "tests").rglob("*.py")):
         statements = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
         found += [path.name for statement in statements if clock.search(ast.unparse(statement))]
         looked_at += len(statements)

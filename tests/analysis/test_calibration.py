@@ -1,0 +1,181 @@
+"""Costs of fusing are those that a forward pass shows, and budgets are kept by the cheapest schedule."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional
+
+from famba import config, create_model, data
+from famba.analysis import calibration
+from famba.config import AdaptiveRule
+from famba.errors import InputError
+from famba.experiments import sweep
+from famba.fusion import strategies
+from famba.fusion.options import FusionOptions
+from famba.profiling import flops
+from famba.storage import runs
+
+SIZES = {"depth": 3, "d_model": 8, "d_state": 2, "num_classes": 5, "backend": "torch"}
+TOKENS, MOST = 37, 18  # of vim_nano: 6 x 6 patches and the class token
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return create_model("vim_nano", schedule=[4, 0, 0], **SIZES)
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def seen(model, images, schedule):
+    again = create_model("vim_nano", schedule=schedule, **SIZES)
+    again.load_state_dict(model.state_dict())
+    return again.eval().forward_with_trace(images)
+
+
+def test_similarity_costs_are_what_the_best_pairs_lack_of_being_alike(model, images):
+    costs = calibration.fusing_costs(model, images, kind="similarity")
+    assert [len(row) for row in costs] == [1 + MOST] * 3
+    for layer in range(3):
+        for r in (1, 5, MOST):
+            _, trace = seen(model, images, [r if at == layer else 0 for at in range(3)])
+            lacking = (1 - trace.matchings[layer].similarity).sum(1).mean().item()
+            assert costs[layer][r] == pytest.approx(lacking, abs=1e-5)
+    assert all(row[0] == 0 for row in costs)
+    for row in costs:
+        rises = [b - a for a, b in itertools.pairwise(row)]
+        assert rises == sorted(rises)
+
+
+def test_costs_by_the_logits_are_divergences_from_the_unfused_answer(model, images):
+    costs = calibration.fusing_costs(model, images, kind="logits")
+    unfused = seen(model, images, [0, 0, 0])[0].double().softmax(-1)
+    for layer in range(3):
+        for r in (1, 2, 3, 4, 6, 8, 11, 16, MOST):
+            fused = seen(model, images, [r if at == layer else 0 for at in range(3)])[0].double().log_softmax(-1)
+            divergence = (unfused * (unfused.log() - fused)).sum(1).mean().item()
+            assert costs[layer][r] == pytest.approx(divergence, rel=1e-3, abs=1e-9)
+            assert divergence > 0
+        assert costs[layer][7] == pytest.approx((costs[layer][6] + costs[layer][8]) / 2)
+
+
+@pytest.mark.parametrize("kind", calibration.KINDS)
+def test_calibration_leaves_the_model_alone_and_repeats_itself(model, images, kind):
+    before = functional.normalize(model.pos_embed).clone()
+    first = calibration.fusing_costs(model, images, kind=kind)
+    assert calibration.fusing_costs(model, images, kind=kind) == first
+    assert model.schedule == [4, 0, 0]
+    assert model.training
+    assert torch.equal(functional.normalize(model.pos_embed), before)
+
+
+def test_the_kind_of_costs_is_checked(model, images):
+    with pytest.raises(InputError, match="'accuracy' is not one of similarity, logits"):
+        calibration.fusing_costs(model, images, kind="accuracy")
+
+
+COSTS = [[r * (1 + layer) ** 0.5 + r * r / 50 for r in range(1 + MOST)] for layer in range(3)]
+
+
+def within(rule: AdaptiveRule, model) -> list[int]:
+    return calibration.within(rule, COSTS, calibration.Step(model.config, 4, FusionOptions(), "fp32"))
+
+
+def price(schedule) -> float:
+    return sum(row[r] for row, r in zip(COSTS, schedule, strict=True))
+
+
+def test_a_budget_of_tokens_is_spent_to_the_last_one(model):
+    schedule = within(AdaptiveRule(total=20), model)
+    assert schedule == strategies.schedule("adaptive", depth=3, total=20, costs=COSTS, tokens=TOKENS)
+    assert sum(schedule) == 20
+
+
+@pytest.mark.parametrize("share", [1.0, 0.9, 0.7])
+def test_a_share_of_the_memory_is_kept_by_the_cheapest_schedule_of_the_frontier(model, share):
+    schedule = within(AdaptiveRule(memory=share), model)
+
+    def peak(removed) -> int:
+        return flops.analyse(model.config, removed, batch=4).peak_bytes
+
+    kept = [
+        plan
+        for plan in strategies.frontier(COSTS, tokens=TOKENS)
+        if peak(plan) <= share * peak([0, 0, 0]) * (1 + 1e-12)
+    ]
+    assert schedule in kept
+    assert price(schedule) == min(map(price, kept))
+    assert (schedule == [0, 0, 0]) == (share == 1)
+
+
+def test_a_share_of_the_flops_counts_the_scans_too(model):
+    schedule = within(AdaptiveRule(flops=0.75), model)
+    fused, whole = (flops.analyse(model.config, removed) for removed in (schedule, [0, 0, 0]))
+    share = (fused.flops + fused.scan_flops) / (whole.flops + whole.scan_flops)
+    assert 0.7 < share <= 0.75
+
+
+def test_a_share_that_no_schedule_keeps_is_refused_with_the_nearest(model):
+    with pytest.raises(
+        InputError, match=r"fusion\.adaptive\.memory: 0\.01; the least that fusing can reach here is 0\.\d"
+    ):
+        within(AdaptiveRule(memory=0.01), model)
+
+
+def test_the_precision_of_training_counts_for_a_share_of_the_memory(model):
+    schedule = [10, 5, 0]
+    shares = [
+        calibration.Step(model.config, 4, FusionOptions(), precision).share("memory", schedule)
+        for precision in ("fp32", "bf16")
+    ]
+    peaks = [
+        flops.analyse(model.config, removed, batch=4, precision="bf16").peak_bytes for removed in (schedule, [0, 0, 0])
+    ]
+    assert shares[1] == peaks[0] / peaks[1]
+    assert shares[0] != shares[1]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "none-0"
+    return sweep.ensure_run(folder, strategy="none", seed=0, profile="smoke", train_missing=True)
+
+
+def test_a_plan_says_what_it_was_made_from_and_what_it_saves(run_dir):
+    plan = calibration.plan([run_dir, run_dir], AdaptiveRule(total=20), kind="logits", count=7)
+    assert (plan.kind, plan.runs, plan.images) == ("logits", ["none-0", "none-0"], 7)
+    assert sum(plan.schedule) == 20
+    assert 0 < plan.memory_share < 1
+    assert 0 < plan.flops_share < 1
+    one = calibration.plan([run_dir], AdaptiveRule(total=20), kind="logits", count=7)
+    assert plan.costs == one.costs  # the mean of a run with itself
+
+
+def test_calibration_looks_at_validation_images_and_never_at_the_test_split(run_dir, monkeypatch):
+    whole = data.load(config.load("smoke", strategy="none").data)
+    blind = dataclasses.replace(whole, test=data.Split(whole.test.images[:0], whole.test.labels[:0]), train=whole.test)
+    expected = calibration.plan([run_dir], AdaptiveRule(total=20), kind="similarity", count=9)
+    monkeypatch.setattr(data, "load", lambda _: blind)
+    assert calibration.plan([run_dir], AdaptiveRule(total=20), kind="similarity", count=9) == expected
+
+
+def test_a_run_that_fuses_or_differs_from_the_first_is_no_ground_for_calibration(run_dir, monkeypatch):
+    read = runs.read
+
+    def other(folder):
+        run = read(run_dir)
+        changes = {"fusing": {"schedule": [2, 0, 0, 0]}, "other": {"params": {**run.params, "profile": "x"}}}
+        return dataclasses.replace(run, **changes.get(folder, {}))
+
+    monkeypatch.setattr(runs, "read", other)
+    for folder, said in {"fusing": "needs a run of 'none'", "other": "only their seeds may differ"}.items():
+        with pytest.raises(InputError, match=said):
+            calibration.plan([run_dir, folder], AdaptiveRule(total=2), kind="logits", count=2)
+    with pytest.raises(InputError, match="must be 1 or more"):
+        calibration.plan([], AdaptiveRule(total=2), kind="logits", count=2)

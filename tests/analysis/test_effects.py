@@ -1,0 +1,215 @@
+"""Differences and intervals of an ablation, against numbers worked out by hand."""
+
+import dataclasses
+import itertools
+import math
+
+import pandas as pd
+import pytest
+
+from famba.analysis import ablation
+from famba.analysis.ablation import FACTORS
+from famba.errors import InputError
+from famba.fusion.options import FusionOptions, levels
+
+T_2, T_1 = 4.302653, 12.706205  # Student's 97.5% quantile with 2 and with 1 degrees of freedom
+SETTING = {
+    "profile": "made-up",
+    "dataset": "digits",
+    "img_size": 8,
+    "model": "vim_nano",
+    "epochs": 4,
+    "profile_epochs": 10,
+}
+SETTING |= {"loss": 0.5, "flops_per_image": 1000, "device": "cpu: none", "versions": "torch 0"}
+
+
+def run(strategy: str, seed: int, top1: float, **options: str) -> dict:
+    plain = dataclasses.asdict(FusionOptions())
+    return SETTING | plain | options | {"strategy": strategy, "seed": seed, "top1_percent": top1}
+
+
+def two_by_two() -> pd.DataFrame:
+    """upper: order x weighting with three seeds. lower: one factor at a time."""
+    upper = {  # seed: scan size, scan mean, append size, append mean
+        0: (90.0, 89.0, 88.0, 89.0),
+        1: (92.0, 90.0, 88.0, 88.0),
+        2: (91.0, 93.0, 91.0, 90.0),
+    }
+    rows = []
+    for seed, scores in upper.items():
+        for (order, weighting), score in zip(
+            itertools.product(("scan", "append"), ("size", "mean")), scores, strict=True
+        ):
+            rows.append(run("upper", seed, score, order=order, weighting=weighting))
+        rows.append(run("lower", seed, 80.0))
+        rows.append(run("lower", seed, 80.0 + seed, order="append"))
+        rows.append(run("lower", seed, 81.0, weighting="mean"))
+    return pd.DataFrame(rows)
+
+
+def effect(table: pd.DataFrame, strategy: str, over: str, factor: str) -> dict:
+    (row,) = [
+        row
+        for row in table.to_dict("records")
+        if (row["strategy"], row["over"], row["factor"]) == (strategy, over, factor)
+    ]
+    return row
+
+
+@pytest.fixture
+def table() -> pd.DataFrame:
+    return ablation.effects(two_by_two(), grid="upper", reference=FusionOptions())
+
+
+def test_an_effect_over_the_grid_is_the_mean_of_each_seeds_pairs_and_its_interval_is_over_seeds(table):
+    # scan - append: seed 0: (2 + 0) / 2 = 1; seed 1: (4 + 2) / 2 = 3; seed 2: (0 + 3) / 2 = 1.5
+    mean, sd = 5.5 / 3, math.sqrt(((1 - 5.5 / 3) ** 2 + (3 - 5.5 / 3) ** 2 + (1.5 - 5.5 / 3) ** 2) / 2)
+    found = effect(table, "upper", "grid", "order")
+    assert (found["kept"], found["instead"], found["n"], found["pairs"]) == ("scan", "append", 3, 2)
+    assert found["mean"] == pytest.approx(mean)
+    assert found["low"] == pytest.approx(mean - T_2 * sd / math.sqrt(3), rel=1e-5)
+    assert found["high"] == pytest.approx(mean + T_2 * sd / math.sqrt(3), rel=1e-5)
+
+
+def test_an_effect_at_the_reference_takes_the_pairs_that_have_its_other_values(table):
+    # scan size - append size: 2, 4, 0; scan size - scan mean: 1, 2, -2
+    order, weighting = (effect(table, "upper", "reference", factor) for factor in ("order", "weighting"))
+    assert (order["mean"], order["n"], order["pairs"]) == (pytest.approx(2), 3, 1)
+    assert order["high"] - order["mean"] == pytest.approx(T_2 * 2 / math.sqrt(3), rel=1e-5)
+    assert weighting["mean"] == pytest.approx(1 / 3)
+
+
+def test_other_strategies_have_no_grid(table):
+    assert [(row["strategy"], row["over"], row["factor"]) for row in table.to_dict("records")] == [
+        ("upper", "grid", "order"),
+        ("upper", "grid", "weighting"),
+        ("upper", "reference", "order"),
+        ("upper", "reference", "weighting"),
+        ("lower", "reference", "order"),
+        ("lower", "reference", "weighting"),
+    ]
+    assert effect(table, "lower", "reference", "order")["mean"] == pytest.approx(-1)
+
+
+def test_more_pairs_of_the_same_seeds_do_not_make_an_interval_narrower():
+    """Every pair doubled under another option: the same seeds' means, so the same interval."""
+    frame = two_by_two()
+    frame = frame[frame["strategy"] == "upper"]
+    twice = pd.concat([frame, frame.assign(position="after_scan")])
+    once, doubled = (
+        effect(ablation.effects(runs, grid="upper", reference=FusionOptions()), "upper", "grid", "order")
+        for runs in (frame, twice)
+    )
+    assert (once["pairs"], doubled["pairs"]) == (2, 4)
+    assert [doubled[key] for key in ("mean", "low", "high", "n")] == [once[key] for key in ("mean", "low", "high", "n")]
+
+
+def test_another_reference_turns_the_sign():
+    frame = two_by_two()
+    reference = FusionOptions(order="append")
+    table = ablation.effects(frame[frame["strategy"] == "upper"], grid="upper", reference=reference)
+    found = effect(table, "upper", "grid", "order")
+    assert (found["kept"], found["instead"]) == ("append", "scan")
+    assert found["mean"] == pytest.approx(-5.5 / 3)
+
+
+def test_one_seed_has_no_interval():
+    frame = two_by_two()
+    table = ablation.effects(frame[frame["seed"] == 1], grid="upper", reference=FusionOptions())
+    found = effect(table, "upper", "grid", "order")
+    assert found["mean"] == pytest.approx(3)
+    assert math.isnan(found["low"])
+    assert not ablation.told(found)
+    assert ablation.sentence(found).endswith(
+        "+3.0 points, n = 1 seed with 2 pairs of runs: without an interval, so nothing is told."
+    )
+    text = ablation.markdown(table, frame)
+    assert " nan" not in text
+    assert "+nan" not in text
+    assert "| order: scan − append | +3.0 | +4.0 | −1.0 |" in text
+    assert "One seed has no interval." in text
+
+
+def test_a_run_without_its_counterpart_is_named():
+    frame = two_by_two()
+    lone = frame[~((frame["order"] == "append") & (frame["weighting"] == "mean") & (frame["seed"] == 1))]
+    with pytest.raises(InputError, match="scan against append: the run mean-normed-before_mixer of seed 1 has no"):
+        ablation.effects(lone, grid="upper", reference=FusionOptions())
+
+
+def test_seeds_with_another_number_of_pairs_are_refused():
+    frame = two_by_two()
+    less = frame[~((frame["weighting"] == "mean") & (frame["seed"] == 1))]
+    with pytest.raises(InputError, match=r"from seed to seed: \{0: 2, 1: 1, 2: 2\}"):
+        ablation.effects(less, grid="upper", reference=FusionOptions())
+
+
+def test_a_run_that_comes_twice_is_refused():
+    frame = two_by_two()
+    with pytest.raises(InputError, match="order scan: the run size-normed-before_mixer of seed 0 comes twice"):
+        ablation.effects(pd.concat([frame, frame.iloc[:1]]), grid="upper", reference=FusionOptions())
+
+
+def test_a_grid_without_runs_is_refused():
+    with pytest.raises(InputError, match="'all' has no runs; there are runs of upper, lower"):
+        ablation.effects(two_by_two(), grid="all", reference=FusionOptions())
+
+
+MADE_UP = {"factor": "order", "kept": "scan", "instead": "append", "n": 5, "pairs": 20}
+
+
+def test_a_sentence_says_difference_interval_and_n():
+    said = ablation.sentence(MADE_UP | {"mean": 0.62, "low": 0.1, "high": 1.14})
+    assert said == (
+        "Keeping scan order instead of putting even tokens first, then odd ones: +0.6 points, "
+        "95% interval +0.1 to +1.1, n = 5 seeds with 20 pairs of runs each."
+    )
+
+
+def test_a_sentence_with_a_loss_has_its_sign():
+    assert ": −0.6 points, 95% interval −1.1 to −0.1," in ablation.sentence(
+        MADE_UP | {"mean": -0.62, "low": -1.14, "high": -0.1}
+    )
+
+
+@pytest.mark.parametrize(("low", "high"), [(-0.1, 1.3), (-1.3, 0.1), (0.0, 1.2), (-1.2, 0.0), (0.0, 0.0)])
+def test_an_interval_that_includes_zero_tells_no_difference(low, high):
+    said = ablation.sentence(MADE_UP | {"mean": (low + high) / 2, "low": low, "high": high, "pairs": 1})
+    assert ": no difference could be told (" in said
+    assert said.endswith("n = 5 seeds with a pair of runs each).")
+
+
+def test_every_pair_of_values_has_its_words():
+    for factor in FACTORS:
+        for kept, instead in itertools.permutations(levels(factor), 2):  # pyright: ignore[reportArgumentType]
+            row = MADE_UP | {"factor": factor, "kept": kept, "instead": instead, "mean": 1.0, "low": 0.5, "high": 1.5}
+            assert " instead of " in ablation.sentence(row)
+
+
+def test_zero_has_no_sign_of_its_own():
+    assert ": +0.0 points" in ablation.sentence(MADE_UP | {"mean": -0.04, "low": -0.05, "high": -0.01})
+
+
+def test_the_text_has_a_sentence_per_effect_a_table_and_how_many_intervals_exclude_zero(table):
+    text = ablation.markdown(table, two_by_two())
+    assert text.count("\n- ") == 2
+    assert "| option | upper, over the grid | upper | lower |" in text
+    (order,) = [line for line in text.splitlines() if line.startswith("| order: scan − append |")]
+    assert "| +1.8 (−0.8 to +4.4) | +2.0 (−3.0 to +7.0) | −1.0 (−3.5 to +1.5) |" in order
+    # lower, weighting: 80 - 81 with every seed, an interval without width
+    assert "**−1.0 (−1.0 to −1.0)**" in text
+    assert "21 runs of 4 epochs (the profile's own are 10) with the seeds 0, 1, 2" in text
+    assert "Of 6 intervals, 1 excludes zero; 0.3 would by chance alone" in text
+
+
+def test_files_hold_every_run_and_the_text_and_are_the_same_bytes_again(tmp_path, table):
+    runs = two_by_two()
+    ablation.write(table, runs, tmp_path)
+    lines = (tmp_path / "ablation.csv").read_text().splitlines()
+    assert lines[0] == "profile,strategy,order,weighting,feature,position,seed,epochs,top1_percent,loss,flops_per_image"
+    assert len(lines) == 1 + len(runs)
+    assert (tmp_path / "ablation.md").read_text() == ablation.markdown(table, runs)
+    before = (tmp_path / "ablation.csv").read_bytes()
+    ablation.write(table, runs, tmp_path)
+    assert (tmp_path / "ablation.csv").read_bytes() == before

@@ -1,0 +1,106 @@
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from famba.analysis import similarity
+from famba.errors import InputError
+
+
+def measured(slopes, depth=6, images=20, strategies=("none", "upper")):
+    """A frame of tokens.similarity_in_runs: similarity changes by a slope per layer, each image has its own level."""
+    rows = []
+    for strategy, (weights, slope), image in itertools.product(strategies, slopes.items(), range(images)):
+        for layer in range(1, depth + 1):
+            rows += [(strategy, weights, "similarity", image, layer, 0.5 + slope * layer + 0.01 * image)] * 3
+            if strategy != "none":
+                rows.append((strategy, weights, "distance", image, layer, 2.0 if weights == "trained" else 3.0))
+        rows += [
+            (strategy, weights, "size", image, depth, size) for size in ((1.0,) * 9 if strategy == "none" else (2, 7))
+        ]
+    return pd.DataFrame(rows, columns=["strategy", "weights", "quantity", "image", "layer", "value"])
+
+
+def test_quantiles_of_a_case_worked_by_hand_come_in_the_fixed_order():
+    frame = measured({"untrained": 0.0, "trained": 0.0}, depth=2, images=5, strategies=("upper", "none"))
+    table = similarity.quantiles(frame)
+    keys = table[["quantity", "strategy", "weights", "layer"]].to_numpy().tolist()
+    assert keys[:5] == [
+        *(["similarity", "none", "trained", 1], ["similarity", "none", "trained", 2]),
+        *(["similarity", "none", "untrained", 1], ["similarity", "none", "untrained", 2]),
+        ["similarity", "upper", "trained", 1],
+    ]
+    assert list(dict.fromkeys(table["quantity"])) == list(similarity.QUANTITIES)
+    first = table.iloc[0]
+    assert first["n"] == 15
+    np.testing.assert_allclose(first[list(similarity.QUANTILES)].astype(float), [0.5, 0.51, 0.52, 0.53, 0.54])
+
+
+def test_the_rise_compares_the_thirds_of_each_image():
+    rises = similarity.rise(measured({"trained": 0.1, "untrained": -0.1}, depth=7))
+    np.testing.assert_allclose(rises["trained"], 0.5, err_msg="layers 6, 7 less layers 1, 2")
+    np.testing.assert_allclose(rises["untrained"], -0.5)
+    assert len(rises) == 20
+
+
+@pytest.mark.parametrize(
+    ("depth", "lower", "upper"),
+    [(2, [1], [2]), (4, [1], [4]), (10, [1, 2, 3], [8, 9, 10]), (24, [*range(1, 9)], [*range(17, 25)])],
+)
+def test_thirds_do_not_overlap(depth, lower, upper):
+    assert similarity.thirds(depth) == (lower, upper)
+
+
+def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(InputError, match="depth: 1; at least 2 layers needed"):
+        similarity.thirds(1)
+    with pytest.raises(InputError, match="strategies: upper; 'none' is needed"):
+        similarity.rise(measured({"trained": 0.0, "untrained": 0.0}, strategies=("upper",)))
+    with pytest.raises(InputError, match="values: none"):
+        similarity.bootstrap(np.array([]))
+
+
+def test_the_bootstrap_covers_the_truth_about_as_often_as_it_says():
+    draws = np.random.default_rng(0).normal(5, 2, (200, 100))
+    inside = [low <= 5 <= high for _, low, high in map(similarity.bootstrap, draws)]
+    assert 0.9 < np.mean(inside) < 0.99
+    assert similarity.bootstrap(draws[0]) == similarity.bootstrap(draws[0])
+    assert similarity.bootstrap(np.array([2.0, 2.0])) == (2.0, 2.0, 2.0)
+
+
+def test_chance_is_the_median_over_all_pairs_of_patches():
+    frame = measured({"trained": 0.0, "untrained": 0.0})
+    pairs = itertools.combinations(itertools.product(range(3), range(3)), 2)
+    expected = np.median([np.hypot(a[0] - b[0], a[1] - b[1]) for a, b in pairs])
+    assert similarity.chance_distance(frame) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("slopes", "said"),
+    [
+        ((0.02, 0.0), ("more alike in the upper", "speaks for", "towards the upper layers")),
+        ((-0.02, 0.0), ("less alike in the upper", "speaks against", "towards the lower layers")),
+        ((-0.02, -0.04), ("less alike in the upper", "speaks against", "towards the upper layers")),
+        ((0.0, 0.0), ("about as alike", "nothing for or against", "to neither.")),
+    ],
+)
+def test_the_verdict_follows_from_the_numbers(slopes, said):
+    text = similarity.text(measured(dict(zip(similarity.WEIGHTS, slopes, strict=True))))
+    for words in said:
+        assert words in text.splitlines()[0]
+
+
+def test_the_text_and_the_table_are_written_with_the_numbers(tmp_path):
+    frame = measured({"trained": -0.02, "untrained": 0.0})
+    similarity.write(frame, tmp_path, seed=3, profile="smoke")
+    text = (tmp_path / "similarity.md").read_text()
+    assert "- trained: \N{MINUS SIGN}0.0800 (\N{MINUS SIGN}0.0800 to \N{MINUS SIGN}0.0800)" in text
+    assert "mean over 20 images" in text
+    assert "| upper | 2.00 | 3.00 | 7.00 | 7.00 |" in text
+    assert "seed 3" in text
+    assert "| none |" not in text
+    first = (tmp_path / "similarity.csv").read_bytes()
+    assert len(first.splitlines()) == 1 + len(similarity.quantiles(frame))
+    similarity.write(frame, tmp_path, seed=3, profile="smoke")
+    assert (tmp_path / "similarity.csv").read_bytes() == first

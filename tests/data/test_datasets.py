@@ -1,0 +1,300 @@
+import io
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+from pyarrow import parquet
+from test_splits import DIGITS, checkout, one_line, photograph  # noqa: F401 (a fixture)
+
+from famba import data
+from famba.config import DataParams
+from famba.data import datasets as sources
+from famba.errors import InputError
+
+COLUMNS = {"img": {"_type": "Image"}, "label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def write(
+    path: Path,
+    labels: Mapping[str, Sequence[int | None]],
+    *,
+    seed: int = 0,
+    columns: Mapping[str, object] = COLUMNS,
+    images: Sequence[bytes | None] | None = None,
+    described: bool = True,
+) -> None:
+    """A parquet file as the hub has them: encoded images, integers, and in the metadata what they are."""
+    n = len(next(iter(labels.values())))
+    encoded = [png(photograph(seed + i)) for i in range(n)] if images is None else images
+    cells = [None if image is None else {"bytes": image, "path": f"{i}.png"} for i, image in enumerate(encoded)]
+    kinds = {"img": pa.struct([("bytes", pa.binary()), ("path", pa.string())])} | dict.fromkeys(labels, pa.int64())
+    table = pa.table({"img": cells, **labels}, schema=pa.schema(list(kinds.items())))
+    if described:
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": columns}})})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(table, path)
+
+
+@pytest.fixture
+def copied(checkout: Path) -> Path:  # noqa: F811
+    """A copy of a set of the hub: 20 training and 6 test images of two classes, the training ones in two files."""
+    top = checkout / "copied"
+    write(top / "plain_text" / "train-00000-of-00002.parquet", {"label": [0, 1] * 5})
+    write(top / "plain_text" / "train-00001-of-00002.parquet", {"label": [1, 1, 1, 1, 1, 0, 0, 0, 0, 0]}, seed=10)
+    write(top / "plain_text" / "test-00000-of-00001.parquet", {"label": [1, 0, 0, 1, 0, 1]}, seed=20)
+    (top / "README.md").write_text("---\n")
+    return top
+
+
+def load(**changes: object) -> data.Dataset:
+    return data.load(DataParams(**{**DIGITS, "dataset": "parquet", "root": "copied", "val_fraction": 0.2} | changes))
+
+
+def find(**changes: object) -> sources.Found:
+    return sources.find(DataParams(**{**DIGITS, "dataset": "parquet", "root": "copied"} | changes))
+
+
+def as_tensor(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+
+
+# parquet
+
+
+@pytest.mark.parametrize("dataset", ["parquet", "cifar10", "hub:someone/something"])
+def test_a_copy_of_a_set_gives_its_images_file_by_file_with_their_classes(copied: Path, dataset: str):
+    found = find(dataset=dataset)
+    assert found.classes == ("cat", "dog")
+    assert found.labels.tolist() == [0, 1] * 5 + [1] * 5 + [0] * 5 + [1, 0, 0, 1, 0, 1]
+    assert found.test.tolist() == [False] * 20 + [True] * 6
+    for i in range(26):
+        assert np.array_equal(sources.pixels(found.images, i, 8), np.asarray(photograph(i)).transpose(2, 0, 1))
+    d = load(dataset=dataset)
+    assert (len(d.train), len(d.val), len(d.test)) == (16, 4, 6)
+    assert torch.equal(d.test.images[4], as_tensor(photograph(24)))
+    assert d.test.labels.tolist() == [1, 0, 0, 1, 0, 1]
+
+
+def test_parquet_files_may_lie_in_the_folder_itself(copied: Path):
+    for file in (copied / "plain_text").iterdir():
+        file.rename(copied / file.name)
+    assert len(load().test) == 6
+
+
+def test_of_cifar_100_the_fine_label_is_taken_and_others_must_leave_no_choice(copied: Path):
+    columns = {
+        "img": {"_type": "Image"},
+        "fine_label": {"names": ["beaver", "bee", "rose"], "_type": "ClassLabel"},
+        "coarse_label": {"names": ["animal", "plant"], "_type": "ClassLabel"},
+    }
+    for file in (copied / "plain_text").iterdir():
+        write(file, {"fine_label": [0, 1, 2] * 5, "coarse_label": [0, 0, 1] * 5}, columns=columns)
+    assert find(dataset="cifar100").classes == ("beaver", "bee", "rose")
+    with pytest.raises(InputError) as error:
+        find(dataset="hub:uoft-cs/cifar100")
+    one_line(error, "['fine_label', 'coarse_label']", "exactly one class label column is needed")
+    with pytest.raises(InputError) as error:
+        find(dataset="cifar10")
+    one_line(error, "class label column 'label' is needed", "fine_label")
+
+
+def test_the_second_load_of_a_copy_decodes_nothing_and_a_changed_one_is_decoded_anew(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+):
+    first = load()
+    opened = []
+    monkeypatch.setattr(sources.Cells, "open", lambda self, i: opened.append(i) or photograph(99))
+    again = load()
+    assert torch.equal(again.train.images, first.train.images)
+    assert not opened
+    monkeypatch.undo()
+    monkeypatch.chdir(copied.parent)
+    write(copied / "plain_text" / "test-00000-of-00001.parquet", {"label": [1, 0]}, seed=70)
+    changed = load()
+    assert torch.equal(changed.test.images, torch.stack([as_tensor(photograph(seed)) for seed in (70, 71)]))
+
+
+def test_a_copy_that_is_a_folder_of_images_is_read_as_one(checkout: Path):  # noqa: F811
+    for part, count in {"train": 10, "test": 2}.items():
+        for name in ("cat", "dog"):
+            (checkout / "copied" / part / name).mkdir(parents=True)
+            for i in range(count):
+                photograph(i).save(checkout / "copied" / part / name / f"{i}.png")
+    assert load(dataset="cifar10").classes == ("cat", "dog")
+
+
+def broken(top: Path) -> None:
+    images = [png(photograph(i)) for i in range(6)]
+    images[3] = images[3][:40]
+    write(top / "plain_text" / "test-00000-of-00001.parquet", {"label": [0] * 6}, images=images)
+
+
+TEST, FIRST = "plain_text/test-00000-of-00001.parquet", "plain_text/train-00000-of-00002.parquet"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "parts"),
+    [
+        (lambda top: (top / TEST).write_bytes(b"PAR1 nothing"), (TEST, "not a whole parquet file")),
+        (lambda top: (top / FIRST).write_bytes((top / FIRST).read_bytes()[:-20]), (FIRST, "not a whole parquet file")),
+        (lambda top: (top / TEST).unlink(), ("its splits are train;", "train, and test or validation")),
+        (lambda top: (top / TEST).rename(top / "plain_text" / "holdout-0.parquet"), ("are holdout, train;",)),
+        (lambda top: write(top / "other" / "train-0.parquet", {"label": [0]}), ("other, plain_text", "one folder")),
+        (lambda top: write(top / TEST, {"label": [0, None]}), ("row 1 of test has no class",)),
+        (lambda top: write(top / TEST, {"label": [0, -1]}), ("row 1 of test has no class", "one of 2")),
+        (lambda top: write(top / TEST, {"kind": [0]}, columns={}, described=False), ("copied", "cannot be loaded")),
+        (broken, ("copied/plain_text: row 23", "not a whole image")),
+        (lambda top: write(top / TEST, {"label": [0]}, images=[None]), ("row 20", "no image in this row")),
+    ],
+)
+def test_a_copy_that_is_not_whole_is_an_error_of_one_line(copied: Path, spoil, parts: tuple[str, ...]):
+    spoil(copied)
+    with pytest.raises(InputError) as error:
+        load()
+    one_line(error, *parts)
+
+
+def test_integers_without_names_are_no_classes(copied: Path):
+    for file in (copied / "plain_text").iterdir():
+        write(file, {"label": [0, 1]}, described=False)
+    with pytest.raises(InputError) as error:
+        find()
+    one_line(error, "its class label columns are none of ['img', 'label']", "exactly one class label column")
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"root": None}, ("data.root: null", "'parquet'", "train-*.parquet")),
+        ({"root": "nowhere"}, ("nowhere: no such folder",)),
+        ({"root": "empty"}, ("empty", "no parquet files")),
+        ({"root": "empty", "dataset": "cifar10"}, ("no copy of uoft-cs/cifar10", "train-*.parquet", "train/<class>/")),
+        ({"dataset": "hub:cifar10"}, ("'hub:cifar10' is not one of digits, folder", "hub:<owner>/<name>")),
+        ({"dataset": "hub:a/b/c"}, ("'hub:a/b/c'",)),
+        ({"dataset": "hub:/b"}, ("'hub:/b'",)),
+        ({"dataset": "hub"}, ("'hub'",)),
+        ({"dataset": "cifar11"}, ("'cifar11'",)),
+    ],
+)
+def test_what_cannot_be_found_is_an_error_of_one_line(copied: Path, changes: dict[str, object], parts: tuple[str, ...]):
+    (copied.parent / "empty").mkdir()
+    with pytest.raises(InputError) as error:
+        find(**changes)
+    one_line(error, *parts)
+
+
+# the hub
+
+
+def test_out_of_reach_of_the_hub_the_error_says_what_to_download_and_where_to_put_it():
+    with pytest.raises(InputError) as error:
+        find(dataset="hub:nobody-here/has-this-set", root=None)
+    one_line(
+        error,
+        "data.dataset: 'hub:nobody-here/has-this-set': not in the cache, and the hub cannot be reached",
+        "hf download --repo-type dataset nobody-here/has-this-set --local-dir DIR",
+        "set data.root: DIR",
+    )
+
+
+def hub(monkeypatch: pytest.MonkeyPatch, answer: object) -> list[str]:
+    """Stand in for the hub; the names that it was asked for."""
+    asked = []
+
+    def load_dataset(name: str, **options: object) -> object:
+        asked.append(name)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+def splits(top: Path, **names: str) -> datasets.DatasetDict:
+    """The set in the folder under other names of its splits."""
+    files = {"train": str(top / FIRST), "test": str(top / TEST)}
+    with sources._quiet(datasets):
+        kept = datasets.load_dataset("parquet", data_files=files, cache_dir=str(top.parent / "build" / "other"))
+    return datasets.DatasetDict({names.get(name, name): split for name, split in kept.items()})
+
+
+@pytest.mark.parametrize(("dataset", "name"), [("cifar10", "uoft-cs/cifar10"), ("hub:a/b", "a/b")])
+def test_the_hub_is_asked_for_a_set_by_its_name(copied: Path, monkeypatch: pytest.MonkeyPatch, dataset: str, name: str):
+    asked = hub(monkeypatch, splits(copied))
+    d = load(dataset=dataset, root=None)
+    assert asked == [name]
+    assert (len(d.train), len(d.test)) == (8, 6)
+    assert torch.equal(d.test.images[0], as_tensor(photograph(20)))
+    (cached,) = (copied.parent / "build" / "cache").iterdir()
+    assert cached.name.startswith(f"{name.replace('/', '--')}-8px-")
+
+
+def test_the_validation_split_serves_where_there_is_no_test_split(copied: Path, monkeypatch: pytest.MonkeyPatch):
+    hub(monkeypatch, splits(copied, test="validation"))
+    assert find(dataset="hub:a/b", root=None).labels[10:].tolist() == [1, 0, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("answer", "parts"),
+    [
+        (datasets.exceptions.DatasetNotFoundError("no 'a/b'\non the Hub"), ("'hub:a/b'", "no such set", "on the Hub")),
+        (ConnectionError("Couldn't reach it"), ("'hub:a/b'", "cannot be reached")),
+        (ValueError("Config name is missing.\nPick one"), ("'hub:a/b'", "cannot be loaded (Config name is missing.")),
+        (RuntimeError("Dataset scripts are no longer supported"), ("'hub:a/b'", "scripts are no longer")),
+    ],
+)
+def test_what_goes_wrong_with_the_hub_is_an_error_of_one_line(
+    monkeypatch: pytest.MonkeyPatch, answer: Exception, parts: tuple[str, ...]
+):
+    hub(monkeypatch, answer)
+    with pytest.raises(InputError) as error:
+        find(dataset="hub:a/b", root=None)
+    one_line(error, *parts)
+
+
+def test_columns_of_another_kind_are_named(copied: Path, monkeypatch: pytest.MonkeyPatch):
+    both = splits(copied)
+
+    def plain(split: datasets.Dataset) -> list[dict]:
+        return split.cast_column("img", datasets.Image(decode=False))["img"][:]
+
+    twice = datasets.DatasetDict({name: x.add_column("two", plain(x)).cast_column("two", datasets.Image())
+                                  for name, x in both.items()})  # fmt: skip
+    hub(monkeypatch, twice)
+    with pytest.raises(InputError) as error:
+        find(dataset="hub:a/b", root=None)
+    one_line(error, "its image columns are ['img', 'two']", "exactly one image column is needed")
+    hub(monkeypatch, datasets.DatasetDict({name: x.remove_columns("img") for name, x in both.items()}))
+    with pytest.raises(InputError) as error:
+        find(dataset="hub:a/b", root=None)
+    one_line(error, "its image columns are none of ['label']")
+
+
+def test_without_the_package_the_error_says_what_to_install(copied: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for changes in ({}, {"dataset": "cifar10", "root": None}):
+        with pytest.raises(InputError) as error:
+            find(**changes)
+        one_line(error, "datasets", "pip install 'famba[paper]'")
+
+
+def test_the_librarys_bars_and_log_are_afterwards_as_they_were():
+    before = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    with sources._quiet(datasets):
+        assert datasets.are_progress_bars_disabled()
+        assert datasets.logging.get_verbosity() == datasets.logging.ERROR
+    assert (datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()) == before

@@ -1,0 +1,230 @@
+import ast
+import dataclasses
+import pickle
+import random
+import sys
+from pathlib import Path
+
+import bridge  # before timm
+import numpy as np
+import pytest
+import timm.data
+import torch
+from PIL import Image
+from test_splits import DIGITS, checkout, folder, photograph  # noqa: F401 (fixtures)
+from torchvision import transforms
+
+import famba
+from famba import data
+from famba.config import DataParams
+from famba.data import datasets, timm_transforms
+from famba.errors import InputError
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+PAPER = {"img_size": 48, "shift": 0, "flip": True, "erase": 0.25, "rand_augment": "rand-m9-mstd0.5-inc1"}
+
+
+def asked(**changes: object) -> DataParams:
+    return DataParams(**{**DIGITS, "augment": "timm", **PAPER, **changes})
+
+
+def made(**changes: object) -> timm_transforms.Recipe:
+    return timm_transforms.Recipe(asked(**changes), MEAN, STD)
+
+
+def photographs(count: int, size: tuple[int, int] = (60, 50)) -> list[Image.Image]:
+    return [photograph(seed, size) for seed in range(count)]
+
+
+def test_images_become_what_timms_transform_makes_of_them():
+    reference = timm.data.create_transform(
+        48,
+        is_training=True,
+        color_jitter=0.3,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        interpolation="bicubic",
+        re_prob=0.25,
+        re_mode="pixel",
+        re_count=1,
+        mean=MEAN,
+        std=STD,
+    )
+    found = made(color_jitter=0.3)(photographs(12), range(12))
+    assert found.dtype == torch.float32
+    with timm_transforms._kept_generators():
+        for seed, image in enumerate(photographs(12)):
+            timm_transforms._seed(seed)
+            assert torch.equal(found[seed], reference(image))
+    assert len({x.numpy().tobytes() for x in made()(photographs(1) * 12, range(12))}) == 12
+
+
+def kinds(p: timm_transforms.Recipe) -> list[str]:
+    return [type(step).__name__ for step in p.transform.transforms]
+
+
+def test_each_parameter_reaches_its_step():
+    jittered = made(rand_augment=None, color_jitter=0.4)
+    assert "RandAugment" in kinds(made())
+    assert "RandAugment" not in kinds(jittered)
+    (jitter,) = (step for step in jittered.transform.transforms if isinstance(step, transforms.ColorJitter))
+    assert jitter.brightness == (0.6, 1.4)
+    assert "RandomHorizontalFlip" not in kinds(made(flip=False))
+    assert "RandomErasing" not in kinds(made(erase=0.0))
+    assert kinds(made())[0] == "RandomResizedCropAndInterpolation"
+
+
+def test_the_strongest_posterising_is_black_and_no_error():
+    ops = {op.name: op for op in made(rand_augment="rand-m10-inc1").transform.transforms[2].ops}
+    op = ops["PosterizeIncreasing"]
+    op.prob = 1.0
+    (image,) = photographs(1)
+    assert op(image).getextrema() == ((0, 0),) * 3
+    op.magnitude = 9
+    assert np.array_equal(np.asarray(op(image)), np.asarray(image) & 0x80)
+
+
+def test_small_images_are_padded_by_four_and_cropped_as_deit_does():
+    small = made(img_size=32, rand_augment=None, erase=0.0, flip=False)
+    first = small.transform.transforms[0]
+    assert isinstance(first, transforms.RandomCrop)
+    assert (first.size, first.padding) == ((32, 32), 4)
+    white = [Image.new("RGB", (32, 32), (255, 255, 255))]
+    borders = [(x[0] < 0).all(1).sum().item() for x in small(white * 60, range(60))]  # rows of black that moved in
+    assert set(borders) == {0, 1, 2, 3, 4}
+
+
+def test_images_of_another_size_are_brought_to_a_small_one_before_they_are_cropped():
+    small = made(img_size=32)
+    (image,) = photographs(1)
+    fitted = Image.fromarray(datasets.fit(image, 32).transpose(1, 2, 0))
+    assert torch.equal(small([image], [7]), small([fitted], [7]))
+
+
+def three_draws() -> tuple[float, float, float]:
+    return random.random(), np.random.random(), torch.rand(()).item()  # noqa: NPY002 (timm's)
+
+
+def test_the_global_generators_are_afterwards_as_they_were():
+    with timm_transforms._kept_generators():
+        timm_transforms._seed(1)
+        expected = three_draws()
+        timm_transforms._seed(1)
+        with timm_transforms._kept_generators():
+            timm_transforms._seed(2)
+            assert all(x != y for x, y in zip(three_draws(), expected, strict=True))
+        assert three_draws() == expected
+
+
+def test_an_image_follows_from_its_own_seed():
+    vary = made()
+    images = photographs(6)
+    # beartype, which checks types here, draws from Python's generator itself.
+    before = np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
+    whole = vary(images, [11, 12, 13, 14, 15, 16])
+    assert np.random.get_state()[1].tolist() == before[0]  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), before[1])
+    parts = [vary(images[4:], [15, 16]), vary(images[:4], [11, 12, 13, 14])]
+    assert torch.equal(torch.cat(parts[::-1]), whole)
+    assert not torch.equal(vary(images[:1], [12]), whole[:1])
+    assert vary([], []).shape == (0, 3, 48, 48)
+
+
+def test_a_recipe_is_sent_by_its_parameters_and_makes_the_same_there():
+    vary = made()
+    expected = vary(photographs(2), [1, 2])
+    sent = pickle.dumps(vary)
+    assert len(sent) < 2000
+    assert b"timm" not in sent.replace(b"\x04timm", b"").replace(b".timm_transforms", b"")  # module, augment
+    assert torch.equal(pickle.loads(sent)(photographs(2), [1, 2]), expected)
+
+
+def test_image_seeds_of_neighbours_and_of_epochs_do_not_meet():
+    seeds = {timm_transforms.image_seed(epoch, i) for epoch in range(30) for i in range(1000)}
+    assert len(seeds) == 30000
+    assert all(0 <= seed < 2**64 for seed in seeds)
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 1.0), (0.8, 0.0), (0.0, 1.0)])
+def test_batches_are_mixed_as_timm_mixes_them(mixup: float, cutmix: float):
+    images, labels = torch.rand(8, 3, 16, 16), torch.arange(8)
+    mixed = timm_transforms.mixer(asked(mixup=mixup, cutmix=cutmix), 10, 0.1)
+    reference = timm.data.Mixup(mixup, cutmix, label_smoothing=0.1, num_classes=10)
+    before = np.random.get_state()[1].tolist()  # noqa: NPY002
+    for seed in range(6):
+        found = mixed(images.clone(), labels, seed)
+        with timm_transforms._kept_generators():
+            timm_transforms._seed(seed)
+            expected = reference(images.clone(), labels)
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
+        torch.testing.assert_close(found[1].sum(1), torch.ones(8))
+    assert np.random.get_state()[1].tolist() == before  # noqa: NPY002
+    with pytest.raises(InputError, match="batch of 7 images: mixing takes pairs"):
+        mixed(images[:7], labels[:7], 0)
+
+
+def test_without_mixing_images_and_labels_come_back():
+    images, labels = torch.rand(3, 3, 4, 4), torch.arange(3)
+    found = timm_transforms.mixer(asked(), 10, 0.1)(images, labels, 0)
+    assert found[0] is images
+    assert found[1] is labels
+
+
+@pytest.mark.parametrize("missing", ["timm.data", "torchvision"])
+def test_timm_or_torchvision_that_cannot_be_imported_is_an_error_of_one_line(
+    monkeypatch: pytest.MonkeyPatch, missing: str
+):
+    monkeypatch.setitem(sys.modules, missing, None)
+    for call in (lambda: made().transform, lambda: timm_transforms.mixer(asked(mixup=1.0), 10, 0.1)):
+        with pytest.raises(InputError) as error:
+            call()
+        assert "\n" not in str(error.value)
+        assert missing in str(error.value)
+        assert "pip install 'famba[paper]'" in str(error.value)
+
+
+@pytest.mark.parametrize("size", [(60, 50), (50, 60), (48, 48), (300, 90), (31, 77)])
+@pytest.mark.parametrize("crop", [1.0, 0.875, 0.8])
+def test_what_evaluation_sees_is_what_torchvisions_resize_and_centre_crop_show(size: tuple[int, int], crop: float):
+    shorter = round(48 / crop)
+    reference = transforms.Compose(
+        [transforms.Resize(shorter, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(48)]
+    )
+    image = photograph(3, size)
+    found = datasets.fit(image, 48, crop)
+    expected = np.asarray(reference(image)).transpose(2, 0, 1)
+    longer, rest = divmod(max(size) * shorter, min(size))
+    if rest or (longer - 48) % 2 or (shorter - 48) % 2:
+        # The longer side, or half of what is cut, is no whole number: torchvision rounds it another way.
+        assert np.abs(found.astype(int) - expected).mean() < 3
+    else:
+        assert np.array_equal(found, expected)
+
+
+def test_nothing_else_imports_timm_or_torchvision():
+    named = set()
+    files = sorted(Path(famba.__file__).parent.rglob("*.py"))
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            named |= {path.stem for name in names if name.split(".")[0] in ("timm", "torchvision")}
+    assert len(files) > 30
+    assert sorted(named) == ["preload", "timm_transforms"]
+
+
+@pytest.mark.slow
+def test_worker_processes_make_the_same_images(folder: Path):  # noqa: F811
+    split = data.load(asked(dataset="folder", root="images", val_fraction=0.2)).train
+    assert isinstance(split, data.Streamed)
+    split = dataclasses.replace(split, recipe=bridge.Bridged(asked(), MEAN, STD))
+
+    def epoch(workers: int) -> torch.Tensor:
+        source = dataclasses.replace(split, workers=workers)
+        batches = data.batches(source, 4, generator=torch.Generator().manual_seed(0))
+        return torch.cat([images for images, _ in batches])
+
+    expected = epoch(0)
+    assert expected.shape == (16, 3, 48, 48)
+    assert torch.equal(epoch(0), expected)
+    assert torch.equal(epoch(2), expected)

@@ -1,0 +1,157 @@
+"""Runs that are there are taken; runs that are not are trained only where that is allowed."""
+
+import dataclasses
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from famba import config, training
+from famba.config import SweepParams
+from famba.errors import InputError
+from famba.experiments import sweep
+from famba.storage import runs
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[tuple[str, int]]:
+    """Training that takes no time; what was trained, and forgotten afterwards."""
+    made: list[tuple[str, int]] = []
+
+    def fit(p, *, seed):
+        made.append((p.strategy, seed))
+        scores = {"top1_percent": 95.0, "top5_percent": 99.5, "loss": 0.25}
+        history = dict.fromkeys(runs.HISTORY_COLUMNS, 1.0) | {"epoch": 1}
+        start = p.init_sha256(seed)
+        history |= {"ema_val_loss": None, "ema_val_top1_percent": None}
+        numbers = "train_time_s step_time_ms data_time_ms peak_memory_mib throughput_img_s"
+        counted = "flops_per_image flops_per_image_counted params_count threads"
+        return runs.Run(
+            strategy=p.strategy,
+            seed=seed,
+            profile=p.profile,
+            schedule=[0, 4],
+            token_counts=[17, 17, 13],
+            metrics=scores
+            | {
+                "chosen": {"weights": "raw", "epoch": 1},
+                "validation": {"raw": {"last": scores | {"epoch": 1}, "best": scores | {"epoch": 1}}, "ema": None},
+            }
+            | ({} if start is None else {"init_sha256": start}),
+            cost=dict.fromkeys(numbers.split(), 1.0)
+            | dict.fromkeys(counted.split(), 2)
+            | {"device": "none", "versions": {}, "command": "none", "kernels": {}, "nondeterministic": []}
+            | {"epoch_time_s": [1.0]},
+            history=[history],
+            params=p.as_dict(),
+            model_bytes=b"weights",
+        )
+
+    def forget(p, *, seed):
+        assert made[-1] == (p.strategy, seed)
+        made[-1] = (f"{p.strategy}, forgotten", seed)
+
+    def made_of(p, *, seed):
+        return f"{p.digest(seed)}-{fake.code}"
+
+    fake = SimpleNamespace(fit=fit, forget=forget, made_of=made_of, code="code")
+    monkeypatch.setitem(sys.modules, "famba.training.fit", fake)
+    monkeypatch.setattr(training, "fit", fake, raising=False)
+    return made
+
+
+SWEEP = SweepParams(strategies=("none", "upper"), seeds=(0, 3))
+
+
+def test_runs_that_are_missing_are_trained_once_and_their_checkpoints_forgotten(tmp_path, trained):
+    folders = sweep.ensure_runs(SWEEP, profile="smoke", runs_dir=tmp_path, train_missing=True)
+    assert folders == [tmp_path / name for name in ("none-0", "none-3", "upper-0", "upper-3")]
+    names = [f"{name}, forgotten" for name in ("none", "none", "upper", "upper")]
+    assert trained == list(zip(names, [0, 3, 0, 3], strict=True))
+    assert sweep.ensure_runs(SWEEP, profile="smoke", runs_dir=tmp_path, train_missing=True) == folders
+    assert len(trained) == 4
+
+
+def test_a_run_of_other_parameters_is_trained_again(tmp_path, trained):
+    (folder,) = sweep.ensure_runs(
+        SweepParams(strategies=("none",), seeds=(0,)), profile="smoke", runs_dir=tmp_path, train_missing=True
+    )
+    made = json.loads((folder / "params.json").read_text())
+    made["train"]["lr"] *= 2
+    (folder / "params.json").write_text(json.dumps(made))
+    sweep.ensure_run(folder, strategy="none", seed=0, profile="smoke", train_missing=True)
+    assert len(trained) == 2
+    assert json.loads((folder / "params.json").read_text()) == config.load("smoke", strategy="none").as_dict()
+
+
+def test_a_run_that_started_from_other_weights_is_refused_or_trained_again(tmp_path, trained, monkeypatch):
+    load, weights = config.load, tmp_path / "weights.safetensors"
+    weights.write_bytes(b"some")
+
+    def started(profile=None, **asked):
+        p = load(profile, **asked)
+        return dataclasses.replace(p, train=dataclasses.replace(p.train, init_from=str(weights)))
+
+    monkeypatch.setattr(config, "load", started)
+    run = {"strategy": "none", "seed": 0, "profile": "smoke"}
+    for content in (b"some", b"other"):
+        weights.write_bytes(content)
+        sweep.ensure_run(tmp_path / "run", **run, train_missing=True)
+        sweep.ensure_run(tmp_path / "run", **run, train_missing=False)
+    assert len(trained) == 2
+    weights.write_bytes(b"yet others")
+    with pytest.raises(InputError, match=r"init_sha256: started from other weights than .*weights\.safetensors holds"):
+        sweep.ensure_run(tmp_path / "run", **run, train_missing=False)
+
+
+def test_a_run_of_other_code_is_trained_again_where_that_is_allowed(tmp_path, trained, monkeypatch):
+    run = {"strategy": "none", "seed": 0, "profile": "smoke"}
+    sweep.ensure_run(tmp_path, **run, train_missing=True)
+    monkeypatch.setattr(sys.modules["famba.training.fit"], "code", "changed")
+    sweep.ensure_run(tmp_path, **run, train_missing=False)
+    assert len(trained) == 1
+    sweep.ensure_run(tmp_path, **run, train_missing=True)
+    assert len(trained) == 2
+    assert runs.read(tmp_path).cost["made_of"].endswith("-changed")
+
+
+def test_a_run_that_was_trained_elsewhere_and_does_not_say_by_what_code_is_taken(tmp_path, trained):
+    run = {"strategy": "none", "seed": 0, "profile": "smoke"}
+    sweep.ensure_run(tmp_path, **run, train_missing=True)
+    cost = json.loads((tmp_path / "cost.json").read_text())
+    del cost["made_of"]
+    (tmp_path / "cost.json").write_text(json.dumps(cost))
+    sweep.ensure_run(tmp_path, **run, train_missing=True)
+    assert len(trained) == 1
+
+
+def test_a_run_records_the_command_that_was_given_for_it(tmp_path, trained):
+    p = config.load("smoke", strategy="upper")
+    sweep.ensure(tmp_path / "given", p, seed=0, train_missing=True, command="make something")
+    sweep.ensure(tmp_path / "own", p, seed=0, train_missing=True)
+    assert [runs.read(tmp_path / name).cost["command"] for name in ("given", "own")] == ["make something", "none"]
+
+
+def test_where_training_is_not_allowed_a_missing_run_is_an_error(tmp_path, trained):
+    with pytest.raises(InputError, match="no such run"):
+        sweep.ensure_runs(SWEEP, profile="smoke", runs_dir=tmp_path / "runs", train_missing=False)
+    assert not trained
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"seed": 1}, "seed: 0; asked for 1"),
+        ({"strategy": "all"}, "other parameters"),
+        ({"profile": "default"}, "other"),
+    ],
+)
+def test_where_training_is_not_allowed_another_run_is_an_error(tmp_path, trained, asked, said):
+    run = {"strategy": "none", "seed": 0, "profile": "smoke"}
+    sweep.ensure_run(tmp_path / "run", **run, train_missing=True)
+    assert sweep.ensure_run(tmp_path / "run", **run, train_missing=False) == tmp_path / "run"
+    with pytest.raises(InputError, match=said) as error:
+        sweep.ensure_run(tmp_path / "run", **(run | asked), train_missing=False)
+    assert "\n" not in str(error.value)

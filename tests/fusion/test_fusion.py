@@ -1,0 +1,601 @@
+"""Fusion: by hand, against the independent reference, what holds for any input, and the native kernels."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from famba.errors import BackendError, InputError
+from famba.fusion import matching, merge
+from famba.fusion.matching import Matching, match_tokens
+from famba.fusion.merge import apply, apply_both, fuse, plan
+from famba.fusion.options import FusionOptions
+from famba.kernels.cpu import build
+from famba.kernels.triton import runtime as gpu
+from famba.models.vim import create_model
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+TENSORS = load_file(GOLDEN / "fusion.safetensors")
+CASES = json.loads((GOLDEN / "fusion.json").read_text())
+BACKENDS = ["torch"] if build.unavailable() else ["torch", "native"]
+# Those of the GPU: on it, or where test_gpu.py has Triton's interpreter run these tests.
+ON_GPU_TOO = [*BACKENDS, *([] if gpu.unavailable() else [pytest.param("triton", marks=pytest.mark.gpu)])]
+needs_native = pytest.mark.skipif("native" not in BACKENDS, reason=build.unavailable())
+SINGLE = [name for name, case in CASES.items() if f"{name}/metric" in TENSORS and not case["no_op"]]
+
+
+def of(case: str, backend: str = "torch") -> dict[str, torch.Tensor]:
+    device = gpu.DEVICE if backend == "triton" else "cpu"
+    return {key.removeprefix(f"{case}/"): t.to(device) for key, t in TENSORS.items() if key.startswith(f"{case}/")}
+
+
+def protected(case: str) -> tuple[int, ...]:
+    return (0,) * CASES[case]["class_token"] + (1,) * CASES[case]["distill_token"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_case_worked_by_hand(backend):
+    # Positions 0, 2, 4 look along x, y, x; 1 and 3 along y and (almost) x: 2 joins 1 exactly, 0 and 4 join 3.
+    feature = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [0.0, 1.0], [3.0, 0.1], [2.0, 0.0]]])
+    matching = match_tokens(feature, 2, backend=backend)
+    assert matching.source.tolist() == [[2, 0]]  # 4 is as like 3 as 0 is: the earlier position goes
+    assert matching.target.tolist() == [[1, 3]]
+    x = torch.tensor([[[10.0], [20.0], [40.0], [80.0], [160.0]]])
+    fused, size = fuse(x, matching, backend=backend)
+    assert fused.tolist() == [[[30.0], [45.0], [160.0]]]  # (20 + 40) / 2, (10 + 80) / 2, untouched
+    assert size.tolist() == [[2.0, 2.0, 1.0]]
+    appended, _ = fuse(x, matching, order="append", backend=backend)
+    assert appended.tolist() == [[[160.0], [30.0], [45.0]]]
+    weighted, size = fuse(x, matching, size=torch.tensor([[1.0, 3.0, 1.0, 1.0, 2.0]]), backend=backend)
+    assert weighted.tolist() == [[[25.0], [45.0], [160.0]]]  # (3 * 20 + 40) / 4
+    assert size.tolist() == [[4.0, 2.0, 2.0]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_that_join_a_token_become_one_mean_in_one_step(backend):
+    x = torch.tensor([[[1.0], [5.0], [3.0], [0.0], [8.0]]])
+    everything = Matching(torch.tensor([[0, 2, 4]]), torch.tensor([[1, 1, 1]]))
+    fused, size = fuse(x, everything, backend=backend)
+    torch.testing.assert_close(fused, torch.tensor([[[17 / 4], [0.0]]]))
+    assert size.tolist() == [[4.0, 1.0]]
+
+
+def test_the_reference_cases_are_there():
+    assert len(SINGLE) >= 8
+
+
+@pytest.mark.parametrize("backend", ON_GPU_TOO)
+@pytest.mark.parametrize("case", SINGLE)
+def test_matching_agrees_with_the_reference(case, backend):
+    golden = of(case, backend)
+    matching = match_tokens(golden["metric"], CASES[case]["r_effective"], protected=protected(case), backend=backend)
+    torch.testing.assert_close(matching.source, golden["src_pos"].long())
+    torch.testing.assert_close(matching.target, golden["dst_pos"].long())
+
+
+@pytest.mark.parametrize("backend", ON_GPU_TOO)
+@pytest.mark.parametrize("case", SINGLE)
+@pytest.mark.parametrize(
+    ("weighting", "golden_size", "merged", "size_out"),
+    [
+        ("mean", "size_in", "merged_mean", "size_out"),
+        ("size", "size_in", "merged_wavg", "size_out"),
+        ("size", None, "merged_wavg_unit", "size_out_unit"),
+    ],
+)
+def test_fusing_agrees_with_the_reference(case, weighting, golden_size, merged, size_out, backend):
+    golden = of(case, backend)
+    matching = Matching(golden["src_pos"].long(), golden["dst_pos"].long())
+    size = None if golden_size is None else golden[golden_size]
+    fused, sizes = fuse(golden["x"], matching, size=size, order="append", weighting=weighting, backend=backend)
+    order = reference_order(golden)
+    torch.testing.assert_close(fused, golden[merged].gather(1, order.expand_as(golden[merged])))
+    torch.testing.assert_close(sizes.reshape(order.shape), golden[size_out].gather(1, order))
+
+
+@pytest.mark.parametrize("backend", ON_GPU_TOO)
+@pytest.mark.parametrize("case", SINGLE)
+@pytest.mark.parametrize(("weighting", "grad"), [("mean", "grad_x_mean"), ("size", "grad_x_wavg")])
+def test_gradients_agree_with_the_reference(case, weighting, grad, backend):
+    golden = of(case, backend)
+    x = golden["x"].clone().requires_grad_()
+    matching = Matching(golden["src_pos"].long(), golden["dst_pos"].long())
+    fused, _ = fuse(x, matching, size=golden["size_in"], order="append", weighting=weighting, backend=backend)
+    order = reference_order(golden).expand_as(fused)
+    (fused * golden["cotangent"].gather(1, order)).sum().backward()
+    torch.testing.assert_close(x.grad, golden[grad])
+
+
+@pytest.mark.parametrize("backend", ON_GPU_TOO)
+@pytest.mark.parametrize("case", SINGLE)
+def test_groups_agree_with_the_reference(case, backend):
+    golden = of(case, backend)
+    matching = Matching(golden["src_pos"].long(), golden["dst_pos"].long())
+    b, s, t = golden["assign"].shape
+    destination = plan(matching, golden["x"].new_ones(b, t), order="append", backend=backend).destination
+    assigned = torch.zeros(b, s, t, device=destination.device).scatter_(1, destination[:, None], 1.0)
+    order = reference_order(golden).expand(b, s, t)
+    torch.testing.assert_close(assigned, golden["assign"].float().gather(1, order))
+
+
+@pytest.mark.parametrize("backend", ON_GPU_TOO)
+@pytest.mark.parametrize("case", [name for name in CASES if name.startswith("chain")])
+@pytest.mark.parametrize("weighting", ["size", "mean"])
+def test_several_fusions_in_a_row_agree_with_the_reference(case, weighting, backend):
+    golden = of(case, backend)
+    x, size, steps = golden["x"], None, 0
+    while f"step{steps}/src_pos" in golden:
+        step = {key.split("/", 1)[1]: t for key, t in golden.items() if key.startswith(f"step{steps}/")}
+        matching = Matching(step["src_pos"].long(), step["dst_pos"].long())
+        x, size = fuse(x, matching, size=size, order="append", weighting=weighting, backend=backend)
+        order = torch.cat([step["unm_pos"].long().argsort(1), odd_places(step["unm_pos"], x.shape[1]).to(x.device)], 1)[
+            ..., None
+        ]
+        expected = step["x"] if weighting == "size" else golden[f"mean_step{steps}/x"]
+        torch.testing.assert_close(x, expected.gather(1, order.expand_as(x)))
+        torch.testing.assert_close(size[..., None], step["size"].gather(1, order))
+        x, size = expected, step["size"][..., 0]  # the reference goes on in its own order
+        steps += 1
+    assert steps >= 3
+
+
+def odd_places(unmerged, s):
+    return torch.arange(unmerged.shape[1], s).expand(len(unmerged), -1)
+
+
+def reference_order(golden) -> torch.Tensor:
+    """Where in the reference's output our token stands: it leaves even ones as sorted, or a second token up front."""
+    b, t, _ = golden["x"].shape
+    ours = torch.cat(
+        [golden["unm_pos"].long().sort(1).values, torch.arange(1, t, 2, device=golden["x"].device).expand(b, -1)], 1
+    )
+    return (ours[:, :, None] == golden["out_pos"][:, None, :]).int().argmax(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if case.get("no_op")])
+def test_a_request_that_the_reference_clamps_is_refused_or_the_identity(case):
+    golden, r = of(case), CASES[case]["r_requested"]
+    if r == 0:
+        x = golden["x"]
+        fused, _ = fuse(x, match_tokens(golden["metric"], 0, protected=protected(case)))
+        assert torch.equal(fused, x)
+    else:
+        with pytest.raises(InputError, match=f"r = {r} of t = {golden['x'].shape[1]} tokens"):
+            match_tokens(golden["metric"], r, protected=protected(case))
+
+
+def test_an_r_beyond_half_the_tokens_is_refused_not_clamped():
+    feature = torch.randn(1, 9, 4)
+    assert match_tokens(feature, 4).source.shape == (1, 4)
+    with pytest.raises(InputError, match=r"r = 5 of t = 9 tokens, 0 of them protected; allowed: 0\.\.4"):
+        match_tokens(feature, 5)
+    with pytest.raises(InputError, match="r = -1"):
+        match_tokens(feature, -1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_protected_positions_that_leave_nobody_to_absorb_are_refused(backend):
+    feature = torch.randn(2, 3, 4)
+    with pytest.raises(InputError, match=r"r = 1 of t = 3 tokens, 1 of them protected; allowed: 0\.\.0"):
+        match_tokens(feature, 1, protected=(1,), backend=backend)
+    assert match_tokens(feature, 1, protected=(2,), backend=backend).source.tolist() == [[0], [0]]
+    with pytest.raises(InputError, match=r"position 7; must be in 0\.\.2"):
+        match_tokens(feature, 1, protected=(7,), backend=backend)
+
+
+@pytest.mark.parametrize(("t", "most"), [(2, 0), (3, 0), (4, 1), (5, 2)])
+def test_what_positions_in_a_tensor_leave_to_fuse_is_known_without_reading_them(t, most):
+    with FakeTensorMode():
+        feature, protected = torch.randn(2, t, 4), torch.zeros(2, dtype=torch.int64)
+        assert match_tokens(feature, most, protected=protected, backend="torch").source.shape == (2, most)
+        with pytest.raises(InputError, match=rf"t = {t} tokens, 1 of them protected; allowed: 0\.\.{most}"):
+            match_tokens(feature, most + 1, protected=protected, backend="torch")
+
+
+@pytest.mark.parametrize(("key", "value"), [("order", "reverse"), ("weighting", "max")])
+@pytest.mark.parametrize("r", [0, 1])
+def test_an_unknown_option_is_refused(key, value, r):
+    x = torch.randn(1, 4, 2)
+    with pytest.raises(InputError, match=f"{key}: '{value}' is not one of"):
+        fuse(x, match_tokens(x, r), **{key: value})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_token_of_zero_length_does_not_poison_the_matching(backend):
+    feature = torch.randn(2, 8, 4)
+    feature[0, 2] = 0
+    feature[1, 3] = 1e-30
+    matching = match_tokens(feature, 3, backend=backend)
+    assert torch.isfinite(matching.similarity).all()
+    assert (matching.similarity.abs() <= 1 + 1e-6).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_does_not_round_the_similarities(backend):
+    feature = torch.randn(2, 40, 8)
+    expected = match_tokens(feature, 12, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        matching = match_tokens(feature, 12, backend=backend)
+    assert matching.similarity.dtype == torch.float32
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(matching, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_half_precision_is_compared_in_float32(backend, dtype):
+    feature = torch.randn(2, 40, 8).to(dtype)
+    expected = match_tokens(feature.float(), 12, backend=backend)
+    matching = match_tokens(feature, 12, backend=backend)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(matching, expected, strict=True))
+
+
+def test_matching_carries_no_gradient():
+    x = torch.randn(1, 6, 4, requires_grad=True)
+    assert not match_tokens(x, 2).similarity.requires_grad
+
+
+@st.composite
+def fusions(draw):
+    b, t, d = draw(st.integers(1, 3)), draw(st.integers(4, 23)), draw(st.integers(1, 5))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    x = torch.randn(b, t, d, generator=generator, dtype=torch.float64)
+    size = torch.randint(1, 9, (b, t), generator=generator).double()
+    guard = torch.randint(0, t, (b,), generator=generator) if draw(st.booleans()) else ()
+    r = draw(st.integers(0, (t - 1) // 2))
+    options = {"order": draw(st.sampled_from(["scan", "append"])), "weighting": draw(st.sampled_from(["size", "mean"]))}
+    return x, size, guard, r, options
+
+
+@settings(max_examples=150, deadline=None)
+@given(fusions())
+def test_patches_are_conserved_and_so_is_the_weighted_sum(case):
+    x, size, guard, r, options = case
+    fused, sizes = fuse(x, match_tokens(x, r, protected=guard), size=size, **options)
+    assert fused.shape[1] == x.shape[1] - r
+    torch.testing.assert_close(sizes.sum(1), size.sum(1))
+    if options["weighting"] == "size":
+        torch.testing.assert_close((fused * sizes[..., None]).sum(1), (x * size[..., None]).sum(1))
+
+
+@settings(max_examples=100, deadline=None)
+@given(fusions())
+def test_the_protected_token_comes_through_untouched_and_alone(case):
+    x, size, guard, r, options = case
+    if isinstance(guard, tuple) or r == 0:
+        return
+    matching = match_tokens(x, r, protected=guard)
+    assert not (matching.source == guard[:, None]).any()
+    assert not (matching.target == guard[:, None]).any()
+    fused, sizes = fuse(x, matching, size=size, **options)
+    rows = torch.arange(len(x))
+    now = plan(matching, size, **options).destination[rows, guard]
+    assert torch.equal(fused[rows, now], x[rows, guard])
+    assert torch.equal(sizes[rows, now], size[rows, guard])
+
+
+@settings(max_examples=100, deadline=None)
+@given(fusions())
+def test_scan_order_is_kept(case):
+    x, size, guard, r, options = case
+    if r == 0:
+        return
+    worked_out = plan(match_tokens(x, r, protected=guard), size, order="scan", weighting=options["weighting"])
+    assert (worked_out.survivors.diff(dim=1) > 0).all()
+    own = worked_out.destination.gather(1, worked_out.survivors)
+    assert torch.equal(own, torch.arange(own.shape[1]).expand_as(own))
+
+
+@settings(max_examples=60, deadline=None)
+@given(fusions())
+def test_a_pair_agrees_with_the_plain_loop(case):
+    x, size, guard, r, options = case
+    if r == 0:
+        return
+    matching = match_tokens(x, r, protected=guard)
+    fused, sizes = fuse(x, matching, size=size, **options)
+    for row in range(len(x)):
+        joins = dict(zip(matching.source[row].tolist(), matching.target[row].tolist(), strict=True))
+        assert len(joins) == r
+        left = [p for p in range(x.shape[1]) if p not in joins]
+        if options["order"] == "append":
+            left = [p for p in left if p % 2 == 0] + [p for p in left if p % 2]
+        for place, survivor in enumerate(left):
+            group = [survivor] + [source for source, target in joins.items() if target == survivor]
+            weight = size[row, group] if options["weighting"] == "size" else torch.ones(len(group)).double()
+            mean = (weight[:, None] * x[row, group]).sum(0) / weight.sum()
+            torch.testing.assert_close(fused[row, place], mean)
+            assert sizes[row, place] == size[row, group].sum()
+
+
+@settings(max_examples=40, deadline=None)
+@given(fusions())
+def test_no_even_token_left_behind_was_more_similar_than_one_that_went(case):
+    x, _, _, r, _ = case
+    if r == 0:
+        return
+    matching = match_tokens(x, r)
+    unit = x / x.norm(dim=-1, keepdim=True)
+    cosine = unit[:, ::2] @ unit[:, 1::2].mT
+    best = cosine.max(-1).values
+    went = torch.zeros_like(best, dtype=torch.bool).scatter_(1, matching.source // 2, True)
+    assert (matching.similarity.diff(dim=1) <= 1e-12).all()
+    lowest_gone = best.masked_fill(~went, 2).min(1).values
+    highest_left = best.masked_fill(went, -2).max(1).values
+    assert (lowest_gone >= highest_left - 1e-12).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(fusions())
+def test_batch_rows_do_not_affect_each_other(case):
+    x, size, _, r, options = case
+    together, _ = fuse(x, match_tokens(x, r), size=size, **options)
+    alone = [
+        fuse(x[i : i + 1], match_tokens(x[i : i + 1], r), size=size[i : i + 1], **options)[0] for i in range(len(x))
+    ]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(fusions())
+def test_gradients_reach_every_token(case):
+    x, size, _, r, options = case
+    x = x.clone().requires_grad_()
+    fused, _ = fuse(x, match_tokens(x, r), size=size, **options)
+    fused.sum().backward()
+    assert (x.grad > 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_r_of_zero_is_the_identity_bit_for_bit(backend):
+    x, size = torch.randn(2, 7, 3), torch.rand(2, 7)
+    for order in ("scan", "append"):
+        fused, sizes = fuse(x, match_tokens(x, 0), size=size, order=order, backend=backend)
+        assert torch.equal(fused, x)
+        assert torch.equal(sizes, size)
+
+
+# The native kernels, against torch
+
+KERNEL = settings(
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@st.composite
+def float32_fusions(draw):
+    b, t, c = draw(st.integers(1, 4)), draw(st.integers(4, 90)), draw(st.integers(2, 70))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    feature, x, other = torch.randn(3, b, t, c, generator=generator).unbind()
+    other = other[..., : draw(st.integers(1, c))]  # not dense, and of another width
+    size = torch.randint(1, 9, (b, t), generator=generator).float()
+    positions = torch.randint(0, t, (b,), generator=generator)
+    guard = draw(st.sampled_from([(), (0,), (t - 1, 0), positions]))
+    r = draw(st.integers(1, max(1, t // 2 - 2)))
+    options = {"order": draw(st.sampled_from(["scan", "append"])), "weighting": draw(st.sampled_from(["size", "mean"]))}
+    return feature, x, other, size, guard, r, options
+
+
+@KERNEL
+@given(case=float32_fusions())
+def test_the_kernel_matches_as_torch_does_in_double_precision(instruction_set, case):
+    feature, _, _, _, guard, r, _ = case
+    found = match_tokens(feature, r, protected=guard, backend="native")
+    expected = match_tokens(feature.double(), r, protected=guard)
+    assert found.similarity.dtype == torch.float32
+    torch.testing.assert_close(found.similarity.double(), expected.similarity, rtol=0, atol=1e-6)
+    # Who is paired may differ only where two similarities are as good as equal
+    unit = torch.nn.functional.normalize(feature.double(), dim=-1)
+    pairs = [(unit.gather(1, x[..., None].expand(-1, -1, unit.shape[2]))) for x in (found.source, found.target)]
+    torch.testing.assert_close((pairs[0] * pairs[1]).sum(-1), expected.similarity, rtol=0, atol=1e-6)
+    distinct = (expected.similarity.diff(dim=1) < -1e-5).all()
+    assert not distinct or torch.equal(found.source, expected.source)
+    assert (found.source % 2 == 0).all()
+    assert (found.target % 2 == 1).all()
+
+
+@KERNEL
+@given(case=float32_fusions())
+def test_the_kernel_plans_as_torch_does_bit_for_bit(instruction_set, case):
+    feature, _, _, size, guard, r, options = case
+    matching = match_tokens(feature, r, protected=guard)
+    found = plan(matching, size, **options, backend="native")
+    assert all(map(torch.equal, found, plan(matching, size, **options, backend="torch")))
+
+
+def applied(worked_out, tensors, backend):
+    """Both fused, and the gradients of both."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    fused = apply_both(worked_out, *leaves, backend=backend)
+    generator = torch.Generator().manual_seed(1)
+    # numbers that every type holds, so that none sees others than the rest
+    cotangents = [torch.randn(x.shape, generator=generator).bfloat16().to(x.dtype) for x in fused]
+    return [*(x.detach() for x in fused), *torch.autograd.grad(fused, leaves, cotangents)]
+
+
+@KERNEL
+@given(case=float32_fusions(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_the_kernel_fuses_as_torch_does_in_double_precision_and_so_do_its_gradients(instruction_set, case, dtype):
+    feature, x, other, size, guard, r, options = case
+    worked_out = plan(match_tokens(feature, r, protected=guard), size, **options)
+    tensors = [x, other.to(dtype)]
+    found = applied(worked_out, tensors, "native")
+    expected = applied(worked_out, [x.double() for x in tensors], "torch")
+    for ours, theirs, kind in zip(found, expected, [torch.float32, dtype] * 2, strict=True):
+        assert ours.dtype == kind
+        assert (ours - theirs).abs().max() <= (2**-8 if kind == torch.bfloat16 else 1e-6) * theirs.abs().max()
+    alone = apply(worked_out, tensors[1], backend="native")
+    assert torch.equal(alone, found[1])
+    # with the processor set to flush the smallest numbers, too, a token that is alone is what it was
+    tiny = torch.full_like(x, 1e-40)
+    single = worked_out.weight.gather(1, worked_out.survivors) == 1
+    assert torch.equal(apply(worked_out, tiny, backend="native")[single], tiny[:, : single.shape[1]][single])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_are_those_of_finite_differences_where_only_one_result_is_used(backend):
+    x, other = torch.randn(2, 2, 9, 3, generator=torch.Generator().manual_seed(0)).unbind()
+    worked_out = plan(match_tokens(x, 3), torch.ones(2, 9))
+    for used in (0, 1):
+        leaves = [x.clone().requires_grad_(), other.clone().requires_grad_()]
+        fused = apply_both(worked_out, *leaves, backend=backend)[used]
+        grad, absent = torch.autograd.grad(fused.square().sum(), [leaves[used], leaves[1 - used]], allow_unused=True)
+        assert absent is None
+        expected = (
+            2 * worked_out.weight[..., None] * fused.detach().gather(1, worked_out.destination[..., None].expand_as(x))
+        )
+        torch.testing.assert_close(grad, expected)
+    double = worked_out._replace(weight=worked_out.weight.double())
+    leaf = x.double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: apply(double, x), leaf)
+    assert torch.autograd.gradgradcheck(lambda x: apply(double, x), leaf)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equal_tokens_go_by_position(backend):
+    """All the same: every similarity ties, at any number of tokens and so in any block of the kernel."""
+    for t in (5, 11, 18, 37, 64):
+        feature = torch.randn(7, generator=torch.Generator().manual_seed(t)).expand(2, t, 7)
+        matching = match_tokens(feature, t // 2, backend=backend)
+        assert torch.equal(matching.source, torch.arange(0, t - 1, 2).expand(2, -1))
+        assert torch.equal(matching.target, torch.ones(2, t // 2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_no_number_is_seen_first_and_paired_with_a_token_that_exists(backend):
+    feature = torch.randn(1, 12, 5, generator=torch.Generator().manual_seed(0))
+    feature[0, 6, 2] = torch.nan
+    matching = match_tokens(feature, 3, protected=(1,), backend=backend)
+    assert matching.similarity.isnan().tolist() == [[True, False, False]]
+    assert (matching.source[0, 0], matching.target[0, 0]) == (6, 3)
+    feature[0, 7, 2] = torch.inf
+    matching = match_tokens(feature, 3, protected=(1,), backend=backend)
+    assert matching.similarity.isnan().all()
+    assert matching.source.tolist() == [[0, 2, 4]]
+    assert matching.target.tolist() == [[7, 7, 7]]
+
+
+@needs_native
+def test_the_thread_count_changes_no_bit_of_matching_or_fusing():
+    x, other = torch.randn(2, 5, 67, 40, generator=torch.Generator().manual_seed(0)).unbind()
+    size = torch.rand(5, 67) + 1
+
+    def everything():
+        matching = match_tokens(x, 20, backend="native")
+        worked_out = plan(matching, size, backend="native")
+        return [*matching, *worked_out, *applied(worked_out, [x, other], "native")]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = everything()
+        torch.set_num_threads(3)
+        assert all(map(torch.equal, alone, everything()))
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_native
+def test_matching_and_fusing_pass_torchs_own_checks():
+    x, other = torch.randn(2, 2, 9, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    check = torch.library.opcheck
+    for protected in (None, torch.tensor([[4], [1]])):
+        check(torch.ops.famba.match.default, (x, protected, 3))
+    source, target, _ = match_tokens(x, 3)
+    for options in ((True, False), (False, True)):
+        check(torch.ops.famba.plan.default, (source, target, torch.rand(2, 9), *options))
+    _, destination, weight, _, _ = plan(match_tokens(x, 3), torch.ones(2, 9))
+    leaves = [x.requires_grad_(), other[..., :3].bfloat16().requires_grad_()]
+    for tensors in (leaves, [leaves[0], None]):
+        check(torch.ops.famba.fuse.default, (*tensors, destination, weight, 6))
+    grads = [torch.randn(2, 6, 4), torch.randn(2, 6, 3)]
+    for tensors in (grads, [grads[0], None], [None, grads[1]]):
+        check(torch.ops.famba.fuse_backward.default, (*tensors, destination, weight))
+
+
+@needs_native
+@pytest.mark.parametrize("position", ["before_mixer", "after_scan"])
+def test_a_model_fuses_by_the_backend_that_goes_with_its_scan(position, monkeypatch):
+    asked = []
+
+    def noting(function):
+        def call(*args, backend, **options):
+            asked.append((function.__name__, backend))
+            return function(*args, backend=backend, **options)
+
+        return call
+
+    for module, function in ((matching, match_tokens), (merge, plan), (merge, apply_both)):
+        monkeypatch.setattr(module, function.__name__, noting(function))
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    options = FusionOptions(position=position)
+    logits = {}
+    for backend in ("auto", "native", "torch", "reference"):
+        torch.manual_seed(0)
+        model = create_model("vim_nano", depth=3, schedule=[0, 9, 9], fusion=options, backend=backend)
+        asked.clear()
+        logits[backend] = model(images)
+        assert asked == [("match_tokens", backend), ("plan", backend), ("apply_both", backend)] * 2
+    torch.testing.assert_close(logits["native"], logits["torch"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits["reference"], logits["torch"], rtol=1e-4, atol=1e-5)
+    assert torch.equal(logits["native"], logits["auto"])
+
+
+@needs_native
+def test_what_the_kernels_cannot_run_on_is_refused_by_name_and_left_to_torch():
+    x = torch.randn(1, 8, 4).double()
+    matching = match_tokens(x, 2)
+    size = torch.ones(1, 8)
+    with pytest.raises(BackendError, match=r"'native' cannot run here: it runs on float32, got torch.float64"):
+        match_tokens(x, 2, backend="native")
+    with pytest.raises(BackendError, match=r"it runs on float32 sizes, got torch.float64"):
+        plan(matching, size.double(), backend="native")
+    worked_out = plan(matching, size)
+    with pytest.raises(BackendError, match=r"it runs on float32 and bfloat16, got torch.float64"):
+        apply(worked_out, x, backend="native")
+    with pytest.raises(BackendError, match=r"it runs on float32 weights, got torch.float64"):
+        apply(worked_out._replace(weight=worked_out.weight.double()), x.float(), backend="native")
+    assert torch.equal(apply(worked_out, x), apply(worked_out, x, backend="torch"))
+    with pytest.raises(InputError, match="backend: 'cuda' is unknown; allowed: auto, reference, torch, native"):
+        fuse(x, matching, backend="cuda")
+
+
+@needs_native
+def test_positions_that_do_not_exist_are_refused_before_memory_is_touched():
+    x, size = torch.randn(1, 8, 4), torch.ones(1, 8)
+    for guard in (8, -1):
+        with pytest.raises(InputError, match=r"protected: not all positions are in 0\.\.7"):
+            match_tokens(x, 2, protected=torch.tensor([guard]), backend="native")
+    for source, target in (([0, 8], [1, 1]), ([0, 2], [1, -1]), ([0, 0], [1, 3]), ([0, 2], [1, 0])):
+        matching = Matching(torch.tensor([source]), torch.tensor([target]))
+        with pytest.raises(InputError, match=r"matching: a source or target is outside 0\.\.7, or"):
+            plan(matching, size, backend="native")
+    worked_out = plan(match_tokens(x, 2), size)
+    for place in (6, -1):
+        wrong = worked_out._replace(destination=torch.full((1, 8), place))
+        with pytest.raises(InputError, match=r"destination: not all places are in 0\.\.5"):
+            apply(wrong, x, backend="native")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_matching_or_a_plan_of_other_tokens_is_refused(backend):
+    x, size = torch.randn(2, 8, 4), torch.ones(2, 8)
+    matching = match_tokens(x, 2)
+    with pytest.raises(InputError, match=r"matching: \(2, 2\) and \(2, 2\); allowed: \(3, r\)"):
+        plan(matching, torch.ones(3, 8), backend=backend)
+    worked_out = plan(matching, size)
+    for wrong in (x[:1], x[:, 1:]):
+        with pytest.raises(InputError, match=r"x: shape \(.*\); allowed: \(2, 8, d\)"):
+            apply(worked_out, wrong, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_positions_may_be_of_any_integer_type(backend):
+    x = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0))
+    guard = torch.tensor([3, 4])
+    expected = match_tokens(x, 2, protected=guard)
+    assert torch.equal(match_tokens(x, 2, protected=guard.int(), backend=backend).source, expected.source)

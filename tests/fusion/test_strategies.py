@@ -1,0 +1,200 @@
+"""Strategy names become schedules: the paper's own, the same at other depths, and what is refused."""
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from famba import config
+from famba.config import FusionRule
+from famba.errors import InputError
+from famba.fusion.strategies import STRATEGIES, adaptive, frontier, fused_layers, schedule, token_counts
+
+PAPER = {"none": None, "all": 7, "interleaved": 14, "lower": 9, "upper": 9}
+
+
+def test_the_papers_schedules_are_those_of_its_table_1():
+    assert schedule("none", depth=24) == [0] * 24
+    assert schedule("all", depth=24, r=7) == [7] * 24
+    assert schedule("interleaved", depth=24, r=14) == [0, 14] * 12
+    assert schedule("lower", depth=24, r=9, first_layer=1, last_layer=19) == [9] * 19 + [0] * 5
+    assert schedule("upper", depth=24, r=9, first_layer=6, last_layer=24) == [0] * 5 + [9] * 19
+
+
+def test_the_papers_layers_are_the_default_at_depth_24():
+    assert schedule("lower", depth=24, r=9) == [9] * 19 + [0] * 5
+    assert schedule("upper", depth=24, r=9) == [0] * 5 + [9] * 19
+
+
+@pytest.mark.parametrize(
+    ("strategy", "left"), [("none", 197), ("all", 29), ("interleaved", 29), ("lower", 26), ("upper", 26)]
+)
+def test_the_papers_schedules_leave_the_tokens_worked_out_by_hand(strategy, left):
+    # 197 - 24 * 7 = 197 - 12 * 14 = 29;  197 - 19 * 9 = 26
+    counts = token_counts(schedule(strategy, depth=24, r=PAPER[strategy]), 197)
+    assert len(counts) == 25
+    assert counts[0] == 197
+    assert counts[-1] == left
+
+
+def test_token_counts_fall_layer_by_layer():
+    assert token_counts([0, 3, 0, 2], 10) == [10, 10, 7, 7, 5]
+
+
+@pytest.mark.parametrize("strategy", ["all", "interleaved", "lower", "upper"])
+def test_a_budget_of_the_papers_tokens_gives_the_papers_r(strategy):
+    budget = sum(schedule(strategy, depth=24, r=PAPER[strategy]))
+    assert budget in (168, 171)
+    for total in (168, 171):
+        assert schedule(strategy, depth=24, total=total) == schedule(strategy, depth=24, r=PAPER[strategy])
+
+
+@given(st.sampled_from(["all", "interleaved", "lower", "upper"]), st.integers(2, 60), st.integers(0, 500))
+def test_no_other_r_comes_nearer_to_a_budget(strategy, depth, total):
+    removed = schedule(strategy, depth=depth, total=total)
+    assert len(removed) == depth
+    layers = fused_layers(strategy, depth=depth)
+    r = max(removed)
+    assert removed == schedule(strategy, depth=depth, r=r)
+    for other in (r - 1, r + 1):
+        assert abs(other * len(layers) - total) >= abs(sum(removed) - total)
+
+
+@given(st.integers(1, 60), st.sampled_from(STRATEGIES))
+def test_a_strategy_fuses_only_in_layers_that_exist_and_in_the_same_ones_whatever_r(depth, strategy):
+    layers = fused_layers(strategy, depth=depth)
+    assert all(1 <= layer <= depth for layer in layers)
+    assert layers == sorted(set(layers))
+
+
+def test_first_and_last_layer_narrow_every_strategy():
+    assert schedule("all", depth=6, r=1, first_layer=2, last_layer=4) == [0, 1, 1, 1, 0, 0]
+    assert schedule("interleaved", depth=6, r=1, first_layer=3) == [0, 0, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"strategy": "middle", "depth": 4, "r": 1}, "'middle' is not one of none, all, interleaved, lower, upper"),
+        ({"strategy": "all", "depth": 4}, "exactly one of the two"),
+        ({"strategy": "all", "depth": 4, "r": 1, "total": 4}, "exactly one of the two"),
+        ({"strategy": "all", "depth": 4, "r": -1}, "r = -1; must be 0 or more"),
+        ({"strategy": "none", "depth": 4, "r": 2}, "removes no tokens"),
+        ({"strategy": "upper", "depth": 4, "r": 2, "first_layer": 5}, "first_layer = 5; must be in 1..4"),
+        ({"strategy": "lower", "depth": 4, "r": 2, "last_layer": 0}, "last_layer = 0; must be in 1..4"),
+        ({"strategy": "all", "depth": 4, "r": 2, "first_layer": 3, "last_layer": 2}, "no layer to fuse in among 3..2"),
+        ({"strategy": "interleaved", "depth": 1, "r": 1}, "no layer to fuse in"),
+        ({"strategy": "all", "depth": 0, "r": 1}, "depth: 0"),
+        ({"strategy": "adaptive", "depth": 1, "total": 1}, "costs: missing; it needs total, costs and tokens"),
+        ({"strategy": "adaptive", "depth": 1, "costs": [[0]], "tokens": 3}, "total: missing"),
+        ({"strategy": "adaptive", "depth": 1, "costs": [[0]], "total": 1}, "tokens: missing"),
+        ({"strategy": "adaptive", "depth": 1, "r": 1}, "r = 1; its layers and r follow from costs"),
+        ({"strategy": "adaptive", "depth": 2, "costs": [[0]], "tokens": 3, "total": 0}, "1 rows; must be one for each"),
+        ({"strategy": "adaptive", "depth": 1, "costs": [[0, 1]], "tokens": 9, "total": 2}, "at most 1 go"),
+        ({"strategy": "adaptive", "depth": 1, "costs": [[0, 1]], "tokens": 9, "total": -1}, "-1; must be 0 or more"),
+        ({"strategy": "adaptive", "depth": 1, "costs": [[0, math.nan]], "tokens": 9, "total": 1}, "layer 1"),
+        ({"strategy": "upper", "depth": 1, "r": 1, "costs": [[0, 1]]}, "only 'adaptive' takes them"),
+    ],
+)
+def test_what_makes_no_schedule_is_refused_in_one_line(arguments, said):
+    with pytest.raises(InputError) as error:
+        schedule(**arguments)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_r_that_is_too_large_names_layer_t_and_r():
+    with pytest.raises(InputError, match=r"layer 2: r = 4 of t = 7 tokens; allowed: 0\.\.3"):
+        token_counts([3, 4], 10)
+    assert token_counts([3, 3], 10) == [10, 7, 4]
+
+
+def test_the_parameters_give_a_schedule_outright_by_layer_or_by_budget():
+    def schedule_of(strategy, depth, **rule):
+        p = config.load("smoke", strategy=strategy)
+        return dataclasses.replace(p, fusion=FusionRule(**rule)).schedule(depth)
+
+    assert schedule_of("upper", 3, schedule=(0, 2, 5)) == [0, 2, 5]
+    with pytest.raises(InputError, match=r"fusion\.upper\.schedule: .* has 3 layers; the model has 4"):
+        schedule_of("upper", 4, schedule=(0, 2, 5))
+    assert schedule_of("upper", 3, r=2, first_layer=2) == [0, 2, 2]
+    assert schedule_of("all", 3, total=9) == [3, 3, 3]
+
+
+TABLES = st.lists(st.lists(st.integers(0, 9), min_size=4, max_size=4), min_size=1, max_size=4)
+
+
+def possible(costs, tokens: int) -> list[list[int]]:
+    """Every schedule that the rows and the tokens allow, by trying them all."""
+    found = []
+    for plan in itertools.product(*(range(len(row)) for row in costs)):
+        try:
+            token_counts(plan, tokens)
+        except InputError:
+            continue
+        found.append(list(plan))
+    return found
+
+
+def price(costs, plan) -> float:
+    return sum(row[r] for row, r in zip(costs, plan, strict=True))
+
+
+def work(plan, tokens: int) -> int:
+    return sum(token_counts(plan, tokens)[1:])
+
+
+def test_adaptive_spends_its_tokens_where_they_cost_least():
+    costs = [[0, 5, 10, 15], [0, 1, 2, 9], [0, 2, 4, 6]]
+    assert adaptive(costs, total=3, tokens=20) == [0, 2, 1]
+    assert schedule("adaptive", depth=3, total=3, costs=costs, tokens=20) == [0, 2, 1]
+
+
+def test_adaptive_sees_what_a_greedy_choice_does_not():
+    # layer 1's first token is the cheapest of all; taking it leaves layer 2 too few tokens for its cheap pair
+    assert adaptive([[0, 1], [0, 9, 3]], total=2, tokens=5) == [0, 2]
+    assert adaptive([[0, 1], [0, 9, 3]], total=3, tokens=6) == [1, 2]
+
+
+def test_of_equally_cheap_schedules_the_one_that_fuses_earlier_is_taken():
+    assert adaptive([[0, 1, 2]] * 3, total=3, tokens=20) == [2, 1, 0]
+
+
+@given(TABLES, st.integers(2, 12), st.integers(0, 8))
+@example([[0, 1, 2]] * 2, 3, 2)  # one of 3 tokens can go, and then none of 2
+@example([[0, 9, 1]] * 3, 7, 4)
+def test_no_schedule_of_as_many_tokens_is_cheaper_than_the_adaptive_one(costs, tokens, total):
+    allowed = [plan for plan in possible(costs, tokens) if sum(plan) == total]
+    if not allowed:
+        with pytest.raises(InputError, match="at most"):
+            adaptive(costs, total=total, tokens=tokens)
+        return
+    plan = adaptive(costs, total=total, tokens=tokens)
+    assert plan in allowed
+    assert price(costs, plan) == min(price(costs, other) for other in allowed)
+
+
+@given(TABLES, st.integers(2, 12))
+@example([[0, 1, 2]] * 2, 3)
+def test_the_frontier_is_what_no_schedule_beats_in_cost_and_work(costs, tokens):
+    points = {(price(costs, plan), work(plan, tokens)) for plan in possible(costs, tokens)}
+    front = {(c, w) for c, w in points if not any(a <= c and b <= w and (a, b) != (c, w) for a, b in points)}
+    plans = list(frontier(costs, tokens=tokens))
+    found = [(price(costs, plan), work(plan, tokens)) for plan in plans]
+    assert set(found) == front
+    assert len(found) == len(front)
+    assert found == sorted(found)
+
+
+def test_a_table_of_a_released_models_size_is_worked_out_in_seconds():
+    rises = np.arange(99)
+    costs = [list((rises * (1 + layer / 24)) ** 1.5) for layer in range(24)]
+    plan = adaptive(costs, total=171, tokens=197)
+    assert sum(plan) == 171
+    assert token_counts(plan, 197)[-1] == 26
+    assert plan == sorted(plan, reverse=True)  # later layers cost more in this table
+    assert plan[0] > plan[-1]

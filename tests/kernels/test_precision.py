@@ -1,0 +1,102 @@
+"""Precision: what stays float32 under autocast, and where values stop being finite."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from famba import create_model
+from famba.bench.precision import loss_curve
+from famba.kernels import ops, precision
+from famba.models import mixer
+
+
+def small(**changes) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return create_model("vim_nano", num_classes=10, depth=3, schedule=[0, 8, 8], **changes)
+
+
+def images(count: int = 2) -> torch.Tensor:
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def test_where_all_is_finite_nothing_is_named():
+    model = small()
+    model(images()).sum().backward()
+    assert precision.first_not_finite(model, images()) == ""
+
+
+@pytest.mark.parametrize(
+    ("weight", "place"),
+    [
+        ("patch_embed.proj.bias", "the output of patch_embed.proj"),
+        ("layers.0.norm.weight", "the output of layer 1, norm"),
+        ("layers.1.mixer.in_proj.weight", "the output of layer 2, mixer.in_proj"),
+        ("layers.2.mixer.A_b_log", "the output of layer 3, mixer.out_proj"),
+        ("head.weight", "the output of head"),
+    ],
+)
+def test_the_first_module_that_gives_something_not_finite_is_named_with_its_layer(weight, place):
+    model = small()
+    with torch.no_grad():
+        dict(model.named_parameters())[weight].view(-1)[0] = math.nan
+    assert precision.first_not_finite(model, images()) == place
+
+
+def test_where_only_gradients_are_not_finite_the_one_nearest_to_the_loss_is_named():
+    model = small()
+    model(images()).sum().backward()
+    for name in ("layers.0.mixer.D", "layers.1.mixer.D"):
+        dict(model.named_parameters())[name].grad[3] = math.inf
+    assert precision.first_not_finite(model, images()) == "the gradient of layer 2, mixer.D"
+
+
+def test_images_that_are_not_finite_are_named_first():
+    broken = images()
+    broken[1, 0, 0, 0] = -math.inf
+    assert precision.first_not_finite(small(), broken) == "the images"
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_under_autocast_the_scans_parameters_and_the_residual_stream_stay_float32(monkeypatch, backend):
+    given: list[dict[str, torch.dtype]] = []
+    scan = mixer.bidirectional_scan
+
+    def watched(forward, backward, gate, **options):
+        for side in (forward, backward):
+            given.append({key: getattr(side, key).dtype for key in ("u", "A", "D", "delta_bias")})
+        return scan(forward, backward, gate, **options)
+
+    monkeypatch.setattr(mixer, "bidirectional_scan", watched)
+    model = small(backend=backend)
+    with precision.autocast(torch.device("cpu"), "bf16"):
+        _, trace = model.forward_with_trace(images())
+    assert len(given) == 2 * 3
+    for dtypes in given:
+        assert dtypes.pop("u") == torch.bfloat16
+        assert set(dtypes.values()) == {torch.float32}
+    assert {x.dtype for x in trace.residuals} == {torch.float32}
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_under_autocast_the_scans_states_are_float32_however_long_the_sequence(backend):
+    """A state that decays slowly sums 4,096 tokens of 2^-9 to about 8, which a bfloat16 state stops short of at 1."""
+    t, ones = 4096, torch.ones(1, 32, 4096, dtype=torch.bfloat16)
+    step, A = torch.zeros(1, 1, t, dtype=torch.bfloat16), torch.full((32, 1), -1e-9)
+    bias = torch.full((32,), math.log(math.expm1(2**-9)))
+    with precision.autocast(torch.device("cpu"), "bf16"):
+        out = ops.projected_scan(
+            ones, step, torch.zeros(32, 1), A, ones[:, :1], ones[:, :1], delta_bias=bias, backend=backend
+        )
+    assert out.dtype == torch.bfloat16
+    assert out[0, 0, -1].item() == pytest.approx(8, rel=0.01)
+
+
+@pytest.mark.slow
+def test_training_in_bf16_follows_fp32_for_300_steps():
+    curves = {name: np.array(loss_curve(name, steps=300, depth=4)) for name in ("fp32", "bf16")}
+    means = {name: curve.reshape(10, 30).mean(1) for name, curve in curves.items()}
+    assert means["fp32"][-1] < 0.5 * means["fp32"][0]
+    np.testing.assert_allclose(means["bf16"], means["fp32"], rtol=0.05)
+    assert not np.array_equal(curves["bf16"], curves["fp32"])

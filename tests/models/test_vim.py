@@ -1,0 +1,355 @@
+"""Vision Mamba: the independent references' numbers, the released state dicts, and fusion inside whole models."""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from famba import FusionOptions, InputError, VisionMamba, create_model
+from famba.models.vim import kernels
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+PAPER = FusionOptions(order="append", weighting="mean", feature="normed", position="before_mixer")
+VIM_CASES = ["vim_tiny", "vim_tiny_odd_nodiv", "vim_tiny_overlap_meanpool", "vim_tiny_clshead"]
+FUSED_CASES = json.loads((GOLDEN / "fambav_tiny.json").read_text())["cases"]
+RELATIVE = {torch.float32: 1e-4, torch.float64: 1e-9}
+
+
+def model_of(config: dict, **changes) -> VisionMamba:
+    sizes = {key: config[key] for key in ("img_size", "patch_size", "stride", "depth", "d_state", "num_classes")}
+    return VisionMamba(
+        **sizes,
+        d_model=config["embed_dim"],
+        cls_position=config["cls"],
+        pool="mean" if config["cls"] == "none" else "cls",
+        average_directions=config["divide_out"],
+        **changes,
+    )
+
+
+def close(ours: torch.Tensor, golden: torch.Tensor, relative: float) -> None:
+    """Relative in the sense of the largest entry, as rounding is."""
+    assert ours.shape == golden.shape
+    difference = (ours.double() - golden.double()).abs().max() / golden.double().abs().max().clamp(min=1e-30)
+    assert difference <= relative, f"relative difference {difference:.2e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", VIM_CASES)
+def test_outputs_of_every_layer_agree_with_the_reference(name, dtype):
+    config = json.loads((GOLDEN / f"{name}.json").read_text())["config"]
+    golden = load_file(GOLDEN / f"{name}.golden.safetensors")
+    model = model_of(config)
+    model.load_state_dict(load_file(GOLDEN / f"{name}.weights.safetensors"))
+    model.to(dtype)
+    images = golden["input"].to(dtype)
+    with torch.no_grad():
+        logits, trace = model.forward_with_trace(images)
+        close(model.embed(images), golden["tokens"], 1e-5)
+        assert torch.equal(model(images), logits)
+    # The layers' hidden states are given in fp32 only.
+    for layer in range(config["depth"]):
+        close(trace.hidden_states[layer], golden[f"hidden.{layer}"], RELATIVE[torch.float32])
+        close(trace.residuals[layer], golden[f"residual.{layer}"], RELATIVE[torch.float32])
+    suffix = "_f64" if dtype == torch.float64 else ""
+    close(logits, golden[f"logits{suffix}"], RELATIVE[dtype])
+    close(trace.pooled, golden[f"features{suffix}"], RELATIVE[dtype])
+    loss = functional.cross_entropy(logits, golden["labels"].long())
+    close(loss, golden[f"loss{suffix}"], RELATIVE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", VIM_CASES)
+def test_gradients_of_every_parameter_agree_with_the_reference(name, dtype):
+    described = json.loads((GOLDEN / f"{name}.json").read_text())
+    golden = load_file(GOLDEN / f"{name}.golden.safetensors")
+    grads = load_file(GOLDEN / f"{name}.grads.safetensors")
+    model = model_of(described["config"])
+    model.load_state_dict(load_file(GOLDEN / f"{name}.weights.safetensors"))
+    model.to(dtype)
+    images = golden["input"].to(dtype).requires_grad_()
+    functional.cross_entropy(model(images), golden["labels"].long()).backward()
+    parameters = dict(model.named_parameters())
+    assert sorted(parameters) == sorted(grads)
+    for key, expected in grads.items():
+        close(parameters[key].grad, expected, RELATIVE[torch.float32])
+    close(images.grad, golden["grad_input"], RELATIVE[torch.float32])
+    norms = torch.stack([parameters[key].grad.norm() for key in described["param_keys"]])
+    expected = golden["grad_norm_f64" if dtype == torch.float64 else "grad_norm"]
+    assert ((norms - expected).abs() / expected.clamp(min=1e-12)).max() <= RELATIVE[dtype]
+
+
+@pytest.mark.parametrize("reference", ["vim_ti", "vim_s", "vim_b", "vim_ti_stride8", "vim_s_stride8"])
+def test_state_dict_keys_shapes_and_parameter_counts_are_the_released_ones(reference):
+    expected = json.loads((GOLDEN / "vim_state_dict_keys.json").read_text())[reference]
+    name = {"vim_ti": "vim_tiny", "vim_s": "vim_small", "vim_b": "vim_base"}[reference.removesuffix("_stride8")]
+    with torch.device("meta"):
+        model = create_model(name, stride=expected["stride"])
+        assert {key: list(t.shape) for key, t in model.state_dict().items()} == expected["shapes"]
+        assert list(model.state_dict()) == list(expected["shapes"])
+        for text, count in expected["num_params"].items():
+            classes = int(text.removeprefix("num_classes="))
+            other = create_model(name, stride=expected["stride"], num_classes=classes)
+            assert sum(p.numel() for p in other.parameters()) == count
+
+
+@pytest.mark.slow
+def test_the_full_size_model_agrees_with_the_reference():
+    described = json.loads((GOLDEN / "vim_ti_224.json").read_text())
+    golden = load_file(GOLDEN / "vim_ti_224.golden.safetensors")
+    model = model_of(described["config"])
+    model.load_state_dict({key: made(key, t, described["recipe_seed"]) for key, t in model.state_dict().items()})
+    for key, (total, absolute) in described["weight_checksums"].items():
+        values = model.state_dict()[key].double()
+        np.testing.assert_allclose([values.sum(), values.abs().sum()], [total, absolute], rtol=1e-6, atol=1e-4)
+    shape = (described["config"]["batch"], 3, 224, 224)
+    images = torch.from_numpy(np.random.RandomState(described["input_seed"]).standard_normal(shape).astype(np.float32))
+    with torch.no_grad():
+        logits, trace = model.forward_with_trace(images)
+    close(logits, golden["logits"], 1e-4)
+    close(torch.stack([h.norm(dim=-1).mean(1) for h in trace.hidden_states]), golden["hidden_norm"], 1e-4)
+    close(torch.stack([h.norm(dim=-1).mean(1) for h in trace.residuals]), golden["residual_norm"], 1e-4)
+
+
+def made(key: str, like: torch.Tensor, seed: int) -> torch.Tensor:
+    """The reference's recipe for weights that are too large to store."""
+    shape = tuple(like.shape)
+    normal = np.random.RandomState((zlib.crc32(key.encode()) ^ seed) & 0xFFFFFFFF).standard_normal(shape)
+    name = key.rsplit(".", 2)[-2] if "." in key else key
+    if key.endswith(("A_log", "A_b_log")):
+        base, std = np.log(np.arange(1, shape[-1] + 1)), 0.3
+    elif key.endswith((".D", ".D_b")):
+        base, std = 1.0, 0.3
+    elif name in ("norm", "norm_f"):
+        base, std = 1.0, 0.2
+    elif name.startswith("dt_proj") and key.endswith("bias"):
+        base, std = -3.0, 1.0
+    elif key.endswith("bias"):
+        base, std = 0.0, 0.2
+    elif key in ("cls_token", "pos_embed") or name.startswith("conv1d"):
+        base, std = 0.0, 0.5
+    elif name.startswith("dt_proj"):
+        base, std = 0.0, shape[1] ** -0.5
+    else:
+        base, std = 0.0, np.prod(shape[1:]) ** -0.5
+    return torch.from_numpy((base + std * normal).astype(np.float32))
+
+
+@pytest.mark.parametrize("case", [name for name in FUSED_CASES if name != "block/all_r_too_large"])
+def test_fused_models_agree_with_the_reference(case):
+    described = json.loads((GOLDEN / "fambav_tiny.json").read_text())
+    expected = described["cases"][case]
+    golden = {k.removeprefix(f"{case}/"): t for k, t in load_file(GOLDEN / "fambav_tiny.golden.safetensors").items()}
+    schedule = [expected["r"] if layer in expected["merge_at"] else 0 for layer in range(6)]
+    model = model_of(described["config"], schedule=schedule, fusion=PAPER)
+    model.load_state_dict(load_file(GOLDEN / "vim_tiny_clshead.weights.safetensors"))
+
+    logits, trace = model.forward_with_trace(golden["input"])
+    close(logits, golden["logits"], 1e-4)
+    close(trace.pooled, golden["features"], 1e-4)
+    assert trace.token_counts == [65, *expected["tokens_seen_by_each_mixer"]]
+    for merge, layer in enumerate(expected["merge_at"]):
+        matching = trace.matchings[layer]
+        assert torch.equal(matching.source, golden[f"merge{merge}/src_pos"].long())
+        assert torch.equal(matching.target, golden[f"merge{merge}/dst_pos"].long())
+    labels = load_file(GOLDEN / "vim_tiny_clshead.golden.safetensors")["labels"].long()
+    loss = functional.cross_entropy(logits, labels)
+    close(loss, golden["loss"], 1e-4)
+    loss.backward()
+    parameters = dict(model.named_parameters())
+    norms = torch.stack([parameters[key].grad.norm() for key in described["param_keys"]])
+    torch.testing.assert_close(norms, golden["grad_norm"], rtol=1e-3, atol=1e-6)
+
+    double = model.double()
+    with torch.no_grad():
+        close(double(golden["input"].double()), golden["logits_f64"], 1e-9)
+
+
+def test_an_r_that_the_reference_clamps_is_refused_before_anything_runs():
+    described = json.loads((GOLDEN / "fambav_tiny.json").read_text())
+    with pytest.raises(InputError, match=r"layer 1: r = 40 of t = 65 tokens; allowed: 0\.\.32"):
+        model_of(described["config"], schedule=[40] * 6, fusion=PAPER)
+
+
+def small(**changes) -> VisionMamba:
+    torch.manual_seed(changes.pop("seed", 0))
+    return create_model("vim_nano", **{"num_classes": 10, "depth": 4, "d_model": 16, "d_state": 4, **changes})
+
+
+OPTIONS = [
+    FusionOptions(order=order, weighting=weighting, feature=feature, position=position)
+    for order in ("scan", "append")
+    for weighting in ("size", "mean")
+    for feature in ("normed", "residual", "delta", "B", "C")
+    for position in ("before_mixer", "after_scan")
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: f"{o.order}-{o.weighting}-{o.feature}-{o.position}")
+def test_every_option_fuses_what_the_schedule_promises_and_trains_every_parameter(options):
+    model = small(schedule=[0, 9, 5, 4], fusion=options)
+    images = torch.randn(2, 3, 8, 8)
+    logits, trace = model.forward_with_trace(images)
+    assert trace.token_counts == model.token_counts == [37, 37, 28, 23, 19]
+    assert [h.shape[1] for h in trace.hidden_states] == trace.token_counts[1:]
+    logits.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize(("key", "value"), [("order", "append"), ("weighting", "mean"), ("position", "after_scan")])
+def test_each_option_changes_the_result(key, value):
+    images = torch.randn(2, 3, 8, 8)
+    default = small(schedule=[0, 9, 5, 4])(images)
+    assert not torch.allclose(small(schedule=[0, 9, 5, 4], fusion=FusionOptions(**{key: value}))(images), default)
+
+
+@pytest.mark.parametrize("cls_position", ["middle", "head"])
+@pytest.mark.parametrize("order", ["scan", "append"])
+def test_the_class_token_is_never_fused_and_is_followed(cls_position, order):
+    model = small(cls_position=cls_position, schedule=[9, 9, 6, 3], fusion=FusionOptions(order=order))
+    _, trace = model.forward_with_trace(torch.randn(3, 3, 8, 8))
+    start = {"middle": 18, "head": 0}[cls_position]
+    rows = torch.arange(3)
+    for groups, sizes in zip(trace.groups, trace.sizes, strict=True):
+        now = groups[rows, start]
+        assert (sizes[rows, now] == 1).all()
+        assert ((groups == now[:, None]).sum(1) == 1).all()
+    assert torch.equal(trace.cls_index, trace.groups[-1][:, start])
+
+
+def test_groups_and_sizes_tell_where_every_patch_went():
+    _, trace = small(schedule=[9, 9, 6, 3]).forward_with_trace(torch.randn(2, 3, 8, 8))
+    for groups, sizes in zip(trace.groups, trace.sizes, strict=True):
+        assert torch.equal(torch.nn.functional.one_hot(groups, sizes.shape[1]).sum(1).float(), sizes)
+
+
+def test_a_schedule_of_zeros_is_the_unfused_model_bit_for_bit():
+    images = torch.randn(2, 3, 8, 8)
+    plain = small()
+    assert torch.equal(small(schedule=[0, 0, 0, 0], fusion=PAPER)(images), plain(images))
+    fused = small(schedule=[9, 9, 6, 3])
+    assert not torch.equal(fused(images), plain(images))
+    fused.set_fusion([0] * 4, FusionOptions())
+    assert torch.equal(fused(images), plain(images))
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(1, 4), st.sampled_from(["middle", "head", "none"]), st.sampled_from(["scan", "append"]))
+def test_images_of_a_batch_do_not_affect_each_other(b, cls_position, order):
+    pool = "mean" if cls_position == "none" else "cls"
+    options = FusionOptions(order=order)
+    model = small(cls_position=cls_position, pool=pool, schedule=[9, 9, 6, 3], fusion=options).double()
+    images = torch.randn(b, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        together = model(images)
+        alone = torch.cat([model(images[i : i + 1]) for i in range(b)])
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
+
+
+def test_mean_pooling_weighs_a_token_by_the_patches_it_stands_for():
+    model = small(cls_position="none", pool="mean", schedule=[9, 0, 0, 0])
+    _, trace = model.forward_with_trace(torch.randn(2, 3, 8, 8))
+    last, _ = model.norm_f(trace.hidden_states[-1], trace.residuals[-1])
+    by_hand = sum(last[:, i] * trace.sizes[-1][:, i : i + 1] for i in range(27)) / 36
+    torch.testing.assert_close(trace.pooled, by_hand)
+
+
+def test_both_directions_start_with_small_steps():
+    mixer = small().layers[0].mixer
+    for bias in (mixer.dt_proj.bias, mixer.dt_proj_b.bias):
+        step = functional.softplus(bias)
+        assert (step >= 9e-5).all()
+        assert (step <= 0.11).all()
+    assert torch.equal(mixer.A_b_log, mixer.A_log)
+
+
+def test_with_the_class_token_at_the_head_the_last_forward_scan_learns_nothing():
+    """The reason why it stands in the middle: the last layer's forward scan reads the class token first."""
+    model = small(cls_position="head")
+    model(torch.randn(2, 3, 8, 8)).square().sum().backward()
+    assert model.layers[-1].mixer.A_log.grad.abs().sum() == 0
+    middle = small(cls_position="middle")
+    middle(torch.randn(2, 3, 8, 8)).square().sum().backward()
+    assert middle.layers[-1].mixer.A_log.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"name": "vim_huge"}, "'vim_huge' is not one of vim_tiny"),
+        (
+            {"img_size": 30, "patch_size": 4, "stride": 4},
+            "img_size: 30 pixels; patches of 4 at stride 4 do not",
+        ),
+        ({"img_size": 2, "patch_size": 3}, "img_size: 2 pixels"),
+        ({"depth": 0}, "depth: 0; must be"),
+        ({"cls_position": "tail"}, "cls_position: 'tail' is not one of middle, head, none"),
+        ({"cls_position": "none"}, "pool: 'cls' with cls_position 'none'"),
+        ({"pool": "max"}, "pool: 'max'"),
+        ({"schedule": [1, 2]}, "schedule: 2 entries; must be one for each of 4 layers"),
+        ({"schedule": [0, 19, 0, 0]}, "layer 2: r = 19 of t = 37 tokens; allowed: 0..18"),
+        ({"schedule": [17, 8, 4, 4]}, "layer 4: r = 4 of t = 8 tokens; allowed: 0..3"),
+        ({"schedule": [0, -1, 0, 0]}, "layer 2: r = -1"),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused_in_one_line(arguments, said):
+    with pytest.raises(InputError) as error:
+        create_model(**{"name": "vim_nano", "depth": 4, "d_model": 16, **arguments})
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_three_tokens_cannot_fuse_when_the_class_token_may_stand_between_the_others():
+    with pytest.raises(InputError, match="layer 2: r = 1 of t = 3 tokens; the class token may stand between"):
+        create_model("vim_nano", img_size=6, patch_size=3, stride=3, depth=2, d_model=16, schedule=[2, 1])
+
+
+def test_an_image_of_another_size_is_refused():
+    with pytest.raises(InputError, match=r"images: \(9, 8\) pixels; this model takes \(8, 8\)"):
+        small()(torch.randn(1, 3, 9, 8))
+
+
+class Operators(TorchDispatchMode):
+    """Notes famba's operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.called: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        namespace, _, name = func._overloadpacket._qualified_op_name.partition("::")
+        if namespace == "famba":
+            self.called.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+NATIVE = {name: name for name in ("scan", "gate", "norm", "match", "plan", "fuse")} | {"convolution": "conv"}
+# On a GPU both directions and the gate are one operator; of torch's functions the scan alone is one.
+OPERATORS = {
+    "native": NATIVE,
+    "triton": {function: f"gpu_{name}" for function, name in NATIVE.items()} | {"gate": "gpu_scan"},
+    "torch": {"scan": "chunked_scan"},
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("backend", "d_state"), [("auto", 8), ("auto", 65), ("torch", 8), ("triton", 8)])
+def test_the_kernels_named_are_the_operators_that_run(on_paper, backend, d_state, precision):
+    emptied, mode = on_paper
+    model = emptied(create_model("vim_nano", depth=2, d_state=d_state, schedule=[0, 5], backend=backend))
+    named = kernels(backend, torch.device("cpu"), model.config, precision)
+    with mode, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), Operators() as seen:
+        model(torch.empty(1, 3, 8, 8))
+    assert ("instruction_set" in named) == ("native" in named.values())
+    named.pop("instruction_set", None)
+    assert named.keys() == NATIVE.keys()
+    assert backend == "auto" or set(named.values()) == {backend}
+    assert seen.called == {OPERATORS[used].get(function) for function, used in named.items()} - {None}

@@ -1,0 +1,539 @@
+import itertools
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import seaborn
+from matplotlib.collections import PathCollection
+from matplotlib.colors import to_hex, to_rgb
+from test_summary import runs_frame
+
+from famba import plots
+from famba.analysis import ablation, summary
+from famba.errors import InputError
+from famba.fusion.options import FusionOptions
+from famba.fusion.strategies import STRATEGIES
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture
+def runs():
+    return runs_frame({"upper": [89.0, 94.0, 90.0], "none": [90.0, 96.0, 93.0], "all": [80.0, 82.0, 81.0]})
+
+
+@pytest.fixture
+def schedules():
+    return summary.schedule_frame({"upper": [0, 0, 4], "none": [0, 0, 0], "all": [2, 2, 2]}, tokens=17)
+
+
+@pytest.fixture
+def history():
+    rows = [
+        {
+            "strategy": strategy,
+            "seed": seed,
+            "epoch": epoch,
+            "train_loss": 4.0 / epoch + seed,
+            "val_loss": 5.0 / epoch + seed,
+            "val_top1_percent": 30.0 * epoch + seed,
+        }
+        for strategy, seed, epoch in itertools.product(["none", "upper"], [0, 1, 2], [1, 2, 3])
+    ]
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture
+def benchmarks():
+    """Tables of a benchmark, with numbers that are easy to follow."""
+    scans = itertools.product(
+        ["(1, 2, 3, 4)", "(5, 6, 7, 8)"], {"native": 0.5, "reference": 100.0, "matmul": 1.0}.items()
+    )
+    parts = itertools.product(["torch", "native, fused"], {"scan": 0.5, "norm": 0.2, "Python": 0.3}.items())
+    memory = {("torch", "none"): 400.0, ("native", "none"): 200.0, ("native", "upper"): 100.0}
+    tables = {
+        "scan": [{"shape": shape, "contestant": name, "matmuls": x, "times": 2 * x} for shape, (name, x) in scans],
+        "profile": [{"step": step, "part": part, "share": x, "ms": 1000 * x} for step, (part, x) in parts],
+        "lengths": [{"tokens": 37, "median_ms": 80.0}, {"tokens": 17, "median_ms": 40.0}],
+        "schedules": [
+            {"strategy": name, "mean_tokens": t, "median_ms": ms, "predicted_median_ms": 60.0, "of_predicted": ms / 60}
+            for name, t, ms in (("upper", 27, 63.0), ("all", 22, 60.0))
+        ],
+        "memory": [
+            {"backend": backend, "strategy": strategy, "peak_mib": x, "predicted_mib": x + 1, "of_torch": x / 400}
+            for (backend, strategy), x in memory.items()
+        ],
+        "precision": [{"precision": "fp32", "faster": 1.0}, {"precision": "bf16", "faster": 1.75}],
+        "curves": [
+            {"step": 10 * i, "fp32": 4.0 / i, "bf16": 5.0 / i, "fp32, other order": 6.0 / i} for i in range(1, 5)
+        ],
+    }
+    return {name: pd.DataFrame(rows) for name, rows in tables.items()}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_with_pyplot():
+    before = dict(matplotlib.rcParams)
+    yield
+    assert plt.get_fignums() == []
+    assert dict(matplotlib.rcParams) == before
+
+
+def legend(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def lines(figure):
+    """The first panel's lines by their names in the legend; error bars and markers of a mean are no such lines."""
+    drawn = [line for line in figure.axes[0].get_lines() if line.get_label().startswith("_child")]
+    return dict(zip(legend(figure), drawn, strict=True))
+
+
+def titles(figure):
+    return [axes.get_title() for axes in figure.axes if axes.get_title()]
+
+
+def test_every_strategy_has_a_colour_of_its_own_in_the_fixed_order():
+    assert tuple(plots.STRATEGY_COLOURS) == STRATEGIES
+    for one, two in itertools.combinations(plots.STRATEGY_COLOURS.values(), 2):
+        assert np.abs(np.subtract(to_rgb(one), to_rgb(two))).max() > 0.2, (one, two)
+    assert {to_rgb(colour) for colour in plots.STRATEGY_COLOURS.values()} < set(seaborn.color_palette("colorblind"))
+
+
+@pytest.mark.parametrize("cost", ["train_time_s", "peak_memory_mib"])
+def test_accuracy_against_draws_means_runs_and_spread_of_the_frame(runs, cost):
+    figure = plots.accuracy_against(runs, cost)
+    axes = figure.axes[0]
+    assert legend(figure) == ["none", "all", "upper", "Pareto front"]
+    for (line, *_), strategy in zip(axes.containers, ["none", "all", "upper"], strict=True):
+        of = runs[runs["strategy"] == strategy]
+        assert line.get_xydata().tolist() == [[of[cost].mean(), of["top1_percent"].mean()]]
+        assert to_hex(line.get_color()) == plots.STRATEGY_COLOURS[strategy].lower()
+    (cloud,) = [item for item in axes.collections if isinstance(item, PathCollection)]
+    np.testing.assert_allclose(cloud.get_offsets(), runs[[cost, "top1_percent"]])
+    assert [to_hex(colour) for colour in cloud.get_facecolors()] == [
+        plots.STRATEGY_COLOURS[strategy].lower() for strategy in runs["strategy"]
+    ]
+    bars = [bar for bar in axes.containers if bar.has_yerr]
+    assert len(bars) == 3
+    (segment,) = bars[0][2][1].get_segments()
+    np.testing.assert_allclose(segment[:, 1], [93.0 - 3.0, 93.0 + 3.0], err_msg="none: mean 93, sd 3")
+    assert axes.get_xlabel().endswith({"train_time_s": "(s)", "peak_memory_mib": "(MiB)"}[cost])
+    assert axes.get_ylabel() == "top-1 accuracy (%)"
+
+
+def test_the_front_that_is_drawn_is_the_front_of_the_numbers(runs):
+    runs.loc[runs["strategy"] == "all", "train_time_s"] = 1000.0
+    front = plots.accuracy_against(runs).axes[0].get_lines()[-1]
+    assert front.get_xdata().tolist() == [2 * 91.0, 2 * 93.0], "upper, then none; all is dearer and worse"
+    assert front.get_drawstyle() == "steps-post"
+
+
+def test_captions_say_over_how_many_seeds(runs, history):
+    assert "mean over n = 3 seeds, bars ± 1 sd" in plots.accuracy_against(runs).get_supxlabel()
+    one = plots.accuracy_against(runs[runs["seed"] == 0])
+    assert "one run each, so without spread" in one.get_supxlabel().replace("\n", " ")
+    assert [(bar.has_xerr, bar.has_yerr) for bar in one.axes[0].containers] == 3 * [(False, False)]
+    assert plots.training_curves(history).get_supxlabel() == "Mean over n = 3 seeds; the band is ± 1 sd."
+    assert plots.training_curves(history[history["seed"] == 0]).get_supxlabel() == "Mean over n = 1 seed."
+
+
+def test_accuracy_against_refuses_what_is_no_cost_and_whom_it_cannot_colour(runs):
+    with pytest.raises(InputError, match="'throughput_img_s' is not one of train_time_s"):
+        plots.accuracy_against(runs, "throughput_img_s")
+    with pytest.raises(InputError, match=r"strategy: \['middle'\]; allowed: none, all"):
+        plots.accuracy_against(runs.replace({"strategy": {"upper": "middle"}}))
+
+
+def test_tokens_per_layer_draws_the_counts_from_the_input_on(schedules):
+    drawn = lines(plots.tokens_per_layer(schedules))
+    assert list(drawn) == ["none (17 left)", "all (11 left)", "upper (13 left)"]
+    assert drawn["upper (13 left)"].get_xydata().tolist() == [[0, 17], [1, 17], [2, 17], [3, 13]]
+
+
+def test_training_curves_draw_mean_and_spread_over_seeds(history):
+    figure = plots.training_curves(history)
+    assert titles(figure) == ["training loss", "validation loss", "validation top-1 accuracy (%)"]
+    loss = figure.axes[0]
+    assert list(lines(figure)) == ["none", "upper"]
+    np.testing.assert_allclose(lines(figure)["none"].get_ydata(), [5.0, 3.0, 4 / 3 + 1])
+    band = loss.collections[0].get_paths()[0].vertices
+    assert band[:, 1].max() == pytest.approx(4.0 + 1 + 1), "seeds 0, 1, 2 add mean 1 and sd 1"
+    one = plots.training_curves(history[history["seed"] == 1])
+    assert lines(one)["upper"].get_ydata().tolist() == [5.0, 3.0, 4 / 3 + 1]
+    assert not any(np.isfinite(path.vertices).any() for band in one.axes[0].collections for path in band.get_paths())
+
+
+def test_runs_that_trained_nothing_are_drawn_and_said(runs, history):
+    figure = plots.training_curves(history[:0])
+    assert figure.axes == []
+    assert figure.get_supxlabel() == "Nothing was trained: the runs evaluate the weights that they were given."
+    runs["train_time_s"] = 0.0
+    against = plots.accuracy_against(runs, "train_time_s")
+    assert {line.get_xydata()[0, 0] for line, *_ in against.axes[0].containers} == {0.0}
+    beside = plots.paper_beside_ours(summary.beside_paper(summary.summary(runs)))
+    assert any("not\nmeasured\nhere" in text.get_text() for text in beside.axes[9].texts)
+
+
+def test_beside_the_paper_bars_are_changes_and_texts_are_values(runs):
+    figure = plots.paper_beside_ours(summary.beside_paper(summary.summary(runs)))
+    assert len(figure.axes) == 3 * 5
+    assert [title.split("\n")[::2] for title in titles(figure)] == [
+        *(["Vim-Ti", "paper"], ["Vim-Ti", "here"], ["Vim-S", "paper"], ["Vim-S", "here"], ["vim_nano", "here"])
+    ]
+    paper, empty, ours = figure.axes[0], figure.axes[1], figure.axes[4]
+    np.testing.assert_allclose([bar.get_width() for bar in paper.patches], [0, -8.2, -3.1, -7.9, 0.4])
+    assert [text.get_text() for text in paper.texts] == ["70.1%", "61.9%", "67.0%", "62.2%", "70.5%"]
+    np.testing.assert_allclose([bar.get_width() for bar in ours.patches], [0, -12.0, -2.0])
+    assert [text.get_text() for text in ours.texts] == ["93.0%", "81.0%", "not measured", "not measured", "91.0%"]
+    for axes in (figure.axes[row * 5 + column] for row in range(3) for column in (1, 3)):
+        assert not axes.patches
+        assert [text.get_text() for text in axes.texts] == ["not\nmeasured\nhere"]
+    assert empty.get_xlim() == paper.get_xlim()
+    memory = figure.axes[10]
+    assert memory.patches[1].get_width() == pytest.approx(100 * (5499 - 8302) / 8302)
+
+
+def test_the_overview_writes_what_each_layer_removes(schedules):
+    axes = plots.strategies_overview(schedules).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["none", "all", "upper"]
+    numbers = {text.get_position(): text.get_text() for text in axes.texts if text.get_text().isdigit()}
+    assert numbers == {(0.5, 1.5): "2", (1.5, 1.5): "2", (2.5, 1.5): "2", (2.5, 2.5): "4"}, "all and upper"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "3"]
+    for mesh, (strategy, removed) in zip(axes.collections, {"none": 0, "all": 2, "upper": 4}.items(), strict=True):
+        assert mesh.get_array().compressed().max() == removed
+        assert to_hex(mesh.get_cmap()(1.0)) == plots.STRATEGY_COLOURS[strategy].lower()
+    assert [text.get_text() for text in axes.texts if "→" in text.get_text()] == [
+        *("17 → 17 tokens", "17 → 11 tokens", "17 → 13 tokens")
+    ]
+
+
+def test_heatmaps_show_the_matrices_on_one_scale():
+    matrices = [np.array([[1.0, -0.33], [-0.33, 1.0]]), np.ones((1, 1)), np.eye(5)]
+    figure = plots.similarity_heatmaps(matrices, layers=[1, 4, 9])
+    assert titles(figure) == ["layer 1: 2 tokens", "layer 4: 1 tokens", "layer 9: 5 tokens"]
+    *panels, bar = figure.axes
+    assert bar.get_ylabel() == "cosine similarity"
+    for axes, matrix in zip(panels, matrices, strict=True):
+        (mesh,) = axes.collections
+        assert np.asarray(mesh.get_array()).tolist() == matrix.tolist()
+        assert mesh.get_clim() == (-0.4, 1.0)
+        assert axes.get_xlim() == axes.get_ylim()[::-1] == (0, len(matrix)), "layer's first token top left"
+    with pytest.raises(InputError, match="layers: 1 numbers for 3 matrices"):
+        plots.similarity_heatmaps(matrices, layers=[1])
+    with pytest.raises(InputError, match=r"layer 1 has the shape \(2, 3\), which is not square"):
+        plots.similarity_heatmaps([np.ones((2, 3))])
+
+
+@pytest.fixture
+def likeness():
+    """Two images of 2 x 2 patches and six layers; with trained weights tokens grow less alike, layer by layer."""
+    rows = []
+    for image, layer, token in itertools.product([0, 1], range(1, 7), range(4)):
+        for weights, slope in (("trained", -0.1), ("untrained", 0.0)):
+            value = 0.9 + slope * layer + 0.01 * image
+            rows.append(("none", weights, "similarity", image, layer, value))
+            if token == 0:
+                rows.append(("upper", weights, "distance", image, layer, 1.0 + image + (weights == "untrained")))
+    for image, weights in itertools.product([0, 1], ["trained", "untrained"]):
+        rows += [("none", weights, "size", image, 6, 1.0)] * 4
+        rows += [("upper", weights, "size", image, 6, size) for size in (1.0, 3.0)]
+    return pd.DataFrame(rows, columns=["strategy", "weights", "quantity", "image", "layer", "value"])
+
+
+def test_likeness_is_drawn_by_layer_beside_its_change_towards_the_upper_layers(likeness):
+    left, right = plots.token_similarity(likeness).axes
+    trained, untrained = left.get_lines()
+    np.testing.assert_allclose(trained.get_ydata(), 0.905 - 0.1 * np.arange(1, 7))
+    np.testing.assert_allclose(untrained.get_ydata(), [0.905] * 6)
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["trained", "untrained"]
+    means = [bar.lines[0].get_xdata()[0] for bar in right.containers]
+    np.testing.assert_allclose(means, [-0.4, 0.0], atol=1e-12, err_msg="layers 5, 6 less layers 1, 2")
+
+
+def test_distances_have_a_panel_for_each_strategy_that_fuses_and_say_what_chance_would_do(likeness):
+    figure = plots.fused_distance(likeness)
+    assert titles(figure) == ["upper"]
+    trained, untrained, chance = figure.axes[0].get_lines()
+    assert set(trained.get_ydata()) == {1.5}
+    assert set(untrained.get_ydata()) == {2.5}
+    assert set(chance.get_ydata()) == {1.0}, "of a 2 x 2 grid's six pairs four are neighbours"
+
+
+def test_sizes_at_the_end_are_drawn_for_the_strategies_that_fuse(likeness):
+    axes = plots.token_size(likeness).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["upper"]
+    medians = [line.get_xdata().tolist() for line in axes.get_lines() if line.get_color() == "white"]
+    assert medians == [[2.0, 2.0]] * 2
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_an_unchanged_figure_is_saved_as_the_same_bytes(tmp_path, runs, suffix):
+    path = tmp_path / "deep" / f"a.{suffix}"
+    figure = plots.accuracy_against(runs)
+    assert plots.save(figure, path) == path
+    first = path.read_bytes()
+    plots.save(figure, path)
+    assert path.read_bytes() == first, "saved twice"
+    plots.save(plots.accuracy_against(runs), path)
+    assert path.read_bytes() == first, "drawn twice"
+    assert not any(word in first for word in (b"Software", b"<dc:date>", matplotlib.__version__.encode()))
+    plots.save(plots.accuracy_against(runs, "peak_memory_mib"), path)
+    assert path.read_bytes() != first
+
+
+def test_the_style_of_the_session_changes_nothing(tmp_path, runs):
+    plain = plots.save(plots.accuracy_against(runs), tmp_path / "plain.png").read_bytes()
+    with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "red", "savefig.dpi": 30, "axes.grid": False}):
+        styled = plots.save(plots.accuracy_against(runs), tmp_path / "styled.png").read_bytes()
+        assert matplotlib.rcParams["font.size"] == 20, "and the session keeps its own"
+    assert styled == plain
+
+
+def test_another_suffix_is_refused(tmp_path, runs):
+    with pytest.raises(InputError, match=r"a\.jpg: figures are saved as \.png or \.svg"):
+        plots.save(plots.accuracy_against(runs), tmp_path / "a.jpg")
+
+
+def test_a_notebook_can_show_a_figure_without_pyplot(schedules):
+    assert plots.tokens_per_layer(schedules)._repr_png_().startswith(PNG)
+
+
+def test_a_benchmark_draws_the_numbers_of_its_tables(benchmarks):
+    scan, parts, steps, memory, curves, _ = plots.benchmark(benchmarks).axes
+    assert scan.get_xscale() == "log"
+    assert [[bar.get_width() for bar in bars] for bars in scan.containers] == 2 * [[0.5, 100, 1]]
+    assert {text.get_text() for text in scan.texts} == {" 1×", " 200×", " 2×"}
+    assert [bar.get_width() for bar in parts.containers[1]] == pytest.approx([20, 20])
+    assert [bar.get_x() for bar in parts.containers[1]] == pytest.approx([50, 50])
+    assert [text.get_text() for text in parts.texts][-2:] == ["1,000 ms", "1,000 ms"]
+    (unfused,) = steps.get_lines()
+    assert unfused.get_xydata().tolist() == [[37, 80], [17, 40]]
+    points = {dots.get_label(): dots.get_offsets().tolist() for dots in steps.collections}
+    assert points["upper: 1.05× predicted"] == [[27, 63]]
+    assert points["all: 1.00× predicted"] == [[22, 60]]
+    assert [[27, 60]] in points.values()
+    assert [bar.get_width() for bar in memory.containers[0]] == [400, 200, 100]
+    assert memory.get_lines()[0].get_xdata().tolist() == [401, 201, 101]
+    assert [text.get_text() for text in memory.texts] == [" 1.00×", " 0.50×", " 0.25×"]
+    lines = {line.get_label(): line.get_xydata().tolist()[:2] for line in curves.get_lines()}
+    assert lines["bf16"] == [[10, 5], [20, 2.5]]
+    assert len(lines) == 3
+    assert "1.75×" in curves.get_title()
+
+
+def test_a_benchmark_of_some_parts_has_their_panels_alone(benchmarks):
+    figure = plots.benchmark({"memory": benchmarks["memory"]})
+    assert titles(figure) == ["memory, measured and by formula"]
+    with pytest.raises(InputError, match="tables: lengths; at least one of scan, profile, schedules, memory, curves"):
+        plots.benchmark({"lengths": benchmarks["lengths"]})
+
+
+@pytest.fixture
+def made_up_gpu(benchmarks):
+    """Tables of a GPU's benchmark with numbers that nobody measured."""
+    scans = {("triton", "bf16"): 0.5, ("mamba_ssm", "bf16"): 2.0, ("torch", "bf16"): None, ("triton", "fp32"): 1.0}
+    steps = {"triton": 1.0, "published, triton": 1.5, "torch": 40.0}
+    tables = {
+        "scan": [
+            {
+                "contestant": name,
+                "directions": "one",
+                "precision": kind,
+                "median_ms": 300.0,
+                "device_ms": ms,
+                "of_roofline": (ms or 300) / 0.4,
+            }
+            for (name, kind), ms in scans.items()
+        ],
+        "steps": [
+            {"model": model, "contestant": name, "times": x, "img_per_s": 4000 / x, "peak_mib": 10240 * x}
+            for model in ("vim_tiny", "vim_small")
+            for name, x in steps.items()
+        ],
+        "graphs": [
+            {"what": what, "median_ms": 10 * x, "times": x}
+            for what, x in {"called": 1.0, "captured": 0.2, "called, fused in all layers": 1.25}.items()
+        ],
+        "setting": [{"device": "cuda: a GPU that is made up", "versions": "torch 9"}],
+    }
+    return {name: pd.DataFrame(rows) for name, rows in tables.items()} | {
+        name: benchmarks[name] for name in ("lengths", "schedules")
+    }
+
+
+def test_a_gpus_benchmark_draws_the_numbers_of_its_tables(made_up_gpu):
+    figure = plots.gpu_benchmark(made_up_gpu)
+    scan, steps, schedules, graphs = figure.axes
+    assert [bar.get_width() for bar in scan.containers[0]] == [0.5, 2.0, 300.0, 1.0], (
+        "as called where none was captured"
+    )
+    assert [text.get_text() for text in scan.texts] == [" 1.2×", " 5.0×", " 750.0×", " 2.5×"]
+    assert [bar.get_width() for bar in steps.containers[0]] == 2 * [1.0, 1.5, 40.0]
+    assert steps.texts[1].get_text() == " 2,667/s, 15.0 GiB"
+    assert [text.get_text().replace("\n", " ") for text in steps.get_yticklabels()][3] == "Vim-S: triton"
+    assert len(schedules.get_lines()) == 1
+    assert [bar.get_width() for bar in graphs.containers[0]] == [10, 2, 12.5]
+    colours = [bar.get_facecolor() for bar in steps.containers[0]]
+    assert colours[:3] == colours[3:]
+    assert len(set(colours)) == 3
+    assert any("cuda: a GPU that is made up" in text.get_text() for text in figure.findobj(matplotlib.text.Text))
+
+
+def test_without_a_gpus_benchmark_its_figure_says_so():
+    (said,) = plots.gpu_benchmark({}).texts
+    assert said.get_text() == "no GPU has been measured yet: make bench-gpu"
+
+
+def test_no_text_of_the_saved_figures_overlaps_another(runs, schedules, history, benchmarks, likeness, made_up_gpu):
+    drawn = [
+        plots.accuracy_against(runs),
+        plots.tokens_per_layer(schedules),
+        plots.training_curves(history),
+        plots.strategies_overview(schedules),
+        plots.paper_beside_ours(summary.beside_paper(summary.summary(runs))),
+        plots.benchmark(benchmarks),
+        plots.gpu_benchmark(made_up_gpu),
+        plots.token_similarity(likeness),
+        plots.fused_distance(likeness),
+        plots.token_size(likeness),
+    ]
+    for figure in drawn:
+        figure.draw_without_rendering()
+        unseen = ticks_out_of_view(figure)
+        texts = [
+            text
+            for text in figure.findobj(matplotlib.text.Text)
+            if text.get_visible() and text.get_text() and id(text) not in unseen
+        ]
+        assert len(texts) > 5
+        for one, two in itertools.combinations(texts, 2):
+            a, b = one.get_window_extent(), two.get_window_extent()
+            wide, high = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+            assert min(wide, high) < 2, (one.get_text(), two.get_text())
+        for text in texts:
+            box = text.get_window_extent()
+            assert box.x0 > -1, text
+            assert box.y0 > -1, text
+            assert box.x1 < figure.bbox.x1 + 1, text
+            assert box.y1 < figure.bbox.y1 + 1, text
+
+
+def ticks_out_of_view(figure):
+    """Tick labels outside their axis' limits exist but are not drawn."""
+    unseen = set()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            ticks = [tick for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high]
+            unseen |= {id(label) for tick in ticks for label in (tick.label1, tick.label2)}
+    return unseen
+
+
+@pytest.fixture
+def ablated():
+    """Runs of a grid of two by five options with three seeds, and of one strategy more."""
+    rows = []
+    for strategy, order, feature, seed in itertools.product(
+        ["upper", "lower"], ["scan", "append"], ["normed", "residual", "delta", "B", "C"], [0, 1, 2]
+    ):
+        if strategy == "upper" or feature == "normed" or order == "scan":
+            top1 = 90.0 - 2 * (order == "append") - 3 * (feature == "delta") + 0.5 * seed * (feature != "normed")
+            options = {"order": order, "weighting": "size", "feature": feature, "position": "before_mixer"}
+            rows.append({"strategy": strategy, **options, "seed": seed, "top1_percent": top1})
+    return pd.DataFrame(rows)
+
+
+def test_an_ablation_shows_every_effect_with_its_interval_and_every_cell_with_its_mean(ablated):
+    table = ablation.effects(ablated, grid="upper", reference=FusionOptions())
+    figure = plots.ablation(table, ablated)
+    left, right = figure.axes
+    labels = [text.get_text() for text in left.get_yticklabels()]
+    assert (
+        labels
+        == [f"{pair[0]} \N{MINUS SIGN} {pair[1]}" for pair in zip(table["kept"], table["instead"], strict=True)][:5]
+    )
+    drawn = {container.get_label(): container for container in left.containers}
+    assert list(drawn) == ["upper, over the grid", "upper", "lower"]
+    for (_, rows), container in zip(table.groupby(["strategy", "over"], sort=False), drawn.values(), strict=True):
+        np.testing.assert_allclose(container.lines[0].get_xdata(), rows["mean"])
+        ends = np.array([segment[:, 0] for segment in container.lines[2][0].get_segments()])
+        np.testing.assert_allclose(ends, rows[["low", "high"]].to_numpy())
+    assert drawn["lower"].lines[0].get_color() == plots.STRATEGY_COLOURS["lower"]
+    heights = [np.round(container.lines[0].get_ydata()) for container in drawn.values()]
+    assert all((height == range(5)).all() for height in heights)
+    assert [text.get_text() for text in right.get_yticklabels()] == ["normed", "residual", "delta", "B", "C"]
+    assert [text.get_text() for text in right.get_xticklabels()] == ["scan", "append"]
+    assert [text.get_text() for text in right.texts][:4] == ["90.0", "88.0", "90.5", "88.5"]
+    assert "n = 3 seeds" in figure.get_supxlabel()
+
+
+def test_an_ablation_of_one_option_and_one_seed_has_marks_without_intervals(ablated):
+    runs = ablated[(ablated["seed"] == 0) & (ablated["feature"] == "normed")]
+    table = ablation.effects(runs, grid="upper", reference=FusionOptions())
+    figure = plots.ablation(table, runs)
+    left, right = figure.axes
+    assert not any(container.lines[2] for container in left.containers)
+    assert [text.get_text() for text in right.texts] == ["90.0", "88.0"]
+
+
+def test_an_ablation_is_the_same_bytes_again(ablated, tmp_path):
+    table = ablation.effects(ablated, grid="upper", reference=FusionOptions())
+    first, second = (plots.save(plots.ablation(table, ablated), tmp_path / f"{i}.png") for i in range(2))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_adaptive_schedules_show_every_layers_tokens_and_the_mean_with_its_interval():
+    removed = {"none": [0, 0, 0], "upper": [0, 2, 2], "adaptive-logits": [0, 1, 3]}
+    layers = [
+        {"strategy": name, "layer": layer, "removed": r}
+        for name, plan in removed.items()
+        for layer, r in enumerate(plan, start=1)
+    ]
+    scores = {"none": [96.0, 98.0], "adaptive-logits": [94.0, 95.0], "upper": [93.0, 97.0]}
+    rows = [
+        {"strategy": name, "seed": seed, "top1_percent": x}
+        for name, runs in scores.items()
+        for seed, x in enumerate(runs)
+    ]
+    figure = plots.adaptive_schedules(pd.DataFrame(layers), pd.DataFrame(rows))
+    score, *bars = figure.axes
+    assert [axes.get_ylabel().split("\n") for axes in bars] == [
+        [name, f"{sum(plan)} in all"] for name, plan in removed.items()
+    ]
+    assert [[bar.get_height() for bar in axes.patches] for axes in bars] == list(removed.values())
+    assert len({to_hex(axes.patches[-1].get_facecolor()) for axes in bars}) == 3
+    means = [container[0].get_xydata()[0].tolist() for container in score.containers]
+    assert means == [[97.0, 0], [95.0, 1], [94.5, 2]]
+    (spread,) = score.containers[2][2]
+    low, high = spread.get_segments()[0][:, 0]
+    assert (low, high) == pytest.approx(summary.interval([94.0, 95.0])[1:])
+    assert "n = 2 seeds" in figure._supxlabel.get_text()
+    with pytest.raises(InputError, match="'adaptive-luck' is not one of"):
+        plots.adaptive_schedules(pd.DataFrame(layers), pd.DataFrame(rows).assign(strategy="adaptive-luck"))
+
+
+def test_paper_memory_draws_the_papers_points_and_both_formulas_against_layer_and_r():
+    at = [(2, 6, 9), (2, 2, 7), (3, 6, 9), (3, 6, 1)]
+    sides = {("vim_tiny", "paper"): 0.1, ("vim_tiny", "formula"): 0.0, ("vim_small", "formula"): 0.01}
+    rows = [
+        {"model": model, "table": table, "first_layer": layer, "r": r, "source": source, "memory_share": 1 - r / 20 + x}
+        for table, layer, r in at
+        for (model, source), x in sides.items()
+    ]
+    figure = plots.paper_memory(pd.DataFrame(rows))
+    assert legend(figure) == ["Vim-Ti, paper", "Vim-Ti, formula", "Vim-S, formula"]
+    by_layer, by_r = figure.axes
+    assert by_layer.lines[0].get_xydata().tolist() == pytest.approx(np.array([[2, 0.75], [6, 0.65]]))
+    assert by_r.lines[1].get_xydata().tolist() == pytest.approx(np.array([[1, 0.95], [9, 0.55]]))
+    assert by_r.lines[0].get_linestyle() == "None"
+    assert [len(axes.lines) for axes in figure.axes] == [4, 4]  # and the line at 1
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(1419.4, "1,419"), (154.2, "154"), (99.6, "99.6"), (1.0, "1"), (0.0421, "0.0421")]
+)
+def test_a_ratio_is_written_with_three_digits_and_no_exponent(value, text):
+    assert plots.results._three_digits(value) == text

@@ -1,0 +1,196 @@
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from famba.errors import InputError
+from famba.storage.files import claimed, json_bytes, write_atomic
+
+
+def test_the_folder_is_made_and_the_content_arrives(tmp_path):
+    write_atomic(tmp_path / "a" / "b" / "c.bin", b"\x00\n")
+    assert (tmp_path / "a" / "b" / "c.bin").read_bytes() == b"\x00\n"
+
+
+@pytest.mark.parametrize(("module", "step"), [(os, "ftruncate"), (os, "fsync"), (Path, "replace")])
+def test_a_disk_that_is_full_at_any_step_leaves_the_old_content_and_nothing_else(tmp_path, monkeypatch, module, step):
+    path = tmp_path / "c.bin"
+    path.write_bytes(b"old")
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module, step, full)
+    with pytest.raises(InputError, match=r"c\.bin: cannot be written \(No space left on device\)") as caught:
+        write_atomic(path, b"new")
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_flushed_is_an_error_though_the_file_is_whole(tmp_path, monkeypatch):
+    path, fsync = tmp_path / "c.bin", os.fsync
+    path.write_bytes(b"old")
+
+    def full(handle):
+        if os.path.isdir(f"/dev/fd/{handle}"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match=r"c\.bin: cannot be written \(Input/output error\)"):
+        write_atomic(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+WRITE = """
+import resource, signal, sys
+from pathlib import Path
+from famba.storage.files import write_atomic
+signal.signal(signal.SIGXFSZ, getattr(signal, sys.argv[2]))
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+write_atomic(Path(sys.argv[1]), b"new" * 5000)
+"""
+
+
+def write_with_a_limit(path: Path, action: str) -> subprocess.CompletedProcess:
+    """Write a file of 15,000 bytes where 5,000 are allowed."""
+    return subprocess.run([sys.executable, "-c", WRITE, path, action], capture_output=True, text=True)
+
+
+def test_a_write_that_the_system_refuses_half_way_leaves_the_old_content_and_nothing_else(tmp_path):
+    path = tmp_path / "c.bin"
+    path.write_bytes(b"old")
+    done = write_with_a_limit(path, "SIG_IGN")
+    assert done.stderr.splitlines()[-1] == f"famba.errors.InputError: {path}: cannot be written (File too large)"
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+FILL = """
+import os, sys
+from pathlib import Path
+from famba.errors import InputError
+from famba.storage.files import write_atomic
+path = Path(sys.argv[1]) / "c.bin"
+write_atomic(path, b"old" * 10_000)
+try:
+    write_atomic(path, b"new" * 30_000)
+except InputError as error:
+    print(error)
+print(path.read_bytes() == b"old" * 10_000, os.listdir(path.parent))
+write_atomic(path, b"new" * 9_000)
+print(path.read_bytes() == b"new" * 9_000)
+"""
+
+
+def test_a_disk_that_is_really_full_leaves_the_old_content_and_room_for_what_fits(tmp_path):
+    """A disk of 64 KiB that exists for this test alone."""
+    mount = f"mount -t tmpfs -o size=64k none {tmp_path}"
+    if (
+        not shutil.which("unshare")
+        or subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode
+    ):
+        pytest.skip("this system lets nobody mount a disk")
+    inside = ["unshare", "-rm", "sh", "-c", f'{mount} && exec "$0" "$@"', sys.executable, "-c", FILL, tmp_path]
+    done = subprocess.run(inside, capture_output=True, text=True, check=True)
+    refused = f"{tmp_path}/c.bin: cannot be written (No space left on device)"
+    assert done.stdout.splitlines() == [refused, "True ['c.bin']", "True"]
+
+
+def test_the_draft_that_a_kill_left_is_taken_over_by_the_next_writing(tmp_path):
+    path = tmp_path / "c.bin"
+    path.write_bytes(b"old")
+    assert write_with_a_limit(path, "SIG_DFL").returncode == -signal.SIGXFSZ
+    draft = tmp_path / ".c.bin.tmp"
+    assert draft.stat().st_size == 5000
+    assert path.read_bytes() == b"old"
+    write_atomic(path, b"newer")
+    assert path.read_bytes() == b"newer"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_writers_of_one_file_go_one_after_the_other(tmp_path):
+    path = tmp_path / "c.bin"
+    contents = [bytes([65 + k]) * (100_000 + k) for k in range(8)]
+    threads = [
+        threading.Thread(target=lambda content=content: [write_atomic(path, content) for _ in range(5)])
+        for content in contents
+    ]
+    for thread in threads:
+        thread.start()
+    seen = set()
+    while any(thread.is_alive() for thread in threads):
+        if path.exists():
+            seen.add(path.read_bytes())
+    assert seen | {path.read_bytes()} <= set(contents)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_claimed_is_refused_to_others_and_free_again_afterwards(tmp_path):
+    lock = tmp_path / "new" / "lock"
+    with claimed(lock, "x: taken"):
+        with pytest.raises(InputError, match=r"^x: taken$"), claimed(lock, "x: taken"):
+            pass
+        assert lock.exists()
+    assert not lock.exists()
+    with claimed(lock, "x: taken"):
+        pass
+
+
+def test_a_claim_that_a_kill_left_is_free(tmp_path):
+    code = (
+        "import os, signal, sys; from pathlib import Path; from famba.storage.files import claimed\n"
+        "with claimed(Path(sys.argv[1]), ''): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, tmp_path / "lock"]).returncode == -signal.SIGKILL
+    assert (tmp_path / "lock").exists()
+    with claimed(tmp_path / "lock", "taken"):
+        pass
+    assert not (tmp_path / "lock").exists()
+
+
+def test_a_claim_where_nothing_can_be_written_is_an_input_error_of_one_line(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="file/lock: cannot be written") as caught, claimed(tmp_path / "file/lock", ""):
+        pass
+    assert "\n" not in str(caught.value)
+
+
+def test_a_kill_between_writing_and_renaming_leaves_the_old_content(tmp_path, monkeypatch):
+    path = tmp_path / "c.bin"
+    path.write_bytes(b"old")
+
+    def killed(handle):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_is_a_file_is_an_input_error_of_one_line(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="file/c: cannot be written") as caught:
+        write_atomic(tmp_path / "file" / "c", b"")
+    assert "\n" not in str(caught.value)
+
+
+def test_json_is_the_same_bytes_whatever_the_order_of_the_keys():
+    assert json_bytes({"b": 1.5, "a": [None, "×"]}) == json_bytes({"a": [None, "×"], "b": 1.5})
+    assert json_bytes({"a": 1}) == b'{\n  "a": 1\n}\n'
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_json_refuses_what_is_not_finite(value):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        json_bytes({"a": [value]})

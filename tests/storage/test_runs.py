@@ -1,0 +1,294 @@
+import copy
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from famba import config
+from famba.errors import InputError
+from famba.storage import runs
+
+
+def make_run(strategy="upper", seed=0, **changes):
+    """A finished run of a two-layer model, as training would hand it over."""
+    scores = {"top1_percent": 95.0, "top5_percent": 99.5, "loss": 0.25}
+    history = [
+        {
+            "epoch": epoch,
+            "lr": 0.1 + 0.2,  # 0.30000000000000004: every digit must come back
+            "train_loss": 2.0 / epoch,
+            "train_top1_percent": 40.0 * epoch,
+            "val_loss": 1.9 / epoch,
+            "val_top1_percent": 45.0 * epoch,
+            "val_top5_percent": 49.0 * epoch,
+            "ema_val_loss": None,
+            "ema_val_top1_percent": None,
+        }
+        for epoch in (1, 2)
+    ]
+    run = runs.Run(
+        strategy=strategy,
+        seed=seed,
+        profile="smoke",
+        schedule=[0, 4],
+        token_counts=[17, 17, 13],
+        metrics={
+            **scores,
+            "chosen": {"weights": "raw", "epoch": 2},
+            "validation": {"raw": {"last": {**scores, "epoch": 2}, "best": {**scores, "epoch": 2}}, "ema": None},
+        },
+        cost={
+            "train_time_s": 12.5,
+            "step_time_ms": 40.0,
+            "data_time_ms": 0.5,
+            "peak_memory_mib": 100.0,
+            "throughput_img_s": 1600.0,
+            "flops_per_image": 1_000_000,
+            "flops_per_image_counted": 1_000_000,
+            "params_count": 5000,
+            "device": "CPU of a test",
+            "threads": 2,
+            "versions": {"torch": "2.13.0"},
+            "command": "python -m famba train",
+            "kernels": {"scan": "native", "instruction_set": "avx2"},
+            "nondeterministic": [],
+            "epoch_time_s": [6.0, 6.5],
+        },
+        history=history,
+        params=config.load("smoke", strategy=strategy).as_dict(),
+        model_bytes=b"weights",
+    )
+    return dataclasses.replace(run, **changes)
+
+
+def test_a_run_reads_back_as_it_was_written(tmp_path):
+    run = make_run()
+    assert runs.write(run, tmp_path / "run") == tmp_path / "run"
+    record = runs.read(tmp_path / "run")
+    for field in dataclasses.fields(runs.RunRecord):
+        assert getattr(record, field.name) == getattr(run, field.name), field.name
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == b"weights"
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {
+        *("metrics.json", "cost.json", "history.csv", "schedule.json", "params.json", "model.safetensors")
+    }
+
+
+def test_files_hold_the_agreed_keys_and_no_time_but_in_cost(tmp_path):
+    folder = runs.write(make_run(), tmp_path / "run")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert set(metrics) == {
+        *("strategy", "seed", "profile", "top1_percent", "top5_percent", "loss", "chosen", "validation")
+    }
+    assert json.loads((folder / "schedule.json").read_text()) == {
+        "strategy": "upper",
+        "schedule": [0, 4],
+        "token_counts": [17, 17, 13],
+    }
+    lines = (folder / "history.csv").read_text().splitlines()
+    assert lines[0].split(",") == list(runs.HISTORY_COLUMNS)
+    assert not any("time" in column for column in runs.HISTORY_COLUMNS)
+    assert lines[1] == "1,0.30000000000000004,2.0,40.0,1.9,45.0,49.0,,"
+
+
+def test_the_same_run_is_the_same_bytes(tmp_path):
+    one, two = (runs.write(make_run(), tmp_path / name) for name in ("one", "two"))
+    names = sorted(file.name for file in one.iterdir())
+    assert len(names) == 6
+    for name in names:
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+
+
+def test_metrics_json_is_written_last_and_taken_away_first(tmp_path, monkeypatch):
+    runs.write(make_run(), tmp_path / "run")
+    written = []
+    write_atomic = runs.write_atomic
+
+    def watched(path, content):
+        assert not (tmp_path / "run" / "metrics.json").exists()
+        written.append(path.name)
+        write_atomic(path, content)
+
+    monkeypatch.setattr(runs, "write_atomic", watched)
+    runs.write(make_run(), tmp_path / "run")
+    assert len(written) == 6
+    assert written[-1] == "metrics.json"
+
+
+def test_a_relative_folder_lies_in_the_repository_whatever_the_working_directory(tmp_path, monkeypatch):
+    for name in ("params.yaml", "dvc.yaml"):
+        (tmp_path / name).write_bytes((config.root() / name).read_bytes())
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert runs.write(make_run(), "results/run") == tmp_path / "results" / "run"
+    assert runs.read("results/run").strategy == "upper"
+
+
+def test_bad_numbers_are_refused_before_any_file_is_touched(tmp_path):
+    folder = runs.write(make_run(), tmp_path / "run")
+    before = {file: file.read_bytes() for file in folder.iterdir()}
+    bad = make_run(metrics={**make_run().metrics, "loss": float("nan")})
+    with pytest.raises(InputError, match=r"metrics\.json: loss: nan is not finite"):
+        runs.write(bad, folder)
+    bad = make_run(cost={**make_run().cost, "versions": {"torch": float("inf")}})
+    with pytest.raises(InputError, match=r"cost\.json: .*not JSON compliant"):
+        runs.write(bad, folder)
+    assert {file: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def spoil(tree, path, value):
+    tree = copy.deepcopy(tree)
+    *parents, last = path
+    at = tree
+    for key in parents:
+        at = at[key]
+    if value is KeyError:
+        del at[last]
+    else:
+        at[last] = value
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("file", "path", "value", "said"),
+    [
+        ("metrics.json", ("top1_percent",), KeyError, r"metrics\.json: top1_percent: missing"),
+        ("metrics.json", ("top1_percent",), 101.0, r"top1_percent: 101\.0 is not within 0\.\.100"),
+        ("metrics.json", ("top1_percent",), "95", "top1_percent: '95' is not a number"),
+        ("metrics.json", ("loss",), True, "loss: True is not a number"),
+        ("metrics.json", ("loss",), float("nan"), r"metrics\.json: not readable as JSON: NaN is not a finite number"),
+        ("metrics.json", ("seed",), "0", "seed: '0' is not a whole number"),
+        ("metrics.json", ("strategy",), "middle", "strategy: 'middle' is not one of none, all, interleaved"),
+        ("metrics.json", ("strategy",), "lower", "strategy: 'upper'; metrics.json says 'lower'"),
+        ("metrics.json", ("profile",), "paper", r"params\.json: profile: 'smoke'; metrics\.json says 'paper'"),
+        ("metrics.json", ("chosen", "weights"), "last", r"chosen\.weights: 'last' is neither 'raw' nor 'ema'"),
+        ("metrics.json", ("chosen", "weights"), "ema", r"'ema', but validation\.ema is null"),
+        ("metrics.json", ("validation", "raw", "best", "loss"), KeyError, r"validation\.raw\.best\.loss: missing"),
+        ("metrics.json", ("validation", "ema"), KeyError, r"validation\.ema: missing"),
+        ("cost.json", ("peak_memory_mib",), KeyError, r"cost\.json: peak_memory_mib: missing"),
+        ("cost.json", ("train_time_s",), -1.0, r"train_time_s: -1\.0 is below 0"),
+        ("cost.json", ("epoch_time_s",), [1.0, None], r"epoch_time_s\.1: None is not a number"),
+        ("cost.json", ("versions",), [], r"versions: \[\] is not an object"),
+        ("cost.json", ("kernels",), KeyError, r"cost\.json: kernels: missing"),
+        ("cost.json", ("kernels", "scan"), None, r"kernels\.scan: None is not text"),
+        ("schedule.json", ("token_counts",), [17, 17], "token_counts: 2 numbers for 2 layers"),
+        ("schedule.json", ("token_counts",), [17, 17, 14], "layer 2 made 14 of 17 tokens, though r = 4"),
+        ("schedule.json", ("schedule",), [0.0, 4], r"schedule: \[0\.0, 4\] must be whole numbers"),
+        ("schedule.json", ("strategy",), "lower", r"schedule\.json: strategy: 'lower'; metrics\.json says 'upper'"),
+        ("params.json", ("profile",), KeyError, r"params\.json: profile: missing"),
+    ],
+)
+def test_a_spoilt_file_is_named_in_one_line(tmp_path, file, path, value, said):
+    folder = runs.write(make_run(), tmp_path / "run")
+    tree = spoil(json.loads((folder / file).read_text()), path, value)
+    (folder / file).write_text(json.dumps(tree))
+    with pytest.raises(InputError, match=said) as caught:
+        runs.read(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.json", "cost.json", "history.csv", "schedule.json", "params.json", "model.safetensors"]
+)
+def test_a_missing_file_is_named(tmp_path, name):
+    folder = runs.write(make_run(), tmp_path / "run")
+    (folder / name).unlink()
+    with pytest.raises(InputError, match=f"{name}: missing"):
+        runs.read(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": ', b"[]", b"\xff\xfe\x00"])
+def test_broken_json_is_named(tmp_path, content):
+    folder = runs.write(make_run(), tmp_path / "run")
+    (folder / "cost.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"cost\.json: not") as caught:
+        runs.read(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("val_loss", "loss", "its first line must be epoch,lr"),
+        ("2,0.30000000000000004", "3,0.30000000000000004", "epoch: 3 in line 2 of the epochs"),
+        (",2.0,", ",nan,", "epoch 1: train_loss: nan is not finite"),
+        (",2.0,", ",two,", "epoch 1: train_loss: 'two' is not a number"),
+        (",2.0,", ",,", "epoch 1: train_loss: None is not a number"),
+        (",2.0,", ",", "epoch 1: 8 values; 9 columns"),
+        (",2.0,", ",\xff,", "not readable as CSV"),
+    ],
+)
+def test_a_spoilt_history_is_named(tmp_path, old, new, said):
+    path = runs.write(make_run(), tmp_path / "run") / "history.csv"
+    assert old in path.read_text()
+    path.write_bytes(path.read_text().replace(old, new, 1).encode("latin-1"))
+    with pytest.raises(InputError, match=said):
+        runs.read(path.parent)
+
+
+def test_a_run_without_epochs_or_weights_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"history\.csv: no epochs"):
+        runs.write(make_run(history=[]), tmp_path / "run")
+    with pytest.raises(InputError, match="no weights given"):
+        runs.write(make_run(model_bytes=b""), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_trained_nothing_has_no_epochs_and_says_what_it_started_from(tmp_path):
+    run = make_run(history=[])
+    run.params["train"]["epochs"] = 0
+    run.metrics["init_sha256"] = "0" * 64
+    record = runs.read(runs.write(run, tmp_path / "run"))
+    assert record.history == []
+    assert record.metrics["init_sha256"] == "0" * 64
+
+
+def test_a_history_with_another_column_is_refused(tmp_path):
+    history = [{**make_run().history[0], "epoch_time_s": 1.0}]
+    with pytest.raises(InputError, match="unknown column 'epoch_time_s'; allowed: epoch, lr"):
+        runs.write(make_run(history=history), tmp_path / "run")
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(InputError, match="nothing: no such run"):
+        runs.read(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("module", ["storage.files", "storage.runs", "analysis.summary", "plots"])
+def test_results_are_read_without_torch(module):
+    code = f"import sys, famba.{module}; print([m for m in ('torch',) if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+HOLD = """
+import sys
+from famba.storage import runs
+with runs.held(sys.argv[1]) as folder:
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_that_another_process_holds_is_not_written_to(tmp_path):
+    runs.write(make_run(), tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    command = [sys.executable, "-c", HOLD, tmp_path / "run"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == f"{tmp_path / 'run'}\n"
+        with pytest.raises(InputError, match=r"run: another process is making a run there$"):
+            runs.write(make_run(seed=1), tmp_path / "run")
+        other.kill()
+    assert (tmp_path / "run" / ".lock").exists()
+    (tmp_path / "run" / ".lock").unlink()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    runs.write(make_run(seed=1), tmp_path / "run")
+    assert runs.read(tmp_path / "run").seed == 1
+
+
+def test_a_process_that_holds_a_folder_writes_into_it_and_nothing_of_that_stays(tmp_path):
+    with runs.held(tmp_path / "run") as folder, runs.held(tmp_path / "run"):
+        runs.write(make_run(), tmp_path / "run")
+        assert (folder / ".lock").exists()
+    assert not (folder / ".lock").exists()

@@ -1,0 +1,119 @@
+"""The command line: what it prints, what it leaves, and how it says no."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from famba import config
+from famba.cli import main
+
+
+@pytest.fixture
+def notebook(tmp_path: Path):
+    """Writes a notebook of a parameters cell and one more, and says where."""
+
+    def write(parameters: str, body: str) -> Path:
+        cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})]
+        cells.append(nbformat.v4.new_code_cell(body))
+        kernel = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
+        path = tmp_path / "some.ipynb"
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), path)
+        return path
+
+    return write
+
+
+def test_params_prints_what_a_run_gets(capsys):
+    assert main(["params", "--strategy", "upper", "--profile", "smoke"]) == 0
+    assert json.loads(capsys.readouterr().out) == config.load("smoke", strategy="upper").as_dict()
+
+
+def test_params_writes_a_file_in_a_folder_that_is_not_there_yet(tmp_path, capsys):
+    out = tmp_path / "new" / "none.json"
+    assert main(["params", "--strategy", "none", "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["strategy"] == "none"
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["params", "--strategy", "uper"], ["uper", "upper"]),
+        (["params", "--strategy", "upper", "--profile", "fast"], ["fast", "smoke"]),
+        (["train", "--strategy", "uper"], ["uper", "upper"]),
+        (["notebook", "nowhere.ipynb", "out.ipynb"], ["nowhere.ipynb"]),
+    ],
+)
+def test_bad_input_is_one_line_that_names_it_and_status_1(arguments, named, capsys):
+    assert main(arguments) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert all(word in printed.err for word in named)
+
+
+@pytest.mark.parametrize("also", [("--profile", "smoke"), ("--processes", "2")])
+def test_what_resolved_parameters_say_already_is_not_said_twice(also, capsys):
+    assert main(["train", "--resolved", "params.json", *also]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"famba: {also[0]}: ")
+    assert said.endswith(": not allowed with --resolved, which says it already\n")
+
+
+def test_the_command_line_starts_without_torch():
+    code = "import sys, famba.cli as m; m.main(['params', '--strategy', 'all']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("}\nFalse\n")
+
+
+def test_a_notebook_gets_its_parameters_as_yaml_and_runs_in_the_root(notebook, tmp_path, monkeypatch, capsys):
+    path = notebook(
+        "a = 1\nb = 'x'\nc = 0.5\nd = 1\nuntouched = 7",
+        "import os\nprint(repr((a, b, c, d, untouched)), os.environ['OMP_WAIT_POLICY'], os.getcwd())",
+    )
+    root = config.root()
+    monkeypatch.chdir(root / "tests")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    out = tmp_path / "deep" / "er" / "out.ipynb"
+    given = ["-p", "a", "3", "-p", "b", "none", "-p", "c", "1e-3", "-p", "d", "null"]
+    assert main(["notebook", str(path), str(out), *given]) == 0
+    printed = nbformat.read(out, as_version=4).cells[-1].outputs[0].text
+    assert printed == f"(3, 'none', 0.001, None, 7) passive {root}\n"
+    assert capsys.readouterr().err == ""
+    os.environ.pop("OMP_WAIT_POLICY", None)
+
+
+def test_an_unknown_parameter_is_an_error_that_lists_the_known_ones(notebook, tmp_path, capsys):
+    out = tmp_path / "out.ipynb"
+    assert main(["notebook", str(notebook("epochs = 2\nseed = 0", "seed")), str(out), "-p", "epoch", "300"]) == 1
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert "'epoch' is unknown; allowed: epochs, seed" in printed
+    assert not out.exists()
+
+
+def test_an_error_that_a_user_can_mend_is_one_line_from_inside_a_notebook_too(notebook, tmp_path, capsys):
+    path = notebook("strategy = 'uper'", "from famba import config\nconfig.load(strategy=strategy)")
+    assert main(["notebook", str(path), str(tmp_path / "out.ipynb")]) == 1
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert "'uper' is not one of none, all" in printed
+
+
+def test_a_defect_inside_a_notebook_keeps_its_traceback(notebook, tmp_path, capsys):
+    assert main(["notebook", str(notebook("x = 0", "1 / x")), str(tmp_path / "out.ipynb")]) == 1
+    printed = capsys.readouterr().err
+    assert "ZeroDivisionError" in printed
+    assert "1 / x" in printed
+
+
+def test_a_killed_kernel_is_said(notebook, tmp_path, capsys):
+    path = notebook("x = 9", "import os, signal\nos.kill(os.getpid(), x)")
+    assert main(["notebook", str(path), str(tmp_path / "out.ipynb")]) == 1
+    printed = capsys.readouterr().err
+    assert "kernel was killed" in printed.splitlines()[-1]

@@ -1,0 +1,229 @@
+"""What the doctor says: a row for everything, and each kind of trouble with its reason and its command."""
+
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from processes import FOREVER_S
+
+import famba
+from famba import diagnostics
+from famba.cli import main
+from famba.diagnostics import Row
+from famba.kernels.cpu import build
+from famba.profiling import environment
+
+NAMES = [
+    "Python", "torch", "GPU", "C++ compiler", "native kernels", "triton", "hub", "mamba_ssm",
+    "datasets", "timm", "torchvision", "accelerate", "tensorboard",
+]  # fmt: skip
+
+
+@pytest.fixture
+def examine(monkeypatch):
+    """All rows by name, where imports say what is given and the others come through; a GPU on demand."""
+
+    def run(*, gpu: bool = False, **said: str | None) -> dict[str, Row]:
+        modules = [
+            "torch",
+            *(module for modules in diagnostics._GPU.values() for module in modules),
+            *diagnostics._EXTRAS,
+        ]
+        monkeypatch.setattr(diagnostics, "_imported", lambda names: dict.fromkeys(modules, "") | said)
+        if gpu:
+            monkeypatch.setattr(diagnostics, "_gpu", lambda: Row("GPU", "NVIDIA H100", True))
+        return {row.name: row for row in famba.doctor()}
+
+    return run
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """A folder of packages, before all others on the path; its torch imports at once."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("")
+    return tmp_path
+
+
+def test_every_row_is_there_in_its_order_and_says_a_reason_exactly_if_it_is_not_usable(examine):
+    found = examine(triton=None, datasets=None)
+    assert list(found) == NAMES
+    assert {row.usable for row in found.values()} == {True, False}
+    for row in found.values():
+        assert row.usable == (not row.reason), row
+        assert not (row.usable and row.command), row
+    assert found["torch"].version.startswith(torch.__version__)
+    assert found["native kernels"].usable == (not build.unavailable())
+
+
+def test_the_command_prints_the_rows_and_its_status_is_0_whatever_is_broken(examine, capsys):
+    examine(datasets=None, accelerate="ImportError: no")
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in NAMES)
+    assert "does not import: ImportError: no" in printed
+    assert "$ pip install torch==" in printed
+
+
+def test_text_by_hand():
+    rows = [Row("torch", "2.13.0", True), Row("timm", "", False, "not installed", "pip install timm\nmake env")]
+    assert diagnostics.text(rows) == (
+        "yes  torch  2.13.0\nno   timm\n            not installed\n            $ pip install timm\n"
+        "            $ make env"
+    )
+
+
+def test_a_package_is_told_missing_broken_or_crashing_without_harm(packages):
+    sources = {
+        "sound": "import torch",
+        "broken": "raise ImportError('of another\\nbuild')",
+        "crashing": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
+        "noisy": "import sys; print('a warning', file=sys.stderr)",
+    }
+    for name, source in sources.items():
+        (packages / f"{name}.py").write_text(source)
+    assert diagnostics._imported(["absent_package", "absent_package.part", *sources]) == {
+        "absent_package": None,
+        "absent_package.part": None,
+        "sound": "",
+        "broken": "build",
+        "crashing": "its import was ended by signal 11",
+        "noisy": "",
+    }
+
+
+def test_an_import_that_hangs_is_given_up(packages, monkeypatch):
+    monkeypatch.setattr(diagnostics, "_TIME_LIMIT_S", 1)
+    (packages / "hanging.py").write_text(f"import time; time.sleep({FOREVER_S})")
+    assert diagnostics._imported(["hanging"]) == {"hanging": "its import took more than 1 s"}
+
+
+def test_without_torch_the_rest_is_still_told(examine):
+    for said, reason in ((None, "not installed"), ("OSError: libcudart", "does not import: OSError: libcudart")):
+        found = examine(torch=said)
+        assert list(found) == NAMES
+        assert (found["torch"].reason, found["torch"].command) == (reason, "make env")
+        for name in ("GPU", "native kernels"):
+            assert found[name].reason == "torch does not import"
+        assert found["tensorboard"].usable
+
+
+def test_it_runs_where_torch_cannot_be_imported_at_all():
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from famba import cli, diagnostics\n"
+        "diagnostics._EXTRAS, diagnostics._GPU = ('tensorboard',), {}\n"
+        "sys.exit(cli.main(['doctor']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "no   torch" in done.stdout
+    assert "$ make env" in done.stdout
+
+
+def test_a_gpu_is_told_by_name_memory_capability_and_driver(monkeypatch):
+    properties = types.SimpleNamespace(name="NVIDIA H100", total_memory=80 * 2**30, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(environment, "gpu_driver", lambda: "580.65.06")
+    one = torch.ones(1)
+    monkeypatch.setattr(torch, "ones", lambda *size, device: one)
+    described = "NVIDIA H100, 80 GiB, sm_90, driver 580.65.06, one of 2"
+    assert diagnostics._gpu() == Row("GPU", described, True)
+
+    def unsupported(*size, device):
+        raise RuntimeError("CUDA error: no kernel image is available\nCUDA kernel errors might be ..")
+
+    monkeypatch.setattr(torch, "ones", unsupported)
+    reason = "torch cannot compute on it: CUDA error: no kernel image is available"
+    assert diagnostics._gpu() == Row("GPU", described, False, reason, "make env TORCH_BACKEND=auto")
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "reason", "command"),
+    [
+        ("", None, "there is no NVIDIA driver here", ""),
+        ("580.1", None, "this torch is built without CUDA", "make env TORCH_BACKEND=auto"),
+        ("450.1", "13.0", "torch, built for CUDA 13.0, sees no device with", "make env TORCH_BACKEND=auto"),
+    ],
+)
+def test_a_missing_gpu_is_the_drivers_or_torchs_fault(monkeypatch, driver, cuda, reason, command):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(environment, "gpu_driver", lambda: driver)
+    row = diagnostics._gpu()
+    assert not row.usable
+    assert row.reason.startswith(reason)
+    assert (row.command, row.version) == (command, f"driver {driver}" if driver else "")
+
+
+def test_gpu_backends_are_recommended_only_where_there_is_a_gpu(examine):
+    found = examine(transformers=None, causal_conv1d="ImportError: libcudart.so.12")
+    for name in diagnostics._GPU:
+        assert (found[name].reason, found[name].command) == ("it runs on a GPU, and none can be used", "")
+
+
+def test_what_a_user_can_do_for_gpu_kernels_is_listed_by_the_work_it_takes(examine):
+    """Nothing (Triton), a download, a wheel, a build."""
+    missing = {"transformers": None, "selective_scan_cuda": None}
+    found = examine(gpu=True, **missing)
+    assert list(found)[5:8] == ["triton", "hub", "mamba_ssm"]
+    assert (found["triton"].usable, found["triton"].command) == (True, "")
+    assert found["hub"].reason == "transformers is not installed; not needed, for backend triton has all kernels"
+    assert found["hub"].command == "pip install kernels einops transformers"
+    wheel, build = found["mamba_ssm"].command.splitlines()
+    assert wheel.startswith(
+        "MAMBA_KEEP_CUDA_BUILD=TRUE pip install mamba-ssm causal-conv1d --no-build-isolation  # a wh"
+    )
+    assert build.startswith("MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE MAMBA_KEEP_CUDA_BUILD=TRUE pip inst")
+    found = examine(gpu=True, triton="ImportError: no ptxas", **missing)
+    assert found["triton"] == Row(
+        "triton",
+        diagnostics._version("triton"),
+        False,
+        "triton does not import: ImportError: no ptxas",
+        "pip install triton",
+    )
+    assert found["mamba_ssm"].reason == "selective_scan_cuda is not installed"
+    assert all(row.usable for name, row in examine(gpu=True).items() if name in diagnostics._GPU)
+
+
+def test_extras_keep_torch_and_timm_depends_on_torchvision(examine):
+    kept = f"torch=={torch.__version__.split('+')[0]}"
+    broken = "RuntimeError: operator torchvision::nms does not exist"
+    found = examine(datasets=None, torchvision=broken, timm=broken)
+    assert found["datasets"].command == f"pip install {kept} datasets"
+    assert found["torchvision"].reason == f"does not import: {broken}"
+    assert kept in found["torchvision"].command
+    assert (found["timm"].reason, found["timm"].command) == ("it imports torchvision", found["torchvision"].command)
+    assert examine(timm="ImportError: timm's own")["timm"].reason == "does not import: ImportError: timm's own"
+
+
+def test_a_compiler_is_told_by_its_version_and_a_missing_one_by_what_installs_it(tmp_path, monkeypatch):
+    for name in ("g++", "apt-get"):
+        (tmp_path / name).write_text("#!/bin/sh\necho 'g++ (made up) 99.1'\necho more\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert diagnostics._compiler() == Row("C++ compiler", "g++ (made up) 99.1", True)
+    (tmp_path / "g++").unlink()
+    row = diagnostics._compiler()
+    assert row.reason.startswith("no C++ compiler (c++, g++, clang++) on PATH")
+    assert row.command == "apt-get install g++"
+    monkeypatch.setattr(build, "unavailable", lambda: "no C++ compiler")
+    assert diagnostics._native() == Row("native kernels", "", False, "no C++ compiler", "apt-get install g++")
+    monkeypatch.setenv("CXX", "nowhere-c++")
+    assert diagnostics._compiler().command == "unset CXX"
+
+
+def test_a_driver_that_hangs_is_no_driver(monkeypatch, tmp_path):
+    def hang(*arguments, **options):
+        raise subprocess.TimeoutExpired("nvidia-smi", 20)
+
+    monkeypatch.setattr(environment, "_DRIVER", tmp_path / "absent")
+    monkeypatch.setattr(subprocess, "run", hang)
+    assert environment.gpu_driver() == ""

@@ -1,0 +1,128 @@
+"""Whole runs on the accelerator of accelerator.py, from the first step to the end: started by test_accelerator.py."""
+
+import dataclasses
+import itertools
+import shutil
+from pathlib import Path
+
+import accelerator
+import pytest
+import torch
+from accelerator import DEVICE, Accelerator
+
+from famba import config
+from famba.config import Params
+from famba.models import saved
+from famba.profiling import memory
+from famba.training import fit
+from famba.training.trainer import Session
+
+ROOT = Path(__file__).resolve().parents[2]
+# torch's own deepcopy of a weight looks at its address, which one without numbers does not have
+pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+accelerator.register()
+
+
+@pytest.fixture(autouse=True)
+def device(tmp_path, monkeypatch):
+    """The accelerator in place of the device that parameters name, in a repository of its own."""
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fit, "_device", lambda t: DEVICE)
+    monkeypatch.setattr(memory, "peak_memory", peak_memory)
+    with Accelerator() as device:
+        yield device
+
+
+def peak_memory(step, resident, device):
+    """What stands in for the allocator that is not there."""
+    assert {x.device for x in resident} == {device} == {DEVICE}
+    step()
+    return 2**20
+
+
+def smoke(strategy="upper", *, data=None, model=None, **changes) -> Params:
+    p = config.load("smoke", strategy=strategy)
+    changes = {"threads": 1, "batch_size": 200, **changes}
+    small = {"depth": 1, "patch_size": 4, "stride": 2}  # 9 patches
+    return dataclasses.replace(
+        p,
+        fusion=dataclasses.replace(p.fusion, r=2, first_layer=1, last_layer=1),
+        data=dataclasses.replace(p.data, **{"limit": 400, **(data or {})}),
+        model=dataclasses.replace(p.model, **{**small, **(model or {})}),
+        train=dataclasses.replace(p.train, **changes),
+    )
+
+
+VARIED = {"shift": 1, "flip": True, "erase": 0.5, "mixup": 0.8, "cutmix": 1.0}
+STREAMED = {"memory_mib": 1, "img_size": 32, "workers": 1}  # the digits take more than that
+RUNS = {
+    "everything that varies, in parts": smoke(data=VARIED, device_batch=100, ema_decay=0.9, clip_grad_norm=1.0),
+    "bf16 by torch, class token first": smoke(model={"cls_position": "head"}, backend="torch", precision="bf16"),
+    "streamed, no class token": smoke(
+        data=STREAMED, model={"patch_size": 8, "stride": 8, "cls_position": "none", "pool": "mean"}
+    ),
+}
+
+
+@pytest.mark.parametrize("p", RUNS.values(), ids=RUNS)
+def test_a_run_that_was_stopped_goes_on_to_its_end_and_a_step_waits_once(device, monkeypatch, p):
+    waits: list[tuple[int, int, int]] = []  # epoch, step, and how often the host had waited by its end
+    places: list[dict[str, torch.device]] = []  # of all tensors that a checkpoint holds
+    step, save, restore = Session._step, Session._save, Session.restore
+
+    def counted(session, parts, lr, number):
+        made = step(session, parts, lr, number)
+        waits.append((session.epoch, number, device.waits.total()))
+        return made
+
+    def stopped(session):
+        save(session)
+        places.append({key: t.device for key, t in session._tensors().items()})
+        if session.epoch == 1:
+            raise KeyboardInterrupt
+
+    def restored(session):
+        restore(session)
+        if session.epoch:
+            places.append({key: t.device for key, t in session._tensors().items()})
+
+    monkeypatch.setattr(Session, "_step", counted)
+    monkeypatch.setattr(Session, "_save", stopped)
+    monkeypatch.setattr(Session, "restore", restored)
+    with pytest.raises(KeyboardInterrupt):
+        fit.fit(p, seed=0)
+    run = fit.fit(p, seed=0)
+    assert [row["epoch"] for row in run.history] == [1, 2]
+    assert run.cost["nondeterministic"] == ["convolution_backward"] + (
+        ["index_add", "scatter_add"] if p.train.backend == "torch" else []
+    )
+    Path("model.safetensors").write_bytes(run.model_bytes)
+    assert saved.load_model(Path("model.safetensors"))[0].schedule == run.schedule
+    kept, again, _ = places
+    assert {key.split(".")[0] for key in kept} == {"model", "best", "optimiser"} | (
+        {"ema"} if p.train.ema_decay else set()
+    )
+    assert set(kept.values()) == {DEVICE}
+    assert again == kept
+    # A step waits to read the loss, the gradients' norm and the hits, all at once; to load its batch it never waits.
+    each = [
+        after - before
+        for (epoch, number, before), (*next_one, after) in itertools.pairwise(waits)
+        if next_one == [epoch, number + 1]
+    ]
+    assert each == [1] * 3  # while memory is measured, and in each of two epochs
+
+
+def test_weights_are_only_evaluated(device):
+    p = smoke()
+    described = {"classes": [str(digit) for digit in range(10)], "mean": [0.5] * 3, "std": [0.5] * 3}
+    Path("weights.safetensors").write_bytes(
+        saved.model_bytes(model := fit.build(p, classes=10, seed=0), model.state_dict(), described)
+    )
+    device.waits.clear()
+    run = fit.fit(smoke(init_from="weights.safetensors", epochs=0), seed=0)
+    assert run.history == []
+    assert run.metrics["chosen"] == {"weights": "raw", "epoch": 0}
+    assert device.waits["trainer.evaluate"] == 2, "once for each split, whatever its batches"

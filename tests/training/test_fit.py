@@ -1,0 +1,609 @@
+"""Training: the recipe by hand, a run that was disturbed against one that was not, and what stops a run."""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import math
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from famba import InputError, backends, config, set_schedule
+from famba.config import Params
+from famba.errors import TrainingError
+from famba.kernels import dispatch
+from famba.kernels.cpu import build, runtime
+from famba.models import saved
+from famba.models.vim import kernels
+from famba.storage import checkpoint, runs
+from famba.training import cuda_graph, fit
+from famba.training.distributed import Processes
+from famba.training.trainer import Session, evaluate
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def repository(tmp_path, monkeypatch):
+    """A repository of its own, so that no test sees another's checkpoints."""
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def smoke(strategy: str = "upper", **changes) -> Params:
+    p = config.load("smoke", strategy=strategy)
+    data = dataclasses.replace(p.data, limit=64)
+    return dataclasses.replace(p, data=data, train=dataclasses.replace(p.train, **{"threads": 1, **changes}))
+
+
+def deterministic(run: runs.Run) -> tuple:
+    return run.metrics, run.history, run.model_bytes, run.token_counts
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """One finished run that others are compared with; trained once."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, folder)
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        return fit.fit(smoke(epochs=3, choose="best"), seed=1)
+    finally:
+        os.chdir(before)
+
+
+def test_a_run_learns_fuses_as_promised_and_reports_it(undisturbed):
+    run = undisturbed
+    assert run.schedule == [0, 8, 8, 8]
+    assert run.token_counts == [37, 37, 29, 21, 13]
+    assert [row["epoch"] for row in run.history] == [1, 2, 3]
+    assert run.history[-1]["train_loss"] < run.history[0]["train_loss"]
+    best = max(run.history, key=lambda row: (row["val_top1_percent"], -row["val_loss"]))
+    assert run.metrics["chosen"] == {"weights": "raw", "epoch": best["epoch"]}
+    assert run.metrics["validation"]["raw"]["best"]["loss"] == best["val_loss"]
+    assert run.metrics["validation"]["ema"] is None
+    assert 0 <= run.metrics["top1_percent"] <= run.metrics["top5_percent"] <= 100
+
+
+def test_the_cost_of_a_run_is_measured(undisturbed):
+    cost = undisturbed.cost
+    assert len(cost["epoch_time_s"]) == 3
+    assert cost["train_time_s"] == pytest.approx(sum(cost["epoch_time_s"]))
+    assert cost["step_time_ms"] > 0
+    weights = sum(weight.numel() for weight in fit.build(smoke(), classes=10, seed=0).parameters())
+    assert cost["params_count"] == weights
+    assert cost["peak_memory_mib"] > 4 * 4 * weights / 2**20  # weights, gradients and two moments at the least
+    assert cost["flops_per_image"] > 0
+    assert cost["command"] == "python -m famba train --profile smoke --strategy upper --seed 1"
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(undisturbed):
+    assert deterministic(fit.fit(smoke(epochs=3), seed=1)) == deterministic(undisturbed)
+    assert fit.fit(smoke(epochs=1), seed=2).history[0] != undisturbed.history[0]
+
+
+@pytest.mark.parametrize("stopped_after", [1, 2])
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(undisturbed, monkeypatch, stopped_after):
+    save = Session._save
+
+    def stop(session):
+        save(session)
+        if session.epoch == stopped_after:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Session, "_save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            fit.fit(smoke(epochs=3), seed=1)
+    epochs: list[int] = []
+    run_epoch = Session.run_epoch
+    monkeypatch.setattr(Session, "run_epoch", lambda s: (run_epoch(s), epochs.append(s.epoch)))
+    assert deterministic(fit.fit(smoke(epochs=3), seed=1)) == deterministic(undisturbed)
+    assert epochs == list(range(stopped_after + 1, 4))
+
+
+def test_a_checkpoint_that_cannot_be_read_is_passed_over_for_the_one_before(undisturbed, caplog):
+    fit.fit(smoke(epochs=3), seed=1)
+    newest = max(fit.folder(smoke(epochs=3), seed=1).glob("epoch-*.safetensors"))
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert deterministic(fit.fit(smoke(epochs=3), seed=1)) == deterministic(undisturbed)
+    assert "epoch-00003.safetensors: not a whole safetensors file" in caplog.text
+
+
+def test_a_checkpoint_of_another_run_is_not_continued_even_if_it_was_put_there_by_hand(caplog):
+    other, p = smoke(epochs=2, lr=1e-3), smoke(epochs=2)
+    fit.fit(other, seed=1)
+    expected = fit.fit(p, seed=1)
+    fit.forget(p, seed=1)
+    fit.folder(p, seed=1).mkdir()
+    for path in fit.folder(other, seed=1).glob("epoch-*"):
+        shutil.copy(path, fit.folder(p, seed=1))
+    assert deterministic(fit.fit(p, seed=1)) == deterministic(expected)
+    assert f"run: {fit.folder(other, seed=1).name!r}; expected {fit.folder(p, seed=1).name!r}" in caplog.text
+
+
+def test_two_checkpoints_are_kept_and_forgotten_when_told():
+    p = smoke(epochs=3)
+    fit.fit(p, seed=1)
+    kept = sorted(path.name for path in fit.folder(p, seed=1).iterdir())
+    assert kept == ["epoch-00002.safetensors", "epoch-00003.safetensors", "history.csv"]
+    fit.forget(p, seed=1)
+    assert not fit.folder(p, seed=1).exists()
+    fit.forget(p, seed=1)
+
+
+def test_a_run_tells_after_each_epoch_how_it_goes(repository):
+    told: list[tuple[int, float]] = []
+    p = smoke(epochs=2, tensorboard=True)
+    run = fit.fit(p, seed=1, watch=[lambda history, cost: told.append((len(history), cost["throughput_img_s"]))])
+    assert [epoch for epoch, _ in told] == [1, 2]
+    assert all(rate > 0 for _, rate in told)
+    assert (fit.folder(p, seed=1) / fit.LIVE_HISTORY).read_bytes() == runs.history_bytes(run.history)
+    (events,) = (repository / "build" / "tensorboard").glob("smoke-upper-1-*/events.*")
+    assert events.stat().st_size > 500
+
+
+def test_another_value_anywhere_is_another_run():
+    p = smoke()
+    folders = {
+        fit.folder(p, seed=0),
+        fit.folder(p, seed=1),
+        fit.folder(smoke(lr=1e-4), seed=0),
+        fit.folder(smoke("lower"), seed=0),
+    }
+    assert len(folders) == 4
+
+
+def test_other_code_is_another_run(monkeypatch):
+    before = fit.folder(smoke(), seed=0)
+    monkeypatch.setattr(fit.provenance, "of_module", {"famba.training.fit": "0123456789abcdef"}.__getitem__)
+    after = fit.folder(smoke(), seed=0)
+    assert after != before
+    assert "0123456789abcdef" in after.name
+
+
+def test_what_runs_the_functions_of_a_model_is_recorded(undisturbed):
+    p = smoke()
+    config = fit.build(p, classes=10, seed=0).config
+    assert undisturbed.cost["kernels"] == kernels("auto", torch.device("cpu"), config, "fp32")
+    assert {"scan", "convolution", "gate", "norm", "match", "plan", "fuse"} <= set(undisturbed.cost["kernels"])
+
+
+@pytest.mark.skipif(backends()["native"] != "", reason=backends()["native"])
+def test_other_kernels_or_instructions_are_another_run_made_of_the_same(monkeypatch):
+    p = smoke()
+    usual, made_of = fit.folder(p, seed=0), fit.made_of(p, seed=0)
+    changes = {
+        "no compiler": lambda patch: patch.setattr(build, "unavailable", lambda: "no compiler"),
+        "famba's": lambda patch: patch.setattr(runtime, "instruction_set", lambda: "neon"),
+        "torch's": lambda patch: patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT"),
+    }
+    folders = {usual}
+    for change in changes.values():
+        with monkeypatch.context() as patch:
+            change(patch)
+            folders.add(fit.folder(p, seed=0))
+            assert fit.made_of(p, seed=0) == made_of
+    assert len(folders) == 4
+    assert fit.folder(p, seed=0) == usual
+
+
+@pytest.mark.skipif(backends()["native"] != "", reason=backends()["native"])
+def test_a_run_is_not_continued_by_other_kernels_and_that_is_said(monkeypatch, caplog):
+    p = smoke(epochs=1)
+    native, kept = fit.fit(p, seed=1), fit.folder(p, seed=1)
+    assert "not continued" not in caplog.text
+    monkeypatch.setattr(build, "unavailable", lambda: "no compiler; install g++")
+    dispatch._warn.cache_clear()
+    torchs = fit.fit(p, seed=1)
+    assert f"{kept}: not continued: of other code, kernels, processor or weights to start from" in caplog.text
+    assert (native.cost["kernels"]["scan"], torchs.cost["kernels"]["scan"]) == ("native", "torch")
+    assert native.model_bytes != torchs.model_bytes
+    assert "slower kernels than native run on cpu: no compiler; install g++" in caplog.text
+
+
+def test_the_test_split_is_read_once_at_the_end(monkeypatch):
+    read: list[int] = []
+
+    def counted(model, split, images, **options):
+        read.append(len(split))
+        return evaluate(model, split, images, **options)
+
+    monkeypatch.setattr("famba.training.trainer.evaluate", counted)
+    p = smoke(epochs=2)
+    fit.fit(p, seed=0)
+    images = fit.data.load(p.data)
+    assert len(images.test) != len(images.val)
+    assert read == [len(images.val)] * 2 + [len(images.test)]
+
+
+def test_the_last_epoch_is_tested_where_that_is_asked_for_however_it_did(monkeypatch):
+    worse = iter([90.0, 80.0, 70.0, 60.0])
+    monkeypatch.setattr(
+        "famba.training.trainer.evaluate", lambda *a, **k: {**evaluate(*a, **k), "top1_percent": next(worse)}
+    )
+    run = fit.fit(smoke(epochs=3, choose="last"), seed=0)
+    assert run.metrics["chosen"] == {"weights": "raw", "epoch": 3}
+    assert run.metrics["validation"]["raw"]["best"]["epoch"] == 1
+    assert run.metrics["top1_percent"] == 60.0
+
+
+@pytest.mark.parametrize("choose", ["best", "last"])
+def test_a_moving_average_is_evaluated_and_can_be_chosen(monkeypatch, choose):
+    sessions: list[Session] = []
+    init = Session.__init__
+
+    def remembered(session, *arguments, **options):
+        init(session, *arguments, **options)
+        sessions.append(session)
+
+    def ema_is_better(model, split, images, **options):
+        scores = evaluate(model, split, images, **options)
+        return {**scores, "top1_percent": 100.0} if any(model is s.ema for s in sessions) else scores
+
+    monkeypatch.setattr(Session, "__init__", remembered)
+    monkeypatch.setattr("famba.training.trainer.evaluate", ema_is_better)
+    p = smoke(epochs=2, ema_decay=0.9, choose=choose)
+    run = fit.fit(p, seed=0)
+    assert run.metrics["chosen"]["weights"] == "ema"
+    assert run.metrics["validation"]["ema"]["last"]["epoch"] == 2
+    assert all(row["ema_val_loss"] is not None for row in run.history)
+    again = fit.fit(p, seed=0)
+    assert deterministic(again) == deterministic(run)
+
+
+def test_the_moving_average_is_what_its_decay_says():
+    p = smoke(epochs=1, ema_decay=0.5)
+    model = fit.build(p, classes=10, seed=0)
+    images = fit.data.load(p.data)
+    session = Session(p, 0, model, images, Processes(torch.device("cpu")), fit.folder(p, seed=0))
+    batch = fit.data.normalise(images.train.images[:8], images.mean, images.std)
+    expected = None
+    for step in range(3):
+        session._step([(batch, images.train.labels[:8])], 1e-2, step)
+        now = model.head.weight.detach().clone()
+        expected = now if expected is None else 0.5 * expected + 0.5 * now
+    torch.testing.assert_close(session.ema.head.weight.detach(), expected)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(monkeypatch):
+    p = smoke(epochs=3)
+    step = Session._step
+
+    def poisoned(session, parts, lr, number):
+        if session.epoch == 1:
+            with torch.no_grad():
+                session.model.layers[2].mixer.D[0] = math.nan
+        return step(session, parts, lr, number)
+
+    monkeypatch.setattr(Session, "_step", poisoned)
+    with pytest.raises(TrainingError) as error:
+        fit.fit(p, seed=0)
+    said = str(error.value)
+    steps = 64 // p.train.batch_size
+    lr = fit.learning_rate(p.train, steps, steps)
+    assert said.startswith(
+        f"step {steps + 1} (epoch 2): loss nan, gradient norm nan at learning rate {lr:.3g}, "
+        "first not finite in the output of layer 3, mixer.out_proj; training stopped"
+    )
+    assert "the last good checkpoint is" in said
+    assert said.endswith("epoch-00001.safetensors")
+    assert "\n" not in said
+    kept = sorted(path.name for path in fit.folder(p, seed=0).glob("epoch-*"))
+    assert kept == ["epoch-00001.safetensors"]
+
+
+def test_tokens_that_are_not_fused_as_promised_fail_the_run(monkeypatch):
+    forward = fit.VisionMamba.forward_with_trace
+
+    def unfused(model, images):
+        schedule, model.schedule = model.schedule, [0] * model.depth
+        try:
+            return forward(model, images)
+        finally:
+            model.schedule = schedule
+
+    monkeypatch.setattr(fit.VisionMamba, "forward_with_trace", unfused)
+    with pytest.raises(TrainingError, match=r"trace shows \[37, 37, 37, 37, 37\] tokens; promised were"):
+        fit.fit(smoke(), seed=0)
+
+
+def test_a_run_that_another_process_trains_is_refused():
+    folder = fit.folder(smoke(), seed=0)
+    folder.mkdir(parents=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another process is training this run"):
+            fit.fit(smoke(), seed=0)
+
+
+def test_a_run_rounds_no_fp32_product_to_tf32_and_says_so():
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    run = fit.fit(smoke(epochs=1), seed=0)
+    assert run.cost["tf32"] is False
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_bf16_trains_and_stays_near_fp32(undisturbed):
+    run = fit.fit(smoke(epochs=3, precision="bf16"), seed=1)
+    assert run.token_counts == undisturbed.token_counts
+    assert run.history != undisturbed.history
+    losses = [[row["train_loss"] for row in history] for history in (run.history, undisturbed.history)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"device": "tpu"}, "train.device: 'tpu' is not one of auto, cpu, cuda"),
+        ({"device": "cuda:99"}, "train.device: 'cuda:99'; torch sees"),
+        ({"batch_size": 10_000}, "train.batch_size: 10000; there are 64 training images"),
+        ({"backend": "fast"}, "'fast'"),
+    ],
+)
+def test_parameters_that_cannot_be_met_are_refused_before_training(change, said):
+    with pytest.raises(InputError) as error:
+        fit.fit(smoke(**change), seed=0)
+    assert said in str(error.value)
+
+
+def test_an_r_that_is_too_large_is_refused_before_training_naming_layer_t_and_r():
+    p = dataclasses.replace(smoke(), fusion=config.FusionRule(r=18))
+    with pytest.raises(InputError, match=r"layer 2: r = 18 of t = 19 tokens; allowed: 0\.\.9"):
+        fit.fit(dataclasses.replace(p, strategy="all"), seed=0)
+
+
+def test_evaluation_counts_what_is_right():
+    class Fixed(torch.nn.Module):
+        def forward(self, images):
+            logits = torch.zeros(len(images), 10)
+            logits[:, 3] = 2.0
+            return logits
+
+    images = fit.data.load(smoke().data)
+    scores = fit.evaluate(Fixed(), images.val, images, batch_size=50)
+    labels = images.val.labels
+    assert scores["top1_percent"] == pytest.approx(100 * (labels == 3).float().mean().item())
+    log_sum = math.log(9 + math.e**2)
+    share = (labels == 3).float().mean().item()
+    assert scores["loss"] == pytest.approx(log_sum - 2 * share, rel=1e-5)
+
+
+# runs that start from weights
+
+
+@pytest.fixture
+def weights(undisturbed, repository) -> Path:
+    """The weights of a finished run of strategy `upper`, in the repository."""
+    path = repository / "weights.safetensors"
+    path.write_bytes(undisturbed.model_bytes)
+    return path
+
+
+def evaluated(strategy: str = "upper", **changes) -> runs.Run:
+    return fit.fit(smoke(strategy, **{"init_from": "weights.safetensors", "epochs": 0, **changes}), seed=1)
+
+
+def test_weights_that_are_only_evaluated_give_their_own_accuracy_fused_or_not(undisturbed, weights):
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    images = fit.data.load(smoke().data)
+    run = evaluated()
+    scores = {key: undisturbed.metrics[key] for key in ("top1_percent", "top5_percent", "loss")}
+    assert run.metrics == {
+        **scores,
+        "chosen": {"weights": "raw", "epoch": 0},
+        "validation": {
+            "raw": dict.fromkeys(("last", "best"), run.metrics["validation"]["raw"]["last"]),
+            "ema": None,
+        },
+        "init_sha256": digest,
+    }
+    assert run.metrics["validation"]["raw"]["best"]["loss"] == undisturbed.metrics["validation"]["raw"]["best"]["loss"]
+    assert (run.history, run.token_counts) == ([], [37, 37, 29, 21, 13])
+    assert saved.load_model(weights)[0].head.weight.equal(_saved(run).head.weight)
+
+    model = set_schedule(saved.load_model(weights)[0], None)
+    unfused = evaluated("none", ema_decay=0.9)
+    expected = fit.evaluate(model, images.test, images, batch_size=2 * smoke().train.batch_size)
+    assert {key: unfused.metrics[key] for key in expected} == expected
+    assert unfused.token_counts == [37] * 5
+    assert unfused.metrics["loss"] != run.metrics["loss"]
+    assert unfused.metrics["validation"]["ema"] is None
+
+
+def test_a_run_that_trains_nothing_is_written_with_the_cost_of_a_forward_pass(weights, undisturbed, tmp_path):
+    run = evaluated()
+    record = runs.read(runs.write(run, tmp_path / "run"))
+    assert (record.history, record.cost["epoch_time_s"], record.cost["train_time_s"]) == ([], [], 0.0)
+    assert 0 < record.cost["peak_memory_mib"] < undisturbed.cost["peak_memory_mib"]
+    assert record.cost["step_time_ms"] > 0
+    assert deterministic(evaluated()) == deterministic(run)
+    assert not list(fit.folder(smoke(init_from="weights.safetensors", epochs=0), seed=1).glob("epoch-*"))
+
+
+def test_fine_tuning_starts_at_the_weights_with_a_learning_rate_of_its_own(weights, undisturbed):
+    p = smoke(init_from="weights.safetensors", epochs=1, lr=1e-3)
+    run = fit.fit(p, seed=1)
+    steps = 64 // p.train.batch_size
+    assert run.history[0]["lr"] == fit.learning_rate(p.train, steps - 1, steps)
+    assert run.history[0]["train_loss"] < undisturbed.history[1]["train_loss"]
+    assert not _saved(run).head.weight.equal(saved.load_model(weights)[0].head.weight)
+    assert run.metrics["init_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert "init_sha256" not in undisturbed.metrics
+
+
+def test_images_are_normalised_as_the_weights_know_them(weights, undisturbed):
+    model, described = saved.load_model(weights)
+    described["mean"], described["std"] = [0.5, 0.25, 0.125], [1.0, 0.5, 0.25]
+    weights.write_bytes(saved.model_bytes(model, model.state_dict(), described))
+    run = evaluated()
+    assert run.metrics["loss"] != undisturbed.metrics["loss"]
+    made = checkpoint.read(_written(run))[1]
+    assert made is not None
+    assert (made["mean"], made["std"]) == (described["mean"], described["std"])
+
+
+def test_a_seed_in_the_name_of_the_weights_is_the_runs_own(weights):
+    weights.rename(weights.with_name("of-1.safetensors"))
+    p = smoke(init_from="of-{seed}.safetensors", epochs=0)
+    assert fit.fit(p, seed=1).seed == 1
+    with pytest.raises(InputError, match=r"of-2\.safetensors: cannot be read \(No such file or directory\)"):
+        fit.fit(p, seed=2)
+
+
+def test_a_run_is_never_continued_from_one_that_started_from_other_weights(weights, monkeypatch):
+    p = smoke(init_from="weights.safetensors", epochs=2)
+    save, run_epoch = Session._save, Session.run_epoch
+    epochs: list[int] = []
+
+    def stop(session):
+        save(session)
+        if session.epoch == 1:
+            raise KeyboardInterrupt
+
+    def interrupted() -> Path:
+        with monkeypatch.context() as patched:
+            patched.setattr(Session, "_save", stop)
+            with pytest.raises(KeyboardInterrupt):
+                fit.fit(p, seed=1)
+        return fit.folder(p, seed=1)
+
+    before, content = interrupted(), weights.read_bytes()
+    model, described = saved.load_model(weights)
+    weights.write_bytes(saved.model_bytes(model, {k: t + 0.01 for k, t in model.state_dict().items()}, described))
+    monkeypatch.setattr(Session, "run_epoch", lambda s: (run_epoch(s), epochs.append(s.epoch)))
+    other = fit.fit(p, seed=1)
+    assert fit.folder(p, seed=1) != before
+    weights.write_bytes(content)
+    assert fit.folder(p, seed=1) == before
+    back = fit.fit(p, seed=1)
+    assert epochs == [1, 2, 2]
+    assert back.history != other.history
+
+
+def test_weights_that_change_while_they_are_read_stop_the_run(weights, monkeypatch):
+    take = fit.pretrained.take_weights
+
+    def late(model, path):
+        origin = take(model, path)
+        path.write_bytes(path.read_bytes() + b"more")
+        return origin
+
+    monkeypatch.setattr(fit.pretrained, "take_weights", late)
+    with pytest.raises(InputError, match=r"weights\.safetensors: changed while it was read"):
+        evaluated()
+
+
+def test_released_weights_start_a_run_too_and_only_training_may_have_a_new_head(repository):
+    p = smoke(init_from="vim.pth", epochs=0)
+    trained = fit.build(p, classes=1000, seed=7)
+    torch.save({"model": trained.state_dict()}, repository / "vim.pth")
+    with pytest.raises(InputError, match=r"its head tells 1000 classes apart, data\.dataset 'digits' has 10, and"):
+        fit.fit(p, seed=0)
+    run = fit.fit(smoke(init_from="vim.pth", epochs=1, lr=1e-8, min_lr=0.0), seed=0)
+    model = _saved(run)
+    assert model.head.weight.shape[0] == 10
+    torch.testing.assert_close(model.pos_embed, trained.pos_embed, rtol=0, atol=1e-5)
+    made = checkpoint.read(_written(run))[1]
+    assert made is not None
+    assert tuple(made["mean"]) == config.IMAGENET_MEAN
+
+
+def test_weights_of_other_classes_are_not_evaluated(weights):
+    model, described = saved.load_model(weights)
+    described["classes"] = list("abcdefghij")
+    weights.write_bytes(saved.model_bytes(model, model.state_dict(), described))
+    with pytest.raises(InputError, match=r"trained on other classes than data\.dataset 'digits' has"):
+        evaluated()
+
+
+def test_weights_of_another_architecture_are_refused_in_one_line_before_training(weights):
+    p = smoke(init_from="weights.safetensors")
+    with pytest.raises(InputError, match=r"weights\.safetensors: cls_token has shape \(1, 1, 16\); expected") as error:
+        fit.fit(dataclasses.replace(p, model=dataclasses.replace(p.model, d_model=32)), seed=1)
+    assert "\n" not in str(error.value)
+
+
+def _written(run: runs.Run) -> Path:
+    path = Path("written.safetensors")
+    path.write_bytes(run.model_bytes)
+    return path
+
+
+def _saved(run: runs.Run) -> fit.VisionMamba:
+    return saved.load_model(_written(run))[0]
+
+
+def test_a_step_that_is_replayed_learns_what_a_called_one_does(undisturbed, repository, monkeypatch):
+    captures = []
+
+    def captured(call, device):
+        assert device.type == "cpu"
+        for _ in range(3):
+            call()
+        captures.append(call)
+        return call
+
+    monkeypatch.setattr(cuda_graph, "unavailable", lambda device, processes: "")
+    monkeypatch.setattr(cuda_graph, "captured", captured)
+    p = smoke(epochs=3, choose="best", cuda_graph=True)
+    assert deterministic(fit.fit(p, seed=1)) == deterministic(undisturbed)
+    assert len(captures) == 1
+
+
+def test_a_step_is_captured_on_the_device_that_it_runs_on(monkeypatch):
+    current, made = [torch.device("cuda:0")], []
+
+    @contextlib.contextmanager
+    def device(chosen):
+        current.append(chosen)
+        yield
+        current.pop()
+
+    def start(stream=None):
+        made.append(current[-1])
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    @contextlib.contextmanager
+    def captures(graph, capture_error_mode):
+        # a loader's thread pins memory meanwhile
+        made.extend([current[-1], capture_error_mode])
+        yield
+
+    for name, double in {
+        "device": device,
+        "Stream": start,
+        "current_stream": start,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+        "graph": captures,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, double)
+    cuda_graph.captured(lambda: None, torch.device("cuda:1"))()
+    assert made == [torch.device("cuda:1")] * 4 + ["thread_local"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_cuda_graph_learns_what_called_steps_do(repository):
+    runs = [fit.fit(smoke(device="cuda", cuda_graph=graphed), seed=1) for graphed in (False, True)]
+    losses = [[row["train_loss"] for row in run.history] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][0] > losses[0][-1]
+
+
+def test_a_cuda_graph_is_refused_where_there_is_none(repository):
+    with pytest.raises(InputError, match=r"^train\.cuda_graph: true: it needs a CUDA device, got cpu$"):
+        fit.fit(smoke(cuda_graph=True), seed=1)
+    assert cuda_graph.unavailable(torch.device("cuda"), 2) == "it takes one process, got 2"
+    assert cuda_graph.unavailable(torch.device("cuda")) == ""
