@@ -11,12 +11,12 @@ from famba import plots
 from famba.analysis import tokens
 from famba.fusion import strategies
 from famba.fusion.strategies import STRATEGIES
-from famba.plots import explorer
+from famba.plots.explorer import Explorer
 
 
 @pytest.fixture
 def explorer(run):  # noqa: F811
-    return explorer.Explorer(tokens.watch(run, count=3))
+    return Explorer(tokens.watch(run, count=3))
 
 
 def pixels(explorer):

@@ -24,7 +24,7 @@ from famba.kernels import dispatch
 from famba.kernels.triton import runtime
 
 DEVICE = torch.device("privateuseone:0")  # what torch calls a device that others add
-_PACKAGE = Path(runtime.__file__).parents[1]
+_PACKAGE = Path(runtime.__file__).parents[2]
 _aten = torch.ops.aten
 _library = torch.library.Library("_", "IMPL")  # kept, since it undoes what it registered when it is collected
 
