@@ -1,4 +1,4 @@
-"""What the measurements of `alike` say: quantiles by layer, and whether tokens are more alike in the upper layers.
+"""What measured similarities (`tokens.token_similarity`) say: quantiles by layer, and whether upper layers have more.
 
 Whether fusing is cheaper in the upper layers is Famba-V's question (arXiv:2409.09808, section 3.2). Likeness is only
 one side of it: what fusing costs in accuracy is in the comparison of the strategies. Intervals are percentile

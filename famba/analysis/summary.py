@@ -85,7 +85,7 @@ def load_runs(sweep: SweepParams, runs_dir: str | Path) -> pd.DataFrame:
 
 
 def load_history(sweep: SweepParams, runs_dir: str | Path) -> pd.DataFrame:
-    """One row per epoch of every run of the sweep: strategy, seed and `records.HISTORY_COLUMNS`; errors as above."""
+    """One row per epoch of every run of the sweep: strategy, seed and `runs.HISTORY_COLUMNS`; errors as above."""
     rows = [
         {"strategy": record.strategy, "seed": record.seed, **row}
         for record in _records(sweep, runs_dir)

@@ -12,7 +12,7 @@ _MIB = 2**20
 def bench_memory(setting: Setting) -> list[dict[str, Any]]:
     """One row per backend without fusion, and one per strategy with the fastest backend.
 
-    `of_torch` is the peak in units of the torch backend's, `of_predicted` in units of `cost.analyse`'s.
+    `of_torch` is the peak in units of the torch backend's, `of_predicted` in units of `flops.analyse`'s.
     """
     rows: list[dict[str, Any]] = []
     for backend in able("torch", "native"):

@@ -1,6 +1,6 @@
 """Images that are decoded when they are needed, by worker processes, because all of them would not fit into memory.
 
-Axes as in data.py. What an image becomes follows from its place in the split and a seed, never from the worker that
+Axes as in splits.py. What an image becomes follows from its place in the split and a seed, never from the worker that
 it falls to: any number of workers gives the same batches.
 """
 
@@ -37,7 +37,7 @@ class Images:
 
     Attributes:
         rows: which images of `encoded`, in their order.
-        img_size, crop: as in `sources.fit`.
+        img_size, crop: as in `datasets.fit`.
     """
 
     encoded: Encoded

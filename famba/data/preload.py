@@ -1,4 +1,4 @@
-"""Imported by the process that workers are forked from (`stream`), so that they need not import it themselves.
+"""Imported by the process that workers are forked from (`loader`), so that they need not import it themselves.
 
 timm takes seconds to import. Where it cannot be, those who need it say so.
 """

@@ -85,7 +85,7 @@ def load(p: DataParams) -> Dataset:
     images that timm varies, each from its file.
 
     Raises:
-        InputError: what `sources.find` raises; a broken image; a shift that can leave nothing of an image; a limit
+        InputError: what `datasets.find` raises; a broken image; a shift that can leave nothing of an image; a limit
             above what there is; a class without an image in a split; augmentation by timm without timm.
     """
     if p.shift >= p.img_size:

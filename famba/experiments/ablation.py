@@ -2,7 +2,8 @@
 
 A cell is one strategy with one value for each option of `FusionOptions`; it is trained once with each seed. One
 strategy is trained with every combination of the values that are compared (the grid), the others with the profile's
-own options and with one of them changed at a time. `effects` turns the runs into differences and their intervals.
+own options and with one of them changed at a time. famba.analysis.ablation makes differences with
+intervals of the runs.
 """
 
 import dataclasses

@@ -58,7 +58,7 @@ def run_plans(
         trained_dir: folder of the plans' runs; one is trained again if its parameters or the code have changed.
 
     Raises:
-        InputError: as from `metrics.load_runs`; or a sweep in which no named strategy fuses.
+        InputError: as from `summary.load_runs`; or a sweep in which no named strategy fuses.
     """
     if set(asked.strategies) <= {summary.BASELINE}:
         raise InputError(f"sweep.strategies: {list(asked.strategies)}: none that fuses, so nothing to compare with")

@@ -2,7 +2,7 @@
 
 A strategy has one colour and one marker everywhere, and always the same place in the order. Spread is +-1 standard
 deviation over seeds, and the caption says over how many. Here `t` tokens. Charts are drawn here; what is drawn over an
-image is in `pictures`, what all have in common in `canvas`, and the names of both are at hand here too.
+image is in `plots.tokens`, what all have in common in `plots.style`, and the names of both are at hand here too.
 
 Statistical charts are seaborn's, drawn into figures that pyplot never hears of; matplotlib does what seaborn has no
 chart for. Sources: the colours are seaborn's for colour-blind readers; the heat-map of token similarity is the picture
@@ -68,8 +68,8 @@ def accuracy_against(frame: pd.DataFrame, cost: str = "train_time_s") -> Figure:
     """Top-1 accuracy against a cost: each strategy's mean with its spread, its runs, and the Pareto front.
 
     Args:
-        frame: as from `metrics.load_runs`.
-        cost: one of `metrics.COSTS`; less is better.
+        frame: as from `summary.load_runs`.
+        cost: one of `summary.COSTS`; less is better.
 
     Raises:
         InputError: a column that is not a cost.
@@ -109,7 +109,7 @@ def tokens_per_layer(schedules: pd.DataFrame) -> Figure:
     """Tokens that each layer passes on, by strategy; what all strategies compute less of.
 
     Args:
-        schedules: as from `metrics.load_schedules` or `metrics.schedule_frame`.
+        schedules: as from `summary.load_schedules` or `summary.schedule_frame`.
     """
     figure = Figure(figsize=(7.2, 4.0), layout="constrained")
     axes = figure.add_subplot()
@@ -131,7 +131,7 @@ def training_curves(history: pd.DataFrame) -> Figure:
     """Training loss, validation loss and validation accuracy by epoch: mean over seeds with its spread.
 
     Args:
-        history: as from `metrics.load_history`; without a row where nothing was trained, and the figure says so.
+        history: as from `summary.load_history`; without a row where nothing was trained, and the figure says so.
     """
     columns = {
         "train_loss": "training loss",
@@ -162,7 +162,7 @@ def paper_beside_ours(table: pd.DataFrame) -> Figure:
     made here stays empty and says so.
 
     Args:
-        table: as from `metrics.beside_paper`.
+        table: as from `summary.beside_paper`.
     """
     shown = {
         "top1_percent": ("top-1 accuracy\n(points from none)", "%"),
@@ -198,7 +198,7 @@ def strategies_overview(schedules: pd.DataFrame) -> Figure:
     """Which layers fuse how much: one row per strategy, one cell per layer, the tokens it removes written in.
 
     Args:
-        schedules: as from `metrics.load_schedules` or `metrics.schedule_frame`.
+        schedules: as from `summary.load_schedules` or `summary.schedule_frame`.
     """
     table = schedules.pivot(index="strategy", columns="layer", values=["removed", "tokens"]).loc[_strategies(schedules)]
     removed, tokens = table["removed"].drop(columns=0), table["tokens"]
@@ -231,7 +231,7 @@ def similarity_heatmaps(matrices: Sequence[Float[np.ndarray, "_ _"]], *, layers:
     """Cosine similarity of every token with every other, one heat-map per layer on one scale of colours.
 
     Args:
-        matrices: one per layer, as from `metrics.cosine_similarity`; sizes may differ, since layers fuse.
+        matrices: one per layer, as from `summary.cosine_similarity`; sizes may differ, since layers fuse.
         layers: the number of each matrix's layer; None counts from 1.
 
     Raises:
@@ -627,7 +627,7 @@ def ablation(effects: pd.DataFrame, runs: pd.DataFrame) -> Figure:
     """What each option of fusion is worth, with 95% intervals, beside the mean accuracy of every cell of the grid.
 
     Args:
-        effects: as from `effects.effects`.
+        effects: as from `ablation.effects`.
         runs: what they were made from, as from `ablation.run`.
     """
     pairs = effects[["factor", "kept", "instead"]].drop_duplicates()

@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 
 def fit(p: Params, *, seed: int, progress: bool = False, watch: Sequence[Watcher] = ()) -> Run:
-    """Train one model from its parameters to a finished run; the caller writes it (`records.write`).
+    """Train one model from its parameters to a finished run; the caller writes it (`runs.write`).
 
     A checkpoint is kept for each epoch under build/checkpoints, named by all parameters, the seed, the code and the
     kernels that run it. A run that was killed goes on from there, and ends with the same metrics, bit for bit on a CPU;
