@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from dvc.utils.serialize import modify_yaml
 from ruamel.yaml import YAML
 
 from famba import config
@@ -294,6 +295,18 @@ def test_the_digest_of_the_same_values_is_the_same_in_another_process():
     out = subprocess.run([sys.executable, "-c", code], cwd=FILE.parent, check=True, capture_output=True, text=True)
     assert out.stdout.strip() == p.digest(4)
     assert len(p.digest(4)) == 20
+
+
+def test_dvc_rewrites_the_file_with_the_changed_line_alone(tmp_path: Path):
+    path = tmp_path / "params.yaml"
+    path.write_text(TEXT)
+    with modify_yaml(str(path)) as content:  # as `dvc exp run -S fusion.upper.r=3` does
+        content["fusion"]["upper"]["r"] = 3
+    before, after = TEXT.splitlines(), path.read_text().splitlines()
+    changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
+    assert [old.replace("r: 6", "r: 3") for old, _ in changed] == [new for _, new in changed]
+    assert len(changed) == 1
+    assert config.load(strategy="upper", path=path).fusion.r == 3
 
 
 # bad input: one line with the key, the value and what is allowed
