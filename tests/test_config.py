@@ -304,7 +304,7 @@ def test_dvc_rewrites_the_file_with_the_changed_line_alone(tmp_path: Path):
         content["fusion"]["upper"]["r"] = 3
     before, after = TEXT.splitlines(), path.read_text().splitlines()
     changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
-    assert [old.replace("r: 6", "r: 3") for old, _ in changed] == [new for _, new in changed]
+    assert [old.replace("{r: 6", "{r: 3") for old, _ in changed] == [new for _, new in changed]
     assert len(changed) == 1
     assert config.load(strategy="upper", path=path).fusion.r == 3
 
