@@ -51,7 +51,6 @@ _NUMBERS_OF_COST = (
     "threads",
 )
 MODEL_FILE = "model.safetensors"
-_held: set[Path] = set()  # by this process
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def write(run: Run, run_dir: str | Path) -> Path:
 def held(run_dir: str | Path) -> Iterator[Path]:
     """Hold a run's folder, so that no other process writes a run there: from before training, best.
 
-    A process that holds it may do so again. A killed one leaves nothing that is in the way.
+    A thread that holds it may do so again. A killed process leaves nothing that is in the way.
 
     Args:
         run_dir: if relative, from the repository root; made if need be.
@@ -156,16 +155,8 @@ def held(run_dir: str | Path) -> Iterator[Path]:
         InputError: another process holds it, or it cannot be written to.
     """
     folder = config.root() / run_dir
-    key = folder.resolve()
-    if key in _held:
-        yield folder
-        return
     with claimed(folder / ".lock", f"{folder}: another process is making a run there"):
-        _held.add(key)
-        try:
-            yield folder
-        finally:
-            _held.remove(key)
+        yield folder
 
 
 def read(run_dir: str | Path) -> RunRecord:
