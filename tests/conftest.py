@@ -16,6 +16,12 @@ from famba.kernels.cpu import build, runtime  # noqa: E402
 from famba.kernels.triton import runtime as gpu_runtime  # noqa: E402
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first, so that several workers end together."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture
 def on_paper(monkeypatch):
     """Tensors of shape and type alone, on which the GPU's operators run anywhere: nothing is launched.
