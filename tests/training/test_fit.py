@@ -5,11 +5,11 @@ import dataclasses
 import fcntl
 import hashlib
 import math
-import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import jaxtyping
 import pytest
 import torch
 
@@ -26,15 +26,7 @@ from famba.training.distributed import Processes
 from famba.training.trainer import Session, evaluate
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(autouse=True)
-def repository(tmp_path, monkeypatch):
-    """A repository of its own, so that no test sees another's checkpoints."""
-    for name in ("params.yaml", "dvc.yaml"):
-        shutil.copy(ROOT / name, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("repository")
 
 
 def smoke(strategy: str = "upper", **changes) -> Params:
@@ -49,16 +41,16 @@ def deterministic(run: runs.Run) -> tuple:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """One finished run that others are compared with; trained once."""
+    """One finished run that others are compared with; trained once, with its shapes checked."""
     folder = tmp_path_factory.mktemp("undisturbed")
     for name in ("params.yaml", "dvc.yaml"):
         shutil.copy(ROOT / name, folder)
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        return fit.fit(smoke(epochs=3, choose="best"), seed=1)
-    finally:
-        os.chdir(before)
+    with contextlib.chdir(folder):
+        jaxtyping.config.update("jaxtyping_disable", False)
+        try:
+            return fit.fit(smoke(epochs=3, choose="best"), seed=1)
+        finally:
+            jaxtyping.config.update("jaxtyping_disable", True)
 
 
 def test_a_run_learns_fuses_as_promised_and_reports_it(undisturbed):
