@@ -18,7 +18,7 @@ from famba.config import Params
 from famba.errors import TrainingError
 from famba.storage import runs
 from famba.training import distributed, fit
-from famba.training.trainer import Session, evaluate
+from famba.training.trainer import evaluate
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -73,20 +73,10 @@ def test_parts_of_an_odd_number_of_images_cannot_be_mixed():
 
 
 @pytest.mark.slow
-def test_a_run_of_one_process_goes_on_with_two_that_give_the_same_losses(monkeypatch):
+def test_a_run_of_one_process_goes_on_with_two_that_give_the_same_losses(interrupt):
     undisturbed = fit.fit(smoke(MIXED), seed=4)
     shutil.rmtree("build")
-    save = Session._save
-
-    def stop(session):
-        save(session)
-        if session.epoch == 1:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Session, "_save", stop)
-        with pytest.raises(KeyboardInterrupt):
-            fit.fit(smoke(MIXED), seed=4)
+    interrupt(smoke(MIXED), seed=4)
     told: list[int] = []
     p = smoke(MIXED, processes=2)
     run = fit.fit(p, seed=4, watch=[lambda history, cost: told.append(len(history))])

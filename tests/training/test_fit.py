@@ -84,21 +84,9 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(undisturbed)
 
 
 @pytest.mark.parametrize("stopped_after", [1, 2])
-def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(undisturbed, monkeypatch, stopped_after):
-    save = Session._save
-
-    def stop(session):
-        save(session)
-        if session.epoch == stopped_after:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Session, "_save", stop)
-        with pytest.raises(KeyboardInterrupt):
-            fit.fit(smoke(epochs=3), seed=1)
-    epochs: list[int] = []
-    run_epoch = Session.run_epoch
-    monkeypatch.setattr(Session, "run_epoch", lambda s: (run_epoch(s), epochs.append(s.epoch)))
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(undisturbed, interrupt, epochs, stopped_after):
+    interrupt(smoke(epochs=3), seed=1, epoch=stopped_after)
+    epochs.clear()
     assert deterministic(fit.fit(smoke(epochs=3), seed=1)) == deterministic(undisturbed)
     assert epochs == list(range(stopped_after + 1, 4))
 
@@ -453,27 +441,13 @@ def test_a_seed_in_the_name_of_the_weights_is_the_runs_own(weights):
         fit.fit(p, seed=2)
 
 
-def test_a_run_is_never_continued_from_one_that_started_from_other_weights(weights, monkeypatch):
+def test_a_run_is_never_continued_from_one_that_started_from_other_weights(weights, interrupt, epochs):
     p = smoke(init_from="weights.safetensors", epochs=2)
-    save, run_epoch = Session._save, Session.run_epoch
-    epochs: list[int] = []
-
-    def stop(session):
-        save(session)
-        if session.epoch == 1:
-            raise KeyboardInterrupt
-
-    def interrupted() -> Path:
-        with monkeypatch.context() as patched:
-            patched.setattr(Session, "_save", stop)
-            with pytest.raises(KeyboardInterrupt):
-                fit.fit(p, seed=1)
-        return fit.folder(p, seed=1)
-
-    before, content = interrupted(), weights.read_bytes()
+    interrupt(p, seed=1)
+    before, content = fit.folder(p, seed=1), weights.read_bytes()
     model, described = saved.load_model(weights)
     weights.write_bytes(saved.model_bytes(model, {k: t + 0.01 for k, t in model.state_dict().items()}, described))
-    monkeypatch.setattr(Session, "run_epoch", lambda s: (run_epoch(s), epochs.append(s.epoch)))
+    epochs.clear()
     other = fit.fit(p, seed=1)
     assert fit.folder(p, seed=1) != before
     weights.write_bytes(content)
