@@ -2,16 +2,14 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from checkout import copy_to
 from PIL import Image
 from ruamel.yaml import YAML
-
-ROOT = Path(__file__).resolve().parent.parent
 
 pytestmark = pytest.mark.slow
 RESOLVE = ("python", "-m", "famba", "resolve", "--profile", "smoke", "--out", "build/resolved")
@@ -20,24 +18,11 @@ RESOLVE = ("python", "-m", "famba", "resolve", "--profile", "smoke", "--out", "b
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory) -> Path:
     """The tracked files, committed anew, with `none` and `upper`, one seed, under `smoke`."""
-    if not (ROOT / ".git").exists():
-        pytest.skip("not a git checkout: which files are tracked is not known")
-    folder = tmp_path_factory.mktemp("copy")
-    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    names = [name for name in names.split("\0") if name and not name.startswith("tests/golden/")]
-    assert "dvc.yaml" in names
-    for name in names:
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
-    (folder / "dvc.lock").unlink(missing_ok=True)
-    for made in ("figures", "results"):
-        shutil.rmtree(folder / made, ignore_errors=True)
+    folder = copy_to(tmp_path_factory.mktemp("copy"), without=("tests/golden/", "figures/", "results/", "dvc.lock"))
     edit(folder, lambda document: document.update(profile="smoke"))
     edit(folder, lambda document: document["sweep"].update(strategies=["none", "upper"], seeds=[0]))
     less = {"strategies": ["lower"], "factors": ["order"], "seeds": [3], "epochs": None}
     edit(folder, lambda document: document["ablation"].update(less))
-    run(folder, "git", "init", "-q")
     commit(folder)
     return folder
 
