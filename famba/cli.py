@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import logging
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,66 +42,6 @@ def main(arguments: Sequence[str] | None = None, *, hold: bool = False) -> int:
     except supervision.Terminated as end:
         _say(end.why)
         return 143
-
-
-def run_notebook(notebook: Path, output: Path, given: dict[str, str]) -> None:
-    """Execute a notebook with parameters, in the repository root, and keep the executed copy.
-
-    Args:
-        given: parameter name -> value, read as a YAML scalar: `0` is a number, `none` a string, `null` is None.
-
-    Raises:
-        InputError: no such notebook, or a parameter that its `parameters` cell does not have. Papermill itself would
-            only warn, and run the default instead.
-        FambaError: raised inside the notebook: the same message.
-        PapermillExecutionError: any other error inside the notebook.
-    """
-    import papermill
-    from jupyter_client.manager import AsyncKernelManager
-    from nbclient.exceptions import DeadKernelError
-    from papermill.exceptions import PapermillExecutionError
-
-    from famba import config
-
-    if not notebook.is_file():
-        raise InputError(f"{notebook}: no such notebook")
-    allowed = papermill.inspect_notebook(str(notebook)) if given else {}
-    for name in given:
-        if name not in allowed:
-            raise InputError(f"{notebook}: parameter {name!r} is unknown; allowed: {', '.join(allowed) or 'none'}")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    kernels: list[AsyncKernelManager] = []
-
-    class Kernel(AsyncKernelManager):
-        def __init__(self, **traits: Any) -> None:
-            super().__init__(**traits)
-            kernels.append(self)
-
-    def kill() -> None:
-        """Asked to end, a kernel at work takes seconds and prints a traceback; its checkpoints survive this as well."""
-        for kernel in kernels:
-            if kernel.has_kernel:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(getattr(kernel.provisioner, "pid"), signal.SIGKILL)  # noqa: B009 (only a local one has it)
-
-    try:
-        with supervision.at_stop(kill):
-            papermill.execute_notebook(
-                str(notebook),
-                str(output),
-                parameters={name: _scalar(name, value) for name, value in given.items()},
-                kernel_name="python3",
-                kernel_manager_class=Kernel,
-                progress_bar=False,
-                cwd=str(config.root()),
-                extra_arguments=["--IPKernelApp.log_level=40"],  # a warning about local sockets, for every notebook
-            )
-    except PapermillExecutionError as error:
-        if error.ename in _user_errors():
-            raise FambaError(f"{notebook}: {error.evalue}") from None
-        raise
-    except DeadKernelError:
-        raise FambaError(f"{notebook}: its kernel was killed; most often the machine ran out of memory") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -217,13 +156,9 @@ def _resolve(options: argparse.Namespace) -> int:
 
 
 def _notebook(options: argparse.Namespace) -> int:
-    from papermill.exceptions import PapermillExecutionError
+    from famba import notebook
 
-    try:
-        run_notebook(options.notebook, options.output, dict(options.given))
-    except PapermillExecutionError as error:
-        print(f"famba: {options.notebook}: cell {error.exec_count} failed\n{error}", file=sys.stderr)
-        return 1
+    notebook.execute(options.notebook, options.output, dict(options.given))
     return 0
 
 
@@ -282,26 +217,6 @@ def _gpu_check(options: argparse.Namespace) -> int:
 def _say(why: str) -> None:
     with contextlib.suppress(OSError):  # nobody may be listening any more
         print(f"famba: {why}", file=sys.stderr)
-
-
-def _scalar(name: str, text: str) -> Any:
-    """Read with a YAML 1.2 reader, as params.yaml is: `no` and `1e-3` mean what they mean there."""
-    from ruamel.yaml import YAML, YAMLError
-
-    try:
-        return YAML(typ="safe", pure=True).load(text)
-    except YAMLError as error:
-        raise InputError(f"parameter {name} = {text!r}: not readable as YAML: {' '.join(str(error).split())}") from None
-
-
-def _user_errors() -> set[str]:
-    """Names of FambaError and all that derive from it: the notebook's kernel tells the class by its name only."""
-    names, found = set(), [FambaError]
-    while found:
-        kind = found.pop()
-        names.add(kind.__name__)
-        found += kind.__subclasses__()
-    return names
 
 
 if __name__ == "__main__":
