@@ -62,13 +62,15 @@ def _digest(modules: list[str], others: Iterable[str] = (), code: str = "") -> s
 def _versions(modules: Iterable[str], others: Iterable[str]) -> dict[str, str]:
     """Installed versions of the libraries imported there, without the part that names a build (+cpu, +cu130)."""
     used = set(others).union(*(_module(name)[1] for name in modules))
-    found = {}
-    for name in sorted(used.intersection(_LIBRARIES)):
-        try:
-            found[name] = importlib.metadata.version(name).split("+")[0]
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
+    return {name: _version(name) for name in sorted(used.intersection(_LIBRARIES))}
+
+
+@functools.cache
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name).split("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
 
 
 def _closure(names: Iterable[str]) -> list[str]:
