@@ -111,7 +111,7 @@ class _Publisher(DisplayPublisher):
 
     shell: Any
 
-    def publish(self, data: dict, metadata: dict | None = None, **given: Any) -> None:
+    def publish(self, data: dict, metadata: dict | None = None, *_: Any, **given: Any) -> None:
         made = nbformat.v4.new_output("display_data", _encoded(data), metadata=metadata or {})
         place = (given.get("transient") or {}).get("display_id")
         if given.get("update") and place in self.shell.places:

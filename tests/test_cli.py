@@ -1,5 +1,6 @@
 """The command line: what it prints, what it leaves, and how it says no."""
 
+import base64
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from processes import FOREVER_S, PATIENCE_S, wait_until
 
 from famba import config
 from famba.cli import main
@@ -112,8 +114,34 @@ def test_a_defect_inside_a_notebook_keeps_its_traceback(notebook, tmp_path, caps
     assert "1 / x" in printed
 
 
-def test_a_killed_kernel_is_said(notebook, tmp_path, capsys):
-    path = notebook("x = 9", "import os, signal\nos.kill(os.getpid(), x)")
-    assert main(["notebook", str(path), str(tmp_path / "out.ipynb")]) == 1
-    printed = capsys.readouterr().err
-    assert "kernel was killed" in printed.splitlines()[-1]
+def test_an_executed_notebook_holds_what_its_cells_print_show_and_return(notebook, tmp_path):
+    path = notebook(
+        "x = 1",
+        "import sys\nfrom IPython.display import display\nfrom matplotlib.figure import Figure\n"
+        "print('a', end=''); print('b'); print('c', file=sys.stderr)\n"
+        "shown = display('first', display_id=True); shown.update('second')\nFigure().subplots().figure",
+    )
+    assert main(["notebook", str(path), str(tmp_path / "out.ipynb")]) == 0
+    executed = nbformat.read(tmp_path / "out.ipynb", as_version=4)
+    nbformat.validate(executed)
+    printed, warned, shown, figure = executed.cells[-1].outputs
+    assert (printed.name, printed.text, warned.name, warned.text) == ("stdout", "ab\n", "stderr", "c\n")
+    assert shown.data == {"text/plain": "'second'"}
+    assert figure.execution_count == executed.cells[-1].execution_count == 2
+    assert base64.b64decode(figure.data["image/png"]).startswith(b"\x89PNG")
+
+
+def test_a_notebook_sees_nothing_of_the_one_before(notebook, tmp_path, capsys):
+    assert main(["notebook", str(notebook("x = 1", "left = 1")), str(tmp_path / "out.ipynb")]) == 0
+    assert main(["notebook", str(notebook("x = 1", "left")), str(tmp_path / "out.ipynb")]) == 1
+    assert "name 'left' is not defined" in capsys.readouterr().err
+
+
+def test_sigterm_ends_a_notebook_at_work_at_once(notebook, tmp_path):
+    path = notebook("x = 1", f"import time\nopen({str(tmp_path / 'begun')!r}, 'w')\ntime.sleep({FOREVER_S})")
+    command = [sys.executable, "-m", "famba", "notebook", str(path), str(tmp_path / "out.ipynb")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=config.root())
+    wait_until((tmp_path / "begun").exists, process)
+    process.terminate()
+    assert process.communicate(timeout=PATIENCE_S)[1] == "famba: terminated\n"
+    assert process.returncode == 143

@@ -32,7 +32,7 @@ STAGE_NOTEBOOKS = ("train", "compare", "tokens", "similarity", "ablation", "adap
 PACKAGES = (
     *("errors", "fusion.options", "fusion.strategies", "config", "storage", "supervision", "kernels", "fusion"),
     *("models", "data", "profiling", "training", "analysis", "experiments", "plots", "bench", "diagnostics"),
-    *("gpu_check", "cli", "__main__"),
+    *("gpu_check", "notebook", "cli", "__main__"),
 )
 # What reads parameters and results, and draws them.
 NO_TORCH = (
