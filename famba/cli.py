@@ -146,10 +146,10 @@ def _params(options: argparse.Namespace) -> int:
 
 def _resolve(options: argparse.Namespace) -> int:
     from famba import config
+    from famba.experiments import sweep
 
-    for strategy in config.load_sweep().strategies:
-        p = config.load(options.profile, strategy=strategy)
-        write_atomic(options.out / "params" / f"{strategy}.json", json_bytes(p.as_dict()))
+    for p in sweep.resolve(options.profile):
+        write_atomic(options.out / "params" / f"{p.strategy}.json", json_bytes(p.as_dict()))
     for notebook in sorted((config.root() / "notebooks").glob("*.ipynb")):
         write_atomic(options.out / "code" / f"{notebook.stem}.json", json_bytes(provenance.of_notebook(notebook)))
     return 0
