@@ -1,4 +1,4 @@
-"""The command line: `python -m famba <command>`; `--help` lists the commands, `<command> --help` its options.
+"""The command line: `famba <command>`; `--help` lists the commands, `<command> --help` its options.
 
 An error that a user can mend is one line on stderr and exit status 1. Anything else is a defect and keeps its
 traceback. Each command imports what it needs, so that reading parameters does not wait for torch, and
@@ -14,23 +14,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import famba
 from famba import gpu_check, supervision
 from famba.errors import FambaError, InputError
 from famba.storage import provenance
 from famba.storage.files import json_bytes, write_atomic
 
 
-def main(arguments: Sequence[str] | None = None, *, hold: bool = False) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status.
 
     Args:
-        hold: answer SIGTERM, and end with what this process works for (`supervision.hold`).
+        arguments: None takes those of this process, which then ends as `supervision.hold` says.
     """
     options = _parser().parse_args(arguments)
     # Spinning OpenMP threads make a step several times slower when something else runs on the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        if hold:
+        if arguments is None:
             supervision.hold()
         return options.run(options)
     except FambaError as error:
@@ -45,7 +46,8 @@ def main(arguments: Sequence[str] | None = None, *, hold: bool = False) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m famba", description="Vision Mamba with token fusion.")
+    parser = argparse.ArgumentParser(prog="famba", description="Vision Mamba with token fusion.")
+    parser.add_argument("--version", action="version", version=f"famba {famba.__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     def command(name: str, run: Any, summary: str, **more: Any) -> argparse.ArgumentParser:
@@ -54,15 +56,19 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("train", _train, "train one strategy with one seed, and write the run")
-    what = sub.add_mutually_exclusive_group(required=True)
-    what.add_argument("--strategy", help="one of params.yaml's, under fusion")
+    what = sub.add_mutually_exclusive_group()
+    what.add_argument("--strategy", help="one of params.yaml's, under fusion; the one that --set gives, or none")
     what.add_argument(
         "--resolved", type=Path, metavar="FILE", help="or all parameters, as a run's params.json has them"
     )
     sub.add_argument("--profile", help="one of params.yaml's; the one that it names itself if not given")
     sub.add_argument("--processes", type=int, help="train together, each on its device; instead of train.processes")
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="instead of params.yaml's: train.epochs=3"
+    )
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--out", type=Path, help="folder of the run; build/runs/<strategy>-<seed> if not given")
+    sub.add_argument("--force", action="store_true", help="replace a run that is in that folder")
     sub.add_argument("--keep-checkpoints", action="store_true", help="do not remove them when the run is written")
 
     sub = command("params", _params, "print the parameters that a run gets, its profile applied, as JSON")
@@ -112,22 +118,32 @@ def _train(options: argparse.Namespace) -> int:
     from famba import config
 
     if options.resolved is not None:
-        for name in ("profile", "processes"):
-            if (value := getattr(options, name)) is not None:
+        for name in ("profile", "processes", "set"):
+            if value := getattr(options, name):
                 raise InputError(f"--{name}: {value!r}: not allowed with --resolved, which says it already")
         p = config.read_resolved(options.resolved.absolute())
     else:
-        p = config.load(options.profile, strategy=options.strategy, processes=options.processes)
+        given = config.parse_settings(options.set)
+        named = [key.split(".")[1] for key in given if key.startswith("fusion.")]
+        strategy = options.strategy or (named or ["none"])[0]
+        p = config.load(options.profile, strategy=strategy, processes=options.processes, given=given)
     from famba.storage import runs
+
+    out = (options.out or config.root() / "build" / "runs" / runs.run_name(p.strategy, options.seed)).absolute()
+    if not options.force and out.exists() and not (out.is_dir() and set(os.listdir(out)) <= {".lock"}):
+        raise InputError(f"--out: {out} exists; name another folder, or --force to replace the run in it")
     from famba.training import distributed, fit
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("famba").setLevel(logging.INFO)
-    out = options.out or config.root() / "build" / "runs" / runs.run_name(p.strategy, options.seed)
-    with runs.held(out.absolute()) if distributed.writes() else contextlib.nullcontext():
+    with runs.held(out) if distributed.writes() else contextlib.nullcontext():
         run = fit.fit(p, seed=options.seed, progress=sys.stderr.isatty())
         if distributed.writes():
-            print(runs.write(run, out.absolute()))
+            folder, cost = runs.write(run, out), run.cost
+            print(
+                f"{folder}: top-1 {run.metrics['top1_percent']:.1f} %, training {cost['train_time_s']:.1f} s, "
+                f"peak memory {cost['peak_memory_mib']:.1f} MiB"
+            )
     if distributed.writes() and not options.keep_checkpoints:
         fit.forget(p, seed=options.seed)
     return 0
@@ -220,4 +236,4 @@ def _say(why: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(hold=True))
+    sys.exit(main())

@@ -46,7 +46,7 @@ def execute(notebook: Path, output: Path, given: dict[str, str]) -> None:
         papermill.execute_notebook(
             str(notebook),
             str(output),
-            parameters={name: _scalar(name, value) for name, value in given.items()},
+            parameters={name: config.parse_value(name, value) for name, value in given.items()},
             engine_name=_InProcess.__name__,
             kernel_name="python3",
             progress_bar=False,
@@ -160,13 +160,3 @@ def _drawn(figure: Any) -> Any:
 
 def _encoded(data: dict[str, Any]) -> dict[str, Any]:
     return {kind: base64.b64encode(x).decode() if isinstance(x, bytes) else x for kind, x in data.items()}
-
-
-def _scalar(name: str, text: str) -> Any:
-    """Read with a YAML 1.2 reader, as params.yaml is: `no` and `1e-3` mean what they mean there."""
-    from ruamel.yaml import YAML, YAMLError
-
-    try:
-        return YAML(typ="safe", pure=True).load(text)
-    except YAMLError as error:
-        raise InputError(f"parameter {name} = {text!r}: not readable as YAML: {' '.join(str(error).split())}") from None

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import nbformat
 import pytest
 from processes import FOREVER_S, PATIENCE_S, wait_until
 
+import famba
 from famba import config
 from famba.cli import main
 
@@ -59,12 +61,34 @@ def test_bad_input_is_one_line_that_names_it_and_status_1(arguments, named, caps
     assert all(word in printed.err for word in named)
 
 
-@pytest.mark.parametrize("also", [("--profile", "smoke"), ("--processes", "2")])
+@pytest.mark.parametrize("also", [("--profile", "smoke"), ("--processes", "2"), ("--set", "train.epochs=3")])
 def test_what_resolved_parameters_say_already_is_not_said_twice(also, capsys):
     assert main(["train", "--resolved", "params.json", *also]) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"famba: {also[0]}: ")
     assert said.endswith(": not allowed with --resolved, which says it already\n")
+
+
+def test_train_says_what_the_run_reached_and_replaces_it_only_when_forced(tmp_path, capsys):
+    train = ["train", "--profile", "smoke", "--set", "train.epochs=1", "--out", str(tmp_path / "run")]
+    assert main(train) == 0
+    line = rf"{tmp_path}/run: top-1 [0-9.]+ %, training [0-9.]+ s, peak memory [0-9.]+ MiB"
+    assert re.fullmatch(line, capsys.readouterr().out.splitlines()[-1])
+    assert len((tmp_path / "run" / "history.csv").read_text().splitlines()) == 2
+    before = (tmp_path / "run" / "cost.json").stat().st_mtime_ns
+    assert main(train) == 1
+    assert capsys.readouterr().err == (
+        f"famba: --out: {tmp_path}/run exists; name another folder, or --force to replace the run in it\n"
+    )
+    assert (tmp_path / "run" / "cost.json").stat().st_mtime_ns == before
+    assert main([*train, "--force"]) == 0
+    assert (tmp_path / "run" / "cost.json").stat().st_mtime_ns > before
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"famba {famba.__version__}\n"
 
 
 def test_the_command_line_starts_without_torch():
