@@ -10,7 +10,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from processes import FOREVER_S, PATIENCE_S, wait_until
 
 import famba
 from famba import config
@@ -159,13 +158,3 @@ def test_a_notebook_sees_nothing_of_the_one_before(notebook, tmp_path, capsys):
     assert main(["notebook", str(notebook("x = 1", "left = 1")), str(tmp_path / "out.ipynb")]) == 0
     assert main(["notebook", str(notebook("x = 1", "left")), str(tmp_path / "out.ipynb")]) == 1
     assert "name 'left' is not defined" in capsys.readouterr().err
-
-
-def test_sigterm_ends_a_notebook_at_work_at_once(notebook, tmp_path):
-    path = notebook("x = 1", f"import time\nopen({str(tmp_path / 'begun')!r}, 'w')\ntime.sleep({FOREVER_S})")
-    command = [sys.executable, "-m", "famba", "notebook", str(path), str(tmp_path / "out.ipynb")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=config.root())
-    wait_until((tmp_path / "begun").exists, process)
-    process.terminate()
-    assert process.communicate(timeout=PATIENCE_S)[1] == "famba: terminated\n"
-    assert process.returncode == 143

@@ -106,6 +106,14 @@ def test_a_second_repro_does_nothing(copy, first):
     assert outputs(copy) == first
 
 
+def test_make_repro_waits_for_a_dvc_that_is_still_at_work(copy, first):
+    hold = "import time, zc.lockfile as z; lock = z.LockFile('.dvc/tmp/lock'); print(flush=True); time.sleep(8)"
+    holder = subprocess.Popen([sys.executable, "-c", hold], cwd=copy, stdout=subprocess.PIPE)
+    assert holder.stdout.readline()
+    assert run(copy, ".ci/repro", "2").startswith("make repro: nothing to do")
+    assert holder.wait() == 0
+
+
 def test_a_comment_runs_nothing_again_and_code_that_draws_never_retrains(copy, first):
     module = copy / "famba" / "plots" / "results.py"
     text = module.read_text()
@@ -154,6 +162,9 @@ def test_another_r_of_one_strategy_reruns_that_strategy_and_the_gathering(copy, 
     after = outputs(copy)
     assert {name for name in first if name.startswith("results/runs/none-0/") and after[name] != first[name]} == set()
     assert after["results/runs/upper-0/schedule.json"] != first["results/runs/upper-0/schedule.json"]
+    shown = run(copy, "dvc", "exp", "show", "--only-changed", "--drop", "build/|results/", "--csv").splitlines()[0]
+    assert "top1_percent.upper" in shown
+    assert shown.count(",") < 40
     difference = run(copy, "dvc", "metrics", "diff", "--md")
     assert "summary.json" in difference
     assert "top1_percent" in run(copy, "dvc", "metrics", "show", "--md")
