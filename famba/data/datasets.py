@@ -239,16 +239,19 @@ def _top(p: DataParams, needed: str) -> Path:
 
 def _digits() -> Found:
     """1,797 handwritten digits; 500 of them, the same whatever the parameters, are the test split."""
-    package = importlib.util.find_spec("sklearn")  # found, not imported: that takes more than a second
-    if package is None or package.origin is None:
-        raise InputError(
-            "data.dataset: 'digits' ships with scikit-learn, which is not installed: pip install scikit-learn"
-        )
-    table = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    table = np.loadtxt(shipped("data/digits.csv.gz"), delimiter=",")
     grey = np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)  # ink from 0 to 16
     labels = torch.from_numpy(table[:, -1].astype(np.int64))
     test = stratified(labels, 500, random.Random(0))
     return Found(Grey(grey), labels, test, tuple("0123456789"), "digits", None)
+
+
+def shipped(name: str) -> Path:
+    """A file of scikit-learn's data sets; to import that package takes more than a second."""
+    package = importlib.util.find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise InputError(f"{name}: ships with scikit-learn, which is not installed: pip install scikit-learn")
+    return Path(package.origin).parent / "datasets" / name
 
 
 def _folder(top: Path) -> Found:
