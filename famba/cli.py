@@ -25,14 +25,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status.
 
     Args:
-        arguments: None takes those of this process, which then ends as `supervision.hold` says.
+        arguments: None takes those of this process, which then answers SIGTERM, and exits when a supervising
+            process dies (`supervision.start`).
     """
     options = _parser().parse_args(arguments)
     # Spinning OpenMP threads make a step several times slower when something else runs on the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         if arguments is None:
-            supervision.hold()
+            supervision.start()
         return options.run(options)
     except FambaError as error:
         print(f"famba: {error}", file=sys.stderr)
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say("interrupted")
         return 130
     except supervision.Terminated as end:
-        _say(end.why)
+        _say(end.reason)
         return 143
 
 

@@ -76,12 +76,14 @@ def test_an_error_keeps_its_kind_and_names_the_item():
 
 
 def test_a_defect_names_the_item_and_keeps_its_traceback():
-    with pytest.raises(RuntimeError, match=r"(?s)^nothing:\nTraceback.*return 1 / x.*ZeroDivisionError"):
+    with pytest.raises(ZeroDivisionError) as error:
         launcher.run(divide, {"one": 1, "nothing": 0}, jobs=2)
+    assert error.value.__notes__ == ["while working on nothing"]
+    assert "return 1 / x" in str(error.value.__cause__)
 
 
 def test_a_process_that_is_killed_is_an_error_that_names_its_item():
-    with pytest.raises(FambaError, match=r"second: its process was stopped \(exit status -9\)"):
+    with pytest.raises(FambaError, match=r"^second: a worker process was stopped; most often"):
         launcher.run(die_at_two, {"first": 1, "second": 2, "third": 3}, jobs=1)
 
 
