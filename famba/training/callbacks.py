@@ -125,7 +125,7 @@ def _in_notebook() -> bool:
         return False
     from IPython.core.getipython import get_ipython
 
-    shell = get_ipython()
+    shell: Any = get_ipython()
     return shell is not None and "image/png" in shell.display_formatter.active_types
 
 
