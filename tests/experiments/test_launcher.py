@@ -96,7 +96,7 @@ def test_a_failure_ends_what_the_others_are_doing(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks into /proc")
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_nothing_goes_on_once_the_process_that_asked_for_it_is_gone(tmp_path, how):
     said = tmp_path / "pid"
     program = (
