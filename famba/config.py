@@ -15,6 +15,7 @@ import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_type_hints
 
 from pydantic import AfterValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError, model_validator
@@ -328,16 +329,14 @@ def root() -> Path:
     """The repository root: the nearest folder above the working directory that holds params.yaml and dvc.yaml.
 
     Papermill runs a notebook in the caller's folder, nbval and JupyterLab in the notebook's own, so no path may be
-    relative to the working directory. From anywhere else, the root is the checkout that this package lies in.
-
-    Raises:
-        InputError: there is neither.
+    relative to the working directory. From anywhere else, the root is the checkout that this package lies in; installed
+    without one, the working directory.
     """
     here = Path.cwd()
     for folder in (here, *here.parents, Path(__file__).resolve().parent.parent):
         if (folder / "params.yaml").is_file() and (folder / "dvc.yaml").is_file():
             return folder
-    raise InputError(f"{here}: no params.yaml and dvc.yaml here or above; run inside a checkout of famba")
+    return here
 
 
 Section = dict[str, Any]
@@ -366,7 +365,12 @@ class _File:
 
 
 def load(
-    profile: str | None = None, *, strategy: str, processes: int | None = None, path: Path | None = None
+    profile: str | None = None,
+    *,
+    strategy: str,
+    processes: int | None = None,
+    given: Mapping[str, Any] = MappingProxyType({}),
+    path: Path | None = None,
 ) -> Params:
     """The parameters of one strategy under a profile.
 
@@ -374,12 +378,23 @@ def load(
         profile: a key of `profiles`; None is the one that the file names itself.
         strategy: a key of `fusion`; `none`, `all`, `interleaved`, `lower` and `upper` are the paper's.
         processes: instead of train.processes, which does not change what a run is; None keeps it.
-        path: the file; None is params.yaml at the repository root.
+        given: values instead of the file's and the profile's, such as {"train.epochs": 3}; `fusion.<name>.<key>` may
+            make a new strategy.
+        path: the file; None is params.yaml at the repository root, or the package's where there is none.
 
     Raises:
         InputError: an unknown key, a wrong type or value, an unknown profile or strategy; names it and what is allowed.
     """
     file, name, chosen, place = _under_profile(profile, path)
+    for key, value in given.items():
+        section, *keys = key.split(".")
+        if (section, len(keys)) not in {("data", 1), ("model", 1), ("options", 1), ("train", 1), ("fusion", 2)}:
+            allowed = "data, model, options or train and a key; fusion, a strategy and a key"
+            raise InputError(f"--set: {_short(key)} is not {allowed}, with dots between")
+        if section == "fusion":
+            ways = {way: None for way in ("r", "total", "schedule") if keys[1] in ("r", "total", "schedule")}
+            value = (file.fusion.get(keys[0]) or {}) | ways | {keys[1]: value}
+        file = dataclasses.replace(file, **{section: getattr(file, section) | {keys[0]: value}})
     if strategy not in file.strategies:
         raise InputError(f"strategy: {_short(strategy)} is not one of {', '.join(file.strategies)}")
     train = file.train if processes is None else file.train | {"processes": processes}
@@ -390,6 +405,25 @@ def load(
         name,
         lambda section, *keys: place(section, strategy, *keys) if section == "fusion" else place(section, *keys),
     )
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """`KEY=VALUE` as the `given` of `load`."""
+    found = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise InputError(f"--set: {_short(setting)} is not KEY=VALUE")
+        found[key] = parse_value(key, text)
+    return found
+
+
+def parse_value(name: str, text: str) -> Any:
+    """A value given on the command line as YAML 1.2, so that `no` and `1e-3` mean what they mean in params.yaml."""
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{name} = {_short(text)}: not readable as YAML: {' '.join(str(error).split())}") from None
 
 
 def read_resolved(path: str | Path) -> Params:
@@ -475,7 +509,8 @@ def _under_profile(profile: str | None, path: Path | None) -> tuple[_File, str, 
 
 def _read(path: Path | None) -> tuple[_File, str]:
     """The file's content and name."""
-    path = root() / "params.yaml" if path is None else path
+    if path is None and not (path := root() / "params.yaml").is_file():
+        path = Path(__file__).with_name("params.yaml")  # a wheel's copy
     return _parse(path, *_version(path)), path.name
 
 

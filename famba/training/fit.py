@@ -152,7 +152,9 @@ def _fit_in_processes(p: Params, seed: int, progress: bool, watch: Sequence[Watc
 
     write_atomic(checkpoints / "asked.json", json_bytes(p.as_dict()))
     arguments = ["train", "--resolved", str(checkpoints / "asked.json"), "--seed", str(seed), "--out", str(out)]
-    distributed.launch([*arguments, "--keep-checkpoints"], p.train.processes, quiet=not progress, on_poll=run_callbacks)
+    distributed.launch(
+        [*arguments, "--keep-checkpoints", "--force"], p.train.processes, quiet=not progress, on_poll=run_callbacks
+    )
     run_callbacks()
     return Run(**vars(runs.read(out)), model_bytes=(out / runs.MODEL_FILE).read_bytes())
 

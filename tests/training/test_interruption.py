@@ -353,7 +353,7 @@ SLEEP = ["from pathlib import Path; import time", f"Path('build/sleeps').touch()
         (signal.SIGKILL, -9, ""),
     ],
 )
-def test_a_notebook_that_is_ended_in_any_way_takes_its_kernel_with_it(copy, how, status, said):
+def test_a_notebook_that_is_ended_in_any_way_leaves_no_process(copy, how, status, said):
     kernel = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
     cells = [nbformat.v4.new_code_cell(source) for source in SLEEP]
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), copy / "build" / "sleep.ipynb")
@@ -363,7 +363,7 @@ def test_a_notebook_that_is_ended_in_any_way_takes_its_kernel_with_it(copy, how,
     sleeps = copy / "build" / "sleeps"
     wait_until(sleeps.exists, notebook)
     sleeps.unlink()
-    assert len(alive(copy)) == 2
+    assert len(alive(copy)) == 1
     notebook.send_signal(how)
     assert finish(notebook, status) == said
     wait_until(lambda: not alive(copy))
