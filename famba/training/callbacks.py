@@ -1,4 +1,4 @@
-"""A run as others can watch it: curves in its notebook, events for TensorBoard, and its history so far as a table.
+"""Callbacks of a run: curves in its notebook, events for TensorBoard, and its history so far as a table.
 
 Each is called after every epoch with the run's history, a list of dicts of `runs.HISTORY_COLUMNS`, and with what
 the epoch cost. None has any effect on the run's numbers.
