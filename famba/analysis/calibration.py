@@ -85,7 +85,7 @@ class Step:
         fused, unfused = self.cost(schedule), self.cost([0] * self.config["depth"])
         if key == "memory":
             return fused.peak_bytes / unfused.peak_bytes
-        return (fused.flops + fused.scan_flops) / (unfused.flops + unfused.scan_flops)
+        return fused.flops / unfused.flops
 
 
 def plan(run_dirs: Sequence[str | Path], rule: AdaptiveRule, *, kind: str, count: int) -> Plan:
