@@ -61,6 +61,8 @@ class DataParams:
         color_jitter: of brightness, contrast and saturation, `timm` only, and of no effect there beside a policy.
         workers: processes that decode and vary images which stream; has no effect on what they give.
         memory_mib: a data set that takes more than this as uint8 streams; a smaller one lies on the training device.
+        folds: the data set is divided into so many parts with the same share of each class, and a run's seed chooses
+            the one that is its test split; null keeps the data set's own test split.
     """
 
     dataset: str
@@ -81,6 +83,7 @@ class DataParams:
     color_jitter: Annotated[float, Field(ge=0)]
     workers: Annotated[int, Field(ge=0)]
     memory_mib: PositiveInt
+    folds: Annotated[int, Field(ge=2)] | None = None
 
 
 @dataclass(frozen=True, config=_strict)

@@ -46,7 +46,6 @@ _NUMBERS_OF_COST = (
     "peak_memory_mib",
     "throughput_img_s",
     "flops_per_image",
-    "flops_per_image_counted",
     "params_count",
     "threads",
 )
@@ -65,13 +64,15 @@ class RunRecord:
             (`weights`: raw or ema, `epoch`), `validation` (`raw` and `ema`: `last` and `best` epoch; ema may be None).
             A run that started from a file of weights: `init_sha256`, that file's content.
         cost: `train_time_s`, `step_time_ms`, `data_time_ms`, `peak_memory_mib`, `throughput_img_s`,
-            `flops_per_image` (formula), `flops_per_image_counted` (torch's counter), `params_count`, `threads`,
+            `flops_per_image` (by formula, of a forward pass with its scans), `params_count`, `threads`,
             `device`, `versions`, `command`, `kernels` (the backend that ran each function, and the native ones'
             `instruction_set`), `tf32` (whether fp32 products were rounded so), `nondeterministic` (what was, by name),
             `epoch_time_s` (one per epoch).
             Where nothing was trained (`train.epochs` 0), a step is a forward pass, and the epoch is number 0.
         history: one dict of `HISTORY_COLUMNS` per epoch; None in the ema columns of a run without. Empty where nothing
             was trained.
+        correct: a character for each image of the data set, in its order: 1 if the image was tested and classified
+            correctly, 0 if incorrectly, - if it was not tested; ends with the last tested image.
         params: the resolved configuration, `Params.as_dict()`.
     """
 
@@ -83,6 +84,7 @@ class RunRecord:
     metrics: Mapping[str, Any]
     cost: Mapping[str, Any]
     history: Sequence[Mapping[str, Any]]
+    correct: str
     params: Mapping[str, Any]
 
 
@@ -130,6 +132,7 @@ def write(run: Run, run_dir: str | Path) -> Path:
         "params.json": _json(dict(run.params), folder / "params.json"),
         "cost.json": _json(dict(run.cost), folder / "cost.json"),
         "history.csv": history_bytes(run.history),
+        "correct.txt": f"{run.correct}\n".encode(),
         MODEL_FILE: run.model_bytes,
         "metrics.json": _json(metrics, folder / "metrics.json"),
     }
@@ -200,6 +203,7 @@ def read(run_dir: str | Path) -> RunRecord:
         metrics={key: value for key, value in metrics.items() if key not in identity},
         cost=_object(folder / "cost.json"),
         history=read_history(folder / "history.csv"),
+        correct=_text(folder / "correct.txt").strip(),
         params=_object(folder / "params.json"),
     )
     _check(record, metrics, folder)
@@ -227,11 +231,20 @@ def _check(run: RunRecord, metrics: Mapping[str, Any], folder: Path) -> None:
         raise InputError(f"{folder / 'metrics.json'}: strategy: {run.strategy!r} is not one of {', '.join(allowed)}")
     _check_metrics(metrics, folder / "metrics.json")
     _check_cost(run.cost, folder / "cost.json")
+    _check_correct(run.correct, metrics["top1_percent"], folder / "correct.txt")
     if run.history or not _trains_nothing(run):
         _check_history(run.history, folder / "history.csv")
     for key, value in {"strategy": run.strategy, "profile": run.profile}.items():
         if _value(run.params, key, str, folder / "params.json") != value:
             raise InputError(f"{folder / 'params.json'}: {key}: {run.params[key]!r}; metrics.json says {value!r}")
+
+
+def _check_correct(correct: str, top1_percent: float, path: Path) -> None:
+    right, wrong = correct.count("1"), correct.count("0")
+    if set(correct) - set("01-") or not right + wrong:
+        raise InputError(f"{path}: must hold 0, 1 or - for each image, and an image that was tested")
+    if not math.isclose(100 * right / (right + wrong), top1_percent):
+        raise InputError(f"{path}: {right} of {right + wrong} correct; metrics.json says {top1_percent}%")
 
 
 def _trains_nothing(run: RunRecord) -> bool:
@@ -343,16 +356,23 @@ def _object(path: Path) -> dict[str, Any]:
     return value
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as text: {error}") from None
+
+
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a finite number")
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
     try:
-        lines = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        lines = list(csv.reader(_text(path).splitlines()))
+    except csv.Error as error:
         raise InputError(f"{path}: not readable as CSV: {error}") from None
     if not lines or tuple(lines[0]) != HISTORY_COLUMNS:
         raise InputError(f"{path}: its first line must be {','.join(HISTORY_COLUMNS)}")

@@ -160,7 +160,7 @@ def test_calibration_looks_at_validation_images_and_never_at_the_test_split(run_
     whole = data.load(config.load("smoke", strategy="none").data)
     blind = dataclasses.replace(whole, test=data.Split(whole.test.images[:0], whole.test.labels[:0]), train=whole.test)
     expected = calibration.plan([run_dir], AdaptiveRule(total=20), kind="similarity", count=9)
-    monkeypatch.setattr(data, "load", lambda _: blind)
+    monkeypatch.setattr(data, "load", lambda _, seed: blind)
     assert calibration.plan([run_dir], AdaptiveRule(total=20), kind="similarity", count=9) == expected
 
 

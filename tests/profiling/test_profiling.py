@@ -357,9 +357,10 @@ def test_the_clock_tells_steps_from_waiting_and_drops_the_warm_up(now):
         now[0] += 0.5  # augmentation
         with clock.step():
             now[0] += 10 * batch
+        now[0] += 100  # a progress bar
     assert clock.step_time_ms == [10_000, 20_000]
     assert clock.data_time_ms == [1_500, 2_500]
-    assert clock.total_s == 7.5 + 70 + 1.5 + 10 + 2.5 + 20
+    assert clock.total_s == 7.5 + 70 + 101.5 + 10 + 102.5 + 20
 
 
 def test_the_clock_does_not_record_a_step_that_raises(now):
