@@ -46,6 +46,7 @@ $(READY): ; .ci/setup $(VENV) $(READY)
 repro: env  ## train every strategy and draw the answer: what `dvc repro` does, JOBS stages at a time
 	$(IN_VENV) dvc repro resolve
 	$(IN_VENV) $(call at_once,^train@)
+	$(IN_VENV) dvc repro -s cost  # alone on the machine: it measures time
 	$(IN_VENV) $(call at_once,^(compare$$|similarity$$|tokens@))
 	$(IN_VENV) dvc repro
 

@@ -215,7 +215,8 @@ class AblationParams:
     Attributes:
         strategy: trained with every combination of the factors' values.
         strategies: trained with one factor changed at a time.
-        factors: fields of `FusionOptions`.
+        factors: fields of `FusionOptions`, combined for `strategy`.
+        controls: further fields, changed one at a time for every strategy.
         seeds: of each of those runs.
         epochs: instead of the profile's, to end sooner; null keeps them.
         jobs: runs trained at the same time, each on one thread.
@@ -224,6 +225,7 @@ class AblationParams:
     strategy: Strategy
     strategies: Annotated[tuple[Strategy, ...], Field(strict=False)]
     factors: Annotated[tuple[Factor, ...], Field(min_length=1, strict=False)]
+    controls: Annotated[tuple[Factor, ...], Field(strict=False)]
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1, strict=False)]
     epochs: PositiveInt | None
     jobs: PositiveInt
@@ -449,7 +451,7 @@ def load_ablation(path: Path | None = None, **changes: Any) -> AblationParams:
     name = "params.yaml" if path is None else path.name
     values = _mapping(_read(path).get("ablation"), f"{name}: ablation") | changes
     ablation = _validated(AblationParams, values, name, "ablation", {})
-    _once(ablation, ("strategies", "factors", "seeds"), f"{name}: ablation")
+    _once(ablation, ("strategies", "factors", "controls", "seeds"), f"{name}: ablation")
     for key, chosen in {"strategy": (ablation.strategy,), "strategies": ablation.strategies}.items():
         if "none" in chosen:
             raise InputError(f"{name}: ablation.{key}: 'none' fuses nothing, so that no option of fusion matters to it")

@@ -74,8 +74,7 @@ def caption(table: pd.DataFrame) -> str:
     """How the times were measured, and whether the machine was busy meanwhile."""
     first = table.iloc[0]
     text = (
-        f"Step times: medians of {first['rounds']} training steps of {first['batch_size']} images on {first['device']}, "
-        f"{first['threads']} thread{'s' if first['threads'] > 1 else ''}, the strategies in turn; ratios with 95% "
-        "intervals over rounds."
+        f"Step times: medians of {first['rounds']} training steps of {first['batch_size']} images in turn, on "
+        f"{first['device']}, threads: {first['threads']}; ratios with 95% intervals over rounds."
     )
     return text + (f" **The machine was busy meanwhile: {first['disturbed']}.**" if first["disturbed"] else "")

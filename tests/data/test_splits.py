@@ -143,7 +143,9 @@ def test_over_the_seeds_every_image_is_tested_once_in_folds_that_hold_each_class
     whole = torch.cat([x.images for x in (pixels.train, pixels.val, pixels.test)]).flatten(1)
     for d in folds:
         assert len(d.test) in (449, 450)
-        assert (torch.bincount(d.test.labels) - torch.bincount(torch.cat([f.test.labels for f in folds])) / 4).abs().max() < 1
+        assert (
+            torch.bincount(d.test.labels) - torch.bincount(torch.cat([f.test.labels for f in folds])) / 4
+        ).abs().max() < 1
         learnt = torch.cat([d.train.images, d.val.images]).flatten(1)
         assert len(learnt) + len(d.test) == len(whole)
     assert torch.equal(digits_of(5, folds=4).test_ids, folds[1].test_ids)

@@ -71,7 +71,15 @@ def test_a_run_reads_back_as_it_was_written(tmp_path):
         assert getattr(record, field.name) == getattr(run, field.name), field.name
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == b"weights"
     assert {file.name for file in (tmp_path / "run").iterdir()} == {
-        *("metrics.json", "cost.json", "history.csv", "schedule.json", "params.json", "correct.txt", "model.safetensors")
+        *(
+            "metrics.json",
+            "cost.json",
+            "history.csv",
+            "schedule.json",
+            "params.json",
+            "correct.txt",
+            "model.safetensors",
+        )
     }
 
 
@@ -189,7 +197,8 @@ def test_a_spoilt_file_is_named_in_one_line(tmp_path, file, path, value, said):
 
 
 @pytest.mark.parametrize(
-    "name", ["metrics.json", "cost.json", "history.csv", "schedule.json", "params.json", "correct.txt", "model.safetensors"]
+    "name",
+    ["metrics.json", "cost.json", "history.csv", "schedule.json", "params.json", "correct.txt", "model.safetensors"],
 )
 def test_a_missing_file_is_named(tmp_path, name):
     folder = runs.write(make_run(), tmp_path / "run")
