@@ -84,7 +84,7 @@ def first(copy: Path) -> dict[str, bytes]:
     commands = [line.partition(" && ")[2] for line in recipe.splitlines() if "activate && " in line]
     assert len(commands) == 4  # resolve, train, draw, and the rest
     done = ran("".join(run(copy, "bash", "-c", command) for command in commands))
-    assert {"train@none-0", "train@upper-0", "compare", "similarity", "tokens@none", "tokens@upper"} <= done
+    assert {"train@none-0", "train@upper-0", "cost", "compare", "similarity", "tokens@none", "tokens@upper"} <= done
     assert not [stage for stage in done if "ablation" in stage]
     commit(copy)
     return outputs(copy)
@@ -151,7 +151,7 @@ def test_a_new_seed_runs_the_new_runs_only(copy, first):
 
 def test_another_r_of_one_strategy_reruns_that_strategy_and_the_gathering(copy, first):
     done = ran(run(copy, "dvc", "exp", "run", "-S", "profiles.smoke.fusion.upper.r=6"))
-    assert done == {"train@upper-0", "compare", "similarity", "tokens@upper"}
+    assert done == {"train@upper-0", "cost", "compare", "similarity", "tokens@upper"}
     after = outputs(copy)
     assert {name for name in first if name.startswith("results/runs/none-0/") and after[name] != first[name]} == set()
     assert after["results/runs/upper-0/schedule.json"] != first["results/runs/upper-0/schedule.json"]

@@ -95,13 +95,13 @@ def sentence(effect: Mapping[Any, Any]) -> str:
     pairs = f"{effect['pairs']} pairs" if effect["pairs"] > 1 else "a pair"
     if math.isnan(effect["low"]):
         said = f"{_points(effect['mean'])} points, n = 1 seed with {pairs} of runs"
-        return f"{claim}: {said}: without an interval, so nothing is told."
+        return f"{claim}: {said}: one seed has no confidence interval."
     interval = f"95% interval {_points(effect['low'])} to {_points(effect['high'])}"
     said = f"{_points(effect['mean'])} points, {interval}, n = {effect['n']} seeds with {pairs} of runs each"
-    return f"{claim}: {said}." if told(effect) else f"{claim}: no difference could be told ({said})."
+    return f"{claim}: {said}." if is_significant(effect) else f"{claim}: no significant difference ({said})."
 
 
-def told(effect: Mapping[Any, Any]) -> bool:
+def is_significant(effect: Mapping[Any, Any]) -> bool:
     """Whether there is an interval and it excludes zero."""
     return bool(effect["low"] > 0 or effect["high"] < 0)
 
@@ -115,6 +115,8 @@ def markdown(table: pd.DataFrame, runs: pd.DataFrame) -> str:
     """
     rows = table.to_dict("records")
     of_grid = [row for row in rows if row["over"] == "grid"]
+    combined = {row["factor"] for row in of_grid}
+    alone = [row for row in rows if row["strategy"] == of_grid[0]["strategy"] and row["factor"] not in combined]
     strategy = of_grid[0]["strategy"]
     cells = runs[runs["strategy"] == strategy].groupby(list(FACTORS)).ngroups
     lines = [
@@ -124,6 +126,7 @@ def markdown(table: pd.DataFrame, runs: pd.DataFrame) -> str:
         "cells):",
         "",
         *(f"- {sentence(row)}" for row in of_grid),
+        *(f"- {sentence(row)} The other options are the profile's." for row in alone),
         "",
         "One option changed at a time, the others as in the profile; bold where the interval excludes zero:",
         "",
@@ -195,17 +198,17 @@ def _entry(effect: Mapping[Any, Any]) -> str:
     if math.isnan(effect["low"]):
         return mean
     text = f"{mean} ({_points(effect['low'])} to {_points(effect['high'])})"
-    return f"**{text}**" if told(effect) else text
+    return f"**{text}**" if is_significant(effect) else text
 
 
 def _caption(table: pd.DataFrame, runs: pd.DataFrame) -> str:
     at = {key: "; ".join(str(value) for value in runs[key].unique()) for key in _SETTING}
     instead = "" if at["epochs"] == at["profile_epochs"] else f" (the profile's own are {at['profile_epochs']})"
-    intervals = [row for row in table.to_dict("records") if not math.isnan(row["low"])]
-    clear = sum(map(told, intervals))
+    with_interval = [row for row in table.to_dict("records") if not math.isnan(row["low"])]
+    clear = sum(map(is_significant, with_interval))
     counted = (
-        f"Of {len(intervals)} intervals, {clear} {'excludes' if clear == 1 else 'exclude'} zero; "
-        f"{len(intervals) / 20:.1f} would by chance alone if no option mattered."
+        f"Of {len(with_interval)} intervals, {clear} {'excludes' if clear == 1 else 'exclude'} zero; "
+        f"{len(with_interval) / 20:.1f} would by chance alone if no option mattered."
     )
     return (
         f"{len(runs)} runs of {at['epochs']} epochs{instead} with the seeds "
@@ -213,7 +216,7 @@ def _caption(table: pd.DataFrame, runs: pd.DataFrame) -> str:
         f"on {at['dataset']} at {at['img_size']} px. {at['device']}, 1 thread; {at['versions']}. A pair is two runs "
         "that differ in one option alone. Pairs of one seed share its initial weights, so they are averaged first; the "
         "interval is over the n seeds and the test images (two-level bootstrap). "
-        f"{counted if intervals else 'One seed has no interval.'} Every run is a line of ablation.csv."
+        f"{counted if with_interval else 'One seed has no interval.'} Every run is a line of ablation.csv."
     )
 
 

@@ -65,9 +65,10 @@ def load(folder: str | Path) -> pd.DataFrame:
     """
     path = config.root() / folder / "cost.csv"
     try:
-        return pd.read_csv(StringIO(path.read_text(encoding="utf-8"))).fillna({"disturbed": ""})
+        table = pd.read_csv(StringIO(path.read_text(encoding="utf-8")), dtype={"disturbed": str})
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    return table.fillna({"disturbed": ""})
 
 
 def caption(table: pd.DataFrame) -> str:

@@ -157,7 +157,7 @@ def accuracy_difference(ours: pd.DataFrame, theirs: pd.DataFrame) -> tuple[float
     Args:
         ours, theirs: rows of `load_runs`, one for each seed, indexed by seed.
     """
-    both = pd.concat([ours["correct"], theirs["correct"].loc[ours.index]])
+    both = pd.concat([ours["correct"].sort_index(), theirs["correct"].sort_index()])
     found = intervals.answers(both)
     return intervals.two_level(100 * (found[: len(ours)] - found[len(ours) :]))
 
@@ -185,7 +185,8 @@ def pareto(frame: pd.DataFrame, cost_column: str) -> list[str]:
 
 
 def write_summary(frame: pd.DataFrame, costs: pd.DataFrame, folder: str | Path) -> pd.DataFrame:
-    """Write summary.csv, summary.md and summary_short.md (for readers), summary.json (for `dvc metrics`).
+    """Write runs.csv (a line for each run, with its answer for each test image), summary.csv, summary.md and
+    summary_short.md (for readers), and summary.json (for `dvc metrics`).
 
     Args:
         frame, costs: as for `summary`, which is returned.
@@ -194,6 +195,7 @@ def write_summary(frame: pd.DataFrame, costs: pd.DataFrame, folder: str | Path) 
     table, folder = summary(frame, costs), config.root() / folder
     by_strategy = table.set_index("strategy")
     means = {key: by_strategy[key].to_dict() for key in ("top1_percent_mean", "time_ratio", "memory_ratio")}
+    write_atomic(folder / "runs.csv", frame.to_csv(index=False, lineterminator="\n").encode())
     write_atomic(folder / "summary.csv", table.to_csv(index=False, lineterminator="\n").encode())
     write_atomic(folder / "summary.md", markdown(table).encode())
     write_atomic(folder / "summary_short.md", markdown_short(table).encode())

@@ -116,6 +116,11 @@ def costs(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def _seeds(frame: pd.DataFrame) -> str:
+    counts = sorted(frame.groupby("strategy")["seed"].nunique().unique())
+    return f"n = {' or '.join(map(str, counts))} seed{'' if counts == [1] else 's'}"
+
+
 @styled
 def tokens_per_layer(schedules: pd.DataFrame) -> Figure:
     """Tokens that each layer passes on, by strategy; what all strategies compute less of.
@@ -224,8 +229,8 @@ def ablation(effects: pd.DataFrame, runs: pd.DataFrame) -> Figure:
     caption(
         figure,
         "Left: top-1 with the first value minus top-1 with the second, mean and 95% interval over "
-        f"n = {n} seeds and images, pairs of one seed averaged first; right of zero, the first is better. Over the grid: the mean over every "
-        "combination of the other options. The others: only this option changed. "
+        f"n = {n} seeds and images, pairs of one seed averaged first; right of zero, the first is better. Over the "
+        "grid: the mean over every combination of the other options. The others: only this option changed. "
         f"Right: mean over {_seeds(runs)}.",
         width=round(16 * figure.get_figwidth()),
     )
