@@ -7,24 +7,24 @@ need Student's quantile and not percentiles.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Float
 from scipy import stats
 
 _RESAMPLES = 2000
 
 
-def answers(correct: pd.Series) -> Float[np.ndarray, "runs images"]:
+def answers(correct: Iterable[str]) -> Float[np.ndarray, "runs images"]:
     """For each run and image of the data set 1 if it was classified correctly, 0 if not, NaN if not tested.
 
     Args:
-        correct: as `runs.RunRecord.correct`.
+        correct: of each run, as `runs.RunRecord.correct`.
     """
-    length = correct.str.len().max()
-    marks = np.array([list(run.ljust(length, "-")) for run in correct])
+    runs = list(correct)
+    length = max(map(len, runs))
+    marks = np.array([list(run.ljust(length, "-")) for run in runs])
     return np.select([marks == "1", marks == "0"], [1.0, 0.0], np.nan)
 
 

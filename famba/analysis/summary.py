@@ -157,8 +157,7 @@ def accuracy_difference(ours: pd.DataFrame, theirs: pd.DataFrame) -> tuple[float
     Args:
         ours, theirs: rows of `load_runs`, one for each seed, indexed by seed.
     """
-    both = pd.concat([ours["correct"].sort_index(), theirs["correct"].sort_index()])
-    found = intervals.answers(both)
+    found = intervals.answers([*ours["correct"].sort_index(), *theirs["correct"].sort_index()])
     return intervals.two_level(100 * (found[: len(ours)] - found[len(ours) :]))
 
 
@@ -174,8 +173,8 @@ def pareto(frame: pd.DataFrame, cost_column: str) -> list[str]:
     """
     if cost_column not in COSTS:
         raise InputError(f"cost_column: {cost_column!r} is not one of {', '.join(COSTS)}")
-    means = frame.groupby("strategy")[[cost_column, "top1_percent"]].mean()
-    points = {str(name): (cost, score) for name, cost, score in means.itertuples()}
+    means = frame.groupby("strategy")[[cost_column, "top1_percent"]].agg("mean").to_dict("index")
+    points = {str(name): (row[cost_column], row["top1_percent"]) for name, row in means.items()}
 
     def beaten(name: str) -> bool:
         cost, score = points[name]

@@ -62,14 +62,15 @@ def accuracy_against(runs: pd.DataFrame, table: pd.DataFrame, cost: str) -> Figu
     axes, handles = figure.add_subplot(), {}
     for name in names:
         own, points = costs.loc[name], rows_of(runs, name)["top1_percent"]
-        style = {"color": STRATEGY_COLOURS[name], "marker": MARKERS[name]}
-        axes.scatter([own[cost]] * len(points), points, s=28, alpha=0.5, linewidths=0, **style)
+        colour, marker = STRATEGY_COLOURS[name], MARKERS[name]
+        axes.scatter([own[cost]] * len(points), points, s=28, alpha=0.5, linewidths=0, color=colour, marker=marker)
         xerr = None
         if cost == "time_ratio" and name != summary.BASELINE:
             xerr = [[own[cost] - own[f"{cost}_low"]], [own[f"{cost}_high"] - own[cost]]]
         yerr = own["top1_percent_sd"] if own["n"] > 1 else None
-        look = {**style, "markersize": 10, "markeredgecolor": "white", "capsize": 3, "zorder": 3}
-        handles[name] = axes.errorbar(own[cost], own["top1_percent_mean"], xerr=xerr, yerr=yerr, fmt="", **look)
+        look: dict[str, Any] = {"color": colour, "markersize": 10, "markeredgecolor": "white", "capsize": 3}
+        at = (own[cost], own["top1_percent_mean"])
+        handles[name] = axes.errorbar(*at, xerr=xerr, yerr=yerr, fmt=marker, **look, zorder=3)
     corners = costs.loc[front, [cost, "top1_percent_mean"]].to_numpy(float).T
     step = {"drawstyle": "steps-post", "linestyle": "--", "linewidth": 1.2, "color": "0.6", "zorder": 1}
     (handles["Pareto front"],) = axes.plot(*corners, **step)
