@@ -387,13 +387,9 @@ def _same(first: runs.RunRecord, other: runs.RunRecord, *, but: tuple[str, ...])
             )
 
 
-def _flat(tree: Mapping[str, Any], but: tuple[str, ...], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if prefix == "" and key in but:
-            continue
-        flat |= _flat(value, but, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+def _flat(tree: Mapping[str, Any], but: tuple[str, ...]) -> dict[str, Any]:
+    kept = {key: value for key, value in tree.items() if key not in but}
+    return {str(key): value for key, value in pd.json_normalize(kept, sep=".").to_dict("records")[0].items()}
 
 
 def _layers(plans: Mapping[str, tuple[Sequence[int], Sequence[int]]]) -> pd.DataFrame:
