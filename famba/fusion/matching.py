@@ -94,7 +94,7 @@ def _best_pairs(
     if protected is not None:
         b, t = len(scores), sum(scores.shape[1:])
         guard = torch.zeros(b, t, dtype=torch.bool, device=scores.device)
-        guard = guard.scatter_(1, protected.to(scores.device, torch.int64), True)
+        guard = guard.scatter(1, protected.to(scores.device, torch.int64), True)
         scores = scores.masked_fill(guard[:, ::2, None] | guard[:, None, 1::2], -torch.inf)
     best, odd = scores.max(dim=-1)
     best, even = best.sort(dim=-1, descending=True, stable=True)
