@@ -173,8 +173,10 @@ def pareto(frame: pd.DataFrame, cost_column: str) -> list[str]:
     """
     if cost_column not in COSTS:
         raise InputError(f"cost_column: {cost_column!r} is not one of {', '.join(COSTS)}")
-    means = frame.groupby("strategy")[[cost_column, "top1_percent"]].agg("mean").to_dict("index")
-    points = {str(name): (row[cost_column], row["top1_percent"]) for name, row in means.items()}
+    points = {}
+    for name in frame["strategy"].unique():
+        own = frame[frame["strategy"] == name]
+        points[name] = (float(np.mean(own[cost_column])), float(np.mean(own["top1_percent"])))
 
     def beaten(name: str) -> bool:
         cost, score = points[name]

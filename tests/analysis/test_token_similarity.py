@@ -111,7 +111,7 @@ def test_each_run_is_measured_beside_the_first_weights_of_its_seed(run_folders):
 
 
 def test_more_images_than_there_are_and_runs_that_are_not_there_are_refused(run_folders):
-    with pytest.raises(InputError, match=r"images: 501; must be in 1\.\.500"):
+    with pytest.raises(InputError, match=r"images: 501; must be in 1\.\.449"):
         tokens.similarity_in_runs([run_folders / "none-3"], images=501)
     with pytest.raises(InputError, match="none-4: no such run"):
         tokens.similarity_in_runs([run_folders / "none-4"], images=1)

@@ -47,8 +47,8 @@ REMOVED = {"none": [0, 0], "lower": [3, 1], "upper": [0, 4], "adaptive-logits": 
 
 
 def answers(score: float) -> str:
-    """Of 200 images the first are right."""
-    return "1" * int(2 * score) + "0" * (200 - int(2 * score))
+    """Of 2,000 images the first are right."""
+    return "1" * int(20 * score) + "0" * (2000 - int(20 * score))
 
 
 @pytest.fixture
@@ -76,9 +76,9 @@ def test_the_table_pairs_by_seed_and_prices_every_schedule(frames):
     assert table.loc["lower", "cost_similarity"] == 3 + 2
     assert table.loc["upper", "top1_percent_mean"] == 95
     assert table.loc["upper", "top1_percent_sd"] == 2
-    # 10, 9 and 11 of 200 images, one after the other
-    by_image = np.zeros((3, 200))
-    by_image[0, 180:190] = by_image[1, 183:192] = by_image[2, 184:195] = 100
+    # 100, 90 and 110 of 2,000 images, one after the other
+    by_image = np.zeros((3, 2000))
+    by_image[0, 1800:1900] = by_image[1, 1830:1920] = by_image[2, 1840:1950] = 100
     ahead = table.loc["lower", ["logits_ahead", "logits_ahead_low", "logits_ahead_high"]].to_list()
     assert ahead[0] == pytest.approx(5)
     assert ahead == pytest.approx(intervals.two_level(by_image))
