@@ -110,6 +110,7 @@ class DataParams:
     color_jitter: Annotated[Float, Field(ge=0, le=10)]  # `timm` only, and of no effect there beside a policy
     workers: Annotated[Int, Field(ge=0, le=256)]  # processes that load images which stream; no effect on what they give
     memory_mib: Annotated[Int, Field(ge=1, le=2**24)]  # a larger data set (as uint8) streams, another is kept in memory
+    folds: Annotated[Int, Field(ge=2, le=1000)] | None = None  # a run's seed tests one of so many parts; null: its own
 
     @model_validator(mode="after")
     def _check(self) -> "DataParams":
@@ -232,6 +233,7 @@ class AblationParams:
     strategy: Strategy  # trained with every combination of the factors' values
     strategies: Strategies  # trained with one factor changed at a time
     factors: Annotated[tuple[Factor, ...], Field(min_length=1), AfterValidator(_unique)]  # fields of `FusionOptions`
+    controls: Annotated[tuple[Factor, ...], AfterValidator(_unique)]  # further ones, changed one at a time for all
     seeds: Seeds
     epochs: Positive | None  # instead of the profile's, to end sooner; null keeps them
     jobs: Jobs  # runs trained at the same time, each on one thread

@@ -28,7 +28,7 @@ from famba.storage import provenance
 from famba.storage.files import json_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGE_NOTEBOOKS = ("train", "compare", "tokens", "similarity", "ablation", "adaptive", "photographs")
+STAGE_NOTEBOOKS = ("train", "cost", "compare", "tokens", "similarity", "ablation", "adaptive", "photographs")
 # A package imports only from itself and from those before it; two modules of fusion need nothing and come first.
 PACKAGES = (
     *("errors", "fusion.options", "fusion.strategies", "config", "storage", "supervision", "kernels", "fusion"),
@@ -38,7 +38,7 @@ PACKAGES = (
 # What reads parameters and results, and draws them.
 NO_TORCH = (
     *("config", "storage.files", "storage.provenance", "storage.runs", "fusion.options", "fusion.strategies"),
-    *("analysis.ablation", "analysis.similarity", "analysis.summary", "experiments.launcher", "plots"),
+    *("analysis.ablation", "analysis.cost", "analysis.similarity", "analysis.summary", "experiments.launcher", "plots"),
 )
 
 
@@ -127,7 +127,7 @@ def test_each_stage_depends_on_the_digest_of_the_notebook_that_it_runs():
     assert set(found) == set(STAGE_NOTEBOOKS)
     for name, stage in found.items():
         assert f"notebook notebooks/{name}.ipynb build/executed/{name}" in command(stage)
-        code = [dep for dep in stage["deps"] if not dep.startswith(("results/runs", "build/resolved/params/"))]
+        code = [dep for dep in stage["deps"] if not dep.startswith(("results/", "build/resolved/params"))]
         assert code == [f"build/resolved/code/{name}.json"]
         assert provenance.of_notebook(ROOT / "notebooks" / f"{name}.ipynb")["digest"]
     assert stages()["resolve"]["always_changed"]
@@ -301,7 +301,7 @@ def anchors(text: str) -> set[str]:
 
 def test_generated_tables_are_those_of_the_results():
     blocks = summary.readme_blocks(ROOT / "results")
-    assert list(blocks["docs/results.md"]) == ["results", "photographs", "beside"]
+    assert list(blocks["docs/results.md"]) == ["results", "photographs"]
     for name, contents in blocks.items():
         assert summary.readme_text(documents()[name], contents, name) == documents()[name], "run `make readme`"
 

@@ -85,7 +85,7 @@ class Step:
         fused, unfused = self.cost(schedule), self.cost([0] * self.config["depth"])
         if key == "memory":
             return fused.peak_bytes / unfused.peak_bytes
-        return (fused.flops + fused.scan_flops) / (unfused.flops + unfused.scan_flops)
+        return fused.flops / unfused.flops
 
 
 def plan(run_dirs: Sequence[str | Path], rule: AdaptiveRule, *, kind: str, count: int) -> Plan:
@@ -107,9 +107,7 @@ def plan(run_dirs: Sequence[str | Path], rule: AdaptiveRule, *, kind: str, count
     first = runs.read(run_dirs[0])
     if threads := first.params["train"]["threads"]:
         torch.set_num_threads(threads)  # sums in another order could tip a choice
-    split = data.load(DataParams(**first.params["data"])).val
-    chosen = torch.linspace(0, len(split) - 1, min(count, len(split))).round().long()
-    tables, sizes = [], {}
+    tables, sizes, chosen = [], {}, torch.empty(0)
     for run_dir in run_dirs:
         run, folder = runs.read(run_dir), config.root() / run_dir
         if any(run.schedule):
@@ -117,6 +115,8 @@ def plan(run_dirs: Sequence[str | Path], rule: AdaptiveRule, *, kind: str, count
         if run.params != first.params:
             raise InputError(f"{folder}: other parameters than {run_dirs[0]}; only their seeds may differ")
         model, described = saved.load_model(folder / runs.MODEL_FILE)
+        split = data.load(DataParams(**run.params["data"]), seed=run.seed).val
+        chosen = torch.linspace(0, len(split) - 1, min(count, len(split))).round().long()
         images = data.normalise(split.images[chosen], described["mean"], described["std"])
         tables.append(fusing_costs(model, images, kind=kind))
         sizes = model.config
@@ -154,6 +154,8 @@ def fusing_costs(model: VisionMamba, images: Float[Tensor, "b 3 h w"], *, kind: 
     """
     if kind not in _KINDS:
         raise InputError(f"kind: {kind!r} is not one of {', '.join(_KINDS)}")
+    if kind == "similarity" and model.options.matching != "similarity":
+        raise InputError(f"kind: 'similarity': options.matching {model.options.matching!r} compares no tokens")
     model = copy.deepcopy(model).eval()
     return [[0.0, *_KINDS[kind](model, images, layer)] for layer in range(model.depth)]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
+from scipy import stats
 
 from famba import config
 from famba.analysis.summary import BASELINE
@@ -79,9 +80,8 @@ def bootstrap(values: Float[np.ndarray, "n"], confidence: float = 0.95) -> tuple
     """
     if not len(values):
         raise InputError("values: none; at least 1 needed")
-    drawn = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(values[drawn].mean(axis=1), [tail, 1 - tail])
+    how = {"method": "percentile", "n_resamples": _RESAMPLES, "confidence_level": confidence}
+    low, high = stats.bootstrap((values,), np.mean, rng=np.random.default_rng(0), **how).confidence_interval
     return float(values.mean()), float(low), float(high)
 
 

@@ -3,8 +3,8 @@
 Frames are tidy: one row is one run, one epoch of a run, or one layer of a strategy. Strategies always come in the
 order of `STRATEGIES`. A number that does not exist (the spread of one run) is an empty cell, never a zero.
 
-Sources: the paper's tables, arXiv:2409.09808. Intervals are Student's, on differences paired by seed: runs of one seed
-share initial weights and the order of images, so the pairing takes out what the seed does to every strategy alike.
+Accuracy is the runs'; what a step costs is measured apart (`training.cost`), since a run's own wall-clock depends on
+what ran beside it. Source of the paper's tables: arXiv:2409.09808.
 """
 
 import math
@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from scipy import stats
 
 from famba import config
+from famba.analysis import cost, intervals
+from famba.analysis.cost import BASELINE
 from famba.config import SweepParams
 from famba.errors import InputError
 from famba.fusion import strategies
@@ -27,24 +28,11 @@ from famba.fusion.strategies import STRATEGIES
 from famba.storage import runs
 from famba.storage.files import json_bytes, write_atomic
 
-BASELINE = "none"
-DETERMINISTIC = ("top1_percent", "top5_percent")
-MEASURED = ("train_time_s", "step_time_ms", "peak_memory_mib", "throughput_img_s")
-REPORTED = (*DETERMINISTIC, *MEASURED)
 CURVES = ("strategy", "seed", "epoch", "train_loss", "val_loss", "train_top1_percent", "val_top1_percent")
 # Less of these is better, so that accuracy can be weighed against them.
-COSTS = ("train_time_s", "step_time_ms", "peak_memory_mib", "flops_per_image")
-_SHOWN = ("top1_percent", "train_time_s", "peak_memory_mib")  # by `dvc metrics`
+COSTS = {"time_ratio": "training time", "peak_memory_mib": "peak memory", "flops_per_image": "FLOPs"}
 # What all runs of a summary have in common, or what it must say if they do not.
 _SETTING = ("profile", "dataset", "img_size", "model", "device", "threads", "versions")
-_HEADINGS = {
-    "top1_percent": "top-1 (%)",
-    "top5_percent": "top-5 (%)",
-    "train_time_s": "training time (s)",
-    "step_time_ms": "step (ms)",
-    "peak_memory_mib": "peak memory (MiB)",
-    "throughput_img_s": "throughput (images/s)",
-}
 
 
 def load_runs(sweep: SweepParams, runs_dir: str | Path) -> pd.DataFrame:
@@ -60,7 +48,6 @@ def load_runs(sweep: SweepParams, runs_dir: str | Path) -> pd.DataFrame:
     rows = []
     for record in _records(sweep, runs_dir):
         data, model = record.params["data"], record.params["model"]
-        measured = {key: record.cost[key] for key in (*MEASURED, "data_time_ms", "flops_per_image", "params_count")}
         rows.append(
             {
                 "strategy": record.strategy,
@@ -69,10 +56,11 @@ def load_runs(sweep: SweepParams, runs_dir: str | Path) -> pd.DataFrame:
                 "dataset": data["dataset"],
                 "img_size": data["img_size"],
                 "model": model["name"],
-                **{key: record.metrics[key] for key in (*DETERMINISTIC, "loss")},
+                **{key: record.metrics[key] for key in ("top1_percent", "top5_percent", "loss")},
+                "correct": record.correct,
                 "chosen_weights": record.metrics["chosen"]["weights"],
                 "chosen_epoch": record.metrics["chosen"]["epoch"],
-                **measured,
+                **{key: record.cost[key] for key in ("peak_memory_mib", "flops_per_image", "params_count")},
                 "tokens_removed": sum(record.schedule),
                 "tokens_left": record.token_counts[-1],
                 "device": record.cost["device"],
@@ -124,64 +112,60 @@ def schedule_frame(schedules: Mapping[str, Sequence[int]], *, tokens: int) -> pd
     return _layers({name: (plan, strategies.token_counts(plan, tokens)) for name, plan in schedules.items()})
 
 
-def summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """Mean, spread and difference to `none` of every reported metric, one row per strategy.
+def summary(frame: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy, its difference to `none`, and cost, one row per strategy.
 
-    Columns: strategy, n, the setting (profile, dataset, model, device, ..), and for each of `REPORTED` its `_mean`,
-    `_sd` (over seeds, n - 1), `_diff` (mean of the differences to `none` with the same seed), `_diff_low` and
-    `_diff_high` (95% interval). Empty (NaN) where there is no such number: sd and interval of one run, differences of
-    `none` to itself or without a run of it.
+    Columns: strategy, n (seeds), images (tested, over all seeds), the runs' setting (profile, dataset, model, device,
+    ..); top1_percent and top5_percent as `_mean` and `_sd` (over seeds, n - 1); top1_percent_diff (mean of the
+    differences to `none` with the same seed), `_diff_low` and `_diff_high` (95%, `intervals.two_level`); and of the
+    costs step_time_ms, throughput_img_s, time_ratio with its interval, peak_memory_mib, memory_ratio, flops_per_image,
+    rounds and disturbed. NaN where there is no such number: spread and interval of one run, the difference of `none`.
 
     Args:
         frame: as from `load_runs`.
+        costs: as from `cost.table`.
 
     Raises:
-        InputError: a strategy whose seeds are not those of `none`.
+        InputError: a strategy whose seeds are not those of `none`, or whose cost was not measured under this profile.
     """
     rows = []
     baseline = frame[frame["strategy"] == BASELINE].set_index("seed")
-    for strategy in _ordered(frame):
-        runs = frame[frame["strategy"] == strategy].set_index("seed")
-        if not runs.index.is_unique:
-            raise InputError(f"strategy {strategy}: a seed comes twice among {sorted(runs.index)}")
-        if len(baseline) and set(runs.index) != set(baseline.index):
+    measured = costs.set_index("strategy")
+    for strategy in [name for name in STRATEGIES if name in set(frame["strategy"])]:
+        own = frame[frame["strategy"] == strategy].set_index("seed")
+        if not own.index.is_unique or set(own.index) != set(baseline.index):
             raise InputError(
-                f"strategy {strategy}: seeds {sorted(runs.index)}; `none` has {sorted(baseline.index)}, and only the "
-                "same seeds can be paired"
+                f"strategy {strategy}: seeds {sorted(own.index)}; `none` has {sorted(baseline.index)}, and only the "
+                "same seeds can be paired, each once"
             )
-        row: dict[str, Any] = {"strategy": strategy, "n": len(runs)}
+        if strategy not in measured.index or measured.loc[strategy, "profile"] != own["profile"].iloc[0]:
+            raise InputError(f"cost.csv: strategy {strategy} was not measured under profile {own['profile'].iloc[0]}")
+        row: dict[str, Any] = {"strategy": strategy, "n": len(own)}
+        row["images"] = int((~np.isnan(intervals.answers(own["correct"]))).any(axis=0).sum())
         row |= {key: "; ".join(str(value) for value in frame[key].unique()) for key in _SETTING}
-        for metric in REPORTED:
-            values = runs[metric].to_list()
-            row[f"{metric}_mean"] = float(np.mean(values))
-            row[f"{metric}_sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-            paired = len(baseline) > 0 and strategy != BASELINE
-            differences = (runs[metric] - baseline[metric]).to_list() if paired else []
-            row |= dict(zip(_difference_columns(metric), interval(differences), strict=True))
-        rows.append(row)
+        for metric in ("top1_percent", "top5_percent"):
+            row |= {f"{metric}_mean": own[metric].mean(), f"{metric}_sd": own[metric].std()}
+        found = (math.nan,) * 3 if strategy == BASELINE else accuracy_difference(own, baseline)
+        row |= dict(zip([f"top1_percent_diff{end}" for end in ("", "_low", "_high")], found, strict=True))
+        rows.append(row | measured.loc[strategy].drop(["profile", "device", "threads", "versions"]).to_dict())
     return pd.DataFrame(rows)
 
 
-def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """Mean and Student's t interval of the mean: (mean, low, high).
+def accuracy_difference(ours: pd.DataFrame, theirs: pd.DataFrame) -> tuple[float, float, float]:
+    """Mean difference in top-1 (points), paired by seed and image, and its interval (`intervals.two_level`).
 
-    NaN where there is none: all three without a value, the bounds with only one.
+    Args:
+        ours, theirs: rows of `load_runs`, one for each seed, indexed by seed.
     """
-    n = len(values)
-    if n == 0:
-        return math.nan, math.nan, math.nan
-    mean = float(np.mean(values))
-    if n == 1:
-        return mean, math.nan, math.nan
-    half = float(stats.t.ppf((1 + confidence) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
-    return mean, mean - half, mean + half
+    found = intervals.answers([*ours["correct"].sort_index(), *theirs["correct"].sort_index()])
+    return intervals.two_level(100 * (found[: len(ours)] - found[len(ours) :]))
 
 
 def pareto(frame: pd.DataFrame, cost_column: str) -> list[str]:
     """The strategies that no other beats in mean top-1 and mean cost together, the cheapest first.
 
     Args:
-        frame: as from `load_runs`.
+        frame: one row per run or per strategy, with top1_percent.
         cost_column: one of `COSTS`; less is better.
 
     Raises:
@@ -190,23 +174,33 @@ def pareto(frame: pd.DataFrame, cost_column: str) -> list[str]:
     if cost_column not in COSTS:
         raise InputError(f"cost_column: {cost_column!r} is not one of {', '.join(COSTS)}")
     points = {}
-    for strategy in frame["strategy"].unique():
-        runs = frame[frame["strategy"] == strategy]
-        points[strategy] = (float(np.mean(runs[cost_column])), float(np.mean(runs["top1_percent"])))
-    return _front(points)
+    for name in frame["strategy"].unique():
+        own = frame[frame["strategy"] == name]
+        points[name] = (float(np.mean(own[cost_column])), float(np.mean(own["top1_percent"])))
+
+    def beaten(name: str) -> bool:
+        cost, score = points[name]
+        return any(c <= cost and s >= score and (c, s) != (cost, score) for c, s in points.values())
+
+    return sorted((name for name in points if not beaten(name)), key=lambda name: (*points[name], name))
 
 
-def write_summary(frame: pd.DataFrame, folder: str | Path) -> pd.DataFrame:
-    """Write summary.csv, summary.md (the table for readers) and summary.json (for `dvc metrics`); return the summary.
+def write_summary(frame: pd.DataFrame, costs: pd.DataFrame, folder: str | Path) -> pd.DataFrame:
+    """Write runs.csv (a line for each run, with its answer for each test image), summary.csv, summary.md and
+    summary_short.md (for readers), and summary.json (for `dvc metrics`).
 
     Args:
-        frame: as from `load_runs`.
+        frame, costs: as for `summary`, which is returned.
         folder: if relative, from the repository root.
     """
-    table, folder = summary(frame), config.root() / folder
+    table, folder = summary(frame, costs), config.root() / folder
+    by_strategy = table.set_index("strategy")
+    means = {key: by_strategy[key].to_dict() for key in ("top1_percent_mean", "time_ratio", "memory_ratio")}
+    write_atomic(folder / "runs.csv", frame.to_csv(index=False, lineterminator="\n").encode())
     write_atomic(folder / "summary.csv", table.to_csv(index=False, lineterminator="\n").encode())
     write_atomic(folder / "summary.md", markdown(table).encode())
-    write_atomic(folder / "summary.json", json_bytes(_means(table)))
+    write_atomic(folder / "summary_short.md", markdown_short(table).encode())
+    write_atomic(folder / "summary.json", json_bytes(means))
     return table
 
 
@@ -222,86 +216,58 @@ def write_curves(history: pd.DataFrame, folder: str | Path) -> pd.DataFrame:
     return curves
 
 
-def load_summary(folder: str | Path) -> pd.DataFrame:
-    """What `write_summary` wrote, digit for digit.
-
-    Raises:
-        InputError: no such file, or another one.
-    """
-    path = config.root() / folder / "summary.csv"
-    try:
-        table = pd.read_csv(StringIO(path.read_text(encoding="utf-8")), dtype=str, keep_default_na=False)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not readable as CSV: {' '.join(str(error).split())}") from None
-    expected = ["strategy", "n", *_SETTING, *(column for metric in REPORTED for column in _columns(metric))]
-    if list(table.columns) != expected:
-        raise InputError(f"{path}: columns {', '.join(table.columns)}; expected {', '.join(expected)}")
-    try:
-        for column in expected[2 + len(_SETTING) :]:
-            table[column] = [float(text or "nan") for text in table[column]]  # Python's own reading loses no digit
-        return table.astype({"n": int})
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from None
-
-
 def markdown(summary: pd.DataFrame) -> str:
-    """The summary as a reader wants it: two tables with n, spread and intervals, what is Pareto-optimal, and where."""
-    head = ["strategy", "n", *_HEADINGS.values()]
-    values = [
-        [row["strategy"], str(row["n"]), *(_spread(row, metric) for metric in REPORTED)]
-        for row in summary.to_dict("records")
-    ]
-    lines = [*_table(head, values), "", "Mean ± 1 standard deviation over n seeds."]
-    if 1 in summary["n"].to_list():
-        lines[-1] += " One run has no spread and no interval."
-    others = [row for row in summary.to_dict("records") if not math.isnan(row["top1_percent_diff"])]
-    if others:
-        differences = [[row["strategy"], *(_difference(row, metric) for metric in REPORTED)] for row in others]
-        headings = [heading.replace("(%)", "(points)") for heading in _HEADINGS.values()]
-        lines += ["", f"Difference to `{BASELINE}`, paired by seed, with its 95% t-interval:", ""]
-        lines += _table(["strategy", *headings], differences)
-    lines.append("")
-    for cost, word in {"train_time_s": "training time", "peak_memory_mib": "peak memory"}.items():
-        means = zip(summary["strategy"], summary[f"{cost}_mean"], summary["top1_percent_mean"], strict=True)
-        front = _front({name: (price, score) for name, price, score in means})
-        lines.append(f"Pareto-optimal in mean top-1 against {word}: {', '.join(front)}.")
-    lines += ["", _setting(summary)]
-    return "\n".join(lines) + "\n"
-
-
-def markdown_short(summary: pd.DataFrame) -> str:
-    """The summary in one small table: top-1 and its difference to `none`, training time and peak memory relative to it.
-
-    Raises:
-        InputError: a summary without `none`.
-    """
-    table = summary.to_dict("records")
-    base = next((row for row in table if row["strategy"] == BASELINE), None)
-    if base is None:
-        raise InputError(f"summary: no runs of {BASELINE} among {', '.join(summary['strategy'])}")
-    lines = _table(
-        ["strategy", "n", "top-1 (%)", "difference to `none` (points)", "training time", "peak memory"],
-        [
-            [
-                row["strategy"],
-                str(row["n"]),
-                _spread(row, "top1_percent"),
-                "" if row is base else _difference(row, "top1_percent"),
-                *(f"{row[f'{cost}_mean'] / base[f'{cost}_mean']:.2f}" for cost in ("train_time_s", "peak_memory_mib")),
-            ]
-            for row in table
-        ],
+    """The summary as a reader wants it: accuracy and cost, what is Pareto-optimal, the paper beside it, and where."""
+    top1, top5 = (
+        [_number(mean, sd) for mean, sd in summary[[f"{key}_mean", f"{key}_sd"]].to_numpy()]
+        for key in ("top1_percent", "top5_percent")
     )
-    lines += [
+    shown = {
+        "strategy": summary["strategy"],
+        "n": summary["n"],
+        "top-1 (%)": top1,
+        "difference to `none` (points)": _differences(summary),
+        "top-5 (%)": top5,
+        "training time": _times(summary),
+        "step (ms)": summary["step_time_ms"].map("{:.3g}".format),
+        "images/s": summary["throughput_img_s"].map("{:,.0f}".format),
+        "peak memory": summary["memory_ratio"].map("{:.2f}".format),
+        "MiB": summary["peak_memory_mib"].map("{:,.1f}".format),
+        "FLOPs (M)": (summary["flops_per_image"] / 1e6).map("{:,.2f}".format),
+    }
+    fronts = summary.rename(columns={"top1_percent_mean": "top1_percent"})
+    lines = [
+        _table(pd.DataFrame(shown)),
         "",
-        "Top-1: mean ± 1 standard deviation over n seeds; its difference is paired by seed, with the 95% interval. "
-        "Training time and peak memory are relative to `none`.",
+        _explained(summary),
+        "",
+        *(
+            f"Pareto-optimal in mean top-1 against {word}: {', '.join(pareto(fronts, key))}."
+            for key, word in COSTS.items()
+        ),
+        "",
+        "Beside the paper's Table 1: top-1 of `none` (%); for the others the change of top-1 (points), training time "
+        "and peak memory relative to `none`.",
+        "",
+        _table(beside_paper(summary)),
         "",
         _setting(summary),
     ]
     return "\n".join(lines) + "\n"
+
+
+def markdown_short(summary: pd.DataFrame) -> str:
+    """The summary in one small table: top-1 and its difference to `none`, training time and peak memory."""
+    top1 = summary[["top1_percent_mean", "top1_percent_sd"]].to_numpy()
+    shown = {
+        "strategy": summary["strategy"],
+        "n": summary["n"],
+        "top-1 (%)": [_number(mean, sd) for mean, sd in top1],
+        "difference to `none` (points)": _differences(summary),
+        "training time": _times(summary),
+        "peak memory": summary["memory_ratio"].map("{:.2f}".format),
+    }
+    return "\n".join([_table(pd.DataFrame(shown)), "", _explained(summary), "", _setting(summary)]) + "\n"
 
 
 def paper_table() -> pd.DataFrame:
@@ -313,82 +279,26 @@ def paper_table() -> pd.DataFrame:
 
 
 def beside_paper(summary: pd.DataFrame) -> pd.DataFrame:
-    """The paper's Table 1 with ours beside it, one row per model, data set, source (`paper` or `here`) and strategy.
-
-    Each of the paper's models has rows for a run of it here, under the profile `paper`; they are empty until there is
-    one. Runs of another profile are another experiment: they come as a model of their own, without a paper's side.
-
-    Args:
-        summary: as from `summary`.
+    """What each strategy changes, in the paper's Table 1 and here: numbers that compare where accuracies do not.
 
     Returns:
-        Columns model, dataset, source, strategy, n, and for each metric of the paper its mean and its `_sd`.
+        Text: a row per strategy, a column for each of the paper's models and one for the summary's.
     """
-    published = [row for row in paper_table().to_dict("records") if row["table"] == 1]
-    metrics = ("top1_percent", "top5_percent", "train_time_s", "peak_memory_mib")
-    is_paper = summary["profile"].to_list()[0] == "paper"
-    ours_model, ours_data = summary["model"].to_list()[0], summary["dataset"].to_list()[0]
-    ours = {
-        row["strategy"]: {"n": row["n"]}
-        | {metric: row[f"{metric}_mean"] for metric in metrics}
-        | {f"{metric}_sd": row[f"{metric}_sd"] for metric in metrics}
-        for row in summary.to_dict("records")
-    }
-    rows: list[dict[str, Any]] = []
-    for model in dict.fromkeys(row["model"] for row in published):
-        theirs = {row["strategy"]: row for row in published if row["model"] == model}
-        for strategy in STRATEGIES:
-            key = {"model": model, "dataset": "cifar100", "strategy": strategy}
-            values = {metric: float(theirs[strategy][metric]) for metric in metrics}
-            measured = ours.get(strategy, {}) if is_paper and model == ours_model else {}
-            rows += [key | {"source": "paper", "n": 1} | values, key | {"source": "here", "n": 0} | measured]
-    if not is_paper:
-        key = {"model": ours_model, "dataset": ours_data, "source": "here", "n": 0}
-        rows += [key | {"strategy": strategy} | ours.get(strategy, {}) for strategy in STRATEGIES]
-    columns = [name for metric in metrics for name in (metric, f"{metric}_sd")]
-    frame = pd.DataFrame(rows, columns=["model", "dataset", "source", "strategy", "n", *columns])
-    return frame.astype(dict.fromkeys(columns, float))
-
-
-def markdown_beside_paper(ours: Mapping[str, pd.DataFrame]) -> str:
-    """What each strategy changes, in the paper's Table 1 and in runs of ours: a table of differences and shares.
-
-    Top-1 in points above `none`, training time and peak memory as shares of those of `none`: numbers that may be set
-    beside each other, as those of other images, models and machines may not.
-
-    Args:
-        ours: summaries by what their columns are to be called.
-
-    Raises:
-        InputError: a summary without `none`.
-    """
-    keys = ("top1_percent", "train_time_s", "peak_memory_mib")
-    columns: dict[str, dict[str, tuple[float, ...]]] = {}
-    for row in paper_table().query("table == 1").to_dict("records"):
-        label = f"paper, {row['model']}"
-        columns.setdefault(label, {})[row["strategy"]] = tuple(float(row[key]) for key in keys)
-    for label, summary in ours.items():
-        by_strategy = {row["strategy"]: row for row in summary.to_dict("records")}
-        if BASELINE not in by_strategy:
-            raise InputError(f"summary {label!r}: no runs of {BASELINE}, which the others are set against")
-        columns[label] = {name: tuple(row[f"{key}_mean"] for key in keys) for name, row in by_strategy.items()}
-
-    def cell(values: Mapping[str, tuple[float, ...]], strategy: str) -> str:
-        if strategy not in values:
-            return ""
-        (top1, *cost), (base, *whole) = values[strategy], values[BASELINE]
-        if strategy == BASELINE:
-            return f"{top1:.1f}"
-        points = f"{top1 - base:+.1f}".replace("-", "−")
-        return f"{points}, {cost[0] / whole[0]:.2f}, {cost[1] / whole[1]:.2f}"
-
-    rows = [[name, *(cell(values, name) for values in columns.values())] for name in STRATEGIES]
-    lines = _table(["strategy", *columns], rows)
-    lines += [
-        "",
-        "First row: top-1 (%). Other rows: change of top-1 (points), training time and peak memory relative to `none`.",
-    ]
-    return "\n".join(lines) + "\n"
+    published = paper_table().query("table == 1")
+    columns = {}
+    for model, rows in published.groupby("model", sort=False):
+        by_strategy = rows.set_index("strategy")
+        base = by_strategy.loc[BASELINE]
+        columns[f"paper, {model}"] = {
+            name: _change(row["top1_percent"] - base["top1_percent"], *(row[key] / base[key] for key in _PAPERS_COSTS))
+            for name, row in by_strategy.iterrows()
+        } | {BASELINE: f"{base['top1_percent']:.1f}"}
+    here, whole = {}, summary.set_index("strategy")
+    for name, row in whole.iterrows():
+        here[name] = _change(row["top1_percent_diff"], row["time_ratio"], row["memory_ratio"])
+    columns["here"] = here | {BASELINE: f"{whole.loc[BASELINE, 'top1_percent_mean']:.1f}"}
+    table = pd.DataFrame(columns).reindex(STRATEGIES).fillna("")
+    return table.rename_axis("strategy").reset_index()
 
 
 def readme_text(text: str, blocks: Mapping[str, str], name: str = "README.md") -> str:
@@ -412,17 +322,19 @@ def readme_text(text: str, blocks: Mapping[str, str], name: str = "README.md") -
 
 
 def readme_blocks(results_dir: str | Path) -> dict[str, dict[str, str]]:
-    """The blocks of README.md and docs/results.md by file and name; without results on photographs, none of those.
+    """The blocks of README.md and docs/results.md by file and name: tables that the pipelines have written.
 
     Raises:
-        InputError: a summary of the sweep that is missing, or any that is spoilt or has no runs of `none`.
+        InputError: one is missing.
     """
-    default, photographs = load_summary(results_dir), config.root() / results_dir / "photographs"
-    blocks = {"results": markdown(default)}
-    if photographs.exists():
-        beside = {"digits": default, "photographs": load_summary(photographs)}
-        blocks |= {"photographs": markdown(beside["photographs"]), "beside": markdown_beside_paper(beside)}
-    return {"README.md": {"results": markdown_short(default)}, "docs/results.md": blocks}
+    folder, found = config.root() / results_dir, {}
+    for name in ("summary_short.md", "summary.md", "photographs/summary.md"):
+        try:
+            found[name] = (folder / name).read_text(encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{folder / name}: cannot be read ({error.strerror})") from None
+    docs = {"results": found["summary.md"], "photographs": found["photographs/summary.md"]}
+    return {"README.md": {"results": found["summary_short.md"]}, "docs/results.md": docs}
 
 
 def update_readme(readme_path: str | Path, blocks: Mapping[str, str]) -> bool:
@@ -473,13 +385,9 @@ def _same(first: runs.RunRecord, other: runs.RunRecord, *, but: tuple[str, ...])
             )
 
 
-def _flat(tree: Mapping[str, Any], but: tuple[str, ...], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if prefix == "" and key in but:
-            continue
-        flat |= _flat(value, but, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+def _flat(tree: Mapping[str, Any], but: tuple[str, ...]) -> dict[str, Any]:
+    kept = {key: value for key, value in tree.items() if key not in but}
+    return {str(key): value for key, value in pd.json_normalize(kept, sep=".").to_dict("records")[0].items()}
 
 
 def _layers(plans: Mapping[str, tuple[Sequence[int], Sequence[int]]]) -> pd.DataFrame:
@@ -495,64 +403,60 @@ def _layers(plans: Mapping[str, tuple[Sequence[int], Sequence[int]]]) -> pd.Data
     return pd.DataFrame(rows, columns=["strategy", "layer", "removed", "tokens"])
 
 
-def _ordered(frame: pd.DataFrame) -> list[str]:
-    present = set(frame["strategy"])
-    return [name for name in STRATEGIES if name in present]
+_PAPERS_COSTS = ("train_time_s", "peak_memory_mib")
 
 
-def _front(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Names of the (cost, score) that no other beats or equals in one and beats in the other, by rising cost."""
-
-    def beaten(name: str) -> bool:
-        cost, score = points[name]
-        return any(c <= cost and s >= score and (c, s) != (cost, score) for c, s in points.values())
-
-    return sorted((name for name in points if not beaten(name)), key=lambda name: (*points[name], name))
+def _change(points: float, *ratios: float) -> str:
+    return ", ".join([_signed(points), *(f"{ratio:.2f}" for ratio in ratios)])
 
 
-def _difference_columns(metric: str) -> list[str]:
-    return [f"{metric}_diff", f"{metric}_diff_low", f"{metric}_diff_high"]
+def _number(mean: float, sd: float) -> str:
+    return f"{mean:.1f}" + ("" if math.isnan(sd) else f" ± {sd:.1f}")
 
 
-def _columns(metric: str) -> list[str]:
-    return [f"{metric}_mean", f"{metric}_sd", *_difference_columns(metric)]
+def _signed(value: float) -> str:
+    return f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")  # + 0.0: there is no negative zero
 
 
-def _means(summary: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """Means by strategy of the few numbers that `dvc metrics` compares; all others are in summary.csv."""
-    by_strategy = summary.set_index("strategy")
-    return {metric: by_strategy[f"{metric}_mean"].to_dict() for metric in _SHOWN}
+def _differences(summary: pd.DataFrame) -> list[str]:
+    columns = [f"top1_percent_diff{end}" for end in ("", "_low", "_high")]
+    return [
+        "" if math.isnan(mean) else _signed(mean) + _between(_signed, low, high)
+        for mean, low, high in summary[columns].to_numpy(float)
+    ]
 
 
-def _spread(row: Mapping[Any, Any], metric: str) -> str:
-    mean, sd = row[f"{metric}_mean"], row[f"{metric}_sd"]
-    decimals = _decimals(mean, metric)
-    return f"{mean:.{decimals}f}" + ("" if math.isnan(sd) else f" ± {sd:.{decimals}f}")
+def _times(summary: pd.DataFrame) -> list[str]:
+    found = summary[["time_ratio", "time_ratio_low", "time_ratio_high"]].to_numpy(float)
+    return [f"{ratio:.2f}" + _between("{:.2f}".format, low, high) for ratio, low, high in found]
 
 
-def _difference(row: Mapping[Any, Any], metric: str) -> str:
-    decimals = _decimals(row[f"{metric}_mean"], metric)
-    mean, *bounds = (f"{row[column]:+.{decimals}f}".replace("-", "−") for column in _difference_columns(metric))
-    return mean if math.isnan(row[f"{metric}_diff_low"]) else f"{mean} ({' to '.join(bounds)})"
+def _between(form: Any, low: float, high: float) -> str:
+    return "" if math.isnan(low) else f" ({form(low)} to {form(high)})"
 
 
-def _decimals(value: float, metric: str) -> int:
-    """One for accuracies; for other values as many as make three significant digits, at most three."""
-    if metric in DETERMINISTIC or value == 0:
-        return 1
-    return min(3, max(0, 2 - math.floor(math.log10(abs(value)))))
+def _table(frame: pd.DataFrame) -> str:
+    align = ["left", *["right"] * (frame.shape[1] - 1)]
+    return frame.to_markdown(index=False, disable_numparse=True, colalign=align)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---", *["---:"] * (len(head) - 1)], *rows)]
+def _explained(summary: pd.DataFrame) -> str:
+    first = summary.iloc[0]
+    text = (
+        f"Top-1: mean ± 1 standard deviation over n seeds, {first['images']:,} test images in all. Difference: paired "
+        "by seed and image, 95% interval over seeds and images (two-level bootstrap)."
+    )
+    if first["n"] == 1:
+        text += " One seed has no spread and no interval."
+    return f"{text} Training time and peak memory: relative to `none`."
 
 
 def _setting(summary: pd.DataFrame) -> str:
-    at = {key: summary[key].to_list()[0] for key in _SETTING}
+    first = summary.iloc[0]
     text = (
-        f"Profile `{at['profile']}`: `{at['model']}` on {at['dataset']} at {at['img_size']} px. Measured on "
-        f"{at['device']}, {at['threads']} threads; {at['versions']}. The command of each run is in its cost.json."
+        f"Profile `{first['profile']}`: `{first['model']}` on {first['dataset']} at {first['img_size']} px. "
+        f"{cost.caption(summary)} {first['versions']}. The command of each run is in its cost.json."
     )
-    if any(";" in at[key] for key in ("device", "threads", "versions")):
-        text += " **Runs were measured on different machines or versions: times and memory do not compare.**"
+    if any(";" in first[key] for key in ("device", "threads", "versions")):
+        text += " **Runs were made on different machines or versions.**"
     return text

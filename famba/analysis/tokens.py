@@ -74,7 +74,7 @@ def watch(run_dir: str | Path, *, count: int) -> Watched:
     """
     run = runs.read(run_dir)
     model, described = saved.load_model(config.root() / run_dir / runs.MODEL_FILE)
-    dataset = data.load(DataParams(**run.params["data"]))
+    dataset = data.load(DataParams(**run.params["data"]), seed=run.seed)
     chosen = [int((dataset.test.labels == label).nonzero()[0]) for label in range(len(dataset.classes))][:count]
     images = dataset.test.images[chosen]
     labels = [dataset.classes[label] for label in dataset.test.labels[chosen].tolist()]
@@ -212,7 +212,7 @@ def similarity_in_runs(run_dirs: Sequence[Path], *, images: int) -> pd.DataFrame
         run = runs.read(folder)
         trained, described = saved.load_model(folder / runs.MODEL_FILE)
         p = config.load(run.profile, strategy=run.strategy)
-        dataset = data.load(p.data)
+        dataset = data.load(p.data, seed=run.seed)
         if not 1 <= images <= len(dataset.test):
             raise InputError(f"images: {images}; must be in 1..{len(dataset.test)}, the test images")
         inputs = data.normalise(dataset.test.images[:images], described["mean"], described["std"])

@@ -228,6 +228,14 @@ def stratified(labels: Int64[Tensor, "n"], count: int, draw: random.Random) -> B
     return chosen
 
 
+def fold(labels: Int64[Tensor, "n"], folds: int, number: int) -> Bool[Tensor, "n"]:
+    """One of so many disjoint parts of a data set, each with its share of every class."""
+    draw, chosen = random.Random(0), torch.zeros(len(labels), dtype=torch.bool)
+    lots = [(label, draw.random()) for label in labels.tolist()]
+    chosen[sorted(range(len(lots)), key=lots.__getitem__)[number::folds]] = True
+    return chosen
+
+
 def _top(p: DataParams, needed: str) -> Path:
     if p.root is None:
         raise InputError(f"data.root: null: dataset {p.dataset!r} needs {needed}")

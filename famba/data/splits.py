@@ -66,6 +66,7 @@ class Dataset:
         test: read once, at the end.
         classes: a label is an index into these names.
         mean, std: per channel, black being 0 and white 1, of `train` alone or of ImageNet; what `normalise` takes.
+        test_ids: which images of the data set `test` holds.
     """
 
     train: Split | Streamed
@@ -74,15 +75,19 @@ class Dataset:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    test_ids: Int64[Tensor, "n"] | None = None
 
 
-def load(p: DataParams) -> Dataset:
+def load(p: DataParams, *, seed: int = 0) -> Dataset:
     """The data set that the parameters name, split and brought to `img_size`.
 
     Images of another size are resized by Pillow's bicubic filter, their shorter side to img_size, and cropped at the
     centre; this holds for `digits` too (8x8 pixels as scanned: a larger size adds pixels, not information). Validation
     and test see the share eval_crop of a side. A set that takes more than memory_mib streams, and so do training
     images that timm varies, each from its file.
+
+    Args:
+        seed: of the run; chooses the test split where there are `folds`, and nothing else.
 
     Raises:
         InputError: what `datasets.find` raises; a broken image; a shift that can leave nothing of an image; a limit
@@ -91,6 +96,8 @@ def load(p: DataParams) -> Dataset:
     if p.shift >= p.img_size:
         raise InputError(f"data.shift: {p.shift}: must be less than data.img_size, {p.img_size}")
     found = datasets.find(p)
+    if p.folds is not None:
+        found = dataclasses.replace(found, test=datasets.fold(found.labels, p.folds, seed % p.folds))
     rows = _rows(p, found)
     in_memory = len(found.labels) * 3 * p.img_size**2 <= p.memory_mib * 2**20
     decoded: dict[float, Tensor] = {}  # by crop
@@ -115,7 +122,7 @@ def load(p: DataParams) -> Dataset:
         images = loader.Images(found.images, rows["train"], p.img_size, 1.0)
         train = Streamed(images, found.labels[rows["train"]], recipe, p.workers)
     assert train is not None
-    return Dataset(train, val, test, found.classes, mean, std)
+    return Dataset(train, val, test, found.classes, mean, std, rows["test"])
 
 
 def batches(

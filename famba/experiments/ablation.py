@@ -69,7 +69,8 @@ def cells(asked: AblationParams, *, profile: str) -> list[Cell]:
     found = []
     for strategy in (asked.strategy, *asked.strategies):
         p = _shortened(config.load(profile, strategy=strategy), asked)
-        for options in grid(asked, p.options) if strategy == asked.strategy else one_at_a_time(asked, p.options):
+        combined = grid(asked, p.options) if strategy == asked.strategy else []
+        for options in dict.fromkeys([*combined, *one_at_a_time(asked, p.options)]):
             values = "-".join(dataclasses.asdict(options).values())
             found += [
                 Cell(f"{strategy}-{values}-{seed}", dataclasses.replace(p, options=options), seed)
@@ -88,7 +89,7 @@ def one_at_a_time(asked: AblationParams, reference: FusionOptions) -> list[Fusio
     """The reference, and everything that differs from it in one factor."""
     changed = [
         dataclasses.replace(reference, **{factor: level})
-        for factor in asked.factors
+        for factor in (*asked.factors, *asked.controls)
         for level in levels(factor)
         if level != getattr(reference, factor)
     ]
@@ -123,6 +124,7 @@ def _row(cell: Cell, record: runs.RunRecord) -> Mapping[str, object]:
         "epochs": p.train.epochs,
         "top1_percent": record.metrics["top1_percent"],
         "loss": record.metrics["loss"],
+        "correct": record.correct,
         "flops_per_image": record.cost["flops_per_image"],
         "device": record.cost["device"],
         "versions": ", ".join(f"{name} {version}" for name, version in sorted(record.cost["versions"].items())),

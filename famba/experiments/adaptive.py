@@ -1,7 +1,7 @@
 """The adaptive schedules beside the sweep: trained with its seeds at their budget, compared, written down.
 
 A frame's `strategy` is one of `STRATEGIES`, or `adaptive-` and the measure of costs that the schedule was made from.
-Intervals are Student's at 95%, on differences paired by seed, as in famba.analysis.summary; each is for one comparison.
+Intervals are those of `summary.accuracy_difference`; each is for one comparison.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from famba.storage import runs
 from famba.storage.files import json_bytes, write_atomic
 
 _COMMAND = "make adaptive"
-_COLUMNS = ["strategy", "seed", "top1_percent", "train_time_s", "peak_memory_mib", "flops_per_image", "tokens_removed"]
+_COLUMNS = ["strategy", "seed", "top1_percent", "correct", "peak_memory_mib", "flops_per_image", "tokens_removed"]
 
 
 def plans(asked: SweepParams, *, profile: str, runs_dir: str | Path, kinds: Sequence[str], images: int) -> list[Plan]:
@@ -69,7 +69,7 @@ def run_plans(
         for seed in asked.seeds:
             folder = Path(trained_dir) / runs.run_name(name(plan), seed)
             run = runs.read(sweep.ensure(folder, p, seed=seed, train_missing=True, command=_COMMAND))
-            measured = {key: run.cost[key] for key in ("train_time_s", "peak_memory_mib", "flops_per_image")}
+            measured = {key: run.cost[key] for key in ("peak_memory_mib", "flops_per_image")} | {"correct": run.correct}
             score = {"top1_percent": run.metrics["top1_percent"], "tokens_removed": sum(run.schedule)}
             rows.append({"strategy": name(plan), "seed": run.seed, **score, **measured})
     return pd.DataFrame(rows, columns=_COLUMNS)
@@ -110,11 +110,11 @@ def table(runs: pd.DataFrame, schedules: pd.DataFrame, plans: Sequence[Plan]) ->
             row[f"{key}_sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
         for plan in plans:
             theirs = runs[runs["strategy"] == name(plan)].set_index("seed")
-            ahead = (theirs["top1_percent"] - own["top1_percent"]).dropna().to_list()
-            ahead = [] if name(plan) == strategy else ahead
+            itself = name(plan) == strategy
+            ahead = (math.nan,) * 3 if itself else summary.accuracy_difference(theirs, own)
             row[f"cost_{plan.kind}"] = sum(costs[r] for costs, r in zip(plan.costs, removed, strict=True))
             columns = [f"{plan.kind}_ahead{end}" for end in ("", "_low", "_high")]
-            row |= dict(zip(columns, summary.interval(ahead), strict=True))
+            row |= dict(zip(columns, ahead, strict=True))
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -180,7 +180,7 @@ def markdown(table: pd.DataFrame, plans: Sequence[Plan]) -> str:
     lines += [
         "",
         f"Mean ± 1 standard deviation over {table['n'].max()} seeds. Budget: {budget}. Costs were measured on "
-        f"{first.images} validation images with {', '.join(first.runs)}. FLOPs leave out the scans'.",
+        f"{first.images} validation images with {', '.join(first.runs)}.",
     ]
     return "\n".join(lines) + "\n"
 

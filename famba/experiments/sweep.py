@@ -8,7 +8,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from famba import config
+from famba.analysis import cost
 from famba.config import SweepParams
 from famba.errors import InputError
 from famba.experiments import launcher
@@ -60,6 +63,23 @@ def ensure_runs(
     if jobs == 1:
         return [ensure_run(**run) for run in wanted.values()]
     return list(launcher.run(_ensure_run, wanted, jobs=jobs).values())
+
+
+def ensure_costs(sweep: SweepParams, *, profile: str, results_dir: str | Path, rounds: int | None) -> pd.DataFrame:
+    """What a training step of each strategy costs, as `analysis.cost.table` has it.
+
+    Args:
+        results_dir: where cost.csv is.
+        rounds: measure now, in so many rounds, and write it there; None reads what has been measured.
+
+    Raises:
+        InputError: nothing has been measured; as from `training.cost.measure`.
+    """
+    if rounds is not None:
+        from famba.training.cost import measure
+
+        cost.write(cost.table(measure(profile, sweep.strategies, rounds=rounds)), results_dir)
+    return cost.load(results_dir)
 
 
 def ensure_run(run_dir: str | Path, *, strategy: str, seed: int, profile: str, train_missing: bool) -> Path:

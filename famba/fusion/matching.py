@@ -23,12 +23,12 @@ from famba.kernels.triton.runtime import unavailable as triton_unavailable
 
 
 class Matching(NamedTuple):
-    """r pairs for every sequence, the most similar first: data, so that it can be stored and drawn.
+    """r pairs for every sequence, the best match first: data, so that it can be stored and drawn.
 
     Attributes:
         source: positions of the tokens that disappear, each once.
         target: the position that each of them joins; never a source itself.
-        similarity: cosine similarity of each pair, if it is known.
+        similarity: cosine similarity of each pair, where tokens were matched by it.
     """
 
     source: Int[Tensor, "b r"]
@@ -41,9 +41,10 @@ def match_tokens(
     r: int,
     *,
     protected: Sequence[int] | Int[Tensor, "b"] = (),
+    kind: str = "similarity",
     backend: str = "auto",
 ) -> Matching:
-    """Pair each sequence's r most similar tokens.
+    """Pair r tokens of each sequence, by default the most similar ones.
 
     Even positions are offered to odd ones, each to the most similar. Similarity is cosine, so only direction
     matters; a token of zero length is equally unlike every other (0). Equal similarities go by position.
@@ -53,6 +54,8 @@ def match_tokens(
         r: tokens removed from every sequence.
         protected: positions that neither disappear nor absorb: the same for all sequences, or a (b,) tensor with
             one for each, which leaves nothing to fuse at t = 3: it may be the one odd position.
+        kind: `similarity`; or a control, of which only the feature's shape matters: `random` and `adjacent` pairs are
+            the same for all sequences and steps, and follow from t. Controls are computed by torch.
         backend: "native" on a CPU and "triton" on a GPU compare in float32. Triton's does not look at a tensor of
             positions: it would have to wait for them.
 
@@ -70,24 +73,51 @@ def match_tokens(
     if r == 0:
         empty = torch.empty(b, 0, dtype=torch.int64, device=feature.device)
         return Matching(empty, empty, feature.new_empty(b, 0))
+    if kind != "similarity":
+        scores = _control_scores(kind, t, feature.device).expand(b, -1, -1)
+        return Matching(*_best_pairs(scores, _positions(protected, b), r)[:2])
     return Matching(*chosen.run(feature, _positions(protected, b), r))
 
 
 def _match(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """Matching by torch: source, target, similarity."""
-    b, t, _ = feature.shape
     # Autocast would round the product to bf16 after all.
     with torch.no_grad(), torch.autocast(feature.device.type, enabled=False):
         unit = functional.normalize(feature.detach(), dim=-1)
-        scores = unit[:, ::2] @ unit[:, 1::2].mT
-        if protected is not None:
-            none = torch.zeros(b, t, dtype=torch.bool, device=feature.device)
-            guard = none.scatter(1, protected.to(feature.device, torch.int64), True)
-            scores = scores.masked_fill(guard[:, ::2, None] | guard[:, None, 1::2], -torch.inf)
-        best, odd = scores.max(dim=-1)
-        best, even = best.sort(dim=-1, descending=True, stable=True)
-        even, best = even[:, :r], best[:, :r]
-        return 2 * even, 2 * odd.gather(1, even) + 1, best
+        return _best_pairs(unit[:, ::2] @ unit[:, 1::2].mT, protected, r)
+
+
+def _best_pairs(
+    scores: Float[Tensor, "b even odd"], protected: Int[Tensor, "b k"] | None, r: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Source, target and score of each sequence's r best pairs, where every even position offers itself once."""
+    if protected is not None:
+        b, t = len(scores), sum(scores.shape[1:])
+        guard = torch.zeros(b, t, dtype=torch.bool, device=scores.device)
+        guard = guard.scatter(1, protected.to(scores.device, torch.int64), True)
+        scores = scores.masked_fill(guard[:, ::2, None] | guard[:, None, 1::2], -torch.inf)
+    best, odd = scores.max(dim=-1)
+    best, even = best.sort(dim=-1, descending=True, stable=True)
+    even, best = even[:, :r], best[:, :r]
+    return 2 * even, 2 * odd.gather(1, even) + 1, best
+
+
+def _control_scores(kind: str, t: int, device: torch.device) -> Float[Tensor, "1 even odd"]:
+    """What stands for similarity where tokens are not compared; the same bits on every device and in every step.
+
+    `random` is a hash of the pair and of t, which no two fusing layers share (SplitMix64's finaliser, Steele et al.,
+    2014). `adjacent` prefers the nearest odd position, and takes even positions in the order of the fractional parts of
+    multiples of the golden ratio, which spreads them over the sequence.
+    """
+    even, odd = torch.arange(0, t, 2, device=device)[:, None], torch.arange(1, t, 2, device=device)
+    if kind == "random":
+        bits = (t * t + even) * t + odd
+        for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+            bits = (bits ^ (bits >> shift)) * factor
+        return ((bits ^ (bits >> 31)) & 0xFFFFFF).float()[None]
+    if kind == "adjacent":
+        return (even * 0x9E3779B9 % 2**32 / 2**32 - (even - odd).abs())[None]
+    raise InputError(f"kind: {kind!r} is not one of similarity, random, adjacent")
 
 
 def _check_r(r: int, t: int, protected: Sequence[int] | Tensor) -> None:

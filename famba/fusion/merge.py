@@ -30,7 +30,7 @@ class Plan(NamedTuple):
     Attributes:
         survivors: input position of each output token.
         destination: output position of each input token: the two of a pair share one.
-        weight: of each input token in its group's mean; 1 where it is alone.
+        weight: of each input token in its group's mean; 1 where it is alone, 0 where it is dropped.
         source: positions of the tokens that disappear.
         size: patches that each output token stands for.
     """
@@ -48,6 +48,7 @@ def plan(
     *,
     order: str = "scan",
     weighting: str = "size",
+    reduction: str = "mean",
     backend: str = "auto",
 ) -> Plan:
     """Where every token goes and with which weight, for at least one pair. Arguments as in `fuse`."""
@@ -60,6 +61,8 @@ def plan(
     survivors, destination, weight, total = choose(_PLAN, backend, source, target, size).run(
         source, target, size, order, weighting
     )
+    if reduction == "drop":
+        weight = torch.ones_like(weight).scatter(1, source.long(), 0)
     return Plan(survivors, destination, weight, source, total)
 
 
@@ -84,6 +87,7 @@ def fuse(
     size: Float[Tensor, "b t"] | Float[Tensor, "b t 1"] | None = None,
     order: str = "scan",
     weighting: str = "size",
+    reduction: str = "mean",
     backend: str = "auto",
 ) -> tuple[Float[Tensor, "b s d"], Float[Tensor, "b s"] | Float[Tensor, "b s 1"]]:
     """A token and all that join it become their mean, in one step (not pair by pair).
@@ -94,12 +98,13 @@ def fuse(
         order: of the result, where anything is fused: `scan` keeps the survivors in sequence order, because a scan
             reads its tokens in order; `append` puts the unmerged even positions first, ascending, then the odd ones.
         weighting: `size` weighs each token of a group by its size; `mean` counts each once.
+        reduction: `drop` leaves the target as it is, whatever joins it; its size counts what joins it all the same.
 
     Returns:
         The fused tokens and the patches that each stands for; the sizes' sum never changes.
 
     Raises:
-        InputError: unknown order or weighting.
+        InputError: unknown order, weighting or reduction.
         BackendError: the backend asked for cannot run here or on these tensors.
     """
     b, t, _ = x.shape
@@ -107,9 +112,10 @@ def fuse(
     flat = ones if size is None else size.reshape(b, t)
     _known_option("order", order, ("scan", "append"))
     _known_option("weighting", weighting, ("size", "mean"))
+    _known_option("reduction", reduction, ("mean", "drop"))
     if matching.source.shape[1] == 0:
         return x, flat if size is None else size
-    worked_out = plan(matching, flat, order=order, weighting=weighting, backend=backend)
+    worked_out = plan(matching, flat, order=order, weighting=weighting, reduction=reduction, backend=backend)
     fused = worked_out.size if size is None or size.dim() == 2 else worked_out.size[..., None]
     return apply(worked_out, x, backend=backend), fused
 

@@ -5,7 +5,7 @@ from typing import Literal, get_args, get_type_hints
 
 from famba.errors import InputError
 
-Factor = Literal["order", "weighting", "feature", "position"]
+Factor = Literal["order", "weighting", "feature", "position", "matching", "reduction"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,10 @@ class FusionOptions:
         weighting: `size` weighs a token by the patches it stands for; `mean` counts each token once.
         feature: what similarity compares: the normed tokens, the residual stream, or the scan's step, B or C.
         position: fuse before the mixer, or after the scan and gate, before the output projection (Famba-V figure 1).
+        matching: pair tokens by `similarity`; or, as controls that ignore the features, at `random` or with the
+            `adjacent` token.
+        reduction: a pair becomes its `mean`; or, as a control, the source token is dropped (`drop`) and the target
+            stays as it is. In both the target's size counts the source's patches.
 
     Raises:
         InputError: a value that is not allowed; names the option, the value and what is allowed.
@@ -27,6 +31,8 @@ class FusionOptions:
     weighting: Literal["size", "mean"] = "size"
     feature: Literal["normed", "residual", "delta", "B", "C"] = "normed"
     position: Literal["before_mixer", "after_scan"] = "before_mixer"
+    matching: Literal["similarity", "random", "adjacent"] = "similarity"
+    reduction: Literal["mean", "drop"] = "mean"
 
     def __post_init__(self) -> None:
         for option in fields(self):

@@ -335,10 +335,12 @@ class _Block(nn.Module):
         feature = pairs = plan = None
         selected = mixer.select(normed) if late else None
         if r:
-            feature = self._feature(options.feature, normed, residual, selected)
+            compared = options.feature if options.matching == "similarity" else "normed"
+            feature = self._feature(compared, normed, residual, selected)
             guard, backend = () if cls_index is None else cls_index, self._backend
-            pairs = matching.match_tokens(feature, r, protected=guard, backend=backend)
-            plan = merge.plan(pairs, size, order=options.order, weighting=options.weighting, backend=backend)
+            pairs = matching.match_tokens(feature, r, protected=guard, kind=options.matching, backend=backend)
+            how = {"order": options.order, "weighting": options.weighting, "reduction": options.reduction}
+            plan = merge.plan(pairs, size, **how, backend=backend)
             size = plan.size
             cls_index = None if cls_index is None else plan.destination.gather(1, cls_index[:, None])[:, 0]
         mixed = normed if selected is None else mixer.scan(*selected)

@@ -1,23 +1,18 @@
 """Figures: one function each, a tidy frame in, a figure out."""
 
+from famba.plots.benchmarks import benchmark, gpu_benchmark
 from famba.plots.results import (
-    STRATEGY_COLOURS,
     ablation,
     accuracy_against,
     adaptive_schedules,
-    benchmark,
-    fused_distance,
-    gpu_benchmark,
-    paper_beside_ours,
+    costs,
     paper_memory,
-    similarity_heatmaps,
     strategies_overview,
-    token_similarity,
-    token_size,
     tokens_per_layer,
     training_curves,
 )
-from famba.plots.style import GREY, Animation, Figure, P, caption, save, styled
+from famba.plots.similarity import fused_distance, similarity_heatmaps, token_similarity, token_size
+from famba.plots.style import GREY, STRATEGY_COLOURS, Animation, Figure, P, caption, save, styled
 from famba.plots.tokens import (
     fusion_animation,
     fusion_closer,
@@ -39,13 +34,13 @@ __all__ = [
     "adaptive_schedules",
     "benchmark",
     "caption",
+    "costs",
     "fused_distance",
     "fusion_animation",
     "fusion_closer",
     "fusion_map",
     "gpu_benchmark",
     "image_grid",
-    "paper_beside_ours",
     "paper_memory",
     "patch_grid",
     "saliency",

@@ -15,6 +15,7 @@ from typing import Any, ParamSpec
 
 import matplotlib
 import matplotlib.style
+import pandas as pd
 import seaborn
 from matplotlib.figure import Figure as _MatplotlibFigure
 from PIL import Image
@@ -31,6 +32,17 @@ _STYLE: list[Any] = [
     {"font.sans-serif": ["DejaVu Sans"], "legend.frameon": False, "svg.hashsalt": "famba"},
 ]
 GREY = "0.4"  # of what is said in small print
+PALETTE: list[str] = seaborn.color_palette("colorblind").as_hex()
+# A strategy has one colour and one marker everywhere, and always the same place in the order.
+STRATEGY_COLOURS = {
+    "none": PALETTE[7],
+    "all": PALETTE[0],
+    "interleaved": PALETTE[1],
+    "lower": PALETTE[4],
+    "upper": PALETTE[2],
+}
+MARKERS = {"none": "o", "all": "s", "interleaved": "D", "lower": "v", "upper": "^"}
+MODELS = {"vim_tiny": "Vim-Ti", "vim_small": "Vim-S"}
 _GIF_COLOURS = 128
 _FORMATS = {".png": "figures", ".svg": "figures", ".gif": "animations"}
 
@@ -125,3 +137,16 @@ def _gif(animation: Animation) -> bytes:
     target = io.BytesIO()
     first.save(target, "GIF", save_all=True, append_images=rest, duration=shown_ms, loop=0)
     return target.getvalue()
+
+
+def strategies_in(frame: pd.DataFrame) -> list[str]:
+    """Those present, in the fixed order; one that has no colour is an error, not left out."""
+    present = list(dict.fromkeys(frame["strategy"]))
+    unknown = [name for name in present if name not in STRATEGY_COLOURS]
+    if unknown or not present:
+        raise InputError(f"strategy: {unknown or 'none at all'}; allowed: {', '.join(STRATEGY_COLOURS)}")
+    return [name for name in STRATEGY_COLOURS if name in present]
+
+
+def rows_of(frame: pd.DataFrame, strategy: str) -> pd.DataFrame:
+    return frame.loc[frame["strategy"] == strategy]

@@ -80,12 +80,13 @@ class Cost:
 
     @property
     def flops(self) -> int:
-        """Of matrix products and convolutions, what `flops_counted` counts; the scans are `scan_flops`."""
-        return sum(part.flops for part in self.parts)
+        """Of matrix products, convolutions and scans."""
+        return sum(part.flops + part.scan_flops for part in self.parts)
 
     @property
-    def scan_flops(self) -> int:
-        return sum(part.scan_flops for part in self.parts)
+    def product_flops(self) -> int:
+        """Without the scans: what `flops_counted` counts."""
+        return sum(part.flops for part in self.parts)
 
     @property
     def parameter_bytes(self) -> int:
@@ -245,7 +246,7 @@ def _layer(w: _Width, t: int, s: int, options: FusionOptions, scans: _ScanMemory
     late = options.position == "after_scan"
     m = t if late else s  # tokens that are scanned
     flops = _select_flops(w, m) + _project_flops(w, m) + 2 * w.b * s * w.e * w.d
-    if s < t:
+    if s < t and options.matching == "similarity":
         compared = {"normed": w.d, "residual": w.d, "delta": 2 * w.e, "B": 2 * w.n, "C": 2 * w.n}[options.feature]
         flops += 2 * w.b * ((t + 1) // 2) * (t // 2) * compared
         if not late and options.feature not in ("normed", "residual"):
@@ -340,7 +341,7 @@ def _head(w: _Width, config: Mapping[str, Any], s: int, options: FusionOptions) 
 
 
 def flops_counted(model: nn.Module, images: Tensor) -> int:
-    """FLOPs of one forward pass as torch's own counter sees them, to compare with `Cost.flops`.
+    """FLOPs of one forward pass as torch's own counter sees them, to compare with `Cost.product_flops`.
 
     It knows matrix products and convolutions, and is told of famba's where their tables are (famba.kernels.ops,
     famba.fusion.merge). The selective scan is left out: it is one operator without a formula. The backend `reference`

@@ -26,7 +26,8 @@ class StepClock:
 
     Attributes:
         step_time_ms: of each step after the warm-up.
-        data_time_ms: what each of those steps waited: from the end of the one before to its start.
+        data_time_ms: what each of those steps waited for its batch; what the caller does between a step and asking for
+            the next batch, such as drawing a progress bar, is in `total_s` alone.
         total_s: from the start of `batches` to the end of the latest step.
     """
 
@@ -41,7 +42,9 @@ class StepClock:
     def batches(self, loader: Iterable[_T]) -> Iterator[_T]:
         """The loader's batches; the clock starts when the first is asked for."""
         self._start = self._mark = time.perf_counter()
-        yield from loader
+        for batch in loader:
+            yield batch
+            self._mark = time.perf_counter()
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -82,7 +83,6 @@ class _Cost:
     peak_memory_mib: _Measured
     throughput_img_s: _Measured
     flops_per_image: _Measured
-    flops_per_image_counted: _Measured
     params_count: _Count
     threads: _Count
     device: str
@@ -140,13 +140,15 @@ class RunRecord:
             (`weights`: raw or ema, `epoch`), `validation` (`raw` and `ema`: `last` and `best` epoch; ema may be None).
             A run that started from a file of weights: `init_sha256`, that file's content.
         cost: `train_time_s`, `step_time_ms`, `data_time_ms`, `peak_memory_mib`, `throughput_img_s`,
-            `flops_per_image` (formula), `flops_per_image_counted` (torch's counter), `params_count`, `threads`,
+            `flops_per_image` (by formula, of a forward pass with its scans), `params_count`, `threads`,
             `device`, `versions`, `command`, `kernels` (the backend that ran each function, and the native ones'
             `instruction_set`), `tf32` (whether fp32 products were rounded so), `nondeterministic` (what was, by name),
             `epoch_time_s` (one per epoch).
             Where nothing was trained (`train.epochs` 0), a step is a forward pass, and the epoch is number 0.
         history: one dict of `HISTORY_COLUMNS` per epoch; None in the ema columns of a run without. Empty where nothing
             was trained.
+        correct: a character for each image of the data set, in its order: 1 if the image was tested and classified
+            correctly, 0 if incorrectly, - if it was not tested; ends with the last tested image.
         params: the resolved configuration, `Params.as_dict()`.
     """
 
@@ -158,6 +160,7 @@ class RunRecord:
     metrics: Mapping[str, Any]
     cost: Mapping[str, Any]
     history: Sequence[Mapping[str, Any]]
+    correct: str
     params: Mapping[str, Any]
 
 
@@ -199,6 +202,7 @@ def write(run: Run, run_dir: str | Path) -> Path:
         "token_counts": list(run.token_counts),
     }
     _check(folder, metrics, fusion, run.cost, run.params, run.history)
+    _check_correct(run.correct, metrics["top1_percent"], folder / "correct.txt")
     if not run.model_bytes:
         raise InputError(f"{folder / MODEL_FILE}: no weights given")
     contents = {
@@ -206,6 +210,7 @@ def write(run: Run, run_dir: str | Path) -> Path:
         "params.json": _json(dict(run.params), folder / "params.json"),
         "cost.json": _json(dict(run.cost), folder / "cost.json"),
         "history.csv": history_bytes(run.history),
+        "correct.txt": f"{run.correct}\n".encode(),
         MODEL_FILE: run.model_bytes,
         "metrics.json": _json(metrics, folder / "metrics.json"),
     }
@@ -256,6 +261,8 @@ def read(run_dir: str | Path) -> RunRecord:
     )
     history = read_history(folder / "history.csv")
     _check(folder, metrics, fusion, cost, params, history)
+    correct = _text(folder / "correct.txt").strip()
+    _check_correct(correct, metrics["top1_percent"], folder / "correct.txt")
     if not (folder / MODEL_FILE).is_file():
         raise InputError(f"{folder / MODEL_FILE}: missing")
     return RunRecord(
@@ -265,6 +272,7 @@ def read(run_dir: str | Path) -> RunRecord:
         metrics=metrics,
         cost=cost,
         history=history,
+        correct=correct,
         params=params,
     )
 
@@ -305,6 +313,14 @@ def _check(
     _epochs(history, folder / "history.csv")
 
 
+def _check_correct(correct: str, top1_percent: float, path: Path) -> None:
+    right, wrong = correct.count("1"), correct.count("0")
+    if set(correct) - set("01-") or not right + wrong:
+        raise InputError(f"{path}: must hold 0, 1 or - for each image, and an image that was tested")
+    if not math.isclose(100 * right / (right + wrong), top1_percent):
+        raise InputError(f"{path}: {right} of {right + wrong} correct; metrics.json says {top1_percent}%")
+
+
 def _epochs(history: Sequence[Mapping[str, Any]], path: Path) -> list[dict[str, Any]]:
     epochs = [
         validated(_Epoch, row, str(path), lambda *keys, number=number: (f"epoch {number}", *keys))
@@ -341,12 +357,19 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a finite number")
 
 
-def read_history(path: Path) -> list[dict[str, Any]]:
+def _text(path: Path) -> str:
     try:
-        lines = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"{path}: missing") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as text: {error}") from None
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = list(csv.reader(_text(path).splitlines()))
+    except csv.Error as error:
         raise InputError(f"{path}: not readable as CSV: {error}") from None
     if not lines or tuple(lines[0]) != HISTORY_COLUMNS:
         raise InputError(f"{path}: its first line must be {','.join(HISTORY_COLUMNS)}")

@@ -71,7 +71,7 @@ def fit(p: Params, *, seed: int, progress: bool = False, watch: Sequence[Watcher
         torch.set_num_threads(p.train.threads)
     precision.configure()
     processes = distributed.join(device)
-    images = data.load(p.data)
+    images = data.load(p.data, seed=seed)
     model = build(p, classes=len(images.classes), seed=seed).to(processes.device)
     checkpoints = folder(p, seed=seed)
     if processes.rank == 0 and not any(checkpoints.glob("epoch-*")):

@@ -58,17 +58,23 @@ def evaluate(
     batch_size: int,
     precision: str = "fp32",
     processes: Processes | None = None,
+    correct: Float[Tensor, "n"] | None = None,
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy in percent and the mean cross-entropy over a split, without label smoothing.
 
     Top-5 is top-k over all classes where there are fewer than five. Several processes share the images, each of which
     counts once.
+
+    Args:
+        correct: where given, set to 1 for each image that is classified correctly and to 0 for all others.
     """
     model.eval()
     processes = processes or Processes(next(model.parameters(), torch.empty(0)).device)
-    n, sums = 0, torch.zeros(3, dtype=torch.float64, device=processes.device)  # there: no batch waits for a GPU
+    sums = torch.zeros(2, dtype=torch.float64, device=processes.device)  # there: no batch waits for a GPU
+    first = torch.zeros(len(split), device=processes.device)
     rows = slice(processes.rank, None, processes.count)
-    for batch, labels in data.batches(split, batch_size, rows=rows):
+    batches = data.batches(split, batch_size, rows=rows)
+    for (batch, labels), place in zip(batches, first.split(batch_size), strict=True):
         if not len(labels):
             continue
         batch, labels = (x.to(processes.device, non_blocking=True) for x in (batch, labels))
@@ -76,10 +82,13 @@ def evaluate(
             logits = model(data.normalise(batch, images.mean, images.std)).float()
         loss = functional.cross_entropy(logits, labels, reduction="sum")
         hits = logits.topk(min(5, logits.shape[-1])).indices == labels[:, None]
-        sums += torch.stack([loss.double(), hits[:, 0].sum().double(), hits.sum().double()])
-        n += len(labels)
-    loss, top1, top5, n = processes.sum([*sums.tolist(), n])
-    return {"top1_percent": 100 * top1 / n, "top5_percent": 100 * top5 / n, "loss": loss / n}
+        sums += torch.stack([loss.double(), hits.sum().double()])
+        place[rows] = hits[:, 0].float()
+    loss, top5, *found = processes.sum([*sums.tolist(), *first.tolist()])
+    if correct is not None:
+        correct.copy_(torch.tensor(found))
+    n = len(split)
+    return {"top1_percent": 100 * math.fsum(found) / n, "top5_percent": 100 * top5 / n, "loss": loss / n}
 
 
 class Session:
@@ -158,12 +167,12 @@ class Session:
         self.model.train()
         loss_sum, hits, seen, lr = 0.0, 0, 0, 0.0
         bar = tqdm(
-            self._steps(generator),
+            clock.batches(self._steps(generator)),
             f"epoch {epoch}/{self.p.train.epochs}",
             self.steps_per_epoch,
             disable=not self.progress,
         )
-        for index, parts in enumerate(clock.batches(bar)):
+        for index, parts in enumerate(bar):
             step = self.epoch * self.steps_per_epoch + index
             lr = learning_rate(self.p.train, step, self.steps_per_epoch)
             with clock.step():
@@ -205,7 +214,8 @@ class Session:
         if self._traced() != self.token_counts:
             raise TrainingError(f"the model's token counts changed while it trained: {self.token_counts} at first")
         self.model.load_state_dict(self.best)
-        tested = self._evaluate(self.model, self.images.test)
+        correct = torch.zeros(len(self.images.test), device=self.device)
+        tested = self._evaluate(self.model, self.images.test, correct)
         metrics = {**tested, "chosen": self.chosen, "validation": self.validation}
         if self.init_sha256 is not None:
             metrics["init_sha256"] = self.init_sha256
@@ -216,7 +226,6 @@ class Session:
             "train_time_s": math.fsum(self.epoch_time_s),
             "epoch_time_s": self.epoch_time_s,
             "flops_per_image": analysed.flops,
-            "flops_per_image_counted": flops.flops_counted(self.model, self._blank(1)),
             "params_count": sum(weight.numel() for weight in self.model.parameters()),
             "processes": self.processes.count,
             "kernels": used,
@@ -242,6 +251,7 @@ class Session:
             metrics=metrics,
             cost=measured,
             history=self.history,
+            correct=_by_image(self.images.test_ids, correct),
             params=self.p.as_dict(),
             model_bytes=saved.model_bytes(self.model, self.best, described),
         )
@@ -394,10 +404,13 @@ class Session:
         with autocast(self.device, self.p.train.precision):
             return model(images).float()
 
-    def _evaluate(self, model: nn.Module, split: data.Split | Streamed) -> dict[str, float]:
+    def _evaluate(
+        self, model: nn.Module, split: data.Split | Streamed, correct: Tensor | None = None
+    ) -> dict[str, float]:
         t = self.p.train
         size = 2 * t.batch_size // self.parts  # no activations are kept
-        return evaluate(model, split, self.images, batch_size=size, precision=t.precision, processes=self.processes)
+        how = {"batch_size": size, "precision": t.precision, "processes": self.processes, "correct": correct}
+        return evaluate(model, split, self.images, **how)
 
     def _validate(self) -> dict[str, Any]:
         """Evaluate on the validation split, keep the weights if they are to be tested; what history says of it."""
@@ -561,6 +574,15 @@ def _parts(t: TrainParams, processes: int) -> int:
             + (f" times train.device_batch, {share}" if t.device_batch else "")
         )
     return 1 if t.device_batch is None else t.batch_size // share
+
+
+def _by_image(ids: Tensor | None, correct: Tensor) -> str:
+    """A character for each image of the data set: 1 if it was classified correctly, 0 if not, - if not tested."""
+    assert ids is not None
+    answers = ["-"] * (int(ids.max()) + 1)
+    for i, right in zip(ids.tolist(), correct.tolist(), strict=True):
+        answers[i] = str(int(right))
+    return "".join(answers)
 
 
 def _better(entry: Mapping[str, Any], than: Mapping[str, Any]) -> bool:

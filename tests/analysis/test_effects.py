@@ -3,16 +3,17 @@
 import dataclasses
 import itertools
 import math
+import re
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from famba.analysis import ablation
+from famba.analysis import ablation, intervals
 from famba.analysis.ablation import FACTORS
 from famba.errors import InputError
 from famba.fusion.options import FusionOptions, levels
 
-T_2, T_1 = 4.302653, 12.706205  # Student's 97.5% quantile with 2 and with 1 degrees of freedom
 SETTING = {
     "profile": "made-up",
     "dataset": "digits",
@@ -26,7 +27,8 @@ SETTING |= {"loss": 0.5, "flops_per_image": 1000, "device": "cpu: none", "versio
 
 def run(strategy: str, seed: int, top1: float, **options: str) -> dict:
     plain = dataclasses.asdict(FusionOptions())
-    return SETTING | plain | options | {"strategy": strategy, "seed": seed, "top1_percent": top1}
+    answers = "1" * int(top1) + "0" * (100 - int(top1))
+    return SETTING | plain | options | {"strategy": strategy, "seed": seed, "top1_percent": top1, "correct": answers}
 
 
 def two_by_two() -> pd.DataFrame:
@@ -62,22 +64,42 @@ def table() -> pd.DataFrame:
     return ablation.effects(two_by_two(), grid="upper", reference=FusionOptions())
 
 
-def test_an_effect_over_the_grid_is_the_mean_of_each_seeds_pairs_and_its_interval_is_over_seeds(table):
+def answers(score: int) -> np.ndarray:
+    """By image, in percent: the first so many of 100 are right."""
+    return 100.0 * (np.arange(100) < score)
+
+
+def test_an_effect_over_the_grid_is_the_mean_of_each_seeds_pairs_and_its_interval_is_over_seeds_and_images(table):
     # scan - append: seed 0: (2 + 0) / 2 = 1; seed 1: (4 + 2) / 2 = 3; seed 2: (0 + 3) / 2 = 1.5
-    mean, sd = 5.5 / 3, math.sqrt(((1 - 5.5 / 3) ** 2 + (3 - 5.5 / 3) ** 2 + (1.5 - 5.5 / 3) ** 2) / 2)
+    by_image = [
+        (answers(90) - answers(88) + answers(89) - answers(89)) / 2,
+        (answers(92) - answers(88) + answers(90) - answers(88)) / 2,
+        (answers(91) - answers(91) + answers(93) - answers(90)) / 2,
+    ]
     found = effect(table, "upper", "grid", "order")
     assert (found["kept"], found["instead"], found["n"], found["pairs"]) == ("scan", "append", 3, 2)
-    assert found["mean"] == pytest.approx(mean)
-    assert found["low"] == pytest.approx(mean - T_2 * sd / math.sqrt(3), rel=1e-5)
-    assert found["high"] == pytest.approx(mean + T_2 * sd / math.sqrt(3), rel=1e-5)
+    assert found["mean"] == pytest.approx(5.5 / 3)
+    expected = intervals.two_level(np.stack(by_image))
+    assert (found["mean"], found["low"], found["high"]) == pytest.approx(expected)
 
 
 def test_an_effect_at_the_reference_takes_the_pairs_that_have_its_other_values(table):
     # scan size - append size: 2, 4, 0; scan size - scan mean: 1, 2, -2
     order, weighting = (effect(table, "upper", "reference", factor) for factor in ("order", "weighting"))
     assert (order["mean"], order["n"], order["pairs"]) == (pytest.approx(2), 3, 1)
-    assert order["high"] - order["mean"] == pytest.approx(T_2 * 2 / math.sqrt(3), rel=1e-5)
     assert weighting["mean"] == pytest.approx(1 / 3)
+
+
+def test_a_control_is_changed_alone_and_its_runs_do_not_count_in_the_grid(table):
+    more = [run("upper", seed, 80.0, matching="random") for seed in range(3)]
+    runs = pd.concat([two_by_two(), pd.DataFrame(more)])
+    with_controls = ablation.effects(runs, grid="upper", reference=FusionOptions(), controls=("matching", "reduction"))
+    found = effect(with_controls, "upper", "reference", "matching")
+    assert (found["kept"], found["instead"], found["mean"]) == ("similarity", "random", pytest.approx(11))
+    others = with_controls[with_controls["factor"] != "matching"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(others, table)
+    said = "- Pairing similar tokens instead of pairing tokens at random: no significant difference (+11.0 points"
+    assert said in ablation.markdown(with_controls, runs)
 
 
 def test_other_strategies_have_no_grid(table):
@@ -120,11 +142,11 @@ def test_one_seed_has_no_interval():
     found = effect(table, "upper", "grid", "order")
     assert found["mean"] == pytest.approx(3)
     assert math.isnan(found["low"])
-    assert not ablation.told(found)
+    assert not ablation.is_significant(found)
     assert ablation.sentence(found).endswith(
-        "+3.0 points, n = 1 seed with 2 pairs of runs: without an interval, so nothing is told."
+        "+3.0 points, n = 1 seed with 2 pairs of runs: one seed has no confidence interval."
     )
-    text = ablation.markdown(table, frame)
+    text = re.sub(" +", " ", ablation.markdown(table, frame))
     assert " nan" not in text
     assert "+nan" not in text
     assert "| order: scan − append | +3.0 | +4.0 | −1.0 |" in text
@@ -134,7 +156,9 @@ def test_one_seed_has_no_interval():
 def test_a_run_without_its_counterpart_is_named():
     frame = two_by_two()
     lone = frame[~((frame["order"] == "append") & (frame["weighting"] == "mean") & (frame["seed"] == 1))]
-    with pytest.raises(InputError, match="scan against append: the run mean-normed-before_mixer of seed 1 has no"):
+    with pytest.raises(
+        InputError, match="scan against append: the run mean-normed-before_mixer-similarity-mean of seed 1 has no"
+    ):
         ablation.effects(lone, grid="upper", reference=FusionOptions())
 
 
@@ -147,7 +171,9 @@ def test_seeds_with_another_number_of_pairs_are_refused():
 
 def test_a_run_that_comes_twice_is_refused():
     frame = two_by_two()
-    with pytest.raises(InputError, match="order scan: the run size-normed-before_mixer of seed 0 comes twice"):
+    with pytest.raises(
+        InputError, match="order scan: the run size-normed-before_mixer-similarity-mean of seed 0 comes twice"
+    ):
         ablation.effects(pd.concat([frame, frame.iloc[:1]]), grid="upper", reference=FusionOptions())
 
 
@@ -174,9 +200,9 @@ def test_a_sentence_with_a_loss_has_its_sign():
 
 
 @pytest.mark.parametrize(("low", "high"), [(-0.1, 1.3), (-1.3, 0.1), (0.0, 1.2), (-1.2, 0.0), (0.0, 0.0)])
-def test_an_interval_that_includes_zero_tells_no_difference(low, high):
+def test_an_interval_that_includes_zero_is_no_significant_difference(low, high):
     said = ablation.sentence(MADE_UP | {"mean": (low + high) / 2, "low": low, "high": high, "pairs": 1})
-    assert ": no difference could be told (" in said
+    assert ": no significant difference (" in said
     assert said.endswith("n = 5 seeds with a pair of runs each).")
 
 
@@ -192,22 +218,22 @@ def test_zero_has_no_sign_of_its_own():
 
 
 def test_the_text_has_a_sentence_per_effect_a_table_and_how_many_intervals_exclude_zero(table):
-    text = ablation.markdown(table, two_by_two())
+    text = re.sub(" +", " ", ablation.markdown(table, two_by_two()))
     assert text.count("\n- ") == 2
     assert "| option | upper, over the grid | upper | lower |" in text
     (order,) = [line for line in text.splitlines() if line.startswith("| order: scan − append |")]
-    assert "| +1.8 (−0.8 to +4.4) | +2.0 (−3.0 to +7.0) | −1.0 (−3.5 to +1.5) |" in order
-    # lower, weighting: 80 - 81 with every seed, an interval without width
-    assert "**−1.0 (−1.0 to −1.0)**" in text
+    interval = r"\([−+]\d\.\d to [−+]\d\.\d\)"
+    assert re.search(rf"\| \+1\.8 {interval} \| \+2\.0 {interval} \| −1\.0 {interval} \|", order)
     assert "21 runs of 4 epochs (the profile's own are 10) with the seeds 0, 1, 2" in text
-    assert "Of 6 intervals, 1 excludes zero; 0.3 would by chance alone" in text
+    assert "Of 6 intervals, 0 exclude zero; 0.3 would by chance alone" in text
 
 
 def test_files_hold_every_run_and_the_text_and_are_the_same_bytes_again(tmp_path, table):
     runs = two_by_two()
     ablation.write(table, runs, tmp_path)
     lines = (tmp_path / "ablation.csv").read_text().splitlines()
-    assert lines[0] == "profile,strategy,order,weighting,feature,position,seed,epochs,top1_percent,loss,flops_per_image"
+    head = "profile,strategy,order,weighting,feature,position,matching,reduction,seed,epochs,top1_percent,loss"
+    assert lines[0] == f"{head},flops_per_image"
     assert len(lines) == 1 + len(runs)
     assert (tmp_path / "ablation.md").read_text() == ablation.markdown(table, runs)
     before = (tmp_path / "ablation.csv").read_bytes()

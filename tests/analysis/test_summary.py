@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_runs import make_run, spoil
 
 from famba import config
-from famba.analysis import summary
+from famba.analysis import intervals, summary
 from famba.config import SweepParams
 from famba.errors import InputError
 from famba.fusion.strategies import STRATEGIES
@@ -27,7 +27,7 @@ def write_runs(folder, strategies=("none", "upper"), seeds=(0, 1), **changes):
 
 
 def runs_frame(top1, **columns):
-    """A frame as load_runs gives it, from {strategy: [top1 of seed 0, 1, ..]}; costs are multiples of it."""
+    """A frame as load_runs gives it, from {strategy: [top1 of seed 0, 1, ..]}, of 100 images each."""
     rows = [
         {
             "strategy": strategy,
@@ -38,11 +38,7 @@ def runs_frame(top1, **columns):
             "model": "vim_nano",
             "top1_percent": value,
             "top5_percent": 99.0,
-            "train_time_s": 2 * value,
-            "step_time_ms": value / 4,
-            "peak_memory_mib": 10 * value,
-            "throughput_img_s": 1000.0,
-            "flops_per_image": 10,
+            "correct": "1" * int(value) + "0" * (100 - int(value)),
             "device": "a CPU",
             "threads": 2,
             "versions": "torch 2.13.0",
@@ -54,6 +50,42 @@ def runs_frame(top1, **columns):
     return pd.DataFrame(rows)
 
 
+# In units of `none`.
+RATIOS = {"none": 1.0, "all": 0.8, "interleaved": 0.75, "lower": 0.6, "upper": 0.9}
+
+
+def costs_frame(ratios=RATIOS, **columns):
+    """A frame as cost.table gives it: a step of `none` takes 40 ms and 100 MiB, and memory is saved as time is."""
+    rows = [
+        {
+            "strategy": strategy,
+            "step_time_ms": 40 * ratio,
+            "batch_size": 32,
+            "peak_memory_mib": 100 * ratio,
+            "flops_per_image": 10_000_000 * ratio,
+            "tokens_left": 7,
+            "profile": "default",
+            "device": "a CPU",
+            "threads": 2,
+            "versions": "torch 2.13.0",
+            "disturbed": "",
+            "rounds": 60,
+            "time_ratio": ratio,
+            "time_ratio_low": math.nan if strategy == "none" else ratio - 0.01,
+            "time_ratio_high": math.nan if strategy == "none" else ratio + 0.01,
+            "throughput_img_s": 800 / ratio,
+            "memory_ratio": ratio,
+        }
+        | columns
+        for strategy, ratio in ratios.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def summarised(top1, **columns):
+    return summary.summary(runs_frame(top1, **columns), costs_frame(profile=columns.get("profile", "default")))
+
+
 def test_exactly_the_runs_of_the_sweep_are_loaded_in_the_fixed_order(tmp_path):
     write_runs(tmp_path, ("none", "upper", "all"), (0, 1, 2))
     frame = summary.load_runs(SWEEP, tmp_path)
@@ -62,6 +94,7 @@ def test_exactly_the_runs_of_the_sweep_are_loaded_in_the_fixed_order(tmp_path):
     ]
     row = frame.iloc[0]
     assert (row["top1_percent"], row["peak_memory_mib"], row["model"]) == (95.0, 100.0, "vim_nano")
+    assert row["correct"].count("1") == 19
     assert (row["tokens_removed"], row["tokens_left"], row["versions"]) == (4, 13, "torch 2.13.0")
 
 
@@ -149,68 +182,53 @@ def test_the_papers_schedules_as_a_frame_end_at_the_papers_counts():
         summary.schedule_frame({"middle": [0]}, tokens=5)
 
 
-def test_mean_spread_and_paired_interval_of_a_case_worked_by_hand():
-    # upper - none by seed: -1, -2, -3. Mean -2, sd 1, n 3; t(0.975, 2) = 4.302653, half width 4.302653 / sqrt(3).
-    frame = runs_frame({"none": [90.0, 96.0, 93.0], "upper": [89.0, 94.0, 90.0]})
-    table = summary.summary(frame).set_index("strategy")
+def test_mean_spread_and_paired_difference_of_a_case_worked_by_hand():
+    table = summarised({"none": [90.0, 96.0, 93.0], "upper": [89.0, 94.0, 90.0]}).set_index("strategy")
     none, upper = table.loc["none"], table.loc["upper"]
-    assert (none["n"], none["top1_percent_mean"], none["top1_percent_sd"]) == (3, 93.0, 3.0)
+    assert (none["n"], none["images"], none["top1_percent_mean"], none["top1_percent_sd"]) == (3, 100, 93.0, 3.0)
     assert upper["top1_percent_mean"] == 91.0
     assert upper["top1_percent_sd"] == pytest.approx(math.sqrt((4 + 9 + 1) / 2))
-    assert upper["top1_percent_diff"] == -2.0
-    assert upper["top1_percent_diff_low"] == pytest.approx(-2 - 2.484138, abs=1e-6)
-    assert upper["top1_percent_diff_high"] == pytest.approx(-2 + 2.484138, abs=1e-6)
-    assert upper["peak_memory_mib_diff"] == -20.0
+    assert upper["top1_percent_diff"] == pytest.approx(-2.0)
+    # by image: seed 0 loses image 89, seed 1 images 94 and 95, seed 2 images 90, 91 and 92
+    lost = np.zeros((3, 100))
+    lost[0, 89] = lost[1, [94, 95]] = lost[2, [90, 91, 92]] = -100
+    expected = intervals.two_level(lost)[1:]
+    assert tuple(upper[["top1_percent_diff_low", "top1_percent_diff_high"]]) == pytest.approx(expected)
     assert none[["top1_percent_diff", "top1_percent_diff_low"]].isna().all()
+    assert (upper["time_ratio"], upper["memory_ratio"], upper["rounds"]) == (0.9, 0.9, 60)
 
 
 def test_pairing_is_by_seed_not_by_row():
     frame = runs_frame({"none": [90.0, 96.0, 93.0], "upper": [89.0, 94.0, 90.0]})
-    pd.testing.assert_frame_equal(summary.summary(frame.iloc[::-1]), summary.summary(frame))
+    mixed = pd.concat([frame.iloc[:3], frame.iloc[:2:-1]])
+    pd.testing.assert_frame_equal(summary.summary(mixed, costs_frame()), summary.summary(frame, costs_frame()))
 
 
 def test_one_run_has_neither_spread_nor_interval_nor_the_text_nan(tmp_path):
-    table = summary.write_summary(runs_frame({"none": [90.0], "upper": [89.0]}), tmp_path)
+    table = summary.write_summary(runs_frame({"none": [90.0], "upper": [89.0]}), costs_frame(), tmp_path)
     assert table["top1_percent_sd"].isna().all()
-    for name in ("summary.csv", "summary.md", "summary.json"):
+    for name in ("summary.csv", "summary.md", "summary_short.md", "summary.json"):
         assert not re.search(r"\bnan\b", (tmp_path / name).read_text(), re.IGNORECASE), name
-    text = (tmp_path / "summary.md").read_text()
-    assert "| upper | 1 | 89.0 | 99.0 | 178 |" in text
-    assert "| upper | −1.0 |" in text
-    assert "One run has no spread" in text
+    assert "89.0 |" in (tmp_path / "summary.md").read_text()
+    assert "One seed has no spread and no interval." in (tmp_path / "summary.md").read_text()
 
 
-def test_without_a_baseline_there_are_no_differences():
-    table = summary.summary(runs_frame({"all": [90.0, 91.0], "upper": [89.0, 90.0]}))
-    assert table[[column for column in table.columns if "_diff" in column]].isna().all(axis=None)
-    assert "Difference" not in summary.markdown(table)
-
-
-def test_seeds_that_cannot_be_paired_are_refused():
-    frame = runs_frame({"none": [90.0, 91.0], "upper": [89.0]})
+def test_seeds_that_cannot_be_paired_and_costs_of_another_profile_are_refused():
     with pytest.raises(InputError, match=r"strategy upper: seeds \[0\]; `none` has \[0, 1\]"):
-        summary.summary(frame)
-
-
-def test_an_interval_of_nothing_or_one_value_is_empty():
-    assert all(math.isnan(value) for value in summary.interval([]))
-    mean, low, high = summary.interval([3.0])
-    assert (mean, math.isnan(low), math.isnan(high)) == (3.0, True, True)
-    assert summary.interval([2.0, 2.0]) == (2.0, 2.0, 2.0)
-
-
-def test_the_interval_covers_the_truth_as_often_as_it_says():
-    draws = np.random.default_rng(0).normal(5, 2, (2000, 3))
-    inside = [low <= 5 <= high for _, low, high in map(summary.interval, draws.tolist())]
-    assert 0.93 < np.mean(inside) < 0.97
+        summarised({"none": [90.0, 91.0], "upper": [89.0]})
+    frame = runs_frame({"none": [90.0], "upper": [89.0]})
+    with pytest.raises(InputError, match=r"cost\.csv: strategy none was not measured under profile default"):
+        summary.summary(frame, costs_frame(profile="smoke"))
+    with pytest.raises(InputError, match=r"cost\.csv: strategy upper was not measured"):
+        summary.summary(frame, costs_frame({"none": 1.0}))
 
 
 def test_the_pareto_front_of_a_case_worked_by_hand():
     # (cost, top-1): none (40, 96), upper (30, 95), lower (20, 90), all (30, 94) and interleaved (20, 90) with lower.
     frame = runs_frame({"none": [96.0], "upper": [95.0], "lower": [90.0], "all": [94.0], "interleaved": [90.0]})
-    frame["train_time_s"] = [40.0, 30.0, 20.0, 30.0, 20.0]
-    assert summary.pareto(frame, "train_time_s") == ["interleaved", "lower", "upper", "none"]
-    with pytest.raises(InputError, match="'throughput_img_s' is not one of train_time_s"):
+    frame["time_ratio"] = [40.0, 30.0, 20.0, 30.0, 20.0]
+    assert summary.pareto(frame, "time_ratio") == ["interleaved", "lower", "upper", "none"]
+    with pytest.raises(InputError, match="'throughput_img_s' is not one of time_ratio"):
         summary.pareto(frame, "throughput_img_s")
 
 
@@ -228,56 +246,56 @@ def test_every_strategy_off_the_front_is_beaten_by_one_on_it(points):
         assert (name in front) != any(c <= cost and s >= score for c, s in better)
 
 
-def test_the_summary_reads_back_and_makes_the_same_table(tmp_path):
-    table = summary.write_summary(runs_frame({"none": [90.1, 96.2], "upper": [89.3, 94.4]}), tmp_path)
-    again = summary.load_summary(tmp_path)
-    pd.testing.assert_frame_equal(again, table, check_exact=True)
-    assert summary.markdown(again) == (tmp_path / "summary.md").read_text()
-
-
 def test_the_summary_is_the_same_bytes_again(tmp_path):
     for name in ("one", "two"):
-        summary.write_summary(runs_frame({"none": [90.1, 96.2], "upper": [89.3, 94.4]}), tmp_path / name)
-    for name in ("summary.csv", "summary.md", "summary.json"):
+        summary.write_summary(runs_frame({"none": [90.0, 96.0], "upper": [89.0, 94.0]}), costs_frame(), tmp_path / name)
+    for name in ("runs.csv", "summary.csv", "summary.md", "summary_short.md", "summary.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    tree = json.loads((tmp_path / "one" / "summary.json").read_text())
+    assert tree["top1_percent_mean"] == {"none": 93.0, "upper": 91.5}
+    assert tree["time_ratio"] == {"none": 1.0, "upper": 0.9}
+    lines = (tmp_path / "one" / "runs.csv").read_text().splitlines()
+    assert len(lines) == 1 + 4
+    assert "1" * 94 + "0" * 6 in lines[4]
 
 
-def test_metrics_for_dvc_are_the_means_by_strategy(tmp_path):
-    summary.write_summary(runs_frame({"none": [90.0, 96.0], "upper": [89.0, 94.0]}), tmp_path)
-    tree = json.loads((tmp_path / "summary.json").read_text())
-    assert set(tree) == {"top1_percent", "train_time_s", "peak_memory_mib"}
-    assert tree["top1_percent"] == {"none": 93.0, "upper": 91.5}
+def cells(text, first):
+    """The stripped cells of the table's row that begins so, by the headings of its table."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    head = next(line for line in lines if line[0] == "strategy")
+    return dict(zip(head, next(line for line in lines if line[0] == first), strict=True))
 
 
-def test_a_foreign_summary_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"summary\.csv: cannot be read \(No such file"):
-        summary.load_summary(tmp_path)
-    (tmp_path / "summary.csv").write_text("strategy,n\nnone,3\n")
-    with pytest.raises(InputError, match=r"summary\.csv: columns strategy, n; expected strategy, n, profile"):
-        summary.load_summary(tmp_path)
-    table = summary.write_summary(runs_frame({"none": [90.0]}), tmp_path)
-    table["top1_percent_mean"] = "ninety"
-    table.to_csv(tmp_path / "summary.csv", index=False)
-    with pytest.raises(InputError, match=r"summary\.csv: could not convert string to float: 'ninety'"):
-        summary.load_summary(tmp_path)
+def test_the_readers_table_shows_n_spread_interval_costs_and_machine():
+    text = summary.markdown(summarised({"none": [90.0, 96.0, 93.0], "upper": [89.0, 94.0, 90.0]}))
+    assert cells(text, "none") == {
+        "strategy": "none",
+        "n": "3",
+        "top-1 (%)": "93.0 ± 3.0",
+        "difference to `none` (points)": "",
+        "top-5 (%)": "99.0 ± 0.0",
+        "training time": "1.00",
+        "step (ms)": "40",
+        "images/s": "800",
+        "peak memory": "1.00",
+        "MiB": "100.0",
+        "FLOPs (M)": "10.00",
+    }
+    upper = cells(text, "upper")
+    assert re.fullmatch(r"−2\.0 \(−\d\.\d to [−+]\d\.\d\)", upper["difference to `none` (points)"])
+    assert upper["training time"] == "0.90 (0.89 to 0.91)"
+    assert "Pareto-optimal in mean top-1 against training time: upper, none." in text
+    assert "mean ± 1 standard deviation over n seeds, 100 test images in all" in text
+    assert "Step times: medians of 60 training steps of 32 images in turn, on a CPU, threads: 2" in text
+    assert "busy" not in text
 
 
-def test_the_readers_table_shows_n_spread_interval_and_machine():
-    text = summary.markdown(summary.summary(runs_frame({"none": [90.0, 96.0, 93.0], "upper": [89.0, 94.0, 90.0]})))
-    lines = text.splitlines()
-    assert lines[2] == "| none | 3 | 93.0 ± 3.0 | 99.0 ± 0.0 | 186 ± 6 | 23.2 ± 0.8 | 930 ± 30 | 1000 ± 0 |"
-    assert "| upper | −2.0 (−4.5 to +0.5) | +0.0 (+0.0 to +0.0) | −4 (−9 to +1) |" in text
-    assert "Pareto-optimal in mean top-1 against training time: upper, none." in lines
-    assert lines[-1].startswith("Profile `default`: `vim_nano` on digits at 8 px. Measured on a CPU, 2 threads; torch")
-    widths = {line.count("|") for line in lines if line.startswith("|")}
-    assert widths == {9, 8}
-
-
-def test_runs_of_two_machines_are_told_apart():
+def test_a_measurement_on_a_busy_machine_and_runs_of_two_machines_are_marked():
     frame = runs_frame({"none": [90.0, 96.0]})
+    text = summary.markdown(summary.summary(frame, costs_frame(disturbed="load average 9.0 on 2 cores")))
+    assert "**The machine was busy meanwhile: load average 9.0 on 2 cores.**" in text
     frame["device"] = ["a CPU", "another"]
-    assert "a CPU; another, 2 threads" in summary.markdown(summary.summary(frame))
-    assert "**Runs were measured on different machines" in summary.markdown(summary.summary(frame))
+    assert "**Runs were made on different machines" in summary.markdown(summary.summary(frame, costs_frame()))
 
 
 def test_the_papers_table_holds_its_three_tables():
@@ -288,26 +306,13 @@ def test_the_papers_table_holds_its_three_tables():
     assert best.loc["none", "peak_memory_mib"] == 8302
 
 
-def test_beside_the_paper_what_was_not_measured_here_is_empty():
-    table = summary.beside_paper(summary.summary(runs_frame({"none": [90.0, 96.0], "upper": [89.0, 94.0]})))
-    assert table.groupby(["model", "source"], sort=False).size().to_dict() == {
-        **{(model, source): 5 for model in ("vim_tiny", "vim_small") for source in ("paper", "here")},
-        ("vim_nano", "here"): 5,
-    }
-    theirs_here = table[(table["model"] != "vim_nano") & (table["source"] == "here")]
-    assert theirs_here["top1_percent"].isna().all()
-    assert (theirs_here["n"] == 0).all()
-    ours = table[table["model"] == "vim_nano"].set_index("strategy")
-    assert ours.loc["none", "top1_percent"] == 93.0
-    assert math.isnan(ours.loc["lower", "top1_percent"])
-
-
-def test_a_run_of_the_papers_profile_stands_beside_the_papers_model():
-    frame = runs_frame({"none": [71.0, 72.0]}, profile="paper", model="vim_tiny", dataset="cifar100", img_size=224)
-    table = summary.beside_paper(summary.summary(frame))
-    assert set(table["model"]) == {"vim_tiny", "vim_small"}
-    here = table[(table["source"] == "here") & table["top1_percent"].notna()]
-    assert here[["model", "strategy", "n", "top1_percent"]].to_numpy().tolist() == [["vim_tiny", "none", 2, 71.5]]
+def test_beside_the_paper_stand_differences_and_shares_not_numbers_of_other_machines():
+    table = summary.beside_paper(summarised({"none": [90.0, 96.0], "upper": [45.0, 48.0]})).set_index("strategy")
+    assert table.columns.to_list() == ["paper, vim_tiny", "paper, vim_small", "here"]
+    assert table.loc["none"].to_list() == ["70.1", "76.9", "93.0"]
+    # 14,920 s of 16,382 s and 5,996 MiB of 8,302 MiB
+    assert table.loc["upper"].to_list() == ["+0.4, 0.91, 0.72", "−1.7, 0.81, 0.74", "−46.5, 0.90, 0.90"]
+    assert table.loc["lower", "here"] == "", "a strategy that was not run has an empty cell"
 
 
 def test_the_readme_gets_the_blocks_between_their_markers_and_nothing_else_changes(tmp_path):
@@ -334,43 +339,17 @@ def test_a_readme_without_its_markers_is_refused(text):
         summary.readme_text(text, {"results": ""})
 
 
-def test_the_readme_gets_a_short_table_and_its_results_page_all_tables_that_there_are(tmp_path):
+def test_the_readme_gets_the_short_table_and_its_results_page_the_whole_ones(tmp_path):
     frame = runs_frame({"none": [90.0, 96.0], "upper": [89.0, 94.0]})
-    table = summary.write_summary(frame, tmp_path)
-    short = {"results": summary.markdown_short(table)}
+    table = summary.write_summary(frame, costs_frame(), tmp_path)
+    with pytest.raises(InputError, match=r"photographs/summary\.md: cannot be read \(No such file"):
+        summary.readme_blocks(tmp_path)
+    other = summary.write_summary(runs_frame({"none": [50.0]}), costs_frame(), tmp_path / "photographs")
     assert summary.readme_blocks(tmp_path) == {
-        "README.md": short,
-        "docs/results.md": {"results": summary.markdown(table)},
+        "README.md": {"results": summary.markdown_short(table)},
+        "docs/results.md": {"results": summary.markdown(table), "photographs": summary.markdown(other)},
     }
-    other = summary.write_summary(runs_frame({"none": [50.0], "upper": [40.0]}), tmp_path / "photographs")
-    blocks = summary.readme_blocks(tmp_path)
-    assert blocks["README.md"] == short
-    assert list(blocks["docs/results.md"]) == ["results", "photographs", "beside"]
-    assert blocks["docs/results.md"]["photographs"] == summary.markdown(other)
-    head = "| strategy | paper, vim_tiny | paper, vim_small | digits | photographs |"
-    assert blocks["docs/results.md"]["beside"].startswith(head)
-
-
-def test_the_short_table_gives_differences_and_costs_relative_to_none():
-    table = summary.summary(runs_frame({"none": [90.0, 96.0], "upper": [45.0, 48.0]}))
-    lines = summary.markdown_short(table).splitlines()
-    assert lines[2] == "| none | 2 | 93.0 ± 4.2 |  | 1.00 | 1.00 |"
-    # Differences -45 and -48: mean -46.5, half the interval 12.706 * 2.1213 / sqrt(2). Costs are multiples of accuracy.
-    assert lines[3] == "| upper | 2 | 46.5 ± 2.1 | −46.5 (−65.6 to −27.4) | 0.50 | 0.50 |"
-    with pytest.raises(InputError, match="summary: no runs of none among upper"):
-        summary.markdown_short(table[table["strategy"] == "upper"])
-
-
-def test_beside_the_paper_stand_differences_and_shares_not_numbers_of_other_machines():
-    ours = summary.summary(runs_frame({"none": [90.0, 96.0], "upper": [45.0, 48.0]}))
-    lines = summary.markdown_beside_paper({"here": ours}).splitlines()
-    assert lines[0] == "| strategy | paper, vim_tiny | paper, vim_small | here |"
-    assert lines[2] == "| none | 70.1 | 76.9 | 93.0 |"
-    # 14,920 s of 16,382 s and 5,996 MiB of 8,302 MiB; ours are multiples of the accuracy, which is half.
-    assert lines[6] == "| upper | +0.4, 0.91, 0.72 | −1.7, 0.81, 0.74 | −46.5, 0.50, 0.50 |"
-    assert lines[4].endswith("|  |"), "a strategy that was not run has an empty cell"
-    with pytest.raises(InputError, match="summary 'here': no runs of none"):
-        summary.markdown_beside_paper({"here": ours[ours["strategy"] == "upper"]})
+    assert cells(summary.markdown_short(table), "upper")["peak memory"] == "0.90"
 
 
 def test_cosine_similarity_of_a_case_worked_by_hand():

@@ -43,6 +43,10 @@ def digits(**changes: object) -> data.Dataset:
     return data.load(DataParams(**{**DIGITS, **changes}))
 
 
+def digits_of(seed: int, **changes: object) -> data.Dataset:
+    return data.load(DataParams(**{**DIGITS, **changes}), seed=seed)
+
+
 def photograph(seed: int, size: tuple[int, int] = (8, 8)) -> Image.Image:
     """Smooth colours, so that JPEG keeps them nearly as they are."""
     coarse = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), dtype=np.uint8)
@@ -129,6 +133,23 @@ def test_the_test_split_is_the_same_one_for_every_parameter_and_for_ever():
         assert torch.equal(other.labels, reference.labels)
     # Accuracies of other days are of this very split: if this changes, no result can be compared with an older one.
     assert hashlib.sha256(reference.images.numpy().tobytes()).hexdigest()[:16] == "0e7d6e34c27d9eff"
+
+
+def test_over_the_seeds_every_image_is_tested_once_in_folds_that_hold_each_class_by_its_share():
+    folds = [digits_of(seed, folds=4) for seed in range(4)]
+    ids = torch.cat([d.test_ids for d in folds])
+    assert ids.sort().values.tolist() == list(range(1797))
+    pixels = digits(limit=None)
+    whole = torch.cat([x.images for x in (pixels.train, pixels.val, pixels.test)]).flatten(1)
+    for d in folds:
+        assert len(d.test) in (449, 450)
+        assert (
+            torch.bincount(d.test.labels) - torch.bincount(torch.cat([f.test.labels for f in folds])) / 4
+        ).abs().max() < 1
+        learnt = torch.cat([d.train.images, d.val.images]).flatten(1)
+        assert len(learnt) + len(d.test) == len(whole)
+    assert torch.equal(digits_of(5, folds=4).test_ids, folds[1].test_ids)
+    assert torch.equal(digits_of(5).test.images, digits().test.images), "without folds the seed chooses nothing"
 
 
 def test_the_same_parameters_give_the_same_splits_and_another_seed_gives_others():

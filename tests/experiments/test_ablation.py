@@ -17,6 +17,7 @@ ASKED = AblationParams(
     strategy="upper",
     strategies=("all", "lower"),
     factors=("order", "weighting", "feature", "position"),
+    controls=("matching", "reduction"),
     seeds=(0, 7),
     epochs=None,
     jobs=1,
@@ -38,7 +39,7 @@ def test_one_factor_at_a_time_is_the_reference_and_all_that_differs_from_it_in_o
     reference = FusionOptions(order="append", feature="B")
     found = ablation.one_at_a_time(ASKED, reference)
     assert found[0] == reference
-    assert len(found) == len(set(found)) == 1 + 1 + 1 + 4 + 1
+    assert len(found) == len(set(found)) == 1 + 1 + 1 + 4 + 1 + 2 + 1
     for other in found[1:]:
         changed = [key for key, value in dataclasses.asdict(other).items() if value != getattr(reference, key)]
         assert len(changed) == 1
@@ -46,30 +47,35 @@ def test_one_factor_at_a_time_is_the_reference_and_all_that_differs_from_it_in_o
 
 def test_cells_are_named_by_strategy_options_and_seed():
     found = names(ASKED)
-    assert len(found) == len(set(found)) == (40 + 8 + 8) * 2
-    assert found[0] == "upper-scan-size-normed-before_mixer-0"
-    assert "upper-append-mean-C-after_scan-7" in found
-    assert "lower-append-size-normed-before_mixer-0" in found
-    assert "lower-append-mean-normed-before_mixer-0" not in found
+    assert len(found) == len(set(found)) == (43 + 11 + 11) * 2
+    assert found[0] == "upper-scan-size-normed-before_mixer-similarity-mean-0"
+    assert "upper-append-mean-C-after_scan-similarity-mean-7" in found
+    assert "lower-append-size-normed-before_mixer-similarity-mean-0" in found
+    assert "lower-append-mean-normed-before_mixer-similarity-mean-0" not in found
+    assert {
+        "upper-scan-size-normed-before_mixer-random-mean-0",
+        "lower-scan-size-normed-before_mixer-similarity-drop-0",
+    } < set(found)
+    assert "upper-append-size-normed-before_mixer-random-mean-0" not in found, "controls are not combined"
     assert len({name.lower() for name in found}) == len(found)  # some file systems tell no case
 
 
 def test_a_cell_is_the_profiles_run_with_these_options_on_one_thread():
     by_name = {cell.name: cell for cell in ablation.cells(ASKED, profile="smoke")}
     plain = config.load("smoke", strategy="lower")
-    cell = by_name["lower-scan-size-delta-before_mixer-7"]
+    cell = by_name["lower-scan-size-delta-before_mixer-similarity-mean-7"]
     assert cell.seed == 7
     assert cell.params == dataclasses.replace(plain, options=dataclasses.replace(plain.options, feature="delta"))
     assert {cell.params.train.threads for cell in by_name.values()} == {1}
 
 
 def test_only_the_factors_that_are_named_vary():
-    asked = dataclasses.replace(ASKED, strategies=("all",), factors=("weighting",), seeds=(3,))
+    asked = dataclasses.replace(ASKED, strategies=("all",), factors=("weighting",), controls=(), seeds=(3,))
     assert names(asked) == [
-        "upper-scan-size-normed-before_mixer-3",
-        "upper-scan-mean-normed-before_mixer-3",
-        "all-scan-size-normed-before_mixer-3",
-        "all-scan-mean-normed-before_mixer-3",
+        "upper-scan-size-normed-before_mixer-similarity-mean-3",
+        "upper-scan-mean-normed-before_mixer-similarity-mean-3",
+        "all-scan-size-normed-before_mixer-similarity-mean-3",
+        "all-scan-mean-normed-before_mixer-similarity-mean-3",
     ]
 
 
@@ -90,7 +96,7 @@ def test_epochs_below_the_warm_up_are_refused(tmp_path, monkeypatch):
         ablation.cells(dataclasses.replace(ASKED, epochs=2), profile="default")
 
 
-SMALL = dataclasses.replace(ASKED, strategies=("lower",), factors=("order",), seeds=(0,))
+SMALL = dataclasses.replace(ASKED, strategies=("lower",), factors=("order",), controls=(), seeds=(0,))
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +112,7 @@ def test_every_run_is_a_row_with_its_options_and_kept_as_an_ordinary_run(trained
     assert len(frame) == 4
     rows = zip(frame["strategy"], frame["order"], frame["seed"], frame["top1_percent"], strict=True)
     for strategy, order, seed, top1 in rows:
-        record = runs.read(folder / f"{strategy}-{order}-size-normed-before_mixer-{seed}")
+        record = runs.read(folder / f"{strategy}-{order}-size-normed-before_mixer-similarity-mean-{seed}")
         assert (record.strategy, record.seed, record.params["options"]["order"]) == (strategy, seed, order)
         assert record.metrics["top1_percent"] == top1
         assert record.cost["command"] == "make ablation"
@@ -117,7 +123,7 @@ def test_every_run_is_a_row_with_its_options_and_kept_as_an_ordinary_run(trained
 
 def test_a_run_that_is_missing_or_of_other_code_is_trained_again_and_no_other(trained):
     frame, folder = trained
-    missing = folder / "upper-append-size-normed-before_mixer-0"
+    missing = folder / "upper-append-size-normed-before_mixer-similarity-mean-0"
     score = (missing / "metrics.json").read_bytes()
     (missing / "metrics.json").unlink()
     other = folder / "lower-scan-size-normed-before_mixer-0"
@@ -142,11 +148,13 @@ def test_a_run_that_cannot_be_trained_is_named(tmp_path, monkeypatch):
     (tmp_path / "dvc.yaml").write_text("stages: {}\n")
     monkeypatch.chdir(tmp_path)
     asked = dataclasses.replace(SMALL, seeds=(4,))
-    with pytest.raises(InputError, match=r"^lower-scan-size-normed-before_mixer-4: layer 1: r = 80") as error:
+    with pytest.raises(
+        InputError, match=r"^lower-scan-size-normed-before_mixer-similarity-mean-4: layer 1: r = 80"
+    ) as error:
         ablation.run(asked, profile="smoke", runs_dir="runs")
     assert "\n" not in str(error.value)
     finished = {path.parent.name for path in tmp_path.glob("runs/*/metrics.json")}
-    assert finished == {"upper-scan-size-normed-before_mixer-4", "upper-append-size-normed-before_mixer-4"}
+    assert finished == {f"upper-{order}-size-normed-before_mixer-similarity-mean-4" for order in ("scan", "append")}
 
 
 def test_what_is_gathered_can_be_told_in_words(trained):

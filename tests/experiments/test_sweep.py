@@ -28,7 +28,7 @@ def trained(monkeypatch) -> list[tuple[str, int]]:
         start = p.init_sha256(seed)
         history |= {"ema_val_loss": None, "ema_val_top1_percent": None}
         numbers = "train_time_s step_time_ms data_time_ms peak_memory_mib throughput_img_s"
-        counted = "flops_per_image flops_per_image_counted params_count threads"
+        counted = "flops_per_image params_count threads"
         return runs.Run(
             strategy=p.strategy,
             seed=seed,
@@ -46,6 +46,7 @@ def trained(monkeypatch) -> list[tuple[str, int]]:
             | {"device": "none", "versions": {}, "command": "none", "kernels": {}, "nondeterministic": []}
             | {"epoch_time_s": [1.0]},
             history=[history],
+            correct="1" * 19 + "0",
             params=p.as_dict(),
             model_bytes=b"weights",
         )

@@ -14,7 +14,7 @@ from famba.errors import BackendError, InputError
 from famba.fusion import matching, merge
 from famba.fusion.matching import Matching, match_tokens
 from famba.fusion.merge import apply, apply_both, fuse, plan
-from famba.fusion.options import FusionOptions
+from famba.fusion.options import FusionOptions, levels
 from famba.kernels.cpu import build
 from famba.kernels.triton import runtime as gpu
 from famba.models.vim import create_model
@@ -22,6 +22,7 @@ from famba.models.vim import create_model
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 TENSORS = load_file(GOLDEN / "fusion.safetensors")
 CASES = json.loads((GOLDEN / "fusion.json").read_text())
+KINDS = levels("matching")
 BACKENDS = ["torch"] if build.unavailable() else ["torch", "native"]
 # Those of the GPU: on it, or where test_gpu.py has Triton's interpreter run these tests.
 ON_GPU_TOO = [*BACKENDS, *([] if gpu.unavailable() else [pytest.param("triton", marks=pytest.mark.gpu)])]
@@ -249,6 +250,54 @@ def fusions(draw):
     r = draw(st.integers(0, (t - 1) // 2))
     options = {"order": draw(st.sampled_from(["scan", "append"])), "weighting": draw(st.sampled_from(["size", "mean"]))}
     return x, size, guard, r, options
+
+
+@settings(max_examples=150, deadline=None)
+@given(fusions(), st.sampled_from(KINDS))
+def test_dropping_leaves_every_survivor_as_it_was_and_conserves_the_patches(case, kind):
+    x, size, guard, r, options = case
+    pairs = match_tokens(x, r, protected=guard, kind=kind)
+    fused, sizes = fuse(x, pairs, size=size, reduction="drop", **options)
+    torch.testing.assert_close(sizes.sum(1), size.sum(1))
+    if r:
+        worked_out = plan(pairs, size, **options)
+        assert torch.equal(fused, x.gather(1, worked_out.survivors[..., None].expand_as(fused)))
+        assert torch.equal(sizes, worked_out.size)
+
+
+@settings(max_examples=150, deadline=None)
+@given(fusions(), st.sampled_from(["random", "adjacent"]))
+def test_controls_pair_distinct_unprotected_tokens_whatever_the_features(case, kind):
+    x, _, guard, r, _ = case
+    pairs = match_tokens(x, r, protected=guard, kind=kind)
+    other = match_tokens(torch.randn_like(x), r, protected=guard, kind=kind)
+    assert torch.equal(pairs.source, other.source)
+    assert torch.equal(pairs.target, other.target)
+    assert (pairs.source % 2 == 0).all()
+    assert (pairs.target % 2 == 1).all()
+    guards = [None] * len(x) if isinstance(guard, tuple) else guard.tolist()
+    for source, target, kept in zip(pairs.source.tolist(), pairs.target.tolist(), guards, strict=True):
+        assert len(set(source)) == r
+        assert kept not in source + target
+        if kind == "adjacent":
+            far = [(p, q) for p, q in zip(source, target, strict=True) if abs(p - q) > 1]
+            assert far == [] or (far[0][0], kept) in ((0, 1), (x.shape[1] - 1, x.shape[1] - 2)), "no free neighbour"
+
+
+def test_adjacent_pairs_are_spread_over_the_sequence_and_random_ones_differ_from_length_to_length():
+    source = match_tokens(torch.empty(1, 65, 2), 8, kind="adjacent").source[0].sort().values
+    assert source.diff().max() <= 16
+    assert source[0] < 16
+    assert source[-1] > 48
+    drawn = [match_tokens(torch.empty(1, t, 2), 20, kind="random") for t in (60, 61)]
+    assert not torch.equal(drawn[0].source, drawn[1].source)
+    scores = matching._control_scores("random", 400, torch.device("cpu"))[0] / 2**24
+    assert abs(scores.mean() - 0.5) < 0.01, "uniform"
+    assert abs(scores.std() - 12**-0.5) < 0.01
+    neighbours = torch.corrcoef(torch.stack([scores[:-1].flatten(), scores[1:].flatten()]))[0, 1]
+    assert abs(neighbours) < 0.02
+    with pytest.raises(InputError, match="kind: 'nearest' is not one of similarity, random, adjacent"):
+        match_tokens(torch.empty(1, 5, 2), 1, kind="nearest")
 
 
 @settings(max_examples=150, deadline=None)
@@ -543,6 +592,22 @@ def test_a_model_fuses_by_the_backend_that_goes_with_its_scan(position, monkeypa
     torch.testing.assert_close(logits["native"], logits["torch"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(logits["reference"], logits["torch"], rtol=1e-4, atol=1e-5)
     assert torch.equal(logits["native"], logits["auto"])
+
+
+@needs_native
+@pytest.mark.parametrize("options", [FusionOptions(matching=x, reduction=y) for x in KINDS for y in ("mean", "drop")])
+def test_every_control_gives_other_logits_the_same_on_each_backend_and_the_same_token_counts(options):
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    logits, traces = {}, {}
+    for backend in ("native", "torch", "default"):
+        torch.manual_seed(0)
+        fusion, scan = (FusionOptions(), "torch") if backend == "default" else (options, backend)
+        model = create_model("vim_nano", depth=3, schedule=[9, 0, 9], fusion=fusion, backend=scan)
+        logits[backend], traces[backend] = model.forward_with_trace(images)
+    torch.testing.assert_close(logits["native"], logits["torch"], rtol=1e-4, atol=1e-5)
+    assert torch.equal(logits["torch"], logits["default"]) == (options == FusionOptions())
+    assert traces["native"].token_counts == traces["default"].token_counts
+    torch.testing.assert_close(traces["native"].sizes[-1].sum(1), torch.full((2,), 37.0))
 
 
 @needs_native

@@ -8,13 +8,14 @@ import pytest
 import seaborn
 from matplotlib.collections import PathCollection
 from matplotlib.colors import to_hex, to_rgb
-from test_summary import runs_frame
+from test_summary import costs_frame, runs_frame
 
 from famba import plots
-from famba.analysis import ablation, summary
+from famba.analysis import ablation, intervals, summary
 from famba.errors import InputError
 from famba.fusion.options import FusionOptions
 from famba.fusion.strategies import STRATEGIES
+from famba.plots.benchmarks import _three_digits
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -22,6 +23,11 @@ PNG = b"\x89PNG\r\n\x1a\n"
 @pytest.fixture
 def runs():
     return runs_frame({"upper": [89.0, 94.0, 90.0], "none": [90.0, 96.0, 93.0], "all": [80.0, 82.0, 81.0]})
+
+
+@pytest.fixture
+def table(runs):
+    return summary.summary(runs, costs_frame())
 
 
 @pytest.fixture
@@ -102,49 +108,67 @@ def test_every_strategy_has_a_colour_of_its_own_in_the_fixed_order():
     assert {to_rgb(colour) for colour in plots.STRATEGY_COLOURS.values()} < set(seaborn.color_palette("colorblind"))
 
 
-@pytest.mark.parametrize("cost", ["train_time_s", "peak_memory_mib"])
-def test_accuracy_against_draws_means_runs_and_spread_of_the_frame(runs, cost):
-    figure = plots.accuracy_against(runs, cost)
+@pytest.mark.parametrize("cost", list(summary.COSTS))
+def test_accuracy_against_draws_means_runs_and_spread_of_the_frame(runs, table, cost):
+    figure = plots.accuracy_against(runs, table, cost)
     axes = figure.axes[0]
     assert legend(figure) == ["none", "all", "upper", "Pareto front"]
-    for (line, *_), strategy in zip(axes.containers, ["none", "all", "upper"], strict=True):
-        of = runs[runs["strategy"] == strategy]
-        assert line.get_xydata().tolist() == [[of[cost].mean(), of["top1_percent"].mean()]]
-        assert to_hex(line.get_color()) == plots.STRATEGY_COLOURS[strategy].lower()
-    (cloud,) = [item for item in axes.collections if isinstance(item, PathCollection)]
-    np.testing.assert_allclose(cloud.get_offsets(), runs[[cost, "top1_percent"]])
-    assert [to_hex(colour) for colour in cloud.get_facecolors()] == [
-        plots.STRATEGY_COLOURS[strategy].lower() for strategy in runs["strategy"]
-    ]
-    bars = [bar for bar in axes.containers if bar.has_yerr]
-    assert len(bars) == 3
-    (segment,) = bars[0][2][1].get_segments()
+    clouds = [item for item in axes.collections if isinstance(item, PathCollection)]
+    for bar, cloud, row in zip(axes.containers, clouds, table.to_dict("records"), strict=True):
+        line, own = bar.lines[0], runs[runs["strategy"] == row["strategy"]]
+        assert line.get_xydata().tolist() == [[row[cost], own["top1_percent"].mean()]]
+        assert to_hex(line.get_color()) == plots.STRATEGY_COLOURS[row["strategy"]].lower()
+        np.testing.assert_allclose(cloud.get_offsets(), [[row[cost], score] for score in own["top1_percent"]])
+        assert bar.has_yerr
+        assert bar.has_xerr == (cost == "time_ratio" and row["strategy"] != "none")
+    (segment,) = axes.containers[0].lines[2][0].get_segments()
     np.testing.assert_allclose(segment[:, 1], [93.0 - 3.0, 93.0 + 3.0], err_msg="none: mean 93, sd 3")
-    assert axes.get_xlabel().endswith({"train_time_s": "(s)", "peak_memory_mib": "(MiB)"}[cost])
     assert axes.get_ylabel() == "top-1 accuracy (%)"
 
 
+def test_a_time_has_its_interval_and_the_caption_says_how_it_was_measured(runs):
+    table = summary.summary(runs, costs_frame(disturbed="load average 9.0 on 2 cores"))
+    figure = plots.accuracy_against(runs, table, "time_ratio")
+    (segment,) = figure.axes[0].containers[1].lines[2][0].get_segments()
+    np.testing.assert_allclose(segment[:, 0], [0.79, 0.81], err_msg="all")
+    said = figure.get_supxlabel().replace("\n", " ")
+    assert "medians of 60 training steps" in said
+    assert "The machine was busy meanwhile: load average 9.0 on 2 cores." in said
+
+
+def test_costs_are_drawn_in_units_of_none_with_the_interval_of_time():
+    time, memory, flops = plots.costs(costs_frame()).axes[0].containers
+    for marks in (time, memory, flops):
+        assert marks.lines[0].get_xdata().tolist() == [1.0, 0.8, 0.75, 0.6, 0.9]
+    ends = [segment[:, 0].tolist() for segment in time.lines[2][0].get_segments()]
+    assert ends[1] == pytest.approx([0.79, 0.81])
+    assert (memory.has_xerr, flops.has_xerr) == (False, False)
+
+
 def test_the_front_that_is_drawn_is_the_front_of_the_numbers(runs):
-    runs.loc[runs["strategy"] == "all", "train_time_s"] = 1000.0
-    front = plots.accuracy_against(runs).axes[0].get_lines()[-1]
-    assert front.get_xdata().tolist() == [2 * 91.0, 2 * 93.0], "upper, then none; all is dearer and worse"
+    table = summary.summary(runs, costs_frame({"none": 1.0, "all": 2.0, "upper": 0.9}))
+    front = plots.accuracy_against(runs, table, "time_ratio").axes[0].get_lines()[-1]
+    assert front.get_xdata().tolist() == [0.9, 1.0], "upper, then none; all is dearer and worse"
     assert front.get_drawstyle() == "steps-post"
 
 
-def test_captions_say_over_how_many_seeds(runs, history):
-    assert "mean over n = 3 seeds, bars ± 1 sd" in plots.accuracy_against(runs).get_supxlabel()
-    one = plots.accuracy_against(runs[runs["seed"] == 0])
+def test_captions_say_over_how_many_seeds(runs, table, history):
+    assert (
+        "mean over n = 3 seeds, bars ± 1 sd" in plots.accuracy_against(runs, table, "peak_memory_mib").get_supxlabel()
+    )
+    alone = runs[runs["seed"] == 0]
+    one = plots.accuracy_against(alone, summary.summary(alone, costs_frame()), "peak_memory_mib")
     assert "one run each, so without spread" in one.get_supxlabel().replace("\n", " ")
     assert [(bar.has_xerr, bar.has_yerr) for bar in one.axes[0].containers] == 3 * [(False, False)]
     assert plots.training_curves(history).get_supxlabel() == "Mean over n = 3 seeds; the band is ± 1 sd."
     assert plots.training_curves(history[history["seed"] == 0]).get_supxlabel() == "Mean over n = 1 seed."
 
 
-def test_accuracy_against_refuses_what_is_no_cost_and_whom_it_cannot_colour(runs):
-    with pytest.raises(InputError, match="'throughput_img_s' is not one of train_time_s"):
-        plots.accuracy_against(runs, "throughput_img_s")
+def test_accuracy_against_refuses_what_is_no_cost_and_whom_it_cannot_colour(runs, table):
+    with pytest.raises(InputError, match="'throughput_img_s' is not one of time_ratio"):
+        plots.accuracy_against(runs, table, "throughput_img_s")
     with pytest.raises(InputError, match=r"strategy: \['middle'\]; allowed: none, all"):
-        plots.accuracy_against(runs.replace({"strategy": {"upper": "middle"}}))
+        plots.accuracy_against(runs, table.replace({"strategy": {"upper": "middle"}}), "time_ratio")
 
 
 def test_tokens_per_layer_draws_the_counts_from_the_input_on(schedules):
@@ -166,34 +190,10 @@ def test_training_curves_draw_mean_and_spread_over_seeds(history):
     assert not any(np.isfinite(path.vertices).any() for band in one.axes[0].collections for path in band.get_paths())
 
 
-def test_runs_that_trained_nothing_are_drawn_and_said(runs, history):
+def test_runs_that_trained_nothing_are_said(history):
     figure = plots.training_curves(history[:0])
     assert figure.axes == []
     assert figure.get_supxlabel() == "Nothing was trained: the runs evaluate the weights that they were given."
-    runs["train_time_s"] = 0.0
-    against = plots.accuracy_against(runs, "train_time_s")
-    assert {line.get_xydata()[0, 0] for line, *_ in against.axes[0].containers} == {0.0}
-    beside = plots.paper_beside_ours(summary.beside_paper(summary.summary(runs)))
-    assert any("not\nmeasured\nhere" in text.get_text() for text in beside.axes[9].texts)
-
-
-def test_beside_the_paper_bars_are_changes_and_texts_are_values(runs):
-    figure = plots.paper_beside_ours(summary.beside_paper(summary.summary(runs)))
-    assert len(figure.axes) == 3 * 5
-    assert [title.split("\n")[::2] for title in titles(figure)] == [
-        *(["Vim-Ti", "paper"], ["Vim-Ti", "here"], ["Vim-S", "paper"], ["Vim-S", "here"], ["vim_nano", "here"])
-    ]
-    paper, empty, ours = figure.axes[0], figure.axes[1], figure.axes[4]
-    np.testing.assert_allclose([bar.get_width() for bar in paper.patches], [0, -8.2, -3.1, -7.9, 0.4])
-    assert [text.get_text() for text in paper.texts] == ["70.1%", "61.9%", "67.0%", "62.2%", "70.5%"]
-    np.testing.assert_allclose([bar.get_width() for bar in ours.patches], [0, -12.0, -2.0])
-    assert [text.get_text() for text in ours.texts] == ["93.0%", "81.0%", "not measured", "not measured", "91.0%"]
-    for axes in (figure.axes[row * 5 + column] for row in range(3) for column in (1, 3)):
-        assert not axes.patches
-        assert [text.get_text() for text in axes.texts] == ["not\nmeasured\nhere"]
-    assert empty.get_xlim() == paper.get_xlim()
-    memory = figure.axes[10]
-    assert memory.patches[1].get_width() == pytest.approx(100 * (5499 - 8302) / 8302)
 
 
 def test_the_overview_writes_what_each_layer_removes(schedules):
@@ -270,31 +270,31 @@ def test_sizes_at_the_end_are_drawn_for_the_strategies_that_fuse(likeness):
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_an_unchanged_figure_is_saved_as_the_same_bytes(tmp_path, runs, suffix):
+def test_an_unchanged_figure_is_saved_as_the_same_bytes(tmp_path, runs, table, suffix):
     path = tmp_path / "deep" / f"a.{suffix}"
-    figure = plots.accuracy_against(runs)
+    figure = plots.accuracy_against(runs, table, "time_ratio")
     assert plots.save(figure, path) == path
     first = path.read_bytes()
     plots.save(figure, path)
     assert path.read_bytes() == first, "saved twice"
-    plots.save(plots.accuracy_against(runs), path)
+    plots.save(plots.accuracy_against(runs, table, "time_ratio"), path)
     assert path.read_bytes() == first, "drawn twice"
     assert not any(word in first for word in (b"Software", b"<dc:date>", matplotlib.__version__.encode()))
-    plots.save(plots.accuracy_against(runs, "peak_memory_mib"), path)
+    plots.save(plots.accuracy_against(runs, table, "peak_memory_mib"), path)
     assert path.read_bytes() != first
 
 
-def test_the_style_of_the_session_changes_nothing(tmp_path, runs):
-    plain = plots.save(plots.accuracy_against(runs), tmp_path / "plain.png").read_bytes()
+def test_the_style_of_the_session_changes_nothing(tmp_path, schedules):
+    plain = plots.save(plots.tokens_per_layer(schedules), tmp_path / "plain.png").read_bytes()
     with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "red", "savefig.dpi": 30, "axes.grid": False}):
-        styled = plots.save(plots.accuracy_against(runs), tmp_path / "styled.png").read_bytes()
+        styled = plots.save(plots.tokens_per_layer(schedules), tmp_path / "styled.png").read_bytes()
         assert matplotlib.rcParams["font.size"] == 20, "and the session keeps its own"
     assert styled == plain
 
 
-def test_another_suffix_is_refused(tmp_path, runs):
+def test_another_suffix_is_refused(tmp_path, schedules):
     with pytest.raises(InputError, match=r"a\.jpg: figures are saved as \.png or \.svg"):
-        plots.save(plots.accuracy_against(runs), tmp_path / "a.jpg")
+        plots.save(plots.tokens_per_layer(schedules), tmp_path / "a.jpg")
 
 
 def test_a_notebook_can_show_a_figure_without_pyplot(schedules):
@@ -387,13 +387,15 @@ def test_without_a_gpus_benchmark_its_figure_says_so():
     assert said.get_text() == "no GPU has been measured yet: make bench-gpu"
 
 
-def test_no_text_of_the_saved_figures_overlaps_another(runs, schedules, history, benchmarks, likeness, made_up_gpu):
+def test_no_text_of_the_saved_figures_overlaps_another(
+    runs, table, schedules, history, benchmarks, likeness, made_up_gpu
+):
     drawn = [
-        plots.accuracy_against(runs),
+        plots.accuracy_against(runs, table, "time_ratio"),
+        plots.costs(costs_frame()),
         plots.tokens_per_layer(schedules),
         plots.training_curves(history),
         plots.strategies_overview(schedules),
-        plots.paper_beside_ours(summary.beside_paper(summary.summary(runs))),
         plots.benchmark(benchmarks),
         plots.gpu_benchmark(made_up_gpu),
         plots.token_similarity(likeness),
@@ -442,7 +444,9 @@ def ablated():
         if strategy == "upper" or feature == "normed" or order == "scan":
             top1 = 90.0 - 2 * (order == "append") - 3 * (feature == "delta") + 0.5 * seed * (feature != "normed")
             options = {"order": order, "weighting": "size", "feature": feature, "position": "before_mixer"}
-            rows.append({"strategy": strategy, **options, "seed": seed, "top1_percent": top1})
+            options |= {"matching": "similarity", "reduction": "mean"}
+            answers = "1" * int(2 * top1) + "0" * (200 - int(2 * top1))
+            rows.append({"strategy": strategy, **options, "seed": seed, "top1_percent": top1, "correct": answers})
     return pd.DataFrame(rows)
 
 
@@ -509,7 +513,7 @@ def test_adaptive_schedules_show_every_layers_tokens_and_the_mean_with_its_inter
     assert means == [[97.0, 0], [95.0, 1], [94.5, 2]]
     (spread,) = score.containers[2][2]
     low, high = spread.get_segments()[0][:, 0]
-    assert (low, high) == pytest.approx(summary.interval([94.0, 95.0])[1:])
+    assert (low, high) == pytest.approx(intervals.student([94.0, 95.0])[1:])
     assert "n = 2 seeds" in figure._supxlabel.get_text()
     with pytest.raises(InputError, match="'adaptive-luck' is not one of"):
         plots.adaptive_schedules(pd.DataFrame(layers), pd.DataFrame(rows).assign(strategy="adaptive-luck"))
@@ -536,4 +540,4 @@ def test_paper_memory_draws_the_papers_points_and_both_formulas_against_layer_an
     ("value", "text"), [(1419.4, "1,419"), (154.2, "154"), (99.6, "99.6"), (1.0, "1"), (0.0421, "0.0421")]
 )
 def test_a_ratio_is_written_with_three_digits_and_no_exponent(value, text):
-    assert plots.results._three_digits(value) == text
+    assert _three_digits(value) == text

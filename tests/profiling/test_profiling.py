@@ -28,6 +28,7 @@ CASES = [
     pytest.param({"cls_position": "none", "pool": "mean"}, [0, 9, 9], FusionOptions(feature="B"), id="no class token"),
     pytest.param({"cls_position": "head"}, [9, 0, 9], FusionOptions(feature="residual", weighting="mean"), id="head"),
     pytest.param({"pool": "mean", "average_directions": False}, [1, 1, 1], FusionOptions(feature="delta"), id="summed"),
+    pytest.param({}, [5, 7, 0], FusionOptions(matching="random", feature="delta"), id="random pairs"),
     pytest.param({"d_model": 40, "d_state": 5, "img_size": 11}, [0, 20, 0], FusionOptions(feature="C"), id="odd sizes"),
 ]
 SCANS = [
@@ -94,8 +95,8 @@ def test_the_flops_of_one_small_layer_are_those_worked_out_by_hand():
     assert found.stem.flops == 2 * 4 * 12 * 4
     assert found.layers[0].flops == 512 + 2 * 256 + 2 * 320 + 2 * 64 + 256  # in, conv, x, dt, out
     assert found.head.flops == 24
-    assert found.flops == 384 + 2048 + 24
-    assert found.scan_flops == 2 * 9 * 4 * 8 * 2
+    assert found.product_flops == 384 + 2048 + 24
+    assert found.flops == found.product_flops + 2 * 9 * 4 * 8 * 2  # and both directions' scans
     assert found.token_counts == [4, 4]
 
 
@@ -103,7 +104,7 @@ def test_the_flops_of_one_small_layer_are_those_worked_out_by_hand():
 def test_flops_by_formula_are_exactly_those_that_the_counter_sees(changes, removed, options):
     model = nano(changes, removed, options)
     found = flops.analyse(model.config, removed, batch=3, options=options)
-    assert found.flops == flops.flops_counted(model, images_for(model, 3)) > 0
+    assert found.product_flops == flops.flops_counted(model, images_for(model, 3)) > 0
     assert found.token_counts == model.token_counts
 
 
@@ -114,7 +115,7 @@ def test_the_counter_sees_the_same_flops_whichever_backend_computes_them(changes
     model = emptied(nano(changes, removed, options, backend))
     with mode:
         counted = flops.flops_counted(model, torch.empty(3, 3, model.img_size, model.img_size))
-    assert counted == flops.analyse(model.config, removed, batch=3, options=options).flops
+    assert counted == flops.analyse(model.config, removed, batch=3, options=options).product_flops
 
 
 @pytest.mark.parametrize("backend", SCANS)
@@ -356,9 +357,10 @@ def test_the_clock_tells_steps_from_waiting_and_drops_the_warm_up(now):
         now[0] += 0.5  # augmentation
         with clock.step():
             now[0] += 10 * batch
+        now[0] += 100  # a progress bar
     assert clock.step_time_ms == [10_000, 20_000]
     assert clock.data_time_ms == [1_500, 2_500]
-    assert clock.total_s == 7.5 + 70 + 1.5 + 10 + 2.5 + 20
+    assert clock.total_s == 7.5 + 70 + 101.5 + 10 + 102.5 + 20
 
 
 def test_the_clock_does_not_record_a_step_that_raises(now):

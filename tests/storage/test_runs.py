@@ -46,7 +46,6 @@ def make_run(strategy="upper", seed=0, **changes):
             "peak_memory_mib": 100.0,
             "throughput_img_s": 1600.0,
             "flops_per_image": 1_000_000,
-            "flops_per_image_counted": 1_000_000,
             "params_count": 5000,
             "device": "CPU of a test",
             "threads": 2,
@@ -57,6 +56,7 @@ def make_run(strategy="upper", seed=0, **changes):
             "epoch_time_s": [6.0, 6.5],
         },
         history=history,
+        correct="1" * 18 + "-01",
         params=config.load("smoke", strategy=strategy).as_dict(),
         model_bytes=b"weights",
     )
@@ -71,7 +71,15 @@ def test_a_run_reads_back_as_it_was_written(tmp_path):
         assert getattr(record, field.name) == getattr(run, field.name), field.name
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == b"weights"
     assert {file.name for file in (tmp_path / "run").iterdir()} == {
-        *("metrics.json", "cost.json", "history.csv", "schedule.json", "params.json", "model.safetensors")
+        *(
+            "metrics.json",
+            "cost.json",
+            "history.csv",
+            "schedule.json",
+            "params.json",
+            "correct.txt",
+            "model.safetensors",
+        )
     }
 
 
@@ -95,7 +103,7 @@ def test_files_hold_the_agreed_keys_and_no_time_but_in_cost(tmp_path):
 def test_the_same_run_is_the_same_bytes(tmp_path):
     one, two = (runs.write(make_run(), tmp_path / name) for name in ("one", "two"))
     names = sorted(file.name for file in one.iterdir())
-    assert len(names) == 6
+    assert len(names) == 7
     for name in names:
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
 
@@ -112,7 +120,7 @@ def test_metrics_json_is_written_last_and_taken_away_first(tmp_path, monkeypatch
 
     monkeypatch.setattr(runs, "write_atomic", watched)
     runs.write(make_run(), tmp_path / "run")
-    assert len(written) == 6
+    assert len(written) == 7
     assert written[-1] == "metrics.json"
 
 
@@ -188,13 +196,27 @@ def test_a_spoilt_file_is_named_in_one_line(tmp_path, file, path, value, said):
 
 
 @pytest.mark.parametrize(
-    "name", ["metrics.json", "cost.json", "history.csv", "schedule.json", "params.json", "model.safetensors"]
+    "name",
+    ["metrics.json", "cost.json", "history.csv", "schedule.json", "params.json", "correct.txt", "model.safetensors"],
 )
 def test_a_missing_file_is_named(tmp_path, name):
     folder = runs.write(make_run(), tmp_path / "run")
     (folder / name).unlink()
     with pytest.raises(InputError, match=f"{name}: missing"):
         runs.read(folder)
+
+
+@pytest.mark.parametrize(
+    ("correct", "said"),
+    [
+        ("1" * 20, r"correct\.txt: 20 of 20 correct; metrics\.json says 95\.0%"),
+        ("-" * 20, r"correct\.txt: must hold 0, 1 or - for each image, and an image that was tested"),
+        ("1" * 19 + "0x", r"correct\.txt: must hold 0, 1 or -"),
+    ],
+)
+def test_answers_by_image_that_are_not_those_of_the_accuracy_are_refused(tmp_path, correct, said):
+    with pytest.raises(InputError, match=said):
+        runs.write(make_run(correct=correct), tmp_path / "run")
 
 
 @pytest.mark.parametrize("content", [b"", b'{"a": ', b"[]", b"\xff\xfe\x00"])
@@ -215,7 +237,7 @@ def test_broken_json_is_named(tmp_path, content):
         (",2.0,", ",two,", r"epoch 1\.train_loss: 'two': Input should be a valid number"),
         (",2.0,", ",,", r"epoch 1\.train_loss: None: Input should be a valid number"),
         (",2.0,", ",", "epoch 1: 8 values; 9 columns"),
-        (",2.0,", ",\xff,", "not readable as CSV"),
+        (",2.0,", ",\xff,", "not readable as text"),
     ],
 )
 def test_a_spoilt_history_is_named(tmp_path, old, new, said):

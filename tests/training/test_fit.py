@@ -36,7 +36,7 @@ def smoke(strategy: str = "upper", **changes) -> Params:
 
 
 def deterministic(run: runs.Run) -> tuple:
-    return run.metrics, run.history, run.model_bytes, run.token_counts
+    return run.metrics, run.history, run.model_bytes, run.token_counts, run.correct
 
 
 @pytest.fixture(scope="module")
@@ -78,24 +78,35 @@ def test_the_cost_of_a_run_is_measured(undisturbed):
     assert cost["command"] == "python -m famba train --profile smoke --strategy upper --seed 1"
 
 
+def test_a_run_says_of_each_test_image_whether_it_was_classified_correctly(undisturbed, weights):
+    """The answers of its weights, image by image, with the fold that seed 1 tests."""
+    images = fit.data.load(smoke().data, seed=1)
+    model, described = saved.load_model(weights)
+    shown = fit.data.normalise(images.test.images, described["mean"], described["std"])
+    right = model.eval()(shown).argmax(-1) == images.test.labels
+    answers = torch.tensor([{"1": 1, "0": 0, "-": -1}[x] for x in undisturbed.correct])
+    assert torch.equal(answers[images.test_ids], right.long())
+    assert (answers >= 0).sum() == len(images.test)
+
+
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(undisturbed):
-    assert deterministic(fit.fit(smoke(epochs=3), seed=1)) == deterministic(undisturbed)
+    assert deterministic(fit.fit(smoke(epochs=3, choose="best"), seed=1)) == deterministic(undisturbed)
     assert fit.fit(smoke(epochs=1), seed=2).history[0] != undisturbed.history[0]
 
 
 @pytest.mark.parametrize("stopped_after", [1, 2])
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(undisturbed, interrupt, epochs, stopped_after):
-    interrupt(smoke(epochs=3), seed=1, epoch=stopped_after)
+    interrupt(smoke(epochs=3, choose="best"), seed=1, epoch=stopped_after)
     epochs.clear()
-    assert deterministic(fit.fit(smoke(epochs=3), seed=1)) == deterministic(undisturbed)
+    assert deterministic(fit.fit(smoke(epochs=3, choose="best"), seed=1)) == deterministic(undisturbed)
     assert epochs == list(range(stopped_after + 1, 4))
 
 
 def test_a_checkpoint_that_cannot_be_read_is_passed_over_for_the_one_before(undisturbed, caplog):
-    fit.fit(smoke(epochs=3), seed=1)
-    newest = max(fit.folder(smoke(epochs=3), seed=1).glob("epoch-*.safetensors"))
+    fit.fit(smoke(epochs=3, choose="best"), seed=1)
+    newest = max(fit.folder(smoke(epochs=3, choose="best"), seed=1).glob("epoch-*.safetensors"))
     newest.write_bytes(newest.read_bytes()[:-100])
-    assert deterministic(fit.fit(smoke(epochs=3), seed=1)) == deterministic(undisturbed)
+    assert deterministic(fit.fit(smoke(epochs=3, choose="best"), seed=1)) == deterministic(undisturbed)
     assert "epoch-00003.safetensors: not a whole safetensors file" in caplog.text
 
 
@@ -112,7 +123,7 @@ def test_a_checkpoint_of_another_run_is_not_continued_even_if_it_was_put_there_b
 
 
 def test_two_checkpoints_are_kept_and_forgotten_when_told():
-    p = smoke(epochs=3)
+    p = smoke(epochs=3, choose="best")
     fit.fit(p, seed=1)
     kept = sorted(path.name for path in fit.folder(p, seed=1).iterdir())
     assert kept == ["epoch-00002.safetensors", "epoch-00003.safetensors", "history.csv"]
@@ -256,7 +267,7 @@ def test_the_moving_average_is_what_its_decay_says():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(monkeypatch):
-    p = smoke(epochs=3)
+    p = smoke(epochs=3, choose="best")
     step = Session._step
 
     def poisoned(session, parts, lr, number):
@@ -376,7 +387,7 @@ def evaluated(strategy: str = "upper", **changes) -> runs.Run:
 
 def test_weights_that_are_only_evaluated_give_their_own_accuracy_fused_or_not(undisturbed, weights):
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    images = fit.data.load(smoke().data)
+    images = fit.data.load(smoke().data, seed=1)
     run = evaluated()
     scores = {key: undisturbed.metrics[key] for key in ("top1_percent", "top5_percent", "loss")}
     assert run.metrics == {

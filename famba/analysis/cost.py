@@ -1,0 +1,81 @@
+"""From training steps that took turns to what each strategy costs in units of `none`.
+
+The interval of a time ratio is over rounds: it says how exact this measurement is, not what another machine would give.
+Memory, FLOPs and tokens follow from the model and have none.
+"""
+
+import math
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from famba import config
+from famba.errors import InputError
+from famba.fusion.strategies import STRATEGIES
+from famba.storage.files import write_atomic
+
+BASELINE = "none"
+
+
+def table(steps: pd.DataFrame) -> pd.DataFrame:
+    """One row per strategy: its median step and throughput, and time and memory in units of those of `none`.
+
+    Args:
+        steps: as from `training.cost.measure`.
+
+    Returns:
+        The columns of `steps` but for the round, and rounds, throughput_img_s, time_ratio (median over rounds of the
+        step's time over that of `none` in the same round), time_ratio_low and time_ratio_high (its 95% percentile
+        bootstrap interval over rounds; NaN for `none`), memory_ratio.
+
+    Raises:
+        InputError: no steps of `none`.
+    """
+    times = steps.pivot(index="round", columns="strategy", values="step_time_ms")
+    if BASELINE not in times:
+        raise InputError(f"steps: of {', '.join(times)}; those of {BASELINE!r} are needed")
+    rows = steps.drop(columns="round").groupby("strategy", sort=False).first()
+    rows = rows.loc[[name for name in STRATEGIES if name in rows.index]]
+    for name in rows.index:
+        ratios = (times[name] / times[BASELINE]).to_numpy()
+        low = high = math.nan
+        if name != BASELINE:
+            found = stats.bootstrap((ratios,), np.median, method="percentile", rng=np.random.default_rng(0))
+            low, high = found.confidence_interval
+        columns = ["step_time_ms", "rounds", "time_ratio", "time_ratio_low", "time_ratio_high"]
+        rows.loc[name, columns] = [times[name].median(), len(ratios), np.median(ratios), low, high]
+    rows["throughput_img_s"] = 1000 * rows["batch_size"] / rows["step_time_ms"]
+    rows["memory_ratio"] = rows["peak_memory_mib"] / rows.loc[BASELINE, "peak_memory_mib"]
+    return rows.reset_index().astype({"rounds": int})
+
+
+def write(table: pd.DataFrame, folder: str | Path) -> None:
+    """Write cost.csv; if relative, the folder is from the repository root."""
+    write_atomic(config.root() / folder / "cost.csv", table.to_csv(index=False, lineterminator="\n").encode())
+
+
+def load(folder: str | Path) -> pd.DataFrame:
+    """What `write` wrote.
+
+    Raises:
+        InputError: no such file.
+    """
+    path = config.root() / folder / "cost.csv"
+    try:
+        table = pd.read_csv(StringIO(path.read_text(encoding="utf-8")), dtype={"disturbed": str})
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    return table.fillna({"disturbed": ""})
+
+
+def caption(table: pd.DataFrame) -> str:
+    """How the times were measured, and whether the machine was busy meanwhile."""
+    first = table.iloc[0]
+    text = (
+        f"Step times: medians of {first['rounds']} training steps of {first['batch_size']} images in turn, on "
+        f"{first['device']}, threads: {first['threads']}; ratios with 95% intervals over rounds."
+    )
+    return text + (f" **The machine was busy meanwhile: {first['disturbed']}.**" if first["disturbed"] else "")

@@ -1,0 +1,179 @@
+"""Figures of how similar tokens are and of what fuses. Tidy frame or arrays in, Figure out.
+
+Source: the heat-map of token similarity is the picture of Famba-V (arXiv:2409.09808).
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import seaborn
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from famba.analysis import similarity, summary
+from famba.errors import InputError
+from famba.plots.style import GREY, PALETTE, STRATEGY_COLOURS, Figure, caption, rows_of, strategies_in, styled
+
+# Beside each other in one panel; no strategy's.
+_WEIGHTS_COLOURS = {"trained": "0.2", "untrained": PALETTE[9]}
+
+
+@styled
+def similarity_heatmaps(matrices: Sequence[Float[np.ndarray, "_ _"]], *, layers: Sequence[int] | None = None) -> Figure:
+    """Cosine similarity of every token with every other, one heat-map per layer on one scale of colours.
+
+    Args:
+        matrices: one per layer, as from `summary.cosine_similarity`; sizes may differ, since layers fuse.
+        layers: the number of each matrix's layer; None counts from 1.
+
+    Raises:
+        InputError: another number of layers than of matrices, or a matrix that is not square.
+    """
+    numbers = list(range(1, len(matrices) + 1)) if layers is None else list(layers)
+    if len(numbers) != len(matrices) or not matrices:
+        raise InputError(f"layers: {len(numbers)} numbers for {len(matrices)} matrices")
+    for layer, matrix in zip(numbers, matrices, strict=True):
+        if matrix.shape[0] != matrix.shape[1]:
+            raise InputError(f"matrices: layer {layer} has the shape {matrix.shape}, which is not square")
+    low = max(-1.0, math.floor(10 * min(float(matrix.min()) for matrix in matrices)) / 10)
+    across = min(len(matrices), 4)
+    down = math.ceil(len(matrices) / across)
+    figure = Figure(figsize=(2.1 * across + 0.9, 2.25 * down + 0.1), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False)
+    for axes in panels.flat[len(matrices) :]:
+        axes.set_axis_off()
+    for axes, layer, matrix in zip(panels.flat, numbers, matrices, strict=False):
+        every = max(1, int(np.diff(MaxNLocator(4, integer=True).tick_values(0, len(matrix)))[0]))
+        look = {"cmap": "viridis", "square": True, "cbar": False, "xticklabels": every, "yticklabels": every}
+        seaborn.heatmap(matrix, vmin=low, vmax=1, **look, ax=axes)
+        axes.set_title(f"layer {layer}: {len(matrix)} tokens", fontsize=9.5)
+        axes.tick_params(rotation=0, labelsize=8)
+    figure.supxlabel("token", fontsize=10)
+    figure.supylabel("token", fontsize=10)
+    bar = {"label": "cosine similarity", "shrink": 0.9, "aspect": 12 * down}
+    figure.colorbar(panels.flat[0].collections[0], ax=panels, **bar)
+    return figure
+
+
+@styled
+def token_similarity(frame: pd.DataFrame) -> Figure:
+    """How alike each token is with the one most like it, by layer, trained and untrained, and how that changes upwards.
+
+    Args:
+        frame: as from `tokens.similarity_in_runs`.
+    """
+    table = similarity.quantiles(frame.loc[frame["quantity"] == "similarity"])
+    figure = Figure(figsize=(9.6, 3.9), layout="constrained")
+    axes, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    _bands(axes, rows_of(table, summary.BASELINE))
+    axes.set(xlabel="layer", ylabel="cosine similarity with the best match", title="unfused tokens (none)")
+    axes.legend(loc="best")
+    rises = similarity.rise(frame)
+    for row, weights in enumerate(similarity.WEIGHTS):
+        values = rises[weights].to_numpy()
+        mean, low, high = similarity.bootstrap(values)
+        _box(right, values, float(row), _WEIGHTS_COLOURS[weights])
+        style = {"color": PALETTE[3], "capsize": 4, "markersize": 5, "zorder": 4}
+        right.errorbar(mean, row, xerr=[[mean - low], [high - mean]], fmt="o", **style)
+    right.axvline(0, color="0.6", linewidth=0.9)
+    right.set_yticks(range(len(similarity.WEIGHTS)), similarity.WEIGHTS)
+    right.set(ylim=(len(similarity.WEIGHTS) - 0.5, -0.5), xlabel="difference in cosine similarity")
+    right.set_title("upper third minus lower third of the layers")
+    right.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    right.grid(False, axis="y")
+    caption(
+        figure,
+        f"Left: median, middle half and 5 to 95% of the tokens of {len(rises)} images. Right: each image's difference "
+        "of medians, as box (5 to 95%); in red their mean with its 95% bootstrap interval over images. Right of "
+        "zero, tokens are more alike in the upper layers.",
+        width=130,
+    )
+    return figure
+
+
+@styled
+def fused_distance(frame: pd.DataFrame) -> Figure:
+    """How far apart in the image the tokens lie that each layer fuses, one panel for each strategy.
+
+    Args:
+        frame: as from `tokens.similarity_in_runs`.
+
+    Raises:
+        InputError: no strategy that fuses.
+    """
+    table = similarity.quantiles(frame.loc[frame["quantity"] == "distance"])
+    names, chance = strategies_in(table), similarity.chance_distance(frame)
+    figure = Figure(figsize=(max(5.0, 2.5 * len(names) + 1.0), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(names), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=True):
+        _bands(axes, rows_of(table, name))
+        axes.axhline(chance, color=GREY, linestyle="--", linewidth=1, label="two patches at random")
+        axes.set_title(name, color=STRATEGY_COLOURS[name])
+        axes.set(xlabel="layer", ylim=(0, None))
+    panels[0].set_ylabel("distance of fused tokens (patches)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    n = frame["image"].nunique()
+    text = f"Median, middle half and 5 to 95% over the pairs of {n} images; between the centres of the patches of each."
+    caption(figure, text, width=round(14 * figure.get_figwidth()))
+    return figure
+
+
+@styled
+def token_size(frame: pd.DataFrame) -> Figure:
+    """How many patches a token stands for at the end, by strategy, trained and untrained.
+
+    Args:
+        frame: as from `tokens.similarity_in_runs`.
+
+    Raises:
+        InputError: a strategy that has no colour.
+    """
+    sizes = frame.loc[(frame["quantity"] == "size") & (frame["strategy"] != summary.BASELINE)]
+    names = strategies_in(sizes)
+    figure = Figure(figsize=(7.2, 1.2 + 0.75 * len(names)), layout="constrained")
+    axes = figure.add_subplot()
+    for row, name in enumerate(names):
+        for offset, weights in zip((-0.19, 0.19), similarity.WEIGHTS, strict=True):
+            values = rows_of(sizes, name).loc[sizes["weights"] == weights, "value"].to_numpy()
+            _box(axes, values, row + offset, _WEIGHTS_COLOURS[weights], width=0.3)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(ylim=(len(names) - 0.5, -0.5), xlabel="patches of a token, after the last layer")
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
+    axes.grid(False, axis="y")
+    handles = [Rectangle((0, 0), 1, 1, color=_WEIGHTS_COLOURS[weights], alpha=0.6) for weights in similarity.WEIGHTS]
+    figure.legend(handles, similarity.WEIGHTS, loc="outside upper center", ncols=2)
+    text = f"Tokens of {sizes['image'].nunique()} images, class token apart: median, middle half, whiskers 5 to 95%."
+    caption(figure, text, width=110)
+    return figure
+
+
+def _bands(axes: Axes, table: pd.DataFrame) -> None:
+    """Median, middle half and 5 to 95% by layer, for both kinds of weights."""
+    for weights in similarity.WEIGHTS:
+        own, colour = table.loc[table["weights"] == weights], _WEIGHTS_COLOURS[weights]
+        for low, high, alpha in (("q05", "q95", 0.13), ("q25", "q75", 0.25)):
+            axes.fill_between(own["layer"], own[low], own[high], color=colour, alpha=alpha, linewidth=0)
+        axes.plot(own["layer"], own["median"], color=colour, marker=".", label=weights)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
+
+
+def _box(axes: Axes, values: np.ndarray, row: float, colour: str, width: float = 0.5) -> None:
+    """A lying box: median, middle half, whiskers from 5 to 95%."""
+    look = {"facecolor": colour, "alpha": 0.6, "linewidth": 0}
+    axes.boxplot(
+        values,
+        positions=[row],
+        widths=width,
+        whis=(5, 95),
+        showfliers=False,
+        orientation="horizontal",
+        manage_ticks=False,
+        patch_artist=True,
+        boxprops=look,
+        medianprops={"color": "white", "linewidth": 1.6},
+    )

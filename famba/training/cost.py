@@ -1,0 +1,114 @@
+"""What a training step of each strategy costs, measured in turn, in one process that does nothing else.
+
+Steps that take turns are slowed alike by what slows the machine; so ratios hold where a run's own wall-clock does not.
+"""
+
+import dataclasses
+import os
+import resource
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from famba import config, data
+from famba.errors import InputError
+from famba.kernels import precision
+from famba.profiling import environment, flops, timing
+from famba.training import fit
+from famba.training.distributed import Processes
+from famba.training.trainer import Session
+
+_WARMUP = 2  # rounds: the first step makes the optimiser's moments
+# Above these the machine was busy with other things.
+_SWITCHES_PER_S = 20
+_SPREAD = 0.1
+
+
+def measure(profile: str | None, strategies: Sequence[str], *, rounds: int) -> pd.DataFrame:
+    """Time a training step of every strategy in every round, all on the same batch of training images.
+
+    Each round begins with another strategy, so that none always follows the same other one. The learning rate is 0,
+    which changes no time; loading and augmentation are left out. Also where a profile trains nothing.
+
+    Args:
+        profile: as for `config.load`.
+        rounds: after two for warming up.
+
+    Returns:
+        One row per strategy and round: strategy, round, step_time_ms. The same in all rows of a strategy: batch_size,
+        peak_memory_mib, flops_per_image, tokens_left; in all rows: profile, device, threads, versions, and disturbed,
+        which says how the machine was busy, "" if it was not.
+
+    Raises:
+        InputError: fewer than 2 rounds; as from `config.load`.
+    """
+    if rounds < 2:
+        raise InputError(f"rounds: {rounds}; must be 2 or more, for an interval")
+    params = {name: config.load(profile, strategy=name, processes=1) for name in strategies}
+    first = params[strategies[0]]
+    device = fit._device(first.train)
+    if first.train.threads is not None:
+        torch.set_num_threads(first.train.threads)
+    precision.configure()
+    images = data.to_device(data.load(first.data), device)
+    steps: dict[str, Session] = {}
+    for name, p in params.items():
+        alone = dataclasses.replace(p.train, init_from=None, epochs=max(1, p.train.epochs))
+        model = fit.build(p, classes=len(images.classes), seed=0).to(device)
+        p, folder = dataclasses.replace(p, train=alone), config.root() / "build" / "cost"
+        steps[name] = Session(p, 0, model, images, Processes(device), folder)
+        steps[name].measure_memory()
+        model.train()
+    batch = next(steps[first.strategy]._steps(torch.Generator().manual_seed(0)))
+    clocks = {name: timing.StepClock(device, warmup_steps=_WARMUP) for name in steps}
+    began, switches = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+    for number in range(_WARMUP + rounds):
+        turn = number % len(steps)
+        for name in [*steps, *steps][turn : turn + len(steps)]:
+            with clocks[name].step():
+                steps[name]._step(batch, 0.0, number)
+    switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - switches
+    found = environment.environment(device)
+    setting = {
+        "profile": first.profile,
+        "device": found["device"],
+        "threads": found["threads"],
+        "versions": ", ".join(f"{name} {version}" for name, version in sorted(found["versions"].items())),
+        "disturbed": disturbances(
+            clocks[first.strategy].step_time_ms, switches / (time.perf_counter() - began), os.getloadavg()[0]
+        ),
+    }
+    rows: list[dict[str, Any]] = []
+    for name, session in steps.items():
+        cost = flops.analyse(session.model.config, session.model.schedule, options=session.model.options)
+        own = {
+            "batch_size": session.p.train.batch_size,
+            "peak_memory_mib": session.peak_memory_mib,
+            "flops_per_image": cost.flops,
+            "tokens_left": cost.token_counts[-1],
+        }
+        times = enumerate(clocks[name].step_time_ms, start=1)
+        rows += [{"strategy": name, "round": i, "step_time_ms": ms, **own, **setting} for i, ms in times]
+    return pd.DataFrame(rows)
+
+
+def disturbances(times_ms: Sequence[float], switches_per_s: float, load: float) -> str:
+    """How the machine was busy beside a measurement, "" if it was not.
+
+    Args:
+        times_ms: of steps that should take equally long.
+        switches_per_s: involuntary context switches of this process.
+        load: average number of runnable processes in the last minute, this one among them.
+    """
+    low, middle, high = np.quantile(times_ms, [0.25, 0.5, 0.75])
+    cores, spread = os.cpu_count() or 1, (high - low) / middle
+    found = {
+        f"load average {load:.1f} on {cores} cores": load > cores,
+        f"{switches_per_s:.0f} involuntary context switches a second": switches_per_s > _SWITCHES_PER_S,
+        f"middle half of the step times spread over {spread:.0%}": spread > _SPREAD,
+    }
+    return "; ".join(said for said, is_busy in found.items() if is_busy)
