@@ -142,10 +142,10 @@ def _parser() -> argparse.ArgumentParser:
 
     command("doctor", _doctor, "say what works on this machine, and the command that mends what does not")
 
-    sub = command("hours", _hours, "say how long the sweep would take on this device, from a few training steps")
+    sub = command("estimate", _estimate, "estimate the time of the sweep on this device from a few training steps")
     sub.add_argument("--profile", help="one of params.yaml's; the one that it names itself if not given")
     sub.add_argument("--steps", type=int, default=20, help="timed for each strategy")
-    sub.add_argument("--images", type=int, default=45_000, help="that an epoch trains on")
+    sub.add_argument("--images", type=int, default=45_000, help="of an epoch")
     sub.add_argument("--device", help="instead of the profile's")
 
     command("readme", _readme, "write the tables of README.md and docs/results.md from results/")
@@ -234,12 +234,12 @@ def _doctor(options: argparse.Namespace) -> int:
     return 0
 
 
-def _hours(options: argparse.Namespace) -> int:
+def _estimate(options: argparse.Namespace) -> int:
     from famba import config
     from famba.bench import estimate
 
     device = estimate.place(options.profile, options.device)
-    rows = estimate.hours(options.profile, steps=options.steps, images=options.images, device=options.device)
+    rows = estimate.estimate(options.profile, steps=options.steps, images=options.images, device=options.device)
     print(estimate.text(rows, config.load(options.profile, strategy="none").profile, device))
     return 0
 
@@ -253,19 +253,16 @@ def _readme(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from famba import bench, plots
+    from famba import bench
 
-    if options.gpu:
-        bench.gpu.main(options.parts, quick=options.quick, device=options.device, json=options.json)
-        return 0
-    parts = options.parts or bench.PARTS
-    result = bench.run(parts, quick=options.quick)
-    print(bench.text(result))
-    whole = set(parts) == set(bench.PARTS) and not options.quick
-    if path := options.json or ("results/benchmark.json" if whole else None):
-        bench.write(result, Path(path).absolute() if options.json else path)
-    if path := options.figure or ("figures/benchmark.png" if whole else None):
-        plots.save(plots.benchmark(bench.frames(result)), Path(path).absolute() if options.figure else path)
+    bench.main(
+        options.parts,
+        quick=options.quick,
+        on_gpu=options.gpu,
+        device=options.device,
+        path=options.json,
+        figure=options.figure,
+    )
     return 0
 
 

@@ -17,6 +17,7 @@ from processes import PATIENCE_S, is_there, wait_until
 
 from famba import bench, gpu_check
 from famba.cli import main
+from famba.errors import FambaError
 from famba.gpu_check import Check, Setting, checks
 from famba.training import cuda_graph
 
@@ -72,23 +73,34 @@ def test_a_check_that_hangs_is_ended_with_all_that_it_started_and_the_next_is_ma
 )
 def test_whatever_becomes_of_a_check_is_said_in_one_line_and_the_next_is_made(name, verdict, detail, tmp_path):
     path = tmp_path / "check.json"
-    rows = rows_of(name, "cannot_run", path=path)
+    rows = rows_of(name, "passes", path=path)
     assert (rows[name]["verdict"], rows[name]["detail"]) == (verdict, detail)
-    assert rows["cannot_run"]["detail"] == "no such program"
+    assert rows["passes"]["verdict"] == "ok"
     if name == "raises":
         assert rows[name]["output"].startswith("what the compiler printed\nTraceback")
     written = json.loads(path.read_text())
     assert written["command"] == "the command"
-    assert written.get("steps") == ([{"x": 1}] if name == "passes" else None)
+    assert written["steps"] == [{"x": 1}]
 
 
-def test_without_a_device_or_time_the_others_are_skipped():
-    made = {"device": Check("broken_checks:raises", PATIENCE_S), "other": Check("broken_checks:passes", PATIENCE_S)}
-    first, second = gpu_check.run(made, CPU, "", None)["checks"]
-    assert first["verdict"] == "FAILED"
-    assert (second["verdict"], second["detail"]) == ("skipped", "check device failed")
-    row = rows_of("passes", limit_s=0)["passes"]
-    assert (row["verdict"], row["detail"]) == ("skipped", "the 0 s of all checks are over")
+@pytest.mark.parametrize("name", ["raises", "cannot_run"])
+def test_without_its_device_gpu_check_says_so_in_one_line_fails_and_writes_nothing(name, monkeypatch, tmp_path, capsys):
+    made = {"device": Check(f"broken_checks:{name}", PATIENCE_S), "other": Check("broken_checks:passes", PATIENCE_S)}
+    monkeypatch.setattr(gpu_check, "CHECKS", made)
+    path = tmp_path / "check.json"
+    assert main(["gpu-check", "other", "--json", str(path)]) == 1
+    printed = capsys.readouterr()
+    reason = {"raises": "RuntimeError: no such device", "cannot_run": "no such program"}[name]
+    assert printed.out + printed.err == f"famba: gpu-check: device 'cuda' cannot be used: {reason}\n"
+    assert not path.exists()
+
+
+def test_gpu_check_fails_if_every_check_but_the_device_was_skipped():
+    made = {"device": Check("broken_checks:passes", PATIENCE_S), "other": Check("broken_checks:cannot_run", PATIENCE_S)}
+    with pytest.raises(FambaError, match="^gpu-check: every check was skipped: other$"):
+        gpu_check.run(made, CPU, "", None)
+    with pytest.raises(FambaError, match="every check was skipped: passes"):
+        rows_of("passes", limit_s=0)
 
 
 @pytest.mark.parametrize(
@@ -196,12 +208,9 @@ def test_on_a_bare_machine_the_wheels_of_the_makefile_are_all_that_is_missing(ba
 
 def test_on_a_bare_machine_without_wheels_a_check_says_which_package_it_lacks(bare, tmp_path):
     done = bare("device", "steps", "--wheels", str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert re.fullmatch(
-        r"device +skipped .* pydantic is missing; make gpu-check-wheels\n"
-        r"steps +skipped .* pydantic is missing; make gpu-check-wheels\n",
-        done.stdout,
-    )
+    assert (done.returncode, done.stdout) == (1, "")
+    reason = "pydantic is missing; make gpu-check-wheels"
+    assert done.stderr == f"famba: gpu-check: device 'cpu' cannot be used: {reason}\n"
 
 
 @pytest.mark.parametrize(("status", "found"), [(0, ""), (9, "memcheck: status 9, an invalid read")])
@@ -230,7 +239,7 @@ def test_the_tests_of_a_gpu_fail_by_name_and_those_that_want_a_package_are_count
     (file.parent / "test_of_a_cpu.py").write_text("import nowhere\n")
     (file.parent / "test_that_wants_more.py").write_text(head + "import elsewhere\n")
     file.write_text(head + "def test_one(): pass\ndef test_two(): import nowhere.at_all\n")
-    assert checks.tests(CPU, print).detail == "1 of 3 passed, some want elsewhere, nowhere"
+    assert checks.tests(CPU, print).detail == "1 of 3 passed, missing: elsewhere, nowhere"
     (file.parent / "test_that_wants_more.py").unlink()
     file = file.rename(file.with_name("test_of_another.py"))
     file.write_text(head + "def test_one(): pass\ndef test_two(): assert 0\n")

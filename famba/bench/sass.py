@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from famba.bench.table import table
+from famba.bench.timing import table
 from famba.errors import BackendError
 from famba.kernels.triton import conv, fuse, match, norm, scan
 from famba.kernels.triton import runtime as gpu_runtime

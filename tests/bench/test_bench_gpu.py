@@ -10,9 +10,9 @@ import torch
 
 from famba import bench
 from famba.bench import fusing, gpu, timing
+from famba.bench.gpu import PublishedMixer, set_norm_backend, set_published_mixers
 from famba.bench.model import Training
-from famba.bench.published import PublishedMixer, as_published, with_norms_of
-from famba.bench.table import table
+from famba.bench.timing import table
 from famba.cli import main
 from famba.errors import BackendError, InputError
 from famba.kernels import ops
@@ -20,7 +20,7 @@ from famba.kernels.scan import selective_scan_ref
 from famba.models.mixer import BidirectionalMixer
 from famba.profiling import memory
 
-QUICK = dataclasses.replace(gpu._QUICK, device="cpu")
+QUICK = dataclasses.replace(gpu.QUICK, device="cpu")
 
 
 @pytest.mark.parametrize("average", [True, False])
@@ -39,7 +39,8 @@ def test_a_model_as_published_has_its_mixers_and_weights_alone():
     training = Training(QUICK, "torch")
     before = list(training.model.parameters())
     expected = training.model(training.images)
-    model = as_published(training.model)
+    model = training.model
+    set_published_mixers(model)
     assert [type(block.mixer) for block in model.layers] == [PublishedMixer] * model.depth
     assert {id(weight) for weight in model.parameters()} == {id(weight) for weight in before}
     torch.testing.assert_close(model(training.images), expected)
@@ -74,7 +75,8 @@ def test_mamba_ssms_function_of_a_whole_direction_is_called_as_it_wants(average,
 
 
 def test_norms_of_another_backend_are_all_of_them():
-    model = with_norms_of(Training(QUICK, "torch").model, "reference")
+    model = Training(QUICK, "torch").model
+    set_norm_backend(model, "reference")
     backends = [module._backend for name, module in model.named_modules() if name.split(".")[-1] in ("norm", "norm_f")]
     assert backends == ["reference"] * (model.depth + 1)
 
@@ -94,8 +96,8 @@ def test_calls_that_are_only_started_are_made_in_rows_and_waited_for(monkeypatch
 
 
 def test_a_table_by_hand():
-    rows = [{"what": "a", "x": 1.5, "x_least_ms": 9.0}, {"what": "bb", "x": 12.25, "n": 3}]
-    assert table(rows) == "what      x  n\n   a  1.500   \n  bb   12.2  3"
+    rows = [{"what": "a", "x": 1.5, "x_least_ms": 9.0, "n": 3}, {"what": "bb", "x": 12.25, "n": 4, "y": 0.5}]
+    assert table(rows) == "what     x  n     y\n   a 1.500  3      \n  bb  12.2  4 0.500"
 
 
 def test_the_bytes_of_a_scan_by_hand():
@@ -123,7 +125,7 @@ def test_a_step_that_takes_too_long_is_left_out(monkeypatch):
 
 def test_a_compiler_is_given_up_after_its_time():
     before = gpu.signal.getsignal(gpu.signal.SIGALRM)
-    with pytest.raises(TimeoutError, match=r"compiling took more than 0\.05 s"), gpu._within(0.05, "compiling"):
+    with pytest.raises(TimeoutError, match=r"compiling took more than 0\.05 s"), gpu._time_limit(0.05, "compiling"):
         gpu.time.sleep(5)
     assert gpu.signal.getsignal(gpu.signal.SIGALRM) is before
 
@@ -148,11 +150,11 @@ def test_a_quick_benchmark_measures_every_table_and_writes_it(tmp_path, capsys):
     path = tmp_path / "gpu.json"
     assert main(["bench", "--gpu", "--quick", "--device", "cpu", "--json", str(path)]) == 0
     result = json.loads(path.read_text())
-    assert set(gpu.TABLES) <= set(result)
+    assert set(gpu.TITLES) <= set(result)
     assert result["command"] == "python -m famba bench --gpu --quick --device cpu"
     assert {"device", "versions", "setting"} <= set(result)
     printed = capsys.readouterr().out
-    assert all(title in printed for title in gpu.TABLES.values())
+    assert all(title in printed for title in gpu.TITLES.values())
     (copy,) = result["copy"]
     for row in result["scan"]:
         bound_ms = row["mib"] * 2**20 / copy["gb_per_s"] / 1e6
@@ -169,7 +171,7 @@ def test_a_quick_benchmark_measures_every_table_and_writes_it(tmp_path, capsys):
     assert "vim_nano, captured" in left, "no CUDA graph on a CPU"
     assert left["vim_nano, compiled"] == "TimeoutError: torch.compile took more than 0 s"
     tables = bench.gpu_frames(path)
-    assert set(tables) == {*gpu.TABLES, "setting"}
+    assert set(tables) == {*gpu.TITLES, "setting"}
     assert bench.gpu_frames(tmp_path / "absent.json") == {}
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(InputError, match=r"broken\.json: not readable as JSON"):
@@ -180,9 +182,9 @@ def test_the_result_so_far_is_kept_when_a_later_part_breaks(tmp_path, monkeypatc
     def broken(setting, left):
         raise RuntimeError("the device fell off the bus")
 
-    monkeypatch.setitem(gpu._PARTS, "graphs", broken)
+    monkeypatch.setitem(gpu.PARTS, "graphs", broken)
     with pytest.raises(RuntimeError, match="fell off the bus"):
-        gpu.run(["scan", "graphs"], quick=True, device="cpu", path=tmp_path / "gpu.json")
+        bench.run(["scan", "graphs"], on_gpu=True, quick=True, device="cpu", path=tmp_path / "gpu.json")
     assert json.loads((tmp_path / "gpu.json").read_text())["scan"]
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from famba import create_model
-from famba.bench.precision import loss_curve
+from famba.bench.model import loss_curve
 from famba.kernels import ops, precision
 from famba.models import mixer
 
