@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("output", type=Path, help="the executed copy")
     sub.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="given")
 
-    command("doctor", _doctor, "say what works on this machine, and the command that mends what does not")
+    command("doctor", _doctor, "check the environment: which backends work, why not, and how to fix it")
 
     sub = command("estimate", _estimate, "estimate the time of the sweep on this device from a few training steps")
     sub.add_argument("--profile", help="one of params.yaml's; the one that it names itself if not given")
@@ -150,21 +150,27 @@ def _parser() -> argparse.ArgumentParser:
 
     command("readme", _readme, "write the tables of README.md and docs/results.md from results/")
 
-    sub = command("bench", _bench, "time scans, training steps and fusion; this machine should do nothing else")
+    sub = command("bench", _bench, "measure scans, training steps and fusion on an idle machine")
     sub.add_argument(
         "parts", nargs="*", metavar="part", help="scan, model, fusion, memory, precision, data; all if none is given"
     )
-    sub.add_argument("--gpu", action="store_true", help="that of a GPU, whose parts are scan, steps, fusion, graphs")
+    sub.add_argument(
+        "--gpu", action="store_true", help="the benchmark of a GPU, with the parts scan, steps, fusion, graphs"
+    )
     sub.add_argument("--device", default="cuda", help="with --gpu: cuda, cuda:N; cpu with --quick")
-    sub.add_argument("--quick", action="store_true", help="small sizes: seconds, to see that it works")
-    sub.add_argument("--json", type=Path, help="write the result there; results/benchmark.json if it is whole")
-    sub.add_argument("--figure", type=Path, help="draw it there; figures/benchmark.png if it is whole")
+    sub.add_argument("--quick", action="store_true", help="small sizes that take seconds, to see that it works")
+    sub.add_argument("--json", type=Path, help="write the result there; a full one goes to results/ by default")
+    sub.add_argument("--figure", type=Path, help="draw it there; a full one goes to figures/benchmark.png by default")
 
-    sub = command("gpu-check", _gpu_check, "check all that famba does on a GPU, and measure it: eight minutes at most")
+    sub = command(
+        "gpu-check", _gpu_check, "check and measure everything that famba does on a GPU: at most eight minutes"
+    )
     sub.add_argument("checks", nargs="*", metavar="check", help=f"{', '.join(gpu_check.CHECKS)}; all if none is given")
     sub.add_argument("--device", default="cuda", help="cuda, cuda:N; cpu with --quick")
     sub.add_argument("--quick", action="store_true", help="small sizes, to see that it works")
-    sub.add_argument("--json", type=Path, help=f"write the result there; {gpu_check.PATH} if it is whole")
+    sub.add_argument(
+        "--json", type=Path, help=f"write the result there; a full one goes to {gpu_check.PATH} by default"
+    )
     sub.add_argument("--wheels", type=Path, help=f"folder of packages that are not installed; {gpu_check.WHEELS}")
     return parser
 

@@ -97,7 +97,7 @@ def test_without_its_device_gpu_check_says_so_in_one_line_fails_and_writes_nothi
 
 def test_gpu_check_fails_if_every_check_but_the_device_was_skipped():
     made = {"device": Check("broken_checks:passes", PATIENCE_S), "other": Check("broken_checks:cannot_run", PATIENCE_S)}
-    with pytest.raises(FambaError, match="^gpu-check: every check was skipped: other$"):
+    with pytest.raises(FambaError, match=r"^gpu-check: every check was skipped: other$"):
         gpu_check.run(made, CPU, "", None)
     with pytest.raises(FambaError, match="every check was skipped: passes"):
         rows_of("passes", limit_s=0)

@@ -380,14 +380,17 @@ def _scan(s: _Shape, draw: _Draw, dtype: torch.dtype) -> _Call:
         *tensors, backend = given
         return scan.selective_scan(*tensors, delta_softplus=True, reverse=bool(s.variant % 2), backend=backend)
 
+    D, bias = draw(2, s.e).unbind()
+    A = -torch.exp(draw(s.e, s.n))
     u, delta, B, C, z = (draw(s.b, s.t, rows).mT.to(dtype) for rows in (s.e, s.e, s.n, s.n, s.e))
-    return run, [u, delta - 1, -torch.exp(draw(s.e, s.n)), B, C, draw(s.e), z, draw(s.e)]
+    return run, [u, delta - 1, A, B, C, D, z, bias]
 
 
 def _both_scans(s: _Shape, draw: _Draw, dtype: torch.dtype) -> _Call:
     m, tensors = 3, []
+    gate = draw(s.b, s.t, s.e).mT.to(dtype)
     for _ in range(2):
-        u, _, A, B, C, D, gate, bias = _scan(s, draw, dtype)[1]
+        u, _, A, B, C, D, _, bias = _scan(s, draw, dtype)[1]
         tensors += [u, draw(s.b, s.t, m).mT.to(dtype), draw(s.e, m) / m, A, B, C, D, bias]
 
     def run(*given: Any) -> Tensor:

@@ -19,8 +19,9 @@ from famba.plots.results import (
 )
 from famba.plots.style import GREY, Animation, Figure, P, caption, save, styled
 from famba.plots.tokens import (
+    Patches,
     fusion_animation,
-    fusion_closer,
+    fusion_at_layer,
     fusion_map,
     image_grid,
     patch_grid,
@@ -34,6 +35,7 @@ __all__ = [
     "Animation",
     "Figure",
     "P",
+    "Patches",
     "ablation",
     "accuracy_against",
     "adaptive_schedules",
@@ -41,7 +43,7 @@ __all__ = [
     "caption",
     "fused_distance",
     "fusion_animation",
-    "fusion_closer",
+    "fusion_at_layer",
     "fusion_map",
     "gpu_benchmark",
     "image_grid",

@@ -28,7 +28,7 @@ from famba.fusion.strategies import STRATEGIES
 from famba.plots.style import GREY, Figure, caption, styled
 from famba.plots.style import save as save
 from famba.plots.tokens import fusion_animation as fusion_animation
-from famba.plots.tokens import fusion_closer as fusion_closer
+from famba.plots.tokens import fusion_at_layer as fusion_at_layer
 from famba.plots.tokens import fusion_map as fusion_map
 from famba.plots.tokens import image_grid as image_grid
 from famba.plots.tokens import patch_grid as patch_grid
