@@ -55,7 +55,7 @@ def test_the_command_prints_torchs_report_and_the_rows_and_succeeds_whatever_is_
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith(f"PyTorch version: {torch.__version__}\n")
-    assert all(f"  {name} " in printed for name in NAMES)
+    assert all(f"  {name}" in printed for name in NAMES)
     assert "does not import: ImportError: no" in printed
     assert "$ pip install torch==" in printed
 
