@@ -37,7 +37,7 @@ class Setting:
 
     Attributes:
         scans: (b, e, t, n) of the scans that are timed alone.
-        model, depth: as for `create_model`.
+        model, depth, d_model: as for `create_model`.
         batch: images of a training step.
         img_sizes: pixels; the largest is the model's, the others give fewer tokens.
         removed: tokens removed by each fusing layer, by strategy.
@@ -63,6 +63,7 @@ class Setting:
     loaded: int
     slow_s: float
     depth: int | None = None
+    d_model: int | None = None
     device: str = "cpu"
     precision: str = "fp32"
     turn_s: float = 0.0
@@ -70,8 +71,8 @@ class Setting:
     def create(self, backend: str = "auto", *, img_size: int | None = None) -> VisionMamba:
         """The model on its device, without fusion."""
         size = img_size or max(self.img_sizes)
-        model = create_model(self.model, num_classes=100, img_size=size, backend=backend, depth=self.depth)
-        return model.to(self.device)
+        sizes = {"img_size": size, "depth": self.depth, "d_model": self.d_model}
+        return create_model(self.model, num_classes=100, backend=backend, **sizes).to(self.device)
 
     def times(
         self, calls: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1, budget_s: float = math.inf

@@ -17,6 +17,7 @@ from famba.plots.results import (
     tokens_per_layer,
     training_curves,
 )
+from famba.plots.scaling import growth
 from famba.plots.style import GREY, Animation, Figure, P, caption, save, styled
 from famba.plots.tokens import (
     Patches,
@@ -46,6 +47,7 @@ __all__ = [
     "fusion_at_layer",
     "fusion_map",
     "gpu_benchmark",
+    "growth",
     "image_grid",
     "paper_beside_ours",
     "paper_memory",

@@ -26,7 +26,7 @@ def run(tmp_path):
     return runs.write(make_run("upper", 0, model_bytes=content, **counts), tmp_path / "upper-0")
 
 
-def test_a_run_is_watched_on_the_first_test_image_of_each_class(run):
+def test_a_run_is_traced_on_the_first_test_image_of_each_class(run):
     seen = tokens.trace_run(run, count=3)
     assert seen.labels == ["0", "1", "2"]
     assert (seen.strategy, seen.scale, seen.patches) == ("upper", 1, {"patch_size": 3, "stride": 1, "cls_index": 18})
@@ -37,7 +37,7 @@ def test_a_run_is_watched_on_the_first_test_image_of_each_class(run):
     assert len(tokens.trace_run(run, count=99).labels) == 10
 
 
-def test_images_of_any_size_are_seen_small_and_shown_large(run, tmp_path):
+def test_images_of_any_size_are_traced_small_and_drawn_large(run, tmp_path):
     photo = np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8)
     Image.fromarray(photo).save(tmp_path / "photo.png")
     seen = tokens.trace_images(run, [tmp_path / "photo.png", photo, photo[..., 0]])
@@ -52,12 +52,12 @@ def test_images_of_any_size_are_seen_small_and_shown_large(run, tmp_path):
         tokens.trace_images(run, [])
 
 
-def test_another_schedule_is_another_look_through_the_same_weights(run):
+def test_another_schedule_uses_the_same_weights(run):
     seen = tokens.trace_run(run, count=2)
     before = list(seen.model.schedule)
     other = tokens.with_schedule(seen, [0, 0, 0, 5])
     assert other.trace.token_counts == [37, 37, 37, 37, 32]
-    assert seen.model.schedule == before, "the one watched before fuses as before"
+    assert seen.model.schedule == before, "the original is unchanged"
     assert seen.trace.token_counts == seen.model.token_counts
     assert other.model.head.weight is seen.model.head.weight
     again = tokens.with_schedule(other, before)

@@ -1,4 +1,4 @@
-"""How long a sweep would take: the arithmetic, the models it counts, and what it refuses."""
+"""The estimate of a sweep's time: arithmetic, models, and refused arguments."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ def rows(monkeypatch):
     return lambda profile, **options: estimate.estimate(profile, **options)
 
 
-def test_the_papers_profile_stands_for_both_models_of_its_table_and_each_strategy_of_the_sweep(rows):
+def test_the_papers_profile_gives_both_models_and_each_strategy(rows):
     found = rows("paper", device="cpu")
     strategies = list(config.load_sweep().strategies)
     assert [(row["model"], row["strategy"]) for row in found] == [(m, s) for m in estimate.MODELS for s in strategies]
@@ -91,7 +91,7 @@ def test_the_papers_recipe_is_timed_without_timm_in_its_parts_and_with_mixed_lab
         (["--profile", "evaluate"], "train.epochs: 0: profile 'evaluate' trains nothing"),
     ],
 )
-def test_what_cannot_be_timed_is_refused_in_one_line(options, said, capsys):
+def test_invalid_arguments_are_refused_in_one_line(options, said, capsys):
     assert main(["estimate", *options]) == 1
     printed = capsys.readouterr().err
     assert said in printed
@@ -99,7 +99,7 @@ def test_what_cannot_be_timed_is_refused_in_one_line(options, said, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
-def test_a_missing_gpu_is_said_with_a_way_to_try(capsys):
+def test_a_missing_gpu_is_reported_with_an_alternative(capsys):
     assert main(["estimate", "--profile", "paper"]) == 1
     printed = capsys.readouterr().err
     assert printed == ("famba: train.device: 'cuda'; torch sees 0 CUDA devices here; to try it here: --device cpu\n")

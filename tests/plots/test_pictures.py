@@ -54,7 +54,7 @@ def test_two_tokens_differ_in_colour_and_a_token_keeps_its_own():
     assert tints(one)[0, 0].tolist() == tints(two)[0, 0].tolist() == tints(two)[1, 0].tolist()
 
 
-def test_overlapping_patches_are_drawn_as_their_middles():
+def test_overlapping_patches_are_drawn_as_their_centres():
     images = np.zeros((2, 8, 8, 3), np.uint8)
     groups = [np.tile(np.repeat(np.arange(18), 2), (2, 1))]
     figure = plots.fusion_map(images, groups, patches=plots.Patches(3, 1))
@@ -62,7 +62,7 @@ def test_overlapping_patches_are_drawn_as_their_middles():
     assert tints(figure.axes[3]).shape == (6, 6, 4), "a second row for the second image"
 
 
-def test_a_fusion_map_refuses_groups_of_other_images_and_layers_that_are_not_there():
+def test_a_fusion_map_refuses_groups_of_other_images_and_missing_layers():
     images = np.zeros((1, 4, 4, 3), np.uint8)
     with pytest.raises(InputError, match=r"layer 1 has the shape \(1, 5\); 1 images of 2 x 2 patches are expected"):
         plots.fusion_map(images, [np.zeros((1, 5), int)], patches=plots.Patches(2, 2))
@@ -100,7 +100,7 @@ def test_an_image_grid_shows_each_image_under_its_label():
 HALVES = [np.array([[0, 1, 2, 3, 4]]), np.array([[0, 1, 2, 0, 3]]), np.array([[0, 0, 1, 0, 2]])]
 
 
-def test_a_patch_is_salient_as_far_as_few_share_its_token():
+def test_saliency_is_one_over_the_patches_of_a_token():
     np.testing.assert_allclose(plots.saliency(HALVES[:1], plots.Patches(2, 2, 2)), [[1, 1, 1, 1]])
     np.testing.assert_allclose(plots.saliency(HALVES[1:], plots.Patches(2, 2, 2)), [[5 / 12, 2 / 3, 5 / 12, 1]])
     np.testing.assert_allclose(
@@ -122,7 +122,7 @@ def test_a_saliency_map_lays_the_heat_of_the_chosen_layers_over_the_patches():
         plots.saliency_map(images, HALVES, patches=plots.Patches(4, 2, 2), layers=[4])
 
 
-def test_a_closer_look_shows_one_layer_and_what_was_left_before_it():
+def test_fusion_at_layer_shows_one_layer_and_the_remaining_tokens():
     image = np.full((4, 4, 3), 100, np.uint8)
     groups = [layer[0] for layer in HALVES]
     figure = plots.fusion_at_layer(image, groups, layer=2, patches=plots.Patches(2, 2, 2), label="a cat")
