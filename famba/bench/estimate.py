@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from pydantic import ValidationError
 from torch.nn import functional
 
 from famba import config
@@ -49,6 +50,7 @@ def estimate(
     """
     if steps < 1:
         raise InputError(f"steps: {steps}: must be at least 1")
+    place(profile, device)
     rows = []
     for strategy in config.load_sweep().strategies:
         p = config.load(profile, strategy=strategy)
@@ -83,11 +85,13 @@ def place(profile: str | None = None, device: str | None = None) -> torch.device
         InputError: it is not here.
     """
     t = config.load(profile, strategy="none").train
+    hint = "" if (device or t.device) == "cpu" else "; to try it here: --device cpu"
     try:
         return fit._device(t if device is None else dataclasses.replace(t, device=device))
     except InputError as error:
-        hint = "" if (device or t.device) == "cpu" else "; to try it here: --device cpu"
         raise InputError(f"{error}{hint}") from None
+    except ValidationError:
+        raise InputError(f"train.device: {device!r} is not one of auto, cpu, cuda, cuda:N{hint}") from None
 
 
 def _single(p: Params, name: str, device: str | None) -> Params:
