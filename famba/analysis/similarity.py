@@ -8,6 +8,7 @@ one trained model: they show the dependence on the choice of images, not on the 
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -72,7 +73,7 @@ def bootstrap(values: Float[np.ndarray, "n"], confidence: float = 0.95) -> tuple
     """
     if len(values) < 2:
         raise InputError(f"values: {len(values)}; at least 2 needed")
-    options = {"n_resamples": _RESAMPLES, "confidence_level": confidence, "method": "percentile"}
+    options: dict[str, Any] = {"n_resamples": _RESAMPLES, "confidence_level": confidence, "method": "percentile"}
     low, high = stats.bootstrap((values,), np.mean, **options, rng=0).confidence_interval
     return float(values.mean()), float(low), float(high)
 
@@ -98,8 +99,11 @@ def text(frame: pd.DataFrame) -> str:
     differences = {weights: rises[weights].to_numpy() for weights in WEIGHTS}
     differences["trained minus untrained"] = differences["trained"] - differences["untrained"]
     intervals = {name: bootstrap(values) for name, values in differences.items()}
-    of_images = frame.groupby(["quantity", "strategy", "weights", "image"])["value"]
-    shown = {"distance of a pair": of_images.median()["distance"], "largest final token": of_images.max()["size"]}
+    of_images: Any = frame.groupby(["quantity", "strategy", "weights", "image"])["value"]
+    shown = {
+        "distance of a pair": of_images.median().xs("distance"),
+        "largest final token": of_images.max().xs("size"),
+    }
     columns = {
         f"{name}, {weights}": values.xs(weights, level="weights").groupby("strategy").median()
         for name, values in shown.items()

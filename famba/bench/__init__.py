@@ -86,7 +86,7 @@ _CPU = _Benchmark(
     "results/benchmark.json",
 )
 _GPU = _Benchmark(gpu.PARTS, gpu.TITLES, gpu.FULL, gpu.QUICK, "results/benchmark_gpu.json")
-PARTS, TITLES = tuple(_CPU.parts), _CPU.titles
+PARTS, TITLES = tuple(_CPU.parts), dict(_CPU.titles)
 
 
 def run(

@@ -4,6 +4,7 @@ The steps are the trainer's own, on images of noise. Loading and augmenting, val
 """
 
 import dataclasses
+import math
 import statistics
 from typing import Any
 
@@ -65,6 +66,7 @@ def text(rows: list[dict[str, Any]], profile: str, device: torch.device) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in at["versions"].items())
     shown = ("model", "strategy", "step_ms", "least_ms", "peak_mib", "epoch_s", "hours")
     sums = pd.DataFrame(rows).groupby("model", sort=False)["hours"].agg(["size", "sum"])
+    total = math.fsum(row["hours"] for row in rows)
     return "\n".join(
         [
             f"profile {profile}: {first['epochs']} epochs, {first['batch']} images a step, {first['precision']}; "
@@ -73,7 +75,7 @@ def text(rows: list[dict[str, Any]], profile: str, device: torch.device) -> str:
             table([{key: row[key] for key in shown if row[key] is not None} for row in rows]),
             "",
             *(f"{name}, {n} strategies: {_duration(hours)}" for name, n, hours in sums.itertuples()),
-            f"total for one seed: {_duration(sums['sum'].sum())}, without loading images and validation",
+            f"total for one seed: {_duration(total)}, without loading images and validation",
         ]
     )
 

@@ -73,8 +73,9 @@ class GpuSetting(Setting):
 
 
 def _setting(base: Setting, **changes: Any) -> GpuSetting:
-    fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
-    return GpuSetting(**fields | {"device": "cuda", "precision": "bf16"} | changes)
+    fields: dict[str, Any] = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+    fields |= {"device": "cuda", "precision": "bf16"} | changes
+    return GpuSetting(**fields)
 
 
 FULL = _setting(
@@ -186,7 +187,8 @@ def bench_steps(setting: GpuSetting, left: Left) -> list[dict[str, Any]]:
 
 def _steps(setting: GpuSetting, left: Left) -> list[dict[str, Any]]:
     fast, peaks = _fast(setting), dict[str, float]()
-    contestants = {name: (name, fast[0], None) for name in fast} | {"torch": ("torch", "torch", None)}
+    contestants: dict[str, tuple[str, str, bool | None]] = {name: (name, fast[0], None) for name in fast}
+    contestants["torch"] = "torch", "torch", None
     for name in fast:
         contestants[f"published, {name}"] = name, fast[0], False
     if "mamba_ssm" in fast:
@@ -318,7 +320,7 @@ def set_published_mixers(model: VisionMamba, *, fused: bool = False) -> None:
 def set_norm_backend(model: VisionMamba, backend: str) -> None:
     """Change the backend of the norms alone."""
     for norm in (model.norm_f, *(block.get_submodule("norm") for block in model.layers)):
-        norm._backend = backend  # pyright: ignore[reportAttributeAccessIssue]
+        norm._backend = backend  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
 
 
 @contextlib.contextmanager

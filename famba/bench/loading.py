@@ -102,7 +102,7 @@ def _rows(setting: Setting, img_size: int, calls: _Calls) -> list[dict[str, Any]
     step = f"training step, {model}"
     calls[step] = Training(replace(setting, model=model, batch=b, img_sizes=(img_size,))).step, b
     timed = {name: call for name, (call, _) in calls.items()}
-    turns = {"turn_s": setting.slow_s / 40, "budget_s": 3 * setting.slow_s}
+    turns: dict[str, Any] = {"turn_s": setting.slow_s / 40, "budget_s": 3 * setting.slow_s}
     found = {name: summary(x) for name, x in interleaved(timed, rounds=setting.rounds, **turns).items()}
     speed = {name: 1e3 * images / found[name]["median_ms"] for name, (_, images) in calls.items()}
     return [

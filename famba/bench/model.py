@@ -71,7 +71,7 @@ class Setting:
     def create(self, backend: str = "auto", *, img_size: int | None = None) -> VisionMamba:
         """The model on its device, without fusion."""
         size = img_size or max(self.img_sizes)
-        sizes = {"img_size": size, "depth": self.depth, "d_model": self.d_model}
+        sizes: dict[str, Any] = {"img_size": size, "depth": self.depth, "d_model": self.d_model}
         return create_model(self.model, num_classes=100, backend=backend, **sizes).to(self.device)
 
     def times(

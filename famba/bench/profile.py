@@ -69,7 +69,7 @@ def own_times(events: Any) -> dict[str, float]:
     parts: dict[int, str] = {}  # by event
     of_node: dict[int, str] = {}  # by the number that autograd gives an operation and its gradient
     in_backward: set[int] = set()
-    own = dict.fromkeys(PARTS, 0.0)
+    own: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     for event in sorted(events, key=lambda x: (x.time_range.start, -x.time_range.end)):
         around = id(event.cpu_parent)
         if event.name != _MARK + "Python" and around not in parts:

@@ -143,7 +143,7 @@ def both_call(
 
     def call() -> None:
         sides = [Side(u.mT, dt.mT, weight, A, B.mT, C.mT, D, bias) for u, dt, B, C, weight, A, D, bias in (left, right)]
-        torch.autograd.grad(bidirectional_scan(*sides, gate.mT, scale=0.5, backend=name), inputs, cotangent)
+        torch.autograd.grad(bidirectional_scan(sides[0], sides[1], gate.mT, scale=0.5, backend=name), inputs, cotangent)
 
     return call
 

@@ -19,7 +19,8 @@ def growth(frame: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(3.2 * len(axes), 5.6), layout="constrained")
     panels = figure.subplots(2, len(axes), squeeze=False)
     colours = dict(zip(backends, seaborn.color_palette("colorblind"), strict=False))
-    for (axis, backend), rows in frame.groupby(["axis", "backend"], sort=False):
+    for _, rows in frame.groupby(["axis", "backend"], sort=False):
+        axis, backend = rows["axis"].iloc[0], rows["backend"].iloc[0]
         for panel, (name, label) in zip(panels[:, list(axes).index(axis)], _LABELS.items(), strict=True):
             panel.plot(rows["x"], rows[f"{name}_law"], color=colours[backend], linewidth=1.2, label=f"{backend}, law")
             for fitted, part in rows.groupby("fitted"):

@@ -10,6 +10,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import seaborn
@@ -24,7 +25,7 @@ from famba.plots.style import Animation, Figure, styled
 
 _PALETTE = seaborn.color_palette("colorblind").as_hex()
 _BLUE, _ORANGE, _SKY = _PALETTE[0], _PALETTE[1], _PALETTE[9]
-_TITLE = {"fontsize": 9}
+_TITLE: dict[str, Any] = {"fontsize": 9}
 _Groups = Sequence[Int[np.ndarray, "b t"]]
 
 
@@ -45,12 +46,12 @@ class Patches:
         """The groups without the class token's."""
         return groups if self.cls_index is None else np.delete(groups, self.cls_index, axis=-1)
 
-    def overlay(self, axes: Axes, values: np.ndarray, **options: object) -> None:
+    def overlay(self, axes: Axes, values: np.ndarray, **options: Any) -> None:
         """Draw (rows, columns, ..) values over the cells of an image."""
         limits, start = (axes.get_xlim(), axes.get_ylim()), self.margin
         rows, columns = values.shape[:2]
         extent = (start, start + columns * self.stride, start + rows * self.stride, start)
-        axes.imshow(values, extent=extent, interpolation="nearest", **options)  # pyright: ignore[reportArgumentType]
+        axes.imshow(values, extent=extent, interpolation="nearest", **options)
         axes.set(xlim=limits[0], ylim=limits[1])
 
     @property
@@ -98,7 +99,13 @@ def patch_grid(image: UInt8[np.ndarray, "h w 3"], patches: Patches) -> Figure:
     whole.set_title("image, {} × {} px".format(*image.shape), fontsize=10)
     numbered.set_title(title, fontsize=10)
     box = {"boxstyle": "round,pad=0.12", "facecolor": "white", "alpha": 0.75, "linewidth": 0}
-    text = {"ha": "center", "va": "center", "fontsize": min(9, 70 / max(down, across)), "color": "#222222", "bbox": box}
+    text: dict[str, Any] = {
+        "ha": "center",
+        "va": "center",
+        "fontsize": min(9, 70 / max(down, across)),
+        "color": "#222222",
+        "bbox": box,
+    }
     for index in range(down * across):
         x, y = start + index % across * stride, start + index // across * stride
         numbered.add_patch(Rectangle((x, y), stride, stride, facecolor="none", edgecolor=_ORANGE, linewidth=0.9))
