@@ -24,7 +24,7 @@ export OMP_WAIT_POLICY := passive
 # Else every stage would compile torch anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-# What a machine with torch, triton and NumPy alone lacks, and its Python.
+# What gpu-check needs beside torch, triton and NumPy, and the Python of that machine.
 WHEELS        := pydantic jaxtyping ruamel.yaml safetensors pandas pillow tqdm pytest hypothesis beartype
 WHEELS_PYTHON ?= 3.12
 
@@ -47,14 +47,14 @@ env: $(READY)  ## set up .venv: a virtual environment with everything pinned (TO
 
 $(READY): ; .ci/setup $(VENV) $(READY)
 
-repro: env  ## train every strategy and draw the answer: what `dvc repro` does, JOBS stages at a time
+repro: env  ## train every strategy and draw the results: `dvc repro`, JOBS stages at a time
 	$(IN_VENV) .ci/repro $(JOBS)
 
-ablation: env  ## train every option of fusion with several seeds: results/ablation.md, some twenty minutes
+ablation: env  ## train every option of fusion with several seeds: results/ablation.md, about twenty minutes
 
-adaptive: env  ## make schedules from what fusing costs, train them, compare: results/adaptive.md
+adaptive: env  ## train schedules made from the measured cost of fusing: results/adaptive.md
 
-photographs: env  ## the strategies on real photographs (params.yaml: photographs), some forty minutes on two cores
+photographs: env  ## train the strategies on photographs (params.yaml: photographs): about forty minutes on two cores
 
 ablation adaptive photographs:
 	$(IN_VENV) dvc --wait-for-lock repro experiments/dvc.yaml:$@
@@ -62,39 +62,39 @@ ablation adaptive photographs:
 readme: env  ## write the tables of README.md and docs/results.md from results/
 	$(IN_VENV) python -m famba readme
 
-test: env  ## every test: style, types, units, notebooks, the pipeline
+test: env  ## run all tests: style, types, units, notebooks, pipeline
 	$(IN_VENV) pytest $(TWO) --nbval-lax tests notebooks
 
-test-fast: env  ## the tests that take seconds
+test-fast: env  ## run the tests that are not marked slow
 	$(IN_VENV) pytest $(TWO) -m "not slow" tests
 
-lint: env  ## style and types
+lint: env  ## check style and types
 	$(IN_VENV) ruff check . && ruff format --check . && pyright
 
-lab: env  ## explore in JupyterLab
+lab: env  ## open the notebooks in JupyterLab
 	$(IN_VENV) jupyter lab --notebook-dir=.
 
-bench: env  ## measure speed and memory on this machine: minutes, in which nothing else should run
+bench: env  ## measure speed and memory on this machine, which should be idle: some minutes
 	$(IN_VENV) python -m famba bench
 
-bench-gpu: env  ## measure the kernels and training steps on a CUDA device, beside mamba-ssm's: less than eight minutes
+bench-gpu: env  ## measure kernels and training steps on a GPU, beside mamba-ssm's: at most eight minutes
 	$(IN_VENV) python -m famba bench --gpu
 
-gpu-check: env  ## check all that famba does on a GPU, and measure it: less than eight minutes
+gpu-check: env  ## check and measure everything that famba does on a GPU: at most eight minutes
 	$(IN_VENV) python -m famba gpu-check
 
 # What gpu-check imports beside torch, triton and NumPy, for a machine without a network: copy the checkout with
 # build/wheels there, and run `python -m famba gpu-check`.
-gpu-check-wheels: env  ## collect in build/wheels what gpu-check needs on a machine with torch, triton and NumPy alone
+gpu-check-wheels: env  ## download to build/wheels what gpu-check needs beside torch, triton and NumPy
 	$(IN_VENV) pip download --dest build/wheels --only-binary=:all: --python-version $(WHEELS_PYTHON) \
 	  --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -c constraints.txt $(WHEELS)
 
-doctor: env  ## what of all that famba can use works here, why not, and what mends it
+doctor: env  ## check the environment: which backends work, why not, and how to fix it
 	$(IN_VENV) python -m famba doctor
 
-sanitize: env  ## the tests of the kernels under the address and undefined-behaviour sanitizers: minutes
+sanitize: env  ## test the CPU kernels under the address and undefined-behaviour sanitizers: some minutes
 	$(IN_VENV) python -m famba.kernels.cpu.sanitize
 
-clean:  ## remove build/ and the caches of tools; results, figures, the DVC cache and .venv stay
+clean:  ## remove build/ and tool caches; keep results, figures, the DVC cache and .venv
 	rm -rf build .pytest_cache .ruff_cache .hypothesis
 	find famba tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

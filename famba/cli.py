@@ -86,31 +86,37 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("output", type=Path, help="the executed copy")
     sub.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="given")
 
-    command("doctor", _doctor, "say what works on this machine, and the command that mends what does not")
+    command("doctor", _doctor, "check the environment: which backends work, why not, and how to fix it")
 
-    sub = command("hours", _hours, "say how long the sweep would take on this device, from a few training steps")
+    sub = command("estimate", _estimate, "estimate the time of the sweep on this device from a few training steps")
     sub.add_argument("--profile", help="one of params.yaml's; the one that it names itself if not given")
     sub.add_argument("--steps", type=int, default=20, help="timed for each strategy")
-    sub.add_argument("--images", type=int, default=45_000, help="that an epoch trains on")
+    sub.add_argument("--images", type=int, default=45_000, help="of an epoch")
     sub.add_argument("--device", help="instead of the profile's")
 
     command("readme", _readme, "write the tables of README.md and docs/results.md from results/")
 
-    sub = command("bench", _bench, "time scans, training steps and fusion; this machine should do nothing else")
+    sub = command("bench", _bench, "measure scans, training steps and fusion on an idle machine")
     sub.add_argument(
         "parts", nargs="*", metavar="part", help="scan, model, fusion, memory, precision, data; all if none is given"
     )
-    sub.add_argument("--gpu", action="store_true", help="that of a GPU, whose parts are scan, steps, fusion, graphs")
+    sub.add_argument(
+        "--gpu", action="store_true", help="the benchmark of a GPU, with the parts scan, steps, fusion, graphs"
+    )
     sub.add_argument("--device", default="cuda", help="with --gpu: cuda, cuda:N; cpu with --quick")
-    sub.add_argument("--quick", action="store_true", help="small sizes: seconds, to see that it works")
-    sub.add_argument("--json", type=Path, help="write the result there; results/benchmark.json if it is whole")
-    sub.add_argument("--figure", type=Path, help="draw it there; figures/benchmark.png if it is whole")
+    sub.add_argument("--quick", action="store_true", help="small sizes that take seconds, to see that it works")
+    sub.add_argument("--json", type=Path, help="write the result there; a full one goes to results/ by default")
+    sub.add_argument("--figure", type=Path, help="draw it there; a full one goes to figures/benchmark.png by default")
 
-    sub = command("gpu-check", _gpu_check, "check all that famba does on a GPU, and measure it: eight minutes at most")
+    sub = command(
+        "gpu-check", _gpu_check, "check and measure everything that famba does on a GPU: at most eight minutes"
+    )
     sub.add_argument("checks", nargs="*", metavar="check", help=f"{', '.join(gpu_check.CHECKS)}; all if none is given")
     sub.add_argument("--device", default="cuda", help="cuda, cuda:N; cpu with --quick")
     sub.add_argument("--quick", action="store_true", help="small sizes, to see that it works")
-    sub.add_argument("--json", type=Path, help=f"write the result there; {gpu_check.PATH} if it is whole")
+    sub.add_argument(
+        "--json", type=Path, help=f"write the result there; a full one goes to {gpu_check.PATH} by default"
+    )
     sub.add_argument("--wheels", type=Path, help=f"folder of packages that are not installed; {gpu_check.WHEELS}")
     return parser
 
@@ -186,12 +192,12 @@ def _doctor(options: argparse.Namespace) -> int:
     return 0
 
 
-def _hours(options: argparse.Namespace) -> int:
+def _estimate(options: argparse.Namespace) -> int:
     from famba import config
     from famba.bench import estimate
 
     device = estimate.place(options.profile, options.device)
-    rows = estimate.hours(options.profile, steps=options.steps, images=options.images, device=options.device)
+    rows = estimate.estimate(options.profile, steps=options.steps, images=options.images, device=options.device)
     print(estimate.text(rows, config.load(options.profile, strategy="none").profile, device))
     return 0
 
@@ -205,19 +211,16 @@ def _readme(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from famba import bench, plots
+    from famba import bench
 
-    if options.gpu:
-        bench.gpu.main(options.parts, quick=options.quick, device=options.device, json=options.json)
-        return 0
-    parts = options.parts or bench.PARTS
-    result = bench.run(parts, quick=options.quick)
-    print(bench.text(result))
-    whole = set(parts) == set(bench.PARTS) and not options.quick
-    if path := options.json or ("results/benchmark.json" if whole else None):
-        bench.write(result, Path(path).absolute() if options.json else path)
-    if path := options.figure or ("figures/benchmark.png" if whole else None):
-        plots.save(plots.benchmark(bench.frames(result)), Path(path).absolute() if options.figure else path)
+    bench.main(
+        options.parts,
+        quick=options.quick,
+        on_gpu=options.gpu,
+        device=options.device,
+        path=options.json,
+        figure=options.figure,
+    )
     return 0
 
 

@@ -1,13 +1,12 @@
-"""What works on this machine, what does not and why, and the command that mends it: `python -m famba doctor`.
+"""Check the environment: which backends and extras work, why not, and how to fix it: `python -m famba doctor`.
 
-Nothing that is broken breaks this: a package is imported in a process of its own, which may fail, crash or hang, and
-torch itself only when its own process has come through.
+A package is imported in a process of its own, which may fail, crash or hang, and torch here only after that process has
+succeeded.
 """
 
 import importlib.metadata
 import importlib.util
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -15,12 +14,11 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from famba.errors import BackendError
 from famba.kernels.cpu import build
 
 _EXTRAS = ("datasets", "timm", "torchvision", "accelerate", "tensorboard")
-# What each backend for a GPU imports, by the work that it takes a user: Triton comes with torch, the hub's kernels are
-# downloaded, and the others are installed from a wheel, or built.
+# What each GPU backend imports, the easiest to install first: Triton comes with torch, the hub downloads its kernels,
+# mamba-ssm's are installed from a wheel, or compiled.
 _GPU = {
     "triton": ("triton",),
     "hub": ("kernels", "einops", "transformers"),
@@ -33,69 +31,75 @@ _GPU = {
 }
 _TIME_LIMIT_S = 120
 _OTHER_TORCH = "make env TORCH_BACKEND=auto"
+_COMPILERS = {
+    "apt-get": "apt-get install g++",
+    "dnf": "dnf install gcc-c++",
+    "apk": "apk add g++",
+    "pacman": "pacman -S gcc",
+    "brew": "xcode-select --install",
+    "conda": "conda install -c conda-forge cxx-compiler",
+}
 
 
 class Row(NamedTuple):
     """One thing that famba can use.
 
     Attributes:
-        version: or what there is instead of one, such as a GPU's name; "" if there is nothing.
-        usable: famba can use it here.
-        reason: why not; "" if usable.
-        command: what mends that, in one line or in several of which one does, the least work first; "" if usable, or if
-            no command can.
+        version: or a description; "" if it is missing.
+        reason: why it cannot be used here; "" if it can.
+        command: how to fix that; of several lines one is enough, the easiest first. "" if no command can.
     """
 
     name: str
-    version: str
-    usable: bool
+    version: str = ""
     reason: str = ""
     command: str = ""
 
+    @property
+    def usable(self) -> bool:
+        """It can be used here."""
+        return not self.reason
+
 
 def doctor() -> list[Row]:
-    """One row for each thing, in an order that does not change; a first call compiles the native kernels."""
+    """One row for each thing, always in this order; the first call compiles the native kernels."""
     found = _imported(["torch", *(module for modules in _GPU.values() for module in modules), *_EXTRAS])
-    torch = _torch(found["torch"])
-    gpu = _gpu() if torch.usable else Row("GPU", "", False, "torch does not import", torch.command)
-    return [
-        Row("Python", platform.python_version(), True),
-        torch,
-        gpu,
-        _compiler(),
-        _native() if torch.usable else Row("native kernels", "", False, "torch does not import", torch.command),
-        *_gpu_backends(found, gpu),
-        *_extras(found, torch),
-    ]
+    torch = _imported_row("torch", found["torch"], "make env", "make env")
+    broken = Row("", "", "torch does not import", torch.command)
+    gpu = _gpu() if torch.usable else broken._replace(name="GPU")
+    native = _native() if torch.usable else broken._replace(name="native kernels")
+    return [torch, gpu, native, *_gpu_backends(found, gpu), *_extras(found, torch)]
 
 
 def text(rows: Iterable[Row]) -> str:
-    """The rows to be read in a terminal: a reason below its thing, the commands below the reason."""
+    """torch's report of the system where torch imports, then the rows."""
     rows = list(rows)
     width = max(len(row.name) for row in rows)
     lines = []
+    if any(row.name == "torch" and row.usable for row in rows):
+        from torch.utils import collect_env
+
+        lines += [collect_env.get_pretty_env_info(), ""]
     for row in rows:
         lines.append(f"{'yes' if row.usable else 'no ':<3}  {row.name:<{width}}  {row.version}".rstrip())
-        below = [row.reason, *(f"$ {command}" for command in row.command.splitlines())] if row.reason else []
-        lines += [f"     {'':<{width}}  {more}" for more in below]
+        details = [row.reason, *(f"$ {command}" for command in row.command.splitlines())] if row.reason else []
+        lines += [f"     {'':<{width}}  {detail}" for detail in details]
     return "\n".join(lines)
 
 
-def _imported(modules: Iterable[str]) -> dict[str, str | None]:
-    """By module: "" if it imports, else what is said in one line; None if there is no such package."""
+def _imported(modules: list[str]) -> dict[str, str | None]:
+    """By module: "" if it imports, its error in one line, or None if there is no such package."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        modules = list(modules)
         return dict(zip(modules, pool.map(_import, modules), strict=True))
 
 
 def _import(module: str) -> str | None:
-    package = module.split(".")[0]
     try:
-        if importlib.util.find_spec(package) is None:
+        if importlib.util.find_spec(module.split(".")[0]) is None:
             return None
     except (ImportError, ValueError) as error:
-        return _line(str(error))
-    # An extension of torch finds torch's libraries only when torch is there.
+        return _last_line(str(error))
+    # An extension of torch finds torch's libraries only after torch.
     first = "" if module == "torch" or importlib.util.find_spec("torch") is None else "import torch; "
     try:
         done = subprocess.run(
@@ -109,12 +113,12 @@ def _import(module: str) -> str | None:
         return f"its import took more than {_TIME_LIMIT_S} s"
     if done.returncode < 0:
         return f"its import was ended by signal {-done.returncode}"
-    return _line(done.stderr) if done.returncode else ""
+    return _last_line(done.stderr) if done.returncode else ""
 
 
-def _line(said: str) -> str:
-    """The last line, where Python names the error."""
-    return said.strip().splitlines()[-1] if said.strip() else "no reason given"
+def _last_line(output: str) -> str:
+    """Where Python names the error."""
+    return output.strip().splitlines()[-1] if output.strip() else "no reason given"
 
 
 def _version(distribution: str) -> str:
@@ -124,16 +128,10 @@ def _version(distribution: str) -> str:
         return ""
 
 
-def _torch(said: str | None) -> Row:
-    version = _version("torch")
-    if said is None:
-        return Row("torch", "", False, "not installed", "make env")
-    if said:
-        return Row("torch", version, False, f"does not import: {said}", "make env")
-    import torch
-
-    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-    return Row("torch", f"{torch.__version__}, {built}", True)
+def _imported_row(name: str, error: str | None, install: str, reinstall: str) -> Row:
+    if error is None:
+        return Row(name, "", "not installed", install)
+    return Row(name, _version(name), f"does not import: {error}" if error else "", reinstall if error else "")
 
 
 def _gpu() -> Row:
@@ -141,64 +139,33 @@ def _gpu() -> Row:
 
     from famba.profiling import environment
 
-    driver = environment.gpu_driver()
-    if not torch.cuda.is_available():
-        if not driver:
-            return Row("GPU", "", False, "there is no NVIDIA driver here")
-        found = f"driver {driver}"
-        if torch.version.cuda is None:
-            return Row("GPU", found, False, "this torch is built without CUDA", _OTHER_TORCH)
-        reason = f"torch, built for CUDA {torch.version.cuda}, sees no device with this driver"
-        return Row("GPU", found, False, reason, _OTHER_TORCH)
-    properties = torch.cuda.get_device_properties(0)
-    parts = [
-        properties.name,
-        f"{properties.total_memory / 2**30:.0f} GiB",
-        f"sm_{properties.major}{properties.minor}",
-        *([f"driver {driver}"] if driver else []),
-        *([f"one of {torch.cuda.device_count()}"] if torch.cuda.device_count() > 1 else []),
-    ]
-    try:
-        torch.ones(1, device="cuda").add_(1).item()
-    except RuntimeError as error:
-        said = str(error).partition("\n")[0]
-        return Row("GPU", ", ".join(parts), False, f"torch cannot compute on it: {said}", _OTHER_TORCH)
-    return Row("GPU", ", ".join(parts), True)
-
-
-def _compiler() -> Row:
-    try:
-        compiler = build._compiler()
-        return Row("C++ compiler", build._run([compiler, "--version"]).splitlines()[0], True)
-    except BackendError as error:
-        command = "unset CXX" if os.environ.get("CXX") else _installs_compiler()
-        return Row("C++ compiler", "", False, str(error), command)
-
-
-def _installs_compiler() -> str:
-    known = {
-        "apt-get": "apt-get install g++",
-        "dnf": "dnf install gcc-c++",
-        "apk": "apk add g++",
-        "pacman": "pacman -S gcc",
-        "brew": "xcode-select --install",
-        "conda": "conda install -c conda-forge cxx-compiler",
-    }
-    return next((command for program, command in known.items() if shutil.which(program)), "")
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        try:
+            torch.ones(1, device="cuda").add_(1).item()
+        except RuntimeError as error:
+            return Row("GPU", name, f"torch cannot compute on it: {str(error).partition(chr(10))[0]}", _OTHER_TORCH)
+        return Row("GPU", name)
+    if not (driver := environment.gpu_driver()):
+        return Row("GPU", "", "there is no NVIDIA driver here")
+    cuda = torch.version.cuda
+    reason = f"torch, built for CUDA {cuda}, sees no device with this driver" if cuda else "torch is built without CUDA"
+    return Row("GPU", f"driver {driver}", reason, _OTHER_TORCH)
 
 
 def _native() -> Row:
     from famba.kernels.cpu import runtime
 
     if reason := build.unavailable():
-        return Row("native kernels", "", False, reason, _compiler().command)
-    return Row("native kernels", runtime.instruction_set(), True)
+        install = next((command for program, command in _COMPILERS.items() if shutil.which(program)), "")
+        return Row("native kernels", "", reason, "unset CXX" if os.environ.get("CXX") else install)
+    return Row("native kernels", runtime.instruction_set())
 
 
 def _gpu_backends(found: dict[str, str | None], gpu: Row) -> list[Row]:
-    """Without a GPU nothing is to be installed for it."""
+    """Without a GPU nothing is recommended."""
     if not gpu.usable:
-        return [Row(name, "", False, "it runs on a GPU, and none can be used") for name in _GPU]
+        return [Row(name, "", "it runs on a GPU, and none can be used") for name in _GPU]
     from famba.kernels import mamba_ssm
 
     commands = {
@@ -207,35 +174,26 @@ def _gpu_backends(found: dict[str, str | None], gpu: Row) -> list[Row]:
         "mamba_ssm": f"{mamba_ssm.INSTALL}  # a wheel, if there is one for this torch\n"
         f"{mamba_ssm.BUILD}  # a build, with nvcc",
     }
-    rows = []
+    rows: list[Row] = []
     for name, modules in _GPU.items():
-        wrong = {module: said for module in modules if (said := found[module]) != ""}
-        version = _version({"hub": "kernels"}.get(name, name))
-        if not wrong:
-            rows.append(Row(name, version, True))
-            continue
-        module, said = next(iter(wrong.items()))
-        reason = f"{module} is not installed" if said is None else f"{module} does not import: {said}"
-        if rows and rows[0].usable:
-            reason += "; not needed, for backend triton has all kernels"
-        rows.append(Row(name, version, False, reason, commands[name]))
+        row = Row(name, _version("kernels" if name == "hub" else name))
+        if module := next((module for module in modules if found[module] != ""), None):
+            error = found[module]
+            reason = f"{module} is not installed" if error is None else f"{module} does not import: {error}"
+            if rows and rows[0].usable:
+                reason += "; not needed, for backend triton has all kernels"
+            row = row._replace(reason=reason, command=commands[name])
+        rows.append(row)
     return rows
 
 
 def _extras(found: dict[str, str | None], torch: Row) -> list[Row]:
-    # Named in the same command, torch stays what it is.
+    # Named in the same command, torch stays as it is.
     kept = f"torch=={_version('torch').split('+')[0]} " if torch.usable else ""
     rows = {}
-    for name in sorted(_EXTRAS, key=lambda name: name == "timm"):  # which imports torchvision
-        said = found[name]
-        again = f"uv pip install --torch-backend=auto --reinstall-package {name} {kept}{name}"
-        if said is None:
-            row = Row(name, "", False, "not installed", f"pip install {kept}{name}")
-        elif said and name == "timm" and not rows["torchvision"].usable:
-            row = Row(name, _version(name), False, "it imports torchvision", rows["torchvision"].command)
-        elif said:
-            row = Row(name, _version(name), False, f"does not import: {said}", again)
-        else:
-            row = Row(name, _version(name), True)
-        rows[name] = row
-    return [rows[name] for name in _EXTRAS]
+    for name in _EXTRAS:
+        reinstall = f"uv pip install --torch-backend=auto --reinstall-package {name} {kept}{name}"
+        rows[name] = _imported_row(name, found[name], f"pip install {kept}{name}", reinstall)
+    if found["timm"] and not (torchvision := rows["torchvision"]).usable:
+        rows["timm"] = rows["timm"]._replace(reason="it imports torchvision", command=torchvision.command)
+    return list(rows.values())

@@ -1,4 +1,4 @@
-"""The command that checks a GPU, on a CPU: what it finds, and what it makes of checks that break, hang or die."""
+"""gpu-check, run on a CPU: its checks find faults, and checks may fail, hang or die."""
 
 import importlib.metadata
 import json
@@ -17,6 +17,7 @@ from processes import PATIENCE_S, is_there, wait_until
 
 from famba import bench, gpu_check
 from famba.cli import main
+from famba.errors import FambaError
 from famba.gpu_check import Check, Setting, checks
 from famba.training import cuda_graph
 
@@ -25,13 +26,13 @@ CPU = Setting("cpu", quick=True)
 
 
 def rows_of(*names, path=None, limit_s=PATIENCE_S, **limits):
-    """By the check of broken_checks.py, what is said of it; `limits` are their seconds."""
+    """Rows by check of broken_checks.py; `limits` are seconds."""
     made = {name: Check(f"broken_checks:{name}", limits.get(name, PATIENCE_S)) for name in names}
     result = gpu_check.run(made, CPU, "the command", path, limit_s=float(limit_s))
     return {row["check"]: row for row in result["checks"]}
 
 
-def test_a_wrong_kernel_fails_and_the_next_check_is_made(monkeypatch, tmp_path, capsys):
+def test_a_wrong_kernel_fails_and_the_next_check_runs(monkeypatch, tmp_path, capsys):
     checks = {name: Check(f"broken_checks:{name}", PATIENCE_S) for name in ("has_a_wrong_scan", "passes")}
     monkeypatch.setattr(gpu_check, "CHECKS", checks)
     path = tmp_path / "check.json"
@@ -44,14 +45,14 @@ def test_a_wrong_kernel_fails_and_the_next_check_is_made(monkeypatch, tmp_path, 
     assert [row["verdict"] for row in json.loads(path.read_text())["checks"]] == ["FAILED", "ok"]
 
 
-def test_a_kernel_that_does_not_compile_fails_with_its_case_and_the_other_cases_are_seen():
+def test_a_kernel_that_raises_fails_with_its_case_and_other_cases_run():
     row = rows_of("has_a_scan_that_raises")["has_a_scan_that_raises"]
     assert row["verdict"] == "FAILED"
     assert re.search(r"[2-9] of 40 cases; scan, b .*: RuntimeError: no such chip", row["detail"])
     assert "Traceback" in row["output"]
 
 
-def test_a_check_that_hangs_is_ended_with_all_that_it_started_and_the_next_is_made():
+def test_a_hanging_check_is_killed_with_its_children_and_the_next_runs():
     rows = rows_of("hangs", "passes", hangs=10.0)
     assert rows["passes"]["verdict"] == "ok"
     assert rows["hangs"]["verdict"] == "FAILED"
@@ -70,25 +71,36 @@ def test_a_check_that_hangs_is_ended_with_all_that_it_started_and_the_next_is_ma
         ("raises", "FAILED", "RuntimeError: no such device"),
     ],
 )
-def test_whatever_becomes_of_a_check_is_said_in_one_line_and_the_next_is_made(name, verdict, detail, tmp_path):
+def test_each_end_of_a_check_is_one_line_and_the_next_runs(name, verdict, detail, tmp_path):
     path = tmp_path / "check.json"
-    rows = rows_of(name, "cannot_run", path=path)
+    rows = rows_of(name, "passes", path=path)
     assert (rows[name]["verdict"], rows[name]["detail"]) == (verdict, detail)
-    assert rows["cannot_run"]["detail"] == "no such program"
+    assert rows["passes"]["verdict"] == "ok"
     if name == "raises":
         assert rows[name]["output"].startswith("what the compiler printed\nTraceback")
     written = json.loads(path.read_text())
     assert written["command"] == "the command"
-    assert written.get("steps") == ([{"x": 1}] if name == "passes" else None)
+    assert written["steps"] == [{"x": 1}]
 
 
-def test_without_a_device_or_time_the_others_are_skipped():
-    made = {"device": Check("broken_checks:raises", PATIENCE_S), "other": Check("broken_checks:passes", PATIENCE_S)}
-    first, second = gpu_check.run(made, CPU, "", None)["checks"]
-    assert first["verdict"] == "FAILED"
-    assert (second["verdict"], second["detail"]) == ("skipped", "check device failed")
-    row = rows_of("passes", limit_s=0)["passes"]
-    assert (row["verdict"], row["detail"]) == ("skipped", "the 0 s of all checks are over")
+@pytest.mark.parametrize("name", ["raises", "cannot_run"])
+def test_without_its_device_gpu_check_says_so_in_one_line_fails_and_writes_nothing(name, monkeypatch, tmp_path, capsys):
+    made = {"device": Check(f"broken_checks:{name}", PATIENCE_S), "other": Check("broken_checks:passes", PATIENCE_S)}
+    monkeypatch.setattr(gpu_check, "CHECKS", made)
+    path = tmp_path / "check.json"
+    assert main(["gpu-check", "other", "--json", str(path)]) == 1
+    printed = capsys.readouterr()
+    reason = {"raises": "RuntimeError: no such device", "cannot_run": "no such program"}[name]
+    assert printed.out + printed.err == f"famba: gpu-check: device 'cuda' cannot be used: {reason}\n"
+    assert not path.exists()
+
+
+def test_gpu_check_fails_if_every_check_but_the_device_was_skipped():
+    made = {"device": Check("broken_checks:passes", PATIENCE_S), "other": Check("broken_checks:cannot_run", PATIENCE_S)}
+    with pytest.raises(FambaError, match=r"^gpu-check: every check was skipped: other$"):
+        gpu_check.run(made, CPU, "", None)
+    with pytest.raises(FambaError, match="every check was skipped: passes"):
+        rows_of("passes", limit_s=0)
 
 
 @pytest.mark.parametrize(
@@ -99,15 +111,15 @@ def test_without_a_device_or_time_the_others_are_skipped():
         (["--device", "cpu"], "device: 'cpu' takes --quick only"),
     ],
 )
-def test_what_cannot_be_checked_is_refused_in_one_line(options, said, capsys):
+def test_invalid_arguments_are_refused_in_one_line(options, said, capsys):
     assert main(["gpu-check", *options]) == 1
     printed = capsys.readouterr().err
     assert said in printed
     assert printed.count("\n") == 1
 
 
-def test_every_check_that_a_cpu_can_do_passes_there_and_its_result_can_be_drawn(tmp_path, capsys):
-    from famba import plots  # a bare machine, which collects this file, has nothing to draw with
+def test_every_check_that_runs_on_a_cpu_passes_and_can_be_drawn(tmp_path, capsys):
+    from famba import plots  # a machine that collects this file may not have matplotlib
 
     path = tmp_path / "check.json"
     assert main(["gpu-check", "--device", "cpu", "--quick", "--json", str(path)]) == 0
@@ -129,7 +141,7 @@ def test_every_check_that_a_cpu_can_do_passes_there_and_its_result_can_be_drawn(
     assert len(plots.gpu_benchmark(tables).axes) == 2
 
 
-def test_checks_of_the_whole_space_are_made_at_full_size():
+def test_full_checks_cover_all_sizes():
     cases = checks._operator_cases(Setting("cuda", quick=False))
     names = [case.name for case in cases]
     assert len(set(names)) > 200
@@ -141,7 +153,7 @@ def test_checks_of_the_whole_space_are_made_at_full_size():
 
 
 @pytest.fixture
-def bare(tmp_path):
+def torch_alone(tmp_path):
     """Runs the command where torch, NumPy and what torch needs are all that is installed."""
     installed, site = Path(sysconfig.get_paths()["purelib"]), tmp_path / "site"
     site.mkdir()
@@ -180,13 +192,13 @@ def wheels_of(names, folder):
     return folder
 
 
-def test_on_a_bare_machine_the_wheels_of_the_makefile_are_all_that_is_missing(bare, tmp_path):
+def test_a_machine_with_torch_alone_needs_only_the_wheels_of_the_makefile(torch_alone, tmp_path):
     line = re.search(r"^WHEELS +:= (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert line is not None
     folder = wheels_of(line[1].split(), tmp_path / "wheels")
     assert len(list(folder.iterdir())) > 10
     path = tmp_path / "check.json"
-    done = bare("device", "operators", "streaming", "steps", "--wheels", str(folder), "--json", str(path))
+    done = torch_alone("device", "operators", "streaming", "steps", "--wheels", str(folder), "--json", str(path))
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(path.read_text())["checks"]
     assert [(row["check"], row["verdict"]) for row in rows] == [
@@ -194,14 +206,11 @@ def test_on_a_bare_machine_the_wheels_of_the_makefile_are_all_that_is_missing(ba
     ], done.stdout
 
 
-def test_on_a_bare_machine_without_wheels_a_check_says_which_package_it_lacks(bare, tmp_path):
-    done = bare("device", "steps", "--wheels", str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert re.fullmatch(
-        r"device +skipped .* pydantic is missing; make gpu-check-wheels\n"
-        r"steps +skipped .* pydantic is missing; make gpu-check-wheels\n",
-        done.stdout,
-    )
+def test_without_wheels_the_missing_package_is_named(torch_alone, tmp_path):
+    done = torch_alone("device", "steps", "--wheels", str(tmp_path))
+    assert (done.returncode, done.stdout) == (1, "")
+    reason = "pydantic is missing; make gpu-check-wheels"
+    assert done.stderr == f"famba: gpu-check: device 'cpu' cannot be used: {reason}\n"
 
 
 @pytest.mark.parametrize(("status", "found"), [(0, ""), (9, "memcheck: status 9, an invalid read")])
@@ -221,7 +230,7 @@ def test_the_sanitizer_runs_small_calls_of_every_operator(status, found, tmp_pat
         checks.sanitizer(CPU, print)
 
 
-def test_the_tests_of_a_gpu_fail_by_name_and_those_that_want_a_package_are_counted_apart(tmp_path, monkeypatch):
+def test_failed_gpu_tests_are_named_and_missing_packages_are_separate(tmp_path, monkeypatch):
     monkeypatch.setattr(checks, "ROOT", tmp_path)
     file = tmp_path / "tests" / "test_of_a_gpu.py"
     file.parent.mkdir()
@@ -230,7 +239,7 @@ def test_the_tests_of_a_gpu_fail_by_name_and_those_that_want_a_package_are_count
     (file.parent / "test_of_a_cpu.py").write_text("import nowhere\n")
     (file.parent / "test_that_wants_more.py").write_text(head + "import elsewhere\n")
     file.write_text(head + "def test_one(): pass\ndef test_two(): import nowhere.at_all\n")
-    assert checks.tests(CPU, print).detail == "1 of 3 passed, some want elsewhere, nowhere"
+    assert checks.tests(CPU, print).detail == "1 of 3 passed, missing: elsewhere, nowhere"
     (file.parent / "test_that_wants_more.py").unlink()
     file = file.rename(file.with_name("test_of_another.py"))
     file.write_text(head + "def test_one(): pass\ndef test_two(): assert 0\n")
@@ -262,7 +271,7 @@ def test_a_graph_with_other_losses_fails(wrong, monkeypatch):
         assert checks.graph(CPU, print).detail.startswith("3 epochs, losses apart by 0e+00")
 
 
-def test_a_run_that_forgets_its_optimiser_when_it_is_resumed_fails_and_leaves_no_checkpoints():
+def test_a_resumed_run_without_its_optimiser_fails_and_leaves_no_checkpoints():
     row = rows_of("forgets_its_optimiser")["forgets_its_optimiser"]
     assert row["verdict"] == "FAILED"
     assert row["detail"].startswith("AssertionError: other metrics after resuming; training losses [[")

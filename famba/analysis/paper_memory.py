@@ -1,8 +1,7 @@
-"""The memory of the paper's Tables 2 and 3 beside the formula: how it moves with the layer and with r.
+"""Peak memory in the paper's Tables 2 and 3 beside the formula, by first fusing layer and by r.
 
-Everything is in units of the same model without fusion, so that only the direction and the share that is saved compare:
-the paper trains with other kernels. Its runs save less than the formula says that fewer tokens can save, and with r = 1
-and 2 they take more memory than without fusion.
+Both are relative to the model without fusion, because the paper trains with other kernels. Its runs save less than the
+formula predicts, and with r = 1 and 2 they need more memory than without fusion.
 """
 
 import functools
@@ -17,19 +16,18 @@ from famba.fusion.options import FusionOptions
 from famba.models.vim import create_model
 from famba.profiling import flops
 
-# Fused as by the public Famba-V code. At this batch nearly all memory is activations, so that its size matters little.
+# As the public Famba-V code fuses. At this batch nearly all memory is activations, so the ratio hardly depends on it.
 _OPTIONS = FusionOptions(order="append", weighting="mean")
 _CLS, _CLASSES, _BATCH = "head", 100, 128
 _DEPTH = 24
 
 
 def beside_formula() -> pd.DataFrame:
-    """Peak memory of a training step as a share of the unfused model's.
+    """Peak memory of a training step relative to no fusion, from the paper (vim_tiny) and by formula (vim_small too).
 
     Returns:
-        One row for each model, table, row of it and source: model, table (2: the first fusing layer varies, and r with
-        it, so that about as many tokens go; 3: r varies), first_layer, r, source (`paper` or `formula`) and
-        memory_share. The paper has these tables for vim_tiny alone; the formula is given for vim_small too.
+        Columns model, table (2: the first fusing layer varies, with r so that about as many tokens go; 3: r varies),
+        first_layer, r, source (`paper` or `formula`) and memory_share.
     """
     published = summary.paper_table()
     unfused = published.loc[(published["table"] == 1) & (published["strategy"] == "none")]
@@ -50,6 +48,6 @@ def beside_formula() -> pd.DataFrame:
 
 @functools.cache
 def _peak(model: str, schedule: Sequence[int]) -> int:
-    with torch.device("meta"):  # its sizes are asked for, not its weights
+    with torch.device("meta"):  # only its sizes are needed
         config = create_model(model, num_classes=_CLASSES, cls_position=_CLS).config
     return flops.analyse(config, schedule, batch=_BATCH, options=_OPTIONS).peak_bytes

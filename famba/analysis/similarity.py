@@ -1,12 +1,14 @@
-"""What measured similarities (`tokens.token_similarity`) say: quantiles by layer, and whether upper layers have more.
+"""Summaries of measured token similarity: quantiles by layer, and whether it rises towards the upper layers.
 
-Whether fusing is cheaper in the upper layers is Famba-V's question (arXiv:2409.09808, section 3.2). Likeness is only
-one side of it: what fusing costs in accuracy is in the comparison of the strategies. Intervals are percentile
-bootstraps over images, of one trained model: they say how much depends on the choice of images, not on the seed.
+Famba-V (arXiv:2409.09808, section 3.2) asks whether fusing is cheaper in the upper layers. Similarity is one side of
+that; the cost in accuracy is in the comparison of the strategies. Intervals are percentile bootstraps over images for
+one trained model: they show the dependence on the choice of images, not on the seed. Frames are those of
+`tokens.similarity_in_runs`.
 """
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,11 +28,7 @@ _RESAMPLES = 2000
 
 
 def quantiles(frame: pd.DataFrame) -> pd.DataFrame:
-    """Five quantiles over images and tokens, one row for each quantity, strategy, weights and layer.
-
-    Args:
-        frame: as from `tokens.similarity_in_runs`.
-    """
+    """Five quantiles over images and tokens, one row for each quantity, strategy, weights and layer."""
     order = {name: place for place, name in enumerate((*QUANTITIES, *STRATEGIES, *WEIGHTS))}
     by = ["quantity", "strategy", "weights", "layer"]
     values = frame.groupby(by)["value"]
@@ -40,18 +38,13 @@ def quantiles(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def rise(frame: pd.DataFrame) -> pd.DataFrame:
-    """How much more alike an image's tokens are in the upper third of the layers than in the lower third, unfused.
-
-    For each image, the median best-match similarity in the upper third less that in the lower third.
-
-    Args:
-        frame: as from `tokens.similarity_in_runs`; `none` must be among its strategies.
+    """Median best-match similarity in the upper third of the layers minus that in the lower third, without fusion.
 
     Returns:
         One row for each image, a column for each of `WEIGHTS`.
 
     Raises:
-        InputError: no unfused run, or fewer than two layers.
+        InputError: no run of `none`, or fewer than two layers.
     """
     unfused = frame.loc[(frame["quantity"] == "similarity") & (frame["strategy"] == BASELINE)]
     if unfused.empty:
@@ -65,7 +58,7 @@ def rise(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def thirds(depth: int) -> tuple[list[int], list[int]]:
-    """The layers of the lower third and of the upper third; without what does not divide by three in between."""
+    """The layers of the lower and the upper third; a remainder is left in the middle."""
     if depth < 2:
         raise InputError(f"depth: {depth}; at least 2 layers needed to compare lower with upper ones")
     each = max(1, depth // 3)
@@ -73,25 +66,21 @@ def thirds(depth: int) -> tuple[list[int], list[int]]:
 
 
 def bootstrap(values: Float[np.ndarray, "n"], confidence: float = 0.95) -> tuple[float, float, float]:
-    """Mean and percentile bootstrap interval of the mean: (mean, low, high); always the same resamples.
+    """Mean with its percentile bootstrap interval: (mean, low, high), always from the same resamples.
 
     Raises:
-        InputError: no values.
+        InputError: fewer than two values.
     """
-    if not len(values):
-        raise InputError("values: none; at least 1 needed")
-    how = {"method": "percentile", "n_resamples": _RESAMPLES, "confidence_level": confidence}
-    low, high = stats.bootstrap((values,), np.mean, rng=np.random.default_rng(0), **how).confidence_interval
+    if len(values) < 2:
+        raise InputError(f"values: {len(values)}; at least 2 needed")
+    options: dict[str, Any] = {"n_resamples": _RESAMPLES, "confidence_level": confidence, "method": "percentile"}
+    low, high = stats.bootstrap((values,), np.mean, **options, rng=0).confidence_interval
     return float(values.mean()), float(low), float(high)
 
 
 def chance_distance(frame: pd.DataFrame) -> float:
-    """Median distance of two different patches of an image, in patches: how far apart chance alone would fuse.
-
-    Args:
-        frame: as from `tokens.similarity_in_runs`; the sizes of an image's tokens add up to its patches, whatever
-        fused.
-    """
+    """Median distance between two different patches of an image, in patches: the distance of random pairs."""
+    # The sizes of an image's tokens sum to its number of patches, fused or not.
     sizes = frame.loc[frame["quantity"] == "size"]
     grid = math.isqrt(round(sizes.groupby(["strategy", "weights", "image"])["value"].sum().max()))
     at = np.stack(np.meshgrid(np.arange(grid), np.arange(grid)), axis=-1).reshape(-1, 2)
@@ -100,10 +89,7 @@ def chance_distance(frame: pd.DataFrame) -> float:
 
 
 def text(frame: pd.DataFrame) -> str:
-    """What the numbers say, made from them alone, as Markdown.
-
-    Args:
-        frame: as from `tokens.similarity_in_runs`.
+    """The findings as Markdown, derived from the numbers alone.
 
     Raises:
         InputError: as in `rise`.
@@ -113,44 +99,48 @@ def text(frame: pd.DataFrame) -> str:
     differences = {weights: rises[weights].to_numpy() for weights in WEIGHTS}
     differences["trained minus untrained"] = differences["trained"] - differences["untrained"]
     intervals = {name: bootstrap(values) for name, values in differences.items()}
-    lines = [
-        _verdict(*intervals["trained"][1:], *intervals["trained minus untrained"][1:]),
-        "",
-        f"Similarity of an unfused token (`{BASELINE}`) with the token most like it, median of the upper third "
-        f"({upper}) minus median of the lower third ({lower}), mean over {len(rises)} images with its 95% "
-        "bootstrap interval:",
-        "",
-        *(f"- {name}: {_interval(*interval)}" for name, interval in intervals.items()),
-        "",
-        f"What fuses, in patches, as medians over the images; two patches at random are {chance_distance(frame):.2f} "
-        "apart:",
-        "",
-        "| strategy | distance of a pair | untrained | largest token at the end | untrained |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    of_images = frame.groupby(["quantity", "strategy", "weights", "image"])["value"]
-    shown = {"distance": of_images.median(), "size": of_images.max()}
-    middle = {quantity: values.groupby(level=[0, 1, 2]).median() for quantity, values in shown.items()}
-    for name in [name for name in STRATEGIES if ("distance", name, WEIGHTS[0]) in middle["distance"]]:
-        cells = [f"{middle[key][key, name, weights]:.2f}" for key in shown for weights in WEIGHTS]
-        lines.append(f"| {' | '.join([name, *cells])} |")
-    return "\n".join(lines) + "\n"
+    of_images: Any = frame.groupby(["quantity", "strategy", "weights", "image"])["value"]
+    shown = {
+        "distance of a pair": of_images.median().xs("distance"),
+        "largest final token": of_images.max().xs("size"),
+    }
+    columns = {
+        f"{name}, {weights}": values.xs(weights, level="weights").groupby("strategy").median()
+        for name, values in shown.items()
+        for weights in WEIGHTS
+    }
+    table = pd.DataFrame(columns).dropna().reindex([name for name in STRATEGIES if name != BASELINE]).dropna()
+    return "\n".join(
+        [
+            _verdict(*intervals["trained"][1:], *intervals["trained minus untrained"][1:]),
+            "",
+            f"Similarity of an unfused token (`{BASELINE}`) with its most similar token: median of the upper third "
+            f"({upper}) minus median of the lower third ({lower}), mean over {len(rises)} images with its 95% "
+            "bootstrap interval:",
+            "",
+            *(f"- {name}: {_interval(*interval)}" for name, interval in intervals.items()),
+            "",
+            f"What fuses, in patches, medians over the images; random patches are {chance_distance(frame):.2f} apart:",
+            "",
+            table.to_markdown(floatfmt=".2f"),
+            "",
+        ]
+    )
 
 
 def write(frame: pd.DataFrame, folder: str | Path, *, seed: int, profile: str) -> pd.DataFrame:
-    """Write similarity.csv (quantiles) and similarity.md (what they say); return the quantiles.
+    """Write similarity.csv (quantiles) and similarity.md (`text`); return the quantiles.
 
     Args:
-        frame: as from `tokens.similarity_in_runs`.
         folder: if relative, from the repository root.
-        seed, profile: of the runs that it was made from.
+        seed, profile: of the runs.
     """
     table, folder = quantiles(frame), config.root() / folder
     rounded = table.round(dict.fromkeys(QUANTILES, 4))
     write_atomic(folder / "similarity.csv", rounded.to_csv(index=False, lineterminator="\n").encode())
     setting = (
-        f"Profile `{profile}`, each strategy's run with seed {seed}; untrained is that seed's initialisation. The "
-        "intervals are over images, for one trained model: another seed may differ by more."
+        f"Profile `{profile}`, runs with seed {seed}; untrained is the initialisation of that seed. The intervals are "
+        "over images for one trained model: another seed may differ by more."
     )
     write_atomic(folder / "similarity.md", f"{text(frame)}\n{setting}\n".encode())
     return table
@@ -161,14 +151,12 @@ def _interval(mean: float, low: float, high: float) -> str:
 
 
 def _verdict(low: float, high: float, gain_low: float, gain_high: float) -> str:
-    """Plain words for two intervals: of the upper layers' lead after training, and of what training added to it."""
+    """A sentence on two intervals: of the rise after training, and of its change by training."""
     if low > 0:
-        lead = "more alike in the upper layers than in the lower ones: as far as likeness goes, that speaks for"
+        finding = "more similar in the upper layers than in the lower ones, which supports"
     elif high < 0:
-        lead = "less alike in the upper layers than in the lower ones: as far as likeness goes, that speaks against"
+        finding = "less similar in the upper layers than in the lower ones, which speaks against"
     else:
-        lead = "about as alike in the upper layers as in the lower ones: likeness says nothing for or against"
-    moved = (
-        "towards the upper layers" if gain_low > 0 else "towards the lower layers" if gain_high < 0 else "to neither"
-    )
-    return f"After training, unfused tokens are {lead} fusing in the upper ones. Training moved likeness {moved}."
+        finding = "about as similar in the upper layers as in the lower ones, which is no argument for or against"
+    change = "raised" if gain_low > 0 else "lowered" if gain_high < 0 else "did not change"
+    return f"After training, unfused tokens are {finding} fusing in the upper ones. Training {change} this difference."

@@ -1,7 +1,6 @@
-"""What a trained model does to its tokens, as arrays for the figures: which patches fuse, and how alike tokens are.
+"""The tokens of a trained model as arrays for figures: which patches fuse, and how similar tokens are.
 
-Axes: b images, t tokens at a layer, h and w pixels. Weights are only read: to watch the same images under another
-schedule makes another `Watched`.
+Axes: b images, t tokens at a layer, h and w pixels. Weights are only read: another schedule gives another `Traced`.
 """
 
 import copy
@@ -29,20 +28,20 @@ from famba.storage import runs
 from famba.training import fit
 
 _BATCH = 50  # images: a trace holds every layer's tokens
-_SHOWN_PX = 224  # images of one's own are kept at about this size beside what the model sees of them
+_SHOWN_PX = 224  # a user's images are drawn at about this size
 
 
 @dataclass(frozen=True, eq=False)
-class Watched:
-    """A model of a finished run, some images, and what happened to them on their way through it.
+class Traced:
+    """A model of a finished run, some images, and the trace of their way through it.
 
     Attributes:
         strategy: that the model was trained with.
-        images: as they are, not normalised, `scale` times as large as the model takes them.
-        labels: the class names of the images, or the names of one's own files.
-        predicted: the class names that the model gives them.
-        inputs: what the model saw.
-        classes: a prediction is an index into these names.
+        images: not normalised, `scale` times as large as the model's input.
+        labels: class names, or names of a user's files.
+        predicted: class names.
+        inputs: of the model.
+        classes: names by index of a prediction.
     """
 
     model: VisionMamba
@@ -57,74 +56,70 @@ class Watched:
 
     @property
     def patches(self) -> dict[str, Any]:
-        """Where the patches of `images` are, as the pictures take it: patch_size and stride in pixels, cls_index."""
+        """Fields of `plots.Patches`, in pixels of `images`."""
         sizes = {key: self.scale * self.model.config[key] for key in ("patch_size", "stride")}
         return sizes | {"cls_index": self.model.cls_index}
 
 
-def watch(run_dir: str | Path, *, count: int) -> Watched:
-    """Send the first test image of each of the first `count` classes through the model of a finished run.
+def trace_run(run_dir: str | Path, *, count: int) -> Traced:
+    """Trace the first test image of each of the first `count` classes through the model of a finished run.
 
     Args:
-        run_dir: if relative, from the repository root. The images are of the data set that it was trained on.
+        run_dir: if relative, from the repository root. The images are of its data set.
         count: images; a data set with fewer classes gives fewer.
 
     Raises:
-        InputError: a run that is missing or spoilt; data that cannot be read.
+        InputError: a missing or damaged run; data that cannot be read.
     """
     run = runs.read(run_dir)
-    model, described = saved.load_model(config.root() / run_dir / runs.MODEL_FILE)
     dataset = data.load(DataParams(**run.params["data"]), seed=run.seed)
     chosen = [int((dataset.test.labels == label).nonzero()[0]) for label in range(len(dataset.classes))][:count]
     images = dataset.test.images[chosen]
     labels = [dataset.classes[label] for label in dataset.test.labels[chosen].tolist()]
-    return _watched(model, described, images, images, labels)
+    return _traced(*saved.load_model(config.root() / run_dir / runs.MODEL_FILE), images, images, labels)
 
 
-def watch_images(run_dir: str | Path, sources: Sequence[str | Path | np.ndarray]) -> Watched:
-    """Send images of one's own, of any size, through the model of a finished run.
+def trace_images(run_dir: str | Path, sources: Sequence[str | Path | np.ndarray]) -> Traced:
+    """Trace a user's images, of any size, through the model of a finished run.
 
-    Each is resized and cropped at the centre to what the model takes; it is shown larger, as the same square.
+    Each is resized and cropped at the centre to the model's size; the same square is kept larger for drawing.
 
     Args:
         run_dir: if relative, from the repository root.
         sources: files, or arrays, as in `data.read_image`.
 
     Raises:
-        InputError: no images, or one that cannot be read; a run that is missing or spoilt.
+        InputError: no images, or one that cannot be read; a missing or damaged run.
     """
     if not sources:
         raise InputError("sources: no images; at least 1 needed")
     runs.read(run_dir)
     model, described = saved.load_model(config.root() / run_dir / runs.MODEL_FILE)
     scale = max(1, _SHOWN_PX // model.img_size)
-    seen, shown = (
+    small, large = (
         torch.stack([data.read_image(source, size) for source in sources])
         for size in (model.img_size, scale * model.img_size)
     )
-    labels = [
-        f"image {number}" if isinstance(source, np.ndarray) else Path(source).name
-        for number, source in enumerate(sources, start=1)
-    ]
-    return _watched(model, described, seen, shown, labels, scale)
+    labels = [f"image {i}" if isinstance(x, np.ndarray) else Path(x).name for i, x in enumerate(sources, start=1)]
+    return _traced(model, described, small, large, labels, scale)
 
 
 @torch.no_grad()
-def under(seen: Watched, schedule: Sequence[int]) -> Watched:
-    """The same images through the same weights, fusing by another schedule.
+def with_schedule(traced: Traced, schedule: Sequence[int]) -> Traced:
+    """The same images through the same weights with another schedule.
 
     Raises:
         InputError: a schedule that does not fit the model.
     """
-    model = copy.copy(seen.model)  # shares the weights, not the schedule
-    model.set_fusion(schedule, seen.model.options)
-    logits, trace = model.forward_with_trace(seen.inputs)
-    predicted = [seen.classes[label] for label in logits.argmax(-1).tolist()]
-    return dataclasses.replace(seen, model=model, trace=trace, predicted=predicted)
+    model = copy.copy(traced.model)  # shares the weights, not the schedule
+    model.set_fusion(schedule, traced.model.options)
+    logits, trace = model.forward_with_trace(traced.inputs)
+    predicted = [traced.classes[label] for label in logits.argmax(-1).tolist()]
+    return dataclasses.replace(traced, model=model, trace=trace, predicted=predicted)
 
 
 def largest_r(model: VisionMamba, strategy: str) -> int:
-    """The most tokens that each fusing layer of a strategy can remove from this model's sequence; 0 for `none`."""
+    """The largest r of a strategy for this model; 0 for `none`."""
     if not strategies.fused_layers(strategy, depth=model.depth):
         return 0
     trial, r = copy.copy(model), 0
@@ -137,46 +132,37 @@ def largest_r(model: VisionMamba, strategy: str) -> int:
 
 
 def groups(trace: Trace) -> list[Int[np.ndarray, "b _"]]:
-    """For each layer, the token that each input token has ended in."""
+    """For each layer, the token that each input token has become part of."""
     return [layer.numpy(force=True) for layer in trace.groups]
 
 
 def similarities(trace: Trace, image: int = 0) -> list[Float[np.ndarray, "_ _"]]:
-    """For each layer, the cosine similarity of each normed token of one image with every other, before it fuses."""
+    """For each layer, the cosine similarity of all pairs of normed tokens of one image, before fusing."""
     return [summary.cosine_similarity(layer[image].double().numpy(force=True)) for layer in trace.normed]
 
 
 @torch.no_grad()
-def _watched(
-    model: VisionMamba, described: dict[str, Any], seen: Tensor, shown: Tensor, labels: list[str], scale: int = 1
-) -> Watched:
-    inputs = data.normalise(seen, described["mean"], described["std"])
+def _traced(
+    model: VisionMamba, described: dict[str, Any], images: Tensor, shown: Tensor, labels: list[str], scale: int = 1
+) -> Traced:
+    inputs, classes = data.normalise(images, described["mean"], described["std"]), tuple(described["classes"])
     logits, trace = model.eval().forward_with_trace(inputs)
-    return Watched(
-        model=model,
-        strategy=described["strategy"],
-        images=shown.permute(0, 2, 3, 1).numpy(),
-        labels=labels,
-        predicted=[described["classes"][label] for label in logits.argmax(-1).tolist()],
-        trace=trace,
-        inputs=inputs,
-        classes=tuple(described["classes"]),
-        scale=scale,
-    )
+    predicted = [classes[label] for label in logits.argmax(-1).tolist()]
+    pixels = shown.permute(0, 2, 3, 1).numpy()
+    return Traced(model, described["strategy"], pixels, labels, predicted, trace, inputs, classes, scale)
 
 
 @torch.no_grad()
 def token_similarity(model: VisionMamba, images: Float[Tensor, "n 3 h w"]) -> pd.DataFrame:
-    """How alike the tokens are at each layer, and what fuses there: one row for each thing that was measured.
+    """How similar the tokens are at each layer, and which fuse there: one row per value, class token excluded.
 
-    The class token is left out everywhere. Quantities:
-        similarity: of each token as it enters a layer, normed, the cosine similarity with the token most like it.
-        distance: of each pair that a layer fuses, between the centres of the patches they stand for, in patches
-            (steps of the patch grid).
-        size: of each token at the end, the patches that it stands for.
+    Quantities:
+        similarity: of each normed token that enters a layer, the cosine similarity with its most similar token.
+        distance: of each fused pair, between the centres of their patches, in steps of the patch grid.
+        size: of each token after the last layer, in patches.
 
     Returns:
-        Columns quantity, image (counted from 0), layer (counted from 1; of a size the last) and value.
+        Columns quantity, image (from 0), layer (from 1; the last for a size) and value.
     """
     found: list[pd.DataFrame] = []
     for start in range(0, len(images), _BATCH):
@@ -196,16 +182,16 @@ def token_similarity(model: VisionMamba, images: Float[Tensor, "n 3 h w"]) -> pd
 
 
 def similarity_in_runs(run_dirs: Sequence[Path], *, images: int) -> pd.DataFrame:
-    """`token_similarity` of finished runs, and of the same architectures with the initial weights of each run's seed.
+    """`token_similarity` of finished runs, and of the initial weights of their seeds.
 
     Args:
-        images: the first so many of the test split.
+        images: number of images, from the start of the test split.
 
     Returns:
         The columns of `token_similarity`, and strategy and weights (trained, untrained).
 
     Raises:
-        InputError: a run that is not there, more images than the test split has.
+        InputError: a run that does not exist, more images than the test split has.
     """
     frames = []
     for folder in run_dirs:
@@ -229,7 +215,7 @@ def _rows(quantity: str, start: int, layer: int, values: Float[Tensor, "b m"]) -
 
 
 def _best_matches(normed: Float[Tensor, "b t d"], cls_index: Int[Tensor, "b"] | None) -> Float[Tensor, "b _"]:
-    """Each token's similarity with the other that is most like it; a token of zero length is like none (0)."""
+    """Each token's similarity with its most similar token; 0 for a token of zero length."""
     tokens = normed.double()
     if cls_index is not None:
         kept = _without(torch.arange(tokens.shape[1]).expand(len(tokens), -1), cls_index)
@@ -237,7 +223,7 @@ def _best_matches(normed: Float[Tensor, "b t d"], cls_index: Int[Tensor, "b"] | 
     unit = functional.normalize(tokens, dim=-1)
     similarity = unit @ unit.mT
     similarity.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
-    return similarity.amax(-1).clamp(-1, 1)  # rounding alone leads outside
+    return similarity.amax(-1).clamp(-1, 1)  # outside by rounding only
 
 
 def _without(values: Tensor, position: Int[Tensor, "b"] | None) -> Tensor:
@@ -250,12 +236,12 @@ def _without(values: Tensor, position: Int[Tensor, "b"] | None) -> Tensor:
 
 
 def _cls_in(place: Int[Tensor, "b tokens"], model: VisionMamba) -> Int[Tensor, "b"] | None:
-    """Where the class token stands now, from where each input token stands."""
+    """The class token's position, from the position of each input token."""
     return None if model.cls_index is None else place[:, model.cls_index]
 
 
 def _grid_positions(model: VisionMamba) -> Float[Tensor, "tokens 2"]:
-    """Row and column of each input token's patch; of the class token, which is none and never fuses, nothing (NaN)."""
+    """Row and column of each input token's patch; NaN for the class token, which never fuses."""
     at = torch.cartesian_prod(torch.arange(model.grid), torch.arange(model.grid)).double().view(-1, 2)
     if model.cls_index is None:
         return at
@@ -264,7 +250,7 @@ def _grid_positions(model: VisionMamba) -> Float[Tensor, "tokens 2"]:
 
 
 def _centres(positions: Float[Tensor, "b tokens 2"], place: Int[Tensor, "b tokens"], t: int) -> Float[Tensor, "b t 2"]:
-    """The centre of the patches that each of the t tokens stands for."""
+    """The centre of the patches of each of the t tokens."""
     b = len(positions)
     into = place[..., None].expand(-1, -1, 2)
     total = torch.zeros(b, t, 2, dtype=positions.dtype).scatter_add(1, into, positions)

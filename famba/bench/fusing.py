@@ -1,4 +1,4 @@
-"""What fusing costs: of one layer's time, and of a whole step's beyond what the token counts alone promise."""
+"""What fusing costs: relative to one layer, and in a whole step beyond what the token counts alone predict."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from famba.bench.model import Training
-from famba.bench.setting import Setting
+from famba.bench.model import Setting, Training
 from famba.bench.timing import ratio
 from famba.errors import InputError
 from famba.fusion import merge
@@ -16,10 +15,9 @@ from famba.kernels import precision
 
 
 def bench_layer(setting: Setting) -> list[dict[str, Any]]:
-    """Matching, planning and fusing normed tokens and residual in one layer, and that layer without it.
+    """Matching, planning and merging of normed tokens and residual, forward and backward, at full length.
 
-    Forward and backward at the model's full length; `layer` is the time in units of the layer's. One row for each
-    step of fusing and each number of tokens that a strategy removes.
+    One row for each step of fusing and each r of a strategy; `layer` is relative to the layer without fusion.
     """
     training = Training(setting)
     block, t = training.model.layers[0], training.model.tokens
@@ -43,8 +41,7 @@ def bench_layer(setting: Setting) -> list[dict[str, Any]]:
             return match_tokens(hidden, r, protected=() if cls_index is None else cls_index)
 
         def apply(plan: merge.Plan) -> None:
-            fused = merge.apply_both(plan, hidden, residual)
-            torch.autograd.grad(fused, inputs, to_fused)
+            torch.autograd.grad(merge.apply_both(plan, hidden, residual), inputs, to_fused)
 
         def whole() -> None:
             plan = merge.plan(match(), size)
@@ -59,7 +56,7 @@ def bench_layer(setting: Setting) -> list[dict[str, Any]]:
             f"match, r = {r}": match,
             f"plan, r = {r}": lambda: merge.plan(matching, size),
             f"apply, r = {r}": lambda: apply(plan),
-            f"all of it, r = {r}": whole,
+            f"all steps, r = {r}": whole,
         }
 
     calls: dict[str, Callable[[], object]] = {"layer": layer}
@@ -70,63 +67,50 @@ def bench_layer(setting: Setting) -> list[dict[str, Any]]:
 
 
 def bench_schedules(setting: Setting) -> dict[str, list[dict[str, Any]]]:
-    """Training steps with tokens fused, in turn with steps that fuse nothing at several image sizes.
+    """Training steps with fusion, in turn with steps without fusion at several image sizes.
 
     Returns:
-        three tables. `lengths`: a step's time by its number of tokens, nothing fused. `schedules`: for each strategy
-        the step's time, and in units of what `predicted_ms` says of its token counts. `uniform`: where all layers
-        remove the same few tokens, the step's time in units of the unfused one's.
+        three tables. `lengths`: time by number of tokens, without fusion. `schedules`: time of each strategy, relative
+        to the prediction of `predicted_ms` and to the step without fusion. `uniform`: the same number of tokens removed
+        by each layer, relative to the step without fusion.
     """
-    lengths = [Training(setting, img_size=size) for size in sorted(setting.img_sizes, reverse=True)]
-    full = lengths[0]
+    lengths = {x.model.tokens: x for x in (Training(setting, img_size=size) for size in setting.img_sizes)}
+    full = lengths[max(lengths)]
     schedules = setting.schedules(full.model.depth)
-    uniform = {r: [r] * full.model.depth for r in setting.uniform}
-
-    calls: dict[str, Callable[[], object]] = {f"{x.model.tokens} tokens": x.step for x in lengths}
-    for name, schedule in [*schedules.items(), *((f"r = {r}", x) for r, x in uniform.items())]:
+    uniform = {f"r = {r}": [r] * full.model.depth for r in setting.uniform}
+    calls: dict[str, Callable[[], object]] = {str(t): x.step for t, x in lengths.items()}
+    for name, schedule in (schedules | uniform).items():
         calls[name] = lambda schedule=schedule: full.step(schedule)
     found = setting.times(calls, rounds=setting.rounds)
 
-    unfused = {x.model.tokens: found[f"{x.model.tokens} tokens"] for x in lengths}
+    def of_unfused(name: str) -> dict[str, Any]:
+        return {**found[name], **ratio(found[name], found[str(max(lengths))], "of_unfused")}
+
     rows = []
     for name, schedule in schedules.items():
         full.model.set_fusion(schedule, full.model.options)
         counts = full.model.token_counts[1:]
-        predicted = {key: predicted_ms(counts, {t: x[key] for t, x in unfused.items()}) for key in _TIMES}
-        rows.append(
-            {
-                "strategy": name,
-                "r": setting.removed[name],
-                "mean_tokens": float(np.mean(counts)),
-                **found[name],
-                "predicted_median_ms": predicted["median_ms"],
-                "predicted_least_ms": predicted["least_ms"],
-                **ratio(found[name], predicted, "of_predicted"),
-                **ratio(found[name], unfused[full.model.tokens], "of_unfused"),
-            }
-        )
+        predicted = {
+            key: predicted_ms(counts, {t: found[str(t)][key] for t in lengths}) for key in ("median_ms", "least_ms")
+        }
+        row = {"strategy": name, "r": setting.removed[name], "mean_tokens": float(np.mean(counts))}
+        row |= {f"predicted_{key}": x for key, x in predicted.items()}
+        rows.append(row | of_unfused(name) | ratio(found[name], predicted, "of_predicted"))
     return {
-        "lengths": [{"tokens": t, **x} for t, x in unfused.items()],
+        "lengths": [{"tokens": t, **found[str(t)]} for t in sorted(lengths, reverse=True)],
         "schedules": rows,
-        "uniform": [
-            {"r": r, **found[f"r = {r}"], **ratio(found[f"r = {r}"], unfused[full.model.tokens], "of_unfused")}
-            for r in uniform
-        ],
+        "uniform": [{"r": r, **of_unfused(f"r = {r}")} for r in setting.uniform],
     }
 
 
-_TIMES = ("median_ms", "least_ms")
-
-
 def predicted_ms(counts: Sequence[int], unfused_ms: Mapping[int, float]) -> float:
-    """The time of a step that mixes so many tokens in each layer, from that of steps that fuse nothing.
+    """Time of a step with these token counts by layer, from the times of steps without fusion by length.
 
-    Each layer costs its share, one in depth, of a step that has its number of tokens throughout: between two measured
-    lengths on a straight line. What does not depend on the length, the optimiser above all, is so counted once; the
-    embedding of all patches a little less than once.
+    Each layer costs 1 / depth of a step of its length, interpolated between the two nearest measured lengths. What does
+    not depend on the length, mostly the optimiser, is thus counted once; the patch embedding slightly less.
 
     Raises:
-        InputError: a length outside those that were measured.
+        InputError: a length outside the measured ones.
     """
     lengths = sorted(unfused_ms)
     for t in counts:
@@ -136,5 +120,5 @@ def predicted_ms(counts: Sequence[int], unfused_ms: Mapping[int, float]) -> floa
 
 
 def break_even(uniform: Sequence[Mapping[str, Any]]) -> int | None:
-    """The fewest tokens, removed by every layer, with which a step is faster than without; None if none is."""
+    """The smallest r per layer with which a step is faster than without fusion; None if there is none."""
     return min((row["r"] for row in uniform if row["of_unfused"] < 1), default=None)

@@ -1,274 +1,214 @@
-"""What famba makes of a GPU: beside the bandwidth of its memory, mamba-ssm, the mixer as published, and torch.
+"""The benchmark of a GPU: its memory's bandwidth, mamba-ssm, the mixer as published, and torch.
 
-`python -m famba bench --gpu`; `python -m famba gpu-check` measures training steps and fusion by it, too. Contestants
-take turns in one process; times are medians over rounds, and with `_least` the least of them; warm-up is dropped and
-the device waited for. A contestant that cannot run, or takes too much memory or time, is named with its reason in
-`left_out`, and the others go on. After each part the result so far is written.
-
-The unit is a copy in the device's memory, bytes read and written per second. A scan's `of_roofline` is its time in
-units of what its bytes take at that rate.
+`python -m famba bench --gpu`; `python -m famba gpu-check` measures training steps and fusion with it. A contestant that
+cannot run, or takes too much memory or time, is listed with its reason, and the others continue. The unit is a copy in
+the device's memory, bytes read and written per second: `of_roofline` is a scan's time relative to that of its bytes.
 """
 
 import contextlib
 import dataclasses
+import importlib
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
 
-from famba import config
+from famba.bench import model
 from famba.bench.fusing import bench_layer, bench_schedules
-from famba.bench.model import Training, able
-from famba.bench.published import as_published, with_norms_of
+from famba.bench.model import Setting, Training, available
 from famba.bench.scan import both_call, scan_call
-from famba.bench.setting import FULL, QUICK, Setting
-from famba.bench.table import table
 from famba.bench.timing import ratio
 from famba.errors import InputError
-from famba.kernels import precision
+from famba.kernels.ops import causal_conv1d_silu
+from famba.kernels.scan import selective_scan
 from famba.kernels.triton.scan import scan_bytes
-from famba.profiling import environment, memory
-from famba.storage.files import json_bytes, write_atomic
+from famba.models.mixer import BidirectionalMixer
+from famba.models.vim import VisionMamba
+from famba.profiling import memory
 from famba.training.cuda_graph import captured
 
-PATH = "results/benchmark_gpu.json"
-TABLES = {
-    "copy": "A copy in the device's memory, GB read and written per second",
-    "scan": "Selective scan, forward and backward, in units of the first contestant and of its bytes at a copy's rate",
-    "steps": "A training step, time and memory in units of the first contestant",
-    "layer": "Fusing in one layer, forward and backward, in units of that layer",
+FUSION_TITLES = {
+    "layer": "Fusing in one layer, forward and backward, relative to that layer",
     "lengths": "A training step without fusion, by tokens",
-    "schedules": "A training step with fusion, in units of what its token counts predict and of the unfused step",
-    "uniform": "A training step in which every layer removes r tokens, in units of the unfused one",
-    "graphs": "A training step of a small model: as Python calls it, captured as one CUDA graph, compiled",
+    "schedules": "A training step with fusion, relative to the prediction of its token counts and to no fusion",
+    "uniform": "A training step in which every layer removes r tokens, relative to no fusion",
+}
+TITLES = {
+    "copy": "A copy in the device's memory, GB read and written per second",
+    "scan": "Selective scan, forward and backward, relative to the first contestant and to a copy of its bytes",
+    "steps": "A training step, time and memory relative to the first contestant",
+    **FUSION_TITLES,
+    "graphs": "A training step of a small model: called from Python, captured as one CUDA graph, compiled",
 }
 # Of the scan's backends the fastest first, by the type of the device.
 _BACKENDS = {"cuda": ("triton", "mamba_ssm"), "cpu": ("native",)}
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _MIB = 2**20
 _T = TypeVar("_T")
+Left = list[dict[str, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class GpuSetting(Setting):
-    """A benchmark of a GPU.
+    """The sizes of a benchmark of a GPU.
 
     Attributes:
         models: whose training steps are compared.
-        small, small_batch, small_img_size: the model that is so small that Python's calls take longer than its work.
-        copy_mib: what is copied.
-        compile_s: seconds after which a compiler is given up.
+        small: model, batch and pixels of a step so short that Python's calls take longer than the device's work.
+        copy_mib: size of the copy.
+        compile_s: time limit of torch.compile, seconds; 0 leaves it out.
     """
 
     models: tuple[str, ...]
-    small: str
-    small_batch: int
-    small_img_size: int
+    small: tuple[str, int, int]
     copy_mib: int
     compile_s: float
 
 
-_FULL = GpuSetting(
-    **{field.name: getattr(FULL, field.name) for field in dataclasses.fields(FULL)}
-    | {"scans": ((128, 384, 197, 16),), "batch": 128, "precision": "bf16", "device": "cuda", "turn_s": 0.1},
-    models=("vim_tiny", "vim_small"),
-    small="vim_micro",
-    small_batch=64,
-    small_img_size=32,
-    copy_mib=1024,
-    compile_s=120.0,
-)
-_QUICK = GpuSetting(
-    **{field.name: getattr(QUICK, field.name) for field in dataclasses.fields(QUICK)}
-    | {"precision": "bf16", "device": "cuda", "slow_s": 30.0},
-    models=("vim_nano",),
-    small="vim_nano",
-    small_batch=4,
-    small_img_size=8,
-    copy_mib=1,
-    compile_s=0.0,
-)
-Left = list[dict[str, str]]
-_PARTS: dict[str, Callable[[GpuSetting, Left], dict[str, list[dict[str, Any]]]]] = {
-    "scan": lambda s, left: bench_scans(s, left),
-    "steps": lambda s, left: {"steps": bench_steps(s, left)},
-    "fusion": lambda s, left: bench_fusion(s, left),
-    "graphs": lambda s, left: {"graphs": bench_graphs(s, left)},
-}
-PARTS = tuple(_PARTS)
+def _setting(base: Setting, **changes: Any) -> GpuSetting:
+    fields: dict[str, Any] = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+    fields |= {"device": "cuda", "precision": "bf16"} | changes
+    return GpuSetting(**fields)
 
 
-def run(
-    parts: Sequence[str] = PARTS, *, quick: bool = False, device: str = "cuda", path: Path | None = None
-) -> dict[str, Any]:
-    """Measure; the whole of it takes minutes, and is worth something only on a device that does nothing else.
+FULL = _setting(
+    model.FULL, scans=((128, 384, 197, 16),), batch=128, turn_s=0.1, models=("vim_tiny", "vim_small"),
+    small=("vim_micro", 64, 32), copy_mib=1024, compile_s=120.0,
+)  # fmt: skip
+QUICK = _setting(
+    model.QUICK, slow_s=30.0, models=("vim_nano",), small=("vim_nano", 4, 8), copy_mib=1, compile_s=0.0
+)  # fmt: skip
 
-    Args:
-        parts: some of `PARTS`.
-        quick: sizes that take seconds, to see that it works; their numbers mean nothing.
-        device: cuda, cuda:N, or cpu, which only a quick benchmark takes.
-        path: where the result is written after each part.
+
+def check_device(device: str, quick: bool) -> None:
+    """Refuse a device that does not exist, or a full benchmark on a CPU.
 
     Raises:
-        InputError: an unknown part or device, or one that is not here.
+        InputError: naming the device.
     """
-    for part in parts or ["none"]:
-        if part not in PARTS:
-            raise InputError(f"part: {part!r} is unknown; allowed: {', '.join(PARTS)}")
-    _check_device(device, quick)
-    setting = dataclasses.replace(_QUICK if quick else _FULL, device=device)
-    precision.configure()
-    if torch.device(device).type == "cuda":
-        torch.cuda.set_device(device)
-    chosen = "" if set(parts) == set(PARTS) else "".join(f" {part}" for part in PARTS if part in parts)
-    options = f"{' --quick' if quick else ''}{'' if device == 'cuda' else f' --device {device}'}"
-    result: dict[str, Any] = {
-        "setting": dataclasses.asdict(setting),
-        "command": f"python -m famba bench --gpu{chosen}{options}",
-        "left_out": [],
-        **environment.environment(device),
-    }
-    for part in PARTS:
-        if part in parts:
-            result |= _PARTS[part](setting, result["left_out"])
-            if path is not None:
-                write_atomic(path, json_bytes(result))
-    return result
-
-
-def text(result: Mapping[str, Any]) -> str:
-    """A result to be read in a terminal."""
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    lines = [f"{result['device']}, {result['instruction_set']}; {versions}"]
-    for name in TABLES:
-        if name in result:
-            lines += ["", TABLES[name], table(result[name])]
-    lines += ["", *(f"left out: {row['what']}: {row['reason']}" for row in result["left_out"])]
-    return "\n".join(lines).rstrip()
-
-
-def one_scan_bytes(b: int, e: int, t: int, n: int, dtype: torch.dtype) -> int:
-    """What forward and backward of a gated scan in one direction must read and write at least, each once.
-
-    Forward reads u, delta, z, B and C and writes the output; backward reads those five and the output's gradient, and
-    writes the gradients of the five. A, D and the bias, and the states that a kernel may keep, are not counted.
-    """
-    wide, narrow = b * e * t * dtype.itemsize, b * n * t * dtype.itemsize
-    return (4 + 7) * wide + (2 + 4) * narrow
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = ""
+    if kind not in _BACKENDS:
+        raise InputError(f"device: {device!r} is not one of cuda, cuda:N, cpu")
+    if kind == "cpu" and not quick:
+        raise InputError("device: 'cpu' takes only a quick benchmark of a GPU; add --quick, or leave out --gpu")
+    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device: {device!r}; torch sees {torch.cuda.device_count()} CUDA devices here; to try it without: "
+            "--quick --device cpu"
+        )
 
 
 def bench_scans(setting: GpuSetting, left: Left) -> dict[str, list[dict[str, Any]]]:
-    """The unit, and one row for each shape, precision, number of directions and backend.
+    """The copy, and one row for each shape, precision, number of directions and backend.
 
-    `median_ms` is a scan called from Python, `device_ms` the same replayed from a CUDA graph: what the device alone
-    takes. `both, gated` is what a mixer asks for, from steps yet to be projected, as it lies there; its bytes are those
-    of `famba.kernels.triton.scan`. Of `one` direction, which is what mamba-ssm's function does, the inputs lie as the
-    contestant wants them: mamba-ssm's with tokens innermost, the others' with channels.
+    `median_ms` is a scan called from Python, `device_ms` the same replayed from a CUDA graph: the device's time alone.
+    `both, gated` is a mixer's scan, from unprojected steps, in the model's layout; its bytes are `scan_bytes`. `one` is
+    a single direction, as mamba-ssm's function computes it, in the layout that suits the contestant.
     """
-    copy = _copy(setting)
+    x = torch.zeros(setting.copy_mib * _MIB, dtype=torch.uint8, device=setting.device)
+    y = torch.ones_like(x)
+    copy = setting.times({"copy": lambda: y.copy_(x)}, rounds=3 * setting.rounds)["copy"]
+    gb_per_s = 2 * x.numel() / copy["median_ms"] / 1e6
     rows = [
         row
         for shape in setting.scans
         for precision in _DTYPES
         for both in (True, False)
-        for row in _scans(setting, left, shape, precision, both, copy["gb_per_s"])
+        for row in _scans(setting, left, shape, precision, both, gb_per_s)
     ]
-    return {"copy": [copy], "scan": rows}
+    return {"copy": [{"mib": setting.copy_mib, **copy, "gb_per_s": gb_per_s}], "scan": rows}
 
 
-def bench_steps(setting: GpuSetting, left: Left) -> list[dict[str, Any]]:
-    """One row for each model and contestant: time, images per second and peak memory of a training step.
+def one_scan_bytes(b: int, e: int, t: int, n: int, dtype: torch.dtype) -> int:
+    """The least bytes that forward and backward of a gated scan in one direction read and write.
 
-    `published` is the mixer as published, with the kernels of the backend that it names; `fused` is mamba-ssm's
-    function for a whole direction. The norms are the fastest backend's in all rows but torch's, because mamba-ssm has
-    one too. `times` and `memory` are in units of the model's first row.
+    Forward reads u, delta, z, B, C and writes y; backward reads those five and y's gradient and writes five gradients.
+    A, D, the bias and stored states are not counted.
     """
-    return [row for name in setting.models for row in _steps(dataclasses.replace(setting, model=name), left)]
-
-
-def bench_fusion(setting: GpuSetting, left: Left) -> dict[str, list[dict[str, Any]]]:
-    """What fusing costs in one layer and in a whole step: `famba.bench.fusing`'s tables."""
-    makes = {"layer": lambda: {"layer": bench_layer(setting)}, "schedules": lambda: bench_schedules(setting)}
-    return {name: rows for tables in _tried(makes, left, "fusion, ").values() for name, rows in tables.items()}
-
-
-def bench_graphs(setting: GpuSetting, left: Left) -> list[dict[str, Any]]:
-    """Training steps of a small model: as called from Python, captured as one graph, compiled; plain and fused."""
-    at = dataclasses.replace(
-        setting, model=setting.small, batch=setting.small_batch, img_sizes=(setting.small_img_size,)
-    )
-    depth = at.create().depth
-    schedules = {"": None, ", fused in all layers": [4] * depth}
-    makes: dict[str, Callable[[], Callable[[], object]]] = {}
-    for what, schedule in schedules.items():
-        makes[f"called{what}"] = lambda schedule=schedule: _small_step(at, schedule)
-        makes[f"captured{what}"] = lambda schedule=schedule: captured(_small_step(at, schedule), at.device)
-    makes["compiled"] = lambda: _compiled_step(at)
-    found = at.times(_tried(makes, left, f"{setting.small}, "), rounds=3 * setting.rounds)
-    first = next(iter(found.values()), {})
-    return [{"what": what, **row, **ratio(row, first, "times")} for what, row in found.items()]
-
-
-def _copy(setting: GpuSetting) -> dict[str, Any]:
-    x = torch.zeros(setting.copy_mib * _MIB, dtype=torch.uint8, device=setting.device)
-    y = torch.ones_like(x)
-    row = setting.times({"copy": lambda: y.copy_(x)}, rounds=3 * setting.rounds)["copy"]
-    moved = 2 * x.numel()
-    return {"mib": setting.copy_mib, **row, "gb_per_s": moved / row["median_ms"] / 1e6}
+    wide, narrow = b * e * t * dtype.itemsize, b * n * t * dtype.itemsize
+    return (4 + 7) * wide + (2 + 4) * narrow
 
 
 def _scans(
     setting: GpuSetting, left: Left, shape: tuple[int, int, int, int], precision: str, both: bool, gb_per_s: float
 ) -> list[dict[str, Any]]:
     dtype, fast = _DTYPES[precision], _fast(setting)
-    what = "both, gated" if both else "one"
-    of = f"scan {what} {precision}, "
+    directions = "both, gated" if both else "one"
+    of = f"scan {directions} {precision}, "
 
     def make(name: str) -> Callable[[], object]:
         how: dict[str, Any] = {"device": setting.device, "dtype": dtype}
-        if both:
-            return _warm(both_call(shape, name, **how))
-        return _warm(scan_call(shape, name, **how, channels_last=name != "mamba_ssm"))
+        return _warm(
+            both_call(shape, name, **how) if both else scan_call(shape, name, **how, channels_last=name != "mamba_ssm")
+        )
 
     calls = _tried({name: partial(make, name) for name in (*fast, "torch")}, left, of)
     found = setting.times(calls, rounds=3 * setting.rounds, budget_s=setting.slow_s)
-    # torch's thousands of calls would be too large a graph.
+    # The thousands of calls of torch's scan would be too large a graph.
     replays = {name: partial(captured, call, setting.device) for name, call in calls.items() if name in fast}
     device = setting.times(_tried(replays, left, f"device_ms of {of}"), rounds=3 * setting.rounds)
     moved = (scan_bytes if both else one_scan_bytes)(*shape, dtype)
-    bound_ms = moved / gb_per_s / 1e6
     first = next(iter(found.values()), {})
     return [
         {
             "shape": str(tuple(shape)),
-            "directions": what,
+            "directions": directions,
             "precision": precision,
             "contestant": name,
             **row,
             **ratio(row, first, "times"),
             "device_ms": device[name]["median_ms"] if name in device else None,
             "mib": moved / _MIB,
-            "of_roofline": device.get(name, row)["median_ms"] / bound_ms,
+            "of_roofline": device.get(name, row)["median_ms"] * gb_per_s * 1e6 / moved,
         }
         for name, row in found.items()
     ]
 
 
+def bench_steps(setting: GpuSetting, left: Left) -> list[dict[str, Any]]:
+    """One row for each model and contestant: time, images per second and peak memory of a training step.
+
+    `published` is the mixer as published, with the kernels of the named backend; `fused` is mamba-ssm's function for a
+    whole direction. All rows but torch's use the norm of the fastest backend. `times` and `memory` are relative to the
+    model's first row.
+    """
+    return [row for name in setting.models for row in _steps(dataclasses.replace(setting, model=name), left)]
+
+
 def _steps(setting: GpuSetting, left: Left) -> list[dict[str, Any]]:
-    peaks: dict[str, float] = {}
-    fast = _fast(setting)
-    makes = {name: partial(_training_step, setting, name, peaks, name, norms=fast[0]) for name in fast}
-    makes["torch"] = partial(_training_step, setting, "torch", peaks, "torch", norms="torch")
+    fast, peaks = _fast(setting), dict[str, float]()
+    contestants: dict[str, tuple[str, str, bool | None]] = {name: (name, fast[0], None) for name in fast}
+    contestants["torch"] = "torch", "torch", None
     for name in fast:
-        for fused in (False, True) if name == "mamba_ssm" else (False,):
-            what, change = f"published, {name}{', fused' if fused else ''}", partial(as_published, fused=fused)
-            makes[what] = partial(_training_step, setting, name, peaks, what, norms=fast[0], change=change)
-    calls = _tried(makes, left, f"{setting.model}, ")
+        contestants[f"published, {name}"] = name, fast[0], False
+    if "mamba_ssm" in fast:
+        contestants["published, mamba_ssm, fused"] = "mamba_ssm", fast[0], True
+
+    def make(what: str) -> Callable[[], None]:
+        """A step after warm-up; its peak memory excludes that of the others."""
+        backend, norms, fused = contestants[what]
+        training = Training(setting, backend)
+        set_norm_backend(training.model, norms)
+        if fused is not None:
+            set_published_mixers(training.model, fused=fused)
+        training.step()  # creates the optimiser's moments
+        start = time.perf_counter()
+        peaks[what] = memory.peak_memory(training.step, training.resident(), torch.device(setting.device)) / _MIB
+        if (took_s := time.perf_counter() - start) > setting.slow_s:
+            raise TimeoutError(f"one step took {took_s:.0f} s")
+        return training.step
+
+    calls = _tried({what: partial(make, what) for what in contestants}, left, f"{setting.model}, ")
     found = setting.times(calls, rounds=setting.rounds, warmup=0, budget_s=setting.slow_s)
     first = next(iter(found), "")
     return [
@@ -285,58 +225,114 @@ def _steps(setting: GpuSetting, left: Left) -> list[dict[str, Any]]:
     ]
 
 
-def _training_step(
-    setting: Setting,
-    backend: str,
-    peaks: dict[str, float],
-    what: str,
-    *,
-    norms: str,
-    change: Callable[[Any], object] = lambda model: None,
-) -> Callable[[], None]:
-    """A step, warm already; its peak memory goes to `peaks`, that of others not in it.
+def bench_fusion(setting: GpuSetting, left: Left) -> dict[str, list[dict[str, Any]]]:
+    """The tables of `famba.bench.fusing`."""
+    makes = {"layer": lambda: {"layer": bench_layer(setting)}, "schedules": lambda: bench_schedules(setting)}
+    return {name: rows for tables in _tried(makes, left, "fusion, ").values() for name, rows in tables.items()}
 
-    Raises:
-        TimeoutError: it takes longer than `slow_s`.
+
+def bench_graphs(setting: GpuSetting, left: Left) -> list[dict[str, Any]]:
+    """Training steps of a small model: called from Python, captured as one graph, compiled; without and with fusion."""
+    name, batch, img_size = setting.small
+    small = dataclasses.replace(setting, model=name, batch=batch, img_sizes=(img_size,))
+
+    def step(schedule: Sequence[int] | None) -> Callable[[], None]:
+        training = Training(small)
+        return _warm(lambda: training.step(schedule))
+
+    def compiled() -> Callable[[], None]:
+        training = Training(small)
+        with _time_limit(small.compile_s, "torch.compile"):
+            training.forward = torch.compile(training.model)
+            return _warm(training.step)
+
+    makes: dict[str, Callable[[], Callable[[], object]]] = {}
+    for what, schedule in {"": None, ", fused in all layers": [4] * small.create().depth}.items():
+        makes[f"called{what}"] = lambda schedule=schedule: step(schedule)
+        makes[f"captured{what}"] = lambda schedule=schedule: captured(step(schedule), small.device)
+    makes["compiled"] = compiled
+    found = small.times(_tried(makes, left, f"{name}, "), rounds=3 * setting.rounds)
+    first = next(iter(found.values()), {})
+    return [{"what": what, **row, **ratio(row, first, "times")} for what, row in found.items()]
+
+
+PARTS: dict[str, Callable[[GpuSetting, Left], dict[str, list[dict[str, Any]]]]] = {
+    "scan": bench_scans,
+    "steps": lambda s, left: {"steps": bench_steps(s, left)},
+    "fusion": bench_fusion,
+    "graphs": lambda s, left: {"graphs": bench_graphs(s, left)},
+}
+
+
+class PublishedMixer(nn.Module):
+    """Vim's order of operations (arXiv:2401.09417, algorithm 1) on the weights of famba's mixer.
+
+    Each direction flips the tokens, convolves, scans, gates and flips back, each as one operation. famba's reads them
+    in reverse instead, gates once, and projects dt inside the scan.
+
+    Args:
+        fused: each direction by mamba-ssm's `mamba_inner_fn`, which stores less and recomputes more in backward.
     """
-    _free()
-    device = torch.device(setting.device)
-    training = Training(setting, backend)
-    change(with_norms_of(training.model, norms))
-    training.step()  # makes the optimiser's moments
-    start = time.perf_counter()
-    peaks[what] = memory.peak_memory(training.step, training.resident(), device) / _MIB
-    if (took_s := time.perf_counter() - start) > setting.slow_s:
-        raise TimeoutError(f"one step took {took_s:.0f} s")
-    return training.step
+
+    def __init__(self, mixer: BidirectionalMixer, *, fused: bool = False) -> None:
+        super().__init__()
+        self.mixer, self.fused = mixer, fused
+
+    def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+        m = self.mixer
+        xz = m.in_proj(x).mT
+        run, token_axis = (self._fused_direction, 1) if self.fused else (self._direction, 2)
+        left = run(xz, m.conv1d, m.x_proj, m.dt_proj, m.A_log, m.D)
+        right = run(xz.flip(-1), m.conv1d_b, m.x_proj_b, m.dt_proj_b, m.A_b_log, m.D_b)
+        total = left + right.flip(token_axis)
+        total = total / 2 if m.average_directions else total
+        return total if self.fused else m.out_proj(total.mT)
+
+    def _direction(
+        self, xz: Tensor, conv: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor
+    ) -> Float[Tensor, "b e t"]:
+        m = self.mixer
+        x, z = xz.chunk(2, dim=1)
+        u = causal_conv1d_silu(x, conv.weight[:, 0], conv.bias, backend=m.backend)
+        dt, B, C = x_proj(u.mT).split([m.dt_rank, m.d_state, m.d_state], dim=-1)
+        delta, A = functional.linear(dt, dt_proj.weight).mT, -torch.exp(A_log.float())
+        return selective_scan(u, delta, A, B.mT, C.mT, D, z, dt_proj.bias, delta_softplus=True, backend=m.backend)
+
+    def _fused_direction(
+        self, xz: Tensor, conv: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor
+    ) -> Float[Tensor, "b t d"]:
+        """Output projection included, which is linear and shared by both directions."""
+        interface = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
+        return interface.mamba_inner_fn(
+            xz, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, self.mixer.out_proj.weight, None,
+            -torch.exp(A_log.float()), D=D.float(), delta_bias=dt_proj.bias.float(), delta_softplus=True,
+        )  # fmt: skip
 
 
-def _small_step(setting: Setting, schedule: Sequence[int] | None) -> Callable[[], None]:
-    training = Training(setting)
-    return _warm(lambda: training.step(schedule))
+def set_published_mixers(model: VisionMamba, *, fused: bool = False) -> None:
+    """Replace each mixer by a `PublishedMixer` of the same weights."""
+    for block in model.layers:
+        mixer = block.get_submodule("mixer")
+        assert isinstance(mixer, BidirectionalMixer)
+        block.mixer = PublishedMixer(mixer, fused=fused)
 
 
-def _compiled_step(setting: GpuSetting) -> Callable[[], None]:
-    training = Training(setting)
-    with _within(setting.compile_s, "torch.compile"):
-        training.forward = torch.compile(training.model)
-        return _warm(training.step)
+def set_norm_backend(model: VisionMamba, backend: str) -> None:
+    """Change the backend of the norms alone."""
+    for norm in (model.norm_f, *(block.get_submodule("norm") for block in model.layers)):
+        norm._backend = backend  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
 
 
 @contextlib.contextmanager
-def _within(seconds: float, what: str) -> Iterator[None]:
-    """Give up after so long.
+def _time_limit(seconds: float, what: str) -> Iterator[None]:
+    """Raise TimeoutError in the block after so many seconds; at once for 0."""
 
-    Raises:
-        TimeoutError: it took longer.
-    """
-
-    def give_up(*_: object) -> None:
+    def stop(*_: object) -> None:
         raise TimeoutError(f"{what} took more than {seconds:g} s")
 
     if not seconds:
-        give_up()
-    before = signal.signal(signal.SIGALRM, give_up)
+        stop()
+    before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
@@ -346,52 +342,25 @@ def _within(seconds: float, what: str) -> Iterator[None]:
 
 
 def _tried(makes: Mapping[str, Callable[[], _T]], left: Left, of: str) -> dict[str, _T]:
-    """What each of these makes. One that raises is left out: the reason is kept, the memory is not."""
+    """What each of these makes; one that raises goes to `left` with its reason."""
     found: dict[str, _T] = {}
     for name, make in makes.items():
         try:
             found[name] = make()
-        except Exception as error:  # whatever kernels, compilers and drivers raise; the others shall go on
-            said = (str(error).strip().splitlines() or [""])[0]
-            left.append({"what": of + name, "reason": f"{type(error).__name__}: {said}"})
-        _free()
+        except Exception as error:  # whatever kernels, compilers and drivers raise; the others continue
+            message = (str(error).strip().splitlines() or [""])[0]
+            left.append({"what": of + name, "reason": f"{type(error).__name__}: {message}"})
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     return found
 
 
 def _warm(call: Callable[[], object]) -> Callable[[], Any]:
     call()
     if torch.cuda.is_available():
-        torch.cuda.synchronize()  # so that what fails, fails here
+        torch.cuda.synchronize()  # so that a failure shows here
     return call
 
 
-def _free() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def _fast(setting: Setting) -> list[str]:
-    return able(*_BACKENDS[torch.device(setting.device).type])
-
-
-def _check_device(device: str, quick: bool) -> None:
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        kind = ""
-    if kind not in _BACKENDS:
-        raise InputError(f"device: {device!r} is not one of cuda, cuda:N, cpu")
-    if kind == "cpu" and not quick:
-        raise InputError("device: 'cpu' takes only a quick benchmark of a GPU; add --quick, or leave out --gpu")
-    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"device: {device!r}; torch sees {torch.cuda.device_count()} CUDA devices here; to see that it works, "
-            "--quick --device cpu"
-        )
-
-
-def main(parts: Sequence[str], *, quick: bool, device: str, json: Path | None) -> None:
-    """Measure, print and write; a whole benchmark goes to `PATH` if nothing else is said."""
-    whole = set(parts or PARTS) == set(PARTS) and not quick
-    path = json.absolute() if json else (config.root() / PATH if whole else None)
-    print(text(run(parts or PARTS, quick=quick, device=device, path=path)))
+    return available(*_BACKENDS[torch.device(setting.device).type])

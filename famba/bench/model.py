@@ -1,44 +1,133 @@
-"""One training step of a whole model: against its matrix products alone, and where its time goes.
+"""A training step of a whole model: its time beside its matrix products alone, its memory, and bf16 beside fp32.
 
-The products are those that one step of the fastest backend makes, forward and both of backward, written down with
-their shapes and strides and made again by themselves. Operands of the same shape are one tensor there, so that they are
-in a cache more often than in the step: the products alone are, if anything, a little too fast. Among the native
-backend's is the projection of the step, which backward makes again, 1% of all.
+The products are those of one step of the fastest backend, forward and backward, recorded with their shapes and strides
+and repeated alone. Operands of equal layout are one tensor there and stay in cache more often than in the step, so the
+products alone are, if anything, slightly too fast. The native backend's include the projection of dt, which backward
+recomputes, 1% of the total.
 """
 
-import contextlib
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from famba.bench.setting import Setting
-from famba.bench.timing import ratio
-from famba.fusion import matching, merge
-from famba.kernels import ops, precision, scan
-from famba.models import vim
-from famba.profiling import memory
+from famba import config, data
+from famba.bench.timing import interleaved, ratio, summary
+from famba.data import augment
+from famba.fusion import strategies
+from famba.kernels import precision, scan
+from famba.models.vim import VisionMamba, create_model
+from famba.profiling import flops, memory
 from famba.training import optim
 
-PARTS = ("matrix products", "scan", "convolution", "norm", "gate", "fusion", "elementwise", "optimiser", "Python")
+_POINTS = 20  # of a loss curve
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The sizes of a benchmark.
+
+    Attributes:
+        scans: (b, e, t, n) of the scans that are timed alone.
+        model, depth, d_model: as for `create_model`.
+        batch: images of a training step.
+        img_sizes: pixels; the largest is the model's, the others give fewer tokens.
+        removed: tokens removed by each fusing layer, by strategy.
+        uniform: tokens removed by every layer, near the break-even.
+        rounds: measurements of each contestant, after one for warm-up.
+        curve_steps: training steps of a loss curve, a multiple of 20.
+        loads: model and batch by pixels; the first data set lies in memory, the second streams.
+        loaded: images that stream in one turn.
+        slow_s: seconds after which a slow contestant is measured no further than twice.
+        precision: of the training steps: fp32, or bf16 for autocast.
+        turn_s: a shorter call is repeated for this long.
+    """
+
+    scans: tuple[tuple[int, int, int, int], ...]
+    model: str
+    batch: int
+    img_sizes: tuple[int, ...]
+    removed: Mapping[str, int]
+    uniform: tuple[int, ...]
+    rounds: int
+    curve_steps: int
+    loads: Mapping[int, tuple[str, int]]
+    loaded: int
+    slow_s: float
+    depth: int | None = None
+    d_model: int | None = None
+    device: str = "cpu"
+    precision: str = "fp32"
+    turn_s: float = 0.0
+
+    def create(self, backend: str = "auto", *, img_size: int | None = None) -> VisionMamba:
+        """The model on its device, without fusion."""
+        size = img_size or max(self.img_sizes)
+        sizes: dict[str, Any] = {"img_size": size, "depth": self.depth, "d_model": self.d_model}
+        return create_model(self.model, num_classes=100, backend=backend, **sizes).to(self.device)
+
+    def times(
+        self, calls: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1, budget_s: float = math.inf
+    ) -> dict[str, dict[str, float | int]]:
+        """Summaries of `interleaved` calls on this device."""
+        finish = torch.cuda.synchronize if torch.device(self.device).type == "cuda" else None
+        found = interleaved(calls, rounds=rounds, warmup=warmup, turn_s=self.turn_s, budget_s=budget_s, finish=finish)
+        return {name: summary(x) for name, x in found.items()}
+
+    def schedules(self, depth: int) -> dict[str, list[int]]:
+        """The schedule of each strategy."""
+        return {name: strategies.schedule(name, depth=depth, r=r) for name, r in self.removed.items()}
+
+
+# A small scan, where overhead rules, two larger ones and Vim-Ti's at 224 px; Vim-Ti with the schedules of Famba-V's
+# Table 1.
+FULL = Setting(
+    scans=((32, 384, 197, 16), (64, 192, 65, 16), (64, 128, 65, 16), (16, 96, 50, 8)),
+    model="vim_tiny",
+    batch=16,
+    img_sizes=(224, 192, 160, 128, 96, 80),
+    removed={"all": 7, "interleaved": 14, "lower": 9, "upper": 9},
+    uniform=(1, 2, 3, 5),
+    rounds=5,
+    curve_steps=200,
+    loads={32: ("vim_micro", 64), 224: ("vim_tiny", 8)},
+    loaded=256,
+    slow_s=10.0,
+)
+# Seconds, to see that it works.
+QUICK = Setting(
+    scans=((2, 32, 19, 8),),
+    model="vim_nano",
+    depth=4,
+    batch=4,
+    img_sizes=(8, 6, 5),
+    removed={"all": 6, "interleaved": 10, "lower": 8, "upper": 8},
+    uniform=(1, 6),
+    rounds=2,
+    curve_steps=20,
+    loads={16: ("vim_nano", 4), 40: ("vim_nano", 4)},
+    loaded=8,
+    slow_s=1.0,
+)
 
 
 class Training:
     """A model in training on one random batch.
 
     Args:
-        img_size: pixels; the setting's own if not given.
-        precision: fp32, or bf16 for autocast; the setting's own if not given.
+        img_size: pixels; None is the setting's.
+        precision: fp32 or bf16; None is the setting's.
 
     Attributes:
-        forward: what gives the logits, the model itself if nothing else is put there.
+        forward: gives the logits; the model unless it is replaced.
     """
 
     def __init__(
@@ -49,13 +138,13 @@ class Training:
         self.forward: Callable[[Tensor], Tensor] = self.model
         side, device = self.model.img_size, setting.device
         self.images = torch.randn(setting.batch, 3, side, side).to(device)
-        self.precision = setting.precision if precision is None else precision
+        self.precision = precision or setting.precision
         self.labels = torch.arange(setting.batch, device=device) % self.model.head.out_features
-        groups, on_device = optim.parameter_groups(self.model, 0.05), self.images.is_cuda
-        self.optimiser = torch.optim.AdamW(groups, lr=1e-4, fused=True, capturable=on_device)
+        groups = optim.parameter_groups(self.model, 0.05)
+        self.optimiser = torch.optim.AdamW(groups, lr=1e-4, fused=True, capturable=self.images.is_cuda)
 
     def step(self, schedule: Sequence[int] | None = None) -> None:
-        """Forward, loss, backward, optimiser; without a schedule nothing is fused."""
+        """Forward, loss, backward, optimiser; no fusion without a schedule."""
         self.model.set_fusion([0] * self.model.depth if schedule is None else schedule, self.model.options)
         with precision.autocast(self.images.device, self.precision):
             logits = self.forward(self.images).float()
@@ -64,59 +153,54 @@ class Training:
         self.optimiser.zero_grad(set_to_none=True)
 
     def resident(self) -> list[Tensor]:
-        """What is alive between steps."""
+        """Tensors that live between steps."""
         moments = [x for state in self.optimiser.state.values() for x in state.values() if isinstance(x, Tensor)]
         return [self.images, self.labels, *self.model.parameters(), *moments]
 
 
-def able(*names: str) -> list[str]:
+def available(*names: str) -> list[str]:
     """Those of the scan's backends that can run here."""
     found = scan.backends()
-    return [name for name in names if found.get(name, "absent") == ""]
+    return [name for name in names if found.get(name, "unknown") == ""]
 
 
 def bench_model(setting: Setting) -> list[dict[str, Any]]:
-    """One row per backend, and one for the matrix products alone, which is the unit of `products`."""
-    trainings = {backend: Training(setting, backend) for backend in able("native", "torch")}
+    """One row per backend, and one for the matrix products alone, the unit of `products`."""
+    trainings = {backend: Training(setting, backend) for backend in available("native", "torch")}
     products = products_of(next(iter(trainings.values())).step)
     calls: dict[str, Callable[[], object]] = {f"step, {name}": x.step for name, x in trainings.items()}
-    calls["matrix products"] = replay(products)
+    calls["matrix products"] = repeat(products)
     found = setting.times(calls, rounds=setting.rounds, budget_s=setting.slow_s)
-    flops = flops_of(products)
+    gflops = flops_of(products) / 1e9
     return [
         {
             "what": name,
             **row,
             **ratio(row, found["matrix products"], "products"),
-            "product_gflops": flops / 1e9,
-            "product_gflops_per_s": flops / row["median_ms"] / 1e6,
+            "product_gflops": gflops,
+            "product_gflops_per_s": 1e3 * gflops / row["median_ms"],
         }
         for name, row in found.items()
     ]
 
 
-class Like(NamedTuple):
-    """A tensor but for its numbers."""
+class Layout(NamedTuple):
+    """A tensor without its values."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
 
-    @classmethod
-    def of(cls, x: Any) -> Any:
-        """A tensor's description; anything else as it is."""
-        return cls(tuple(x.shape), x.stride(), x.dtype) if isinstance(x, Tensor) else x
-
 
 class Product(NamedTuple):
-    """A matrix product, or a convolution that is one for each patch, as it was called."""
+    """A matrix product, or a convolution that is one for each patch, with layouts for its tensors."""
 
     op: Callable[..., Any]
     arguments: tuple[Any, ...]
 
 
 _aten = torch.ops.aten
-# With the place of the argument that says how many groups there are: a depthwise convolution is no matrix product.
+# The position of the argument `groups`: a depthwise convolution is no matrix product.
 _OPS = {
     _aten.mm.default: None,
     _aten.addmm.default: None,
@@ -132,28 +216,29 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in _OPS and (_OPS[func] is None or args[_OPS[func]] == 1):
-            self.found.append(Product(func, tuple(map(Like.of, args))))
+            layouts = [Layout(tuple(x.shape), x.stride(), x.dtype) if isinstance(x, Tensor) else x for x in args]
+            self.found.append(Product(func, tuple(layouts)))
         return func(*args, **(kwargs or {}))
 
 
 def products_of(step: Callable[[], object]) -> list[Product]:
-    """The products of linear layers and of the patch embedding that a step makes; runs it once."""
+    """The products of linear layers and of the patch embedding in a step, which runs once."""
     with _Recorder() as recorder:
         step()
     return recorder.found
 
 
-def replay(products: Iterable[Product]) -> Callable[[], None]:
-    """A call that makes these products, in their order, of random numbers."""
-    operands: dict[Like, Tensor] = {}
+def repeat(products: Iterable[Product]) -> Callable[[], None]:
+    """A call that computes these products, in their order, of random numbers."""
+    tensors: dict[Layout, Tensor] = {}
 
     def operand(x: Any) -> Any:
-        if not isinstance(x, Like):
+        if not isinstance(x, Layout):
             return x
-        if x not in operands:
+        if x not in tensors:
             length = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride, strict=True))
-            operands[x] = torch.randn(length, dtype=x.dtype).as_strided(x.shape, x.stride)
-        return operands[x]
+            tensors[x] = torch.randn(length, dtype=x.dtype).as_strided(x.shape, x.stride)
+        return tensors[x]
 
     calls = [(op, [operand(x) for x in arguments]) for op, arguments in products]
 
@@ -166,137 +251,80 @@ def replay(products: Iterable[Product]) -> Callable[[], None]:
 
 
 def flops_of(products: Iterable[Product]) -> int:
-    """As torch's counter has it: a multiplication and an addition are two."""
+    """A multiplication and an addition are two, as in torch's counter."""
     with FlopCounterMode(display=False) as counter:
-        replay(products)()
+        repeat(products)()
     return counter.get_total_flops()
 
 
-def bench_profile(setting: Setting) -> list[dict[str, Any]]:
-    """Where the time of a step goes: torch's backend, the native one, with tokens fused in every layer, and in bf16."""
-    steps: dict[str, Callable[[], None]] = {}
-    for backend in able("torch", "native"):
-        training = Training(setting, backend)
-        steps[backend] = training.step
-        schedule = setting.schedules(training.model.depth)["all"]
-        if backend == "native":
-            steps["native, fused in all layers"] = lambda training=training, schedule=schedule: training.step(schedule)
-            steps["native, bf16"] = Training(setting, backend, precision="bf16").step
-    rows = []
-    for name, step in steps.items():
-        step()
-        times = parts_of(step)
-        whole = math.fsum(times.values())
-        rows += [{"step": name, "part": part, "ms": times[part], "share": times[part] / whole} for part in PARTS]
-    return rows
+def bench_memory(setting: Setting) -> list[dict[str, Any]]:
+    """Peak memory of a step: one row per backend without fusion, and one per strategy with the fastest backend.
 
-
-def parts_of(step: Callable[[], object]) -> dict[str, float]:
-    """Milliseconds of one step by part, `PARTS`; runs it once, a little slower than without being watched.
-
-    Each operation's own time counts for the innermost part that it belongs to; in backward for that of the operation
-    whose gradient it makes. Activation functions, sums, copies and the loss that belong to no other part are
-    `elementwise`; `Python` is what no operation took.
+    `of_torch` is relative to the torch backend, `of_predicted` to the formula of `flops.analyse`.
     """
-    with (
-        memory._without_profiler_lines(),
-        _named_parts(),
-        profile(activities=[ProfilerActivity.CPU], acc_events=False) as recorded,
-        record_function(_NAMED + "Python"),
-    ):
-        step()
-    assert recorded.profiler is not None
-    assert recorded.profiler.kineto_results is not None
-    events = [
-        _Event(x.name(), x.start_ns(), x.duration_ns(), x.sequence_nr(), x.start_thread_id())
-        for x in recorded.profiler.kineto_results.events()
-    ]
-    return {part: own_ns / 1e6 for part, own_ns in _own_times(events).items()}
+    rows: list[dict[str, Any]] = []
+    backends = available("torch", "native")
+    for backend in backends:
+        training = Training(setting, backend)
+        depth = training.model.depth
+        training.step()  # creates the optimiser's moments
+        for strategy, schedule in {"none": [0] * depth, **setting.schedules(depth)}.items():
+            if strategy != "none" and backend != backends[-1]:
+                continue
+            peak = memory.peak_memory(lambda x=training, s=schedule: x.step(s), training.resident(), "cpu")
+            predicted = flops.analyse(training.model.config, schedule, batch=setting.batch, backend=backend).peak_bytes
+            sizes = {"peak_mib": peak / _MIB, "predicted_mib": predicted / _MIB, "of_predicted": peak / predicted}
+            rows.append({"backend": backend, "strategy": strategy, **sizes})
+    return [{**row, "of_torch": row["peak_mib"] / rows[0]["peak_mib"]} for row in rows]
 
 
-_NAMED = "part: "
-_BACKWARD = "autograd::engine::evaluate_function: "
-_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::convolution", "aten::convolution_backward")
-# The functions that a block calls, by the names that it calls them by.
-_FUNCTIONS = (
-    ("scan", ops, "projected_scan"),
-    ("convolution", ops, "causal_conv1d_silu"),
-    ("gate", ops, "gated_sum"),
-    ("norm", vim, "add_rms_norm"),
-    ("fusion", matching, "match_tokens"),
-    ("fusion", merge, "plan"),
-    ("fusion", merge, "apply_both"),
-)
+def bench_precision(setting: Setting) -> list[dict[str, Any]]:
+    """A training step in fp32 and in bf16; `faster` is the time in fp32 over the row's."""
+    found = setting.times(
+        {name: Training(setting, precision=name).step for name in ("fp32", "bf16")}, rounds=setting.rounds
+    )
+    return [{"precision": name, **row, **ratio(found["fp32"], row, "faster")} for name, row in found.items()]
 
 
-class _Event(NamedTuple):
-    name: str
-    start_ns: int
-    duration_ns: int
-    node: int  # of autograd's graph: the same number in forward and backward; -1 without one
-    thread: int
+def bench_curves(setting: Setting) -> list[dict[str, Any]]:
+    """The training loss of vim_nano on digits in fp32 and bf16, in 20 means.
+
+    fp32 with the images in another order shows how far apart two curves lie without any difference in precision.
+    """
+    runs = {"fp32": ("fp32", 0), "bf16": ("bf16", 0), "fp32, other order": ("fp32", 1)}
+    losses = {
+        name: np.array(loss_curve(kind, steps=setting.curve_steps, order=order)).reshape(_POINTS, -1).mean(1)
+        for name, (kind, order) in runs.items()
+    }
+    each = setting.curve_steps // _POINTS
+    return [{"step": (i + 1) * each, **{name: float(x[i]) for name, x in losses.items()}} for i in range(_POINTS)]
 
 
-class _Open(NamedTuple):
-    """An event that others may lie within."""
+def loss_curve(precision_name: str, *, steps: int, depth: int | None = None, order: int = 0) -> list[float]:
+    """The loss of every training step of vim_nano on digits, always from the same weights.
 
-    end_ns: int
-    part: str
-    in_backward: bool
-
-
-@contextlib.contextmanager
-def _named_parts() -> Iterator[None]:
-    """Have the profiler see the functions of a block by the part they belong to."""
-
-    def named(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with record_function(_NAMED + part):
-                return function(*args, **kwargs)
-
-        return call
-
-    kept = [(module, name, getattr(module, name)) for _, module, name in _FUNCTIONS]
-    for part, module, name in _FUNCTIONS:
-        setattr(module, name, named(part, getattr(module, name)))
-    try:
-        yield
-    finally:
-        for module, name, function in kept:
-            setattr(module, name, function)
-
-
-def _own_times(events: Iterable[_Event]) -> dict[str, int]:
-    """Nanoseconds by part, of all that lies within the event named for the step."""
-    ordered = sorted(events, key=lambda x: (x.start_ns, -x.duration_ns))
-    whole = next(x for x in ordered if x.name == _NAMED + "Python")
-    own: dict[str, int] = defaultdict(int)
-    part_of_node: dict[int, str] = {}
-    above = [_Open(whole.start_ns + whole.duration_ns, "Python", False)]
-    own["Python"] = whole.duration_ns
-    for event in ordered[ordered.index(whole) + 1 :]:
-        if event.thread != whole.thread or event.start_ns >= above[0].end_ns:
-            continue
-        while event.start_ns >= above[-1].end_ns:
-            above.pop()
-        around = above[-1]
-        begins_backward = event.name.startswith(_BACKWARD)
-        part = around.part
-        if part in ("Python", "elementwise"):
-            part = part_of_node.get(event.node, "elementwise") if begins_backward else _part(event.name)
-        if not (around.in_backward or begins_backward) and event.node >= 0:
-            # The last event with a node's number is the one that makes it. Products are told by their own names in
-            # backward too, where gradients are summed beside them.
-            part_of_node[event.node] = "elementwise" if part == "matrix products" else part
-        own[around.part] -= event.duration_ns
-        own[part] += event.duration_ns
-        above.append(_Open(event.start_ns + event.duration_ns, part, around.in_backward or begins_backward))
-    return {part: own[part] for part in PARTS}
-
-
-def _part(name: str) -> str:
-    if name.startswith(_NAMED):
-        return name.removeprefix(_NAMED)
-    if name.startswith("Optimizer."):
-        return "optimiser"
-    return "matrix products" if name in _PRODUCTS else "elementwise"
+    Args:
+        depth: of the model; None is its own.
+        order: seed of the order and the shifts of the images.
+    """
+    torch.manual_seed(0)
+    p = config.load("default", strategy="none").data
+    images = data.load(p)
+    classes = len(images.classes)
+    model = create_model("vim_nano", num_classes=classes, depth=depth)
+    optimiser = torch.optim.AdamW(optim.parameter_groups(model, 0.05), lr=1e-3, fused=True)
+    generator = torch.Generator().manual_seed(order)
+    losses: list[float] = []
+    while True:
+        for batch, labels in data.batches(images.train, 32, generator=generator, drop_last=True):
+            if len(losses) == steps:
+                return losses
+            draws = augment.draw(p, len(batch), generator, classes=classes)
+            shown, _ = augment.apply(batch, labels, draws, images.mean, images.std, 0.0)
+            with precision.autocast(batch.device, precision_name):
+                logits = model(shown).float()
+            loss = functional.cross_entropy(logits, labels)
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            losses.append(loss.item())

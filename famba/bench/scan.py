@@ -1,48 +1,46 @@
-"""The scan's backends timed against each other and against what else there is, forward and backward.
+"""Backends of the selective scan timed against other implementations, forward and backward, in turn in one process.
 
-Two more ways to scan stand beside the backends: a loop written kindly (time steps unbound once, so that its backward
-indexes nothing), and a parallel scan of logarithmic depth in torch. A float32 product of two 2048 x 2048 matrices,
-measured in the same rounds, is the unit that carries over to other machines.
+Peers, where installed: mambapy's parallel scan, accelerated-scan's torch reference, what transformers runs without
+kernels, and a loop in plain torch over time steps unbound once, so that its backward indexes nothing. A float32 product
+of two 2048 x 2048 matrices in the same rounds is the unit that other machines can compare.
 
-Axes: b batch, e channels, t tokens, n states.
+Axes: b batch, e channels, t tokens, n states, m dt_rank.
 """
 
+import importlib
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from famba.bench.model import able
+from famba.bench.model import available
 from famba.bench.timing import interleaved, ratio, summary
 from famba.errors import InputError
 from famba.kernels.ops import Side, bidirectional_scan
 from famba.kernels.scan import selective_scan
 
 UNIT = "matmul 2048^3"
-_TURN_S = 0.1  # about what one of those products takes
+_TURN_S = 0.1  # about the time of one such product
 
 
 def bench_scan(
     shapes: Sequence[Sequence[int]], names: Sequence[str] | None = None, *, rounds: int, slow_s: float = math.inf
 ) -> list[dict[str, Any]]:
-    """One row per shape and contestant, its time in units of two others.
-
-    `times` is in units of the first contestant's time, `matmuls` in units of the matrix product.
+    """One row per shape and contestant: `times` relative to the first contestant, `matmuls` to the matrix product.
 
     Args:
         shapes: (b, e, t, n) of each scan.
-        names: contestants by name, the first the yardstick; all that can run here when absent, the fastest backend
-            first.
+        names: contestants, the first being the reference; None is all that can run here, the fastest backend first.
         slow_s: seconds after which a slow contestant is measured no further.
 
     Raises:
         InputError: a contestant that does not exist or cannot run here.
     """
-    known = [*able("native", "torch", "reference"), *_OTHERS]
+    known = [*available("native", "torch", "reference"), *(name for name in _PEERS if not missing(name))]
     names = known if names is None else list(names)
     for name in names:
         if name not in known:
@@ -52,27 +50,35 @@ def bench_scan(
     for shape in shapes:
         calls: dict[str, Callable[[], object]] = {name: scan_call(shape, name) for name in names}
         calls[UNIT] = lambda: left @ right
-        found = {
-            name: summary(x) for name, x in interleaved(calls, rounds=rounds, turn_s=_TURN_S, budget_s=slow_s).items()
-        }
+        times = interleaved(calls, rounds=rounds, turn_s=_TURN_S, budget_s=slow_s)
+        found = {name: summary(x) for name, x in times.items()}
         rows += [
-            {
-                "shape": str(tuple(shape)),
-                "contestant": name,
-                **row,
-                **ratio(row, found[names[0]], "times"),
-                **ratio(row, found[UNIT], "matmuls"),
-            }
+            {"shape": str(tuple(shape)), "contestant": name, **row}
+            | ratio(row, found[names[0]], "times")
+            | ratio(row, found[UNIT], "matmuls")
             for name, row in found.items()
         ]
     return rows
+
+
+def missing(name: str) -> str:
+    """Why a peer cannot run here ("": it can)."""
+    try:
+        peer(name)
+    except Exception as error:  # not installed, another version, or built for another torch
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    return ""
+
+
+def left_out() -> list[dict[str, str]]:
+    """The peers that cannot run here, and why."""
+    return [{"what": name, "reason": why} for name in _PEERS if (why := missing(name))]
 
 
 def scan_call(
     shape: Sequence[int],
     name: str,
     *,
-    seed: int = 0,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     channels_last: bool = True,
@@ -81,11 +87,10 @@ def scan_call(
 
     Args:
         dtype: of what each token has; A, D and the bias are float32.
-        channels_last: tokens follow each other in memory, as in the model; else a channel's tokens do, as mamba-ssm
-            wants them.
+        channels_last: the layout of the model, (b, t, e) in memory; False is (b, e, t), the layout of mamba-ssm.
     """
     b, e, t, n = shape
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
 
     def draw(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator)
@@ -97,16 +102,16 @@ def scan_call(
     A = -torch.arange(1.0, n + 1).repeat(e, 1)
     tokens = [lay(draw(b, t, k)) for k in (e, e, e, n, n)]
     inputs = [*tokens, *(x.to(device) for x in (A, draw(e), draw(e) - 3))]
-    cotangent = lay(draw(b, t, e)).transpose(1, 2)
+    cotangent = lay(draw(b, t, e)).mT
     for x in inputs:
         x.requires_grad_()
+    scan = peer(name) if name in _PEERS else None
 
     def call() -> None:
-        u, delta, z, B, C = (x.transpose(1, 2) for x in inputs[:5])
+        u, delta, z, B, C = (x.mT for x in inputs[:5])
         A, D, bias = inputs[5:]
-        if name in _OTHERS:
-            step = F.softplus(delta + bias[:, None])
-            out = (_OTHERS[name](u, step, A, B, C) + D[:, None] * u) * F.silu(z)
+        if scan is not None:
+            out = (scan(u, F.softplus(delta + bias[:, None]), A, B, C) + D[:, None] * u) * F.silu(z)
         else:
             out = selective_scan(u, delta, A, B, C, D, z, bias, delta_softplus=True, backend=name)
         torch.autograd.grad(out, inputs, cotangent)
@@ -117,7 +122,7 @@ def scan_call(
 def both_call(
     shape: Sequence[int], name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Callable[[], None]:
-    """Forward and backward of both directions of a mixer, from steps yet to be projected, joined and gated."""
+    """Forward and backward of both directions of a mixer: projected steps, two scans, sum and gate."""
     b, e, t, n = shape
     m = math.ceil(e / 32)  # as in a mixer, whose d_model is half of e
     generator = torch.Generator().manual_seed(0)
@@ -127,8 +132,8 @@ def both_call(
 
     def side() -> list[Tensor]:
         A = -torch.arange(1.0, n + 1, device=device).repeat(e, 1)
-        tokens = [draw(b, t, k) for k in (e, m, n, n)]
         single = {"kind": torch.float32}
+        tokens = [draw(b, t, k) for k in (e, m, n, n)]
         return [*tokens, draw(e, m), A, draw(e, **single), draw(e, **single) - 3]
 
     left, right, gate = side(), side(), draw(b, t, e)
@@ -137,69 +142,46 @@ def both_call(
         x.requires_grad_()
 
     def call() -> None:
-        forward, backward = (
-            Side(u.mT, step.mT, weight, A, B.mT, C.mT, D, bias) for u, step, B, C, weight, A, D, bias in (left, right)
-        )
-        out = bidirectional_scan(forward, backward, gate.mT, scale=0.5, backend=name)
-        torch.autograd.grad(out, inputs, cotangent)
+        sides = [Side(u.mT, dt.mT, weight, A, B.mT, C.mT, D, bias) for u, dt, B, C, weight, A, D, bias in (left, right)]
+        torch.autograd.grad(bidirectional_scan(sides[0], sides[1], gate.mT, scale=0.5, backend=name), inputs, cotangent)
 
     return call
 
 
-def _kind_loop(u: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    state = u.new_zeros(*u.shape[:2], A.shape[1])
-    y = []
-    for x, s, Bi, Ci in zip(u.unbind(2), step.unbind(2), B.unbind(2), C.unbind(2), strict=True):
-        state = torch.exp(s[..., None] * A) * state + (s * x)[..., None] * Bi[:, None]
-        y.append((state @ Ci[..., None]).squeeze(2))
-    return torch.stack(y, dim=2)
+def peer(name: str) -> Callable[..., Tensor]:
+    """An installed peer as a function of u, delta (b, e, t), A (e, n), B and C (b, n, t)."""
+    module, adapt = _PEERS[name]
+    return adapt(importlib.import_module(module))
 
 
-def _parallel_scan(u: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    decay = torch.exp(step[..., None] * A[:, None])
-    entry = (step * u)[..., None] * B.mT[:, None]
-    states = _Parallel.apply(decay, entry)
-    return torch.einsum("betn,bnt->bet", states, C)
+def _of_states(scan: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """The peer whose states h[t] = decay[t] h[t-1] + entry[t] are all made at once, as (b, t, e, n)."""
+
+    def run(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+        decay = torch.exp(delta.mT[..., None] * A)
+        entry = (delta * u).mT[..., None] * B.mT[:, :, None]
+        return (scan(decay, entry) @ C.mT[..., None]).squeeze(3).mT
+
+    return run
 
 
-class _Parallel(torch.autograd.Function):
-    """h[t] = decay[t] h[t-1] + entry[t] along dim 2, in about 2 log2(t) sweeps (Brent and Kung's network)."""
-
-    @staticmethod
-    def forward(ctx, decay: Tensor, entry: Tensor) -> Tensor:
-        states = _sweep(decay, entry)
-        ctx.save_for_backward(decay, states)
-        return states
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
-        decay, states = ctx.saved_tensors
-        following = F.pad(decay[:, :, 1:], (0, 0, 0, 1))
-        to_entry = _sweep(following.flip(2), grads[0].flip(2)).flip(2)
-        return to_entry * F.pad(states[:, :, :-1], (0, 0, 1, 0)), to_entry
+def _loop(decay: Tensor, entry: Tensor) -> Tensor:
+    h, states = torch.zeros_like(entry[:, 0]), []
+    for a, x in zip(decay.unbind(1), entry.unbind(1), strict=True):
+        h = a * h + x
+        states.append(h)
+    return torch.stack(states, 1)
 
 
-def _sweep(decay: Tensor, entry: Tensor) -> Tensor:
-    t = entry.shape[2]
-    length = 1 << (t - 1).bit_length()
-    a, x = (F.pad(tensor, (0, 0, 0, length - t)) for tensor in (decay, entry))
-    if length == t:
-        a, x = a.clone(), x.clone()
-
-    def combine(into: slice, other: slice) -> None:
-        x[:, :, into].addcmul_(a[:, :, into], x[:, :, other])
-        a[:, :, into].mul_(a[:, :, other])
-
-    stride = 1
-    while stride < length:
-        combine(slice(2 * stride - 1, None, 2 * stride), slice(stride - 1, None, 2 * stride))
-        stride *= 2
-    stride //= 4
-    while stride:
-        combine(slice(3 * stride - 1, None, 2 * stride), slice(2 * stride - 1, length - 1, 2 * stride))
-        stride //= 2
-    return x[:, :, :t]
+def _accelerated_scan(module: Any, decay: Tensor, entry: Tensor) -> Tensor:
+    channels_first = [x.flatten(2).mT.contiguous() for x in (decay, entry)]
+    return module.scan(*channels_first).mT.reshape(entry.shape)
 
 
-_OTHERS: dict[str, Callable[..., Tensor]] = {"kind loop": _kind_loop, "parallel scan": _parallel_scan}
+# By name the module, and the peer made of it.
+_PEERS: dict[str, tuple[str, Callable[[Any], Callable[..., Tensor]]]] = {
+    "loop in torch": ("torch", lambda _: _of_states(_loop)),
+    "mambapy": ("mambapy.pscan", lambda module: _of_states(module.pscan)),
+    "accelerated-scan": ("accelerated_scan.ref", lambda module: _of_states(partial(_accelerated_scan, module))),
+    "transformers": ("transformers.models.mamba.modeling_mamba", lambda module: module.mamba_selective_scan),
+}

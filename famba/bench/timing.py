@@ -1,9 +1,12 @@
-"""Times of calls that take turns, so that a busy machine slows all alike; and what is reported of them."""
+"""Times of calls that take turns, so that a busy machine slows all of them equally, and tables of the results."""
 
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
 
 
 def interleaved(
@@ -15,16 +18,16 @@ def interleaved(
     budget_s: float = math.inf,
     finish: Callable[[], object] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of every call in every round: in each round all calls have a turn, every other round in reverse order.
+    """Seconds of every call in every round: each round gives all calls a turn, every other round in reverse order.
 
-    What runs before a call leaves its mark on caches and heap; in reverse it is another.
+    A call leaves caches and heap to the next one; reversing the order changes which one gets them.
 
     Args:
-        turn_s: a call that is over sooner is made again until its turn has lasted this long, and its mean counts:
-            what is called over and over in use does not start with another's caches and heap each time.
-        budget_s: a call that has used up this much, the warm-up apart, sits out the rounds after its second.
-        finish: waits for what calls have only started, as on a GPU. Calls of one turn are then made in rows, each as
-            long as all before it, and waited for at the end of a row: as in use, the next is started meanwhile.
+        turn_s: a shorter call is repeated until its turn has lasted this long, and its mean counts, because repeated
+            calls in use do not start with another call's caches each time.
+        budget_s: a call that has used more, warm-up excluded, is skipped after its second round.
+        finish: waits for asynchronous work, as on a GPU. A turn then doubles the number of calls between two waits, so
+            that the next call is launched while the device works, as in use.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(warmup + rounds):
@@ -45,17 +48,28 @@ def interleaved(
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float | int]:
-    """Median, least and number of times; the least is what a busy machine disturbs less."""
-    return {
-        "median_ms": statistics.median(seconds) * 1e3,
-        "least_ms": min(seconds) * 1e3,
-        "rounds": len(seconds),
-    }
+    """Median, minimum (least sensitive to a busy machine) and number of times."""
+    return {"median_ms": statistics.median(seconds) * 1e3, "least_ms": min(seconds) * 1e3, "rounds": len(seconds)}
 
 
 def ratio(one: Mapping[str, float | int], other: Mapping[str, float | int], name: str) -> dict[str, float]:
-    """One summary in units of another, under this name: of the medians, and of the least times."""
-    return {
-        name: one["median_ms"] / other["median_ms"],
-        f"{name}_least": one["least_ms"] / other["least_ms"],
-    }
+    """One summary over another under this name: of the medians, and of the minima."""
+    return {name: one["median_ms"] / other["median_ms"], f"{name}_least": one["least_ms"] / other["least_ms"]}
+
+
+def text(result: Mapping[str, Any], titles: Mapping[str, str]) -> str:
+    """The tables of a result under their titles, for a terminal."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    lines = [f"{result['device']}, {result['instruction_set']}, {result['threads']} threads; {versions}"]
+    for name, title in titles.items():
+        if name in result:
+            lines += ["", title, table(result[name])]
+    return "\n".join([*lines, *(f"left out: {row['what']}: {row['reason']}" for row in result["left_out"])])
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows for a terminal, without the columns of minima in ms."""
+    frame = pd.DataFrame(rows)
+    frame = frame[[name for name in frame if not str(name).endswith("_least_ms")]]
+    floats: Any = lambda x: f"{x:.3f}" if abs(x) < 10 else f"{x:.1f}"  # noqa: E731 (typed as a string by pandas' stubs)
+    return frame.to_string(index=False, na_rep="", float_format=floats)

@@ -1,9 +1,9 @@
-"""Training images varied a batch at a time on their device: shift, mirror, erase, mix.
+"""Augment training images a batch at a time on their device: shift, flip, erase, mix.
 
-`b` batch, `k` classes, `h` and `w` pixels. What happens to each image is drawn on the CPU for a whole step's batch,
-then done to it, or to parts of it wherever they lie: how a batch is split over processes changes nothing. Erasing is
-that of Zhong et al. (arXiv:1708.04896) with noise in every pixel; mixing that of mixup (arXiv:1710.09412) and CutMix
-(arXiv:1905.04899), with the choices that the DeiT recipe takes from timm, but each image has its own lambda and box.
+`b` batch, `k` classes, `h` and `w` pixels. Random choices are drawn on the CPU for a whole step's batch and applied to
+it, or to parts of it on any device, so that splitting a batch over processes changes nothing. Erasing is that of Zhong
+et al. (arXiv:1708.04896) with noise in every pixel; mixing is mixup (arXiv:1710.09412) and CutMix (arXiv:1905.04899)
+with the choices of the DeiT recipe in timm, except that each image has its own lambda and box.
 """
 
 import dataclasses
@@ -22,25 +22,24 @@ from famba.config import DataParams
 from famba.errors import InputError
 
 _AREA = (0.02, 1 / 3)  # of the erased rectangle, as a share of the image's
-_ASPECT = (0.3, 1 / 0.3)  # its height by its width
-_TRIES = 10  # rectangles drawn for each image; the first that fits into it is taken, and none if none does
+_ASPECT = (0.3, 1 / 0.3)  # height over width
+_TRIES = 10  # rectangles drawn for each image, of which the first that fits is erased
 
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """What happens to each image of a batch; None where it happens to none. On the CPU.
+    """The random choices for each image of a batch, on the CPU; None for a step that is not used.
 
     Attributes:
-        shift: pixels of margin on each side from which an image's window is cut.
-        corner: of that window, from (0, 0) to (2 shift, 2 shift).
+        shift: pixels of margin from which the window of each image is cut.
+        corner: upper left corner of that window, from (0, 0) to (2 shift, 2 shift).
         mirrored: left-right.
-        erased: top, left, height, width of the rectangle that becomes noise; of no size where nothing does.
-        noise: seed of that noise.
-        share: of the image itself in a mixture, the rest being its neighbour's; 1 where it is left alone. By its box,
-            what lies outside.
-        box: top, left, bottom, right of what its neighbour puts in; of no size where the mixture is not by a box. None
-            where none is.
-        classes: that labels tell apart.
+        erased: top, left, height, width of a rectangle; (0, 0, 0, 0) for none.
+        noise: seed of the rectangle's noise.
+        share: weight of the image itself in a mixture, the rest being its neighbour's: 1 without mixing; with a box,
+            the area outside.
+        box: top, left, bottom, right of the neighbour's part, an empty box for mixup; None if no image has one.
+        classes: number of classes.
     """
 
     shift: int
@@ -57,10 +56,10 @@ class Draws:
         return self.b
 
     def __getitem__(self, rows: slice) -> "Draws":
-        """Those of a part of the batch.
+        """The choices for a part of the batch.
 
         Raises:
-            InputError: mixed images would be parted from their neighbours.
+            InputError: it separates mixed images from their neighbours.
         """
         start, stop, step = rows.indices(self.b)
         if self.share is not None and (step != 1 or start % 2 or (stop % 2 and stop < self.b)):
@@ -71,16 +70,15 @@ class Draws:
 
 
 def draw(p: DataParams, b: int, generator: torch.Generator, *, classes: int) -> Draws:
-    """What happens to b images of img_size pixels.
+    """Draw for b images of img_size pixels.
 
     Args:
-        b: of the whole step's batch, in all processes. With mixing, 2i and 2i + 1 are each other's neighbours; the last
-            image of an odd batch has none.
-        generator: a CPU one.
+        b: the whole step's batch, over all processes. Images 2i and 2i + 1 are mixed; the last of an odd batch is not.
+        generator: on the CPU.
     """
     corner = mirrored = erased = noise = share = box = None
     if p.shift:
-        # Row by row, y before x: as runs have always drawn it.
+        # All y before all x, which keeps the numbers of older runs.
         corner = torch.randint(0, 2 * p.shift + 1, (2, b), generator=generator).T
     if p.flip:
         mirrored = torch.randint(0, 2, (b, 1, 1, 1), generator=generator).flatten().bool()
@@ -101,16 +99,16 @@ def apply(
     std: Sequence[float],
     label_smoothing: float,
 ) -> tuple[Float32[Tensor, "b 3 h w"], Int64[Tensor, "b"] | Float32[Tensor, "b k"]]:
-    """The images as drawn, normalised, and what they are to be told as.
+    """The augmented and normalised images, and their targets.
 
-    Where images are mixed that is a distribution over the classes: by its share the image's class, by the rest its
-    neighbour's, label_smoothing of it spread over all. Otherwise the labels come back, and smoothing is the loss's.
+    Mixed images have a distribution over classes, with label_smoothing in it. Otherwise the labels are returned, and
+    smoothing is left to the loss.
 
     Raises:
-        InputError: draws of another number of images.
+        InputError: draws for another number of images.
     """
     if len(draws) != len(images):
-        raise InputError(f"draws: of {len(draws)} images, not {len(images)}")
+        raise InputError(f"draws: for {len(draws)} images; allowed: {len(images)}, the number of images")
     shown = data.normalise(_moved(images, draws), mean, std)
     if draws.erased is not None and draws.noise is not None:
         shown = _erase(shown, draws.erased, draws.noise)
@@ -128,13 +126,13 @@ def apply(
         own = torch.where(by_box[:, None, None, None], outside, own)
     mixed = torch.lerp(shown[partner], shown, own)
     off = label_smoothing / draws.classes
-    told = torch.full((b, draws.classes), off, device=device)
-    told.scatter_(1, labels[:, None], 1 - label_smoothing + off)
-    return mixed, torch.lerp(told[partner], told, share[:, None])
+    targets = torch.full((b, draws.classes), off, device=device)
+    targets.scatter_(1, labels[:, None], 1 - label_smoothing + off)
+    return mixed, torch.lerp(targets[partner], targets, share[:, None])
 
 
 def _moved(images: UInt8[Tensor, "b 3 h w"], draws: Draws) -> UInt8[Tensor, "b 3 h w"]:
-    """Shifted, zeros (black) moving in, then mirrored."""
+    """Shifted, with zeros (black) at the edge, then mirrored."""
     b, _, h, w = images.shape
     mirrored = None if draws.mirrored is None else draws.mirrored.to(images.device, non_blocking=True)
     if draws.corner is None:
@@ -143,14 +141,14 @@ def _moved(images: UInt8[Tensor, "b 3 h w"], draws: Draws) -> UInt8[Tensor, "b 3
     y, x = top + torch.arange(h, device=images.device), torch.arange(w, device=images.device).expand(b, w)
     if mirrored is not None:
         x = torch.where(mirrored[:, None], x.flip(1), x)
-    # One look-up of each pixel in the padded image, for all its channels, which lie side by side.
+    # One look-up per pixel in the padded image gets all channels, which are adjacent.
     place = y[:, :, None] * (w + 2 * draws.shift) + (left + x)[:, None, :]
     padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, *(draws.shift,) * 4)).flatten(1, 2)
     return padded.gather(1, place.view(b, h * w, 1).expand(b, h * w, 3)).view(b, h, w, 3).permute(0, 3, 1, 2)
 
 
 def _rectangles(b: int, size: int, generator: torch.Generator) -> Int64[Tensor, "b 4"]:
-    """Top, left, height, width; area uniform, aspect log-uniform, place uniform."""
+    """Top, left, height, width; area uniform, aspect ratio log-uniform, position uniform."""
     u = torch.rand(4, b, _TRIES, dtype=torch.float64, generator=generator)
     area = size**2 * (_AREA[0] + (_AREA[1] - _AREA[0]) * u[0])
     low, high = map(math.log, _ASPECT)
@@ -166,7 +164,7 @@ def _rectangles(b: int, size: int, generator: torch.Generator) -> Int64[Tensor, 
 def _mixtures(
     p: DataParams, b: int, generator: torch.Generator
 ) -> tuple[Float32[Tensor, "b"], Int64[Tensor, "b 4"] | None]:
-    """Share and box of each image, the lambda of a box being what its pixels leave."""
+    """Share and box of each image; the share of a box is the area outside after clipping."""
     # NumPy's legacy generator is frozen, and torch's Beta takes none.
     numbers = np.random.RandomState(int(torch.randint(2**32, (), generator=generator)))
     by_box = numbers.random_sample(b) < (0.5 if p.mixup and p.cutmix else float(p.cutmix > 0))
@@ -197,8 +195,8 @@ def _inside(box: Int64[Tensor, "b 4"], h: int, w: int) -> Bool[Tensor, "b 1 h w"
 def _erase(
     images: Float32[Tensor, "b 3 h w"], rectangle: Int64[Tensor, "b 4"], seed: Int64[Tensor, "b"]
 ) -> Float32[Tensor, "b 3 h w"]:
-    """The rectangles filled, in place, with noise of mean 0 and deviation 1; no other pixel is touched."""
-    # The rectangles lie on the CPU, so that the device need not be waited for to know how many pixels they hold.
+    """Fill the rectangles in place with noise of mean 0 and deviation 1."""
+    # The rectangles are on the CPU, so that counting their pixels does not synchronise the device.
     area = rectangle[:, 2] * rectangle[:, 3]
     total, device = int(area.sum()), images.device
     described = torch.stack([torch.arange(len(area)), area.cumsum(0) - area, seed, *rectangle.T])
@@ -212,26 +210,25 @@ def _erase(
 
 
 def _noise(seed: Int64[Tensor, "m"], pixel: Int64[Tensor, "m"]) -> Float32[Tensor, "m 3"]:
-    """Standard normal numbers that follow from seed and pixel alone, to rounding on any device.
+    """Standard normal numbers as a function of seed and pixel, equal on all devices up to rounding.
 
-    Box and Muller's two numbers from the halves of 32 bits, twice, the fourth left over: 16 bits for a radius, which is
-    at most 4.9, and 16 for an angle.
+    Box-Muller twice, each from 16 bits for the radius (at most 4.9) and 16 for the angle; the fourth number is unused.
     """
     place = 2 * pixel + torch.arange(1, 3, device=pixel.device)[:, None]
-    bits = _scrambled(seed ^ _scrambled(place))
+    bits = _hashed(seed ^ _hashed(place))
     radius = ((bits >> 16).float().add_(0.5).div_(2**16)).log_().mul_(-2).sqrt_()
     angle = (bits & 0xFFFF).float().mul_(2 * math.pi / 2**16)
     (red, green), blue = angle.cos().mul_(radius), angle[0].sin().mul_(radius[0])
     return torch.stack([red, green, blue], 1)
 
 
-def _scrambled(x: Int64[Tensor, "*s"]) -> Int64[Tensor, "*s"]:
-    """32 bits of each number made into 32 that look unrelated: Wellons's lowbias32 (nullprogram.com, 2018)."""
+def _hashed(x: Int64[Tensor, "*s"]) -> Int64[Tensor, "*s"]:
+    """Hash 32 bits by Wellons's lowbias32 (nullprogram.com, 2018)."""
     x = _times(x ^ x >> 16, 0x7FEB352D)
     x = _times(x ^ x >> 15, 0x846CA68B)
     return x ^ x >> 16
 
 
 def _times(x: Int64[Tensor, "*s"], factor: int) -> Int64[Tensor, "*s"]:
-    """The product modulo 2**32, by halves of the factor: 64 bits never overflow."""
+    """The product modulo 2**32, by halves of the factor, so that 64 bits do not overflow."""
     return (x * (factor >> 16)).bitwise_left_shift_(16).add_(x, alpha=factor & 0xFFFF).bitwise_and_(0xFFFFFFFF)

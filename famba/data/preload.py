@@ -1,6 +1,6 @@
-"""Imported by the process that workers are forked from (`loader`), so that they need not import it themselves.
+"""Imported once by the process that loader workers are forked from: importing timm takes seconds.
 
-timm takes seconds to import. Where it cannot be, those who need it say so.
+Without timm, the code that needs it raises.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
-"""The reference's own recipe: images varied one by one, and mixed, by timm.
+"""The reference's recipe: timm's augmentation, image by image, and its mixing.
 
-timm draws from the global generators of Python, NumPy and torch. Here they are seeded around each call and put back
-after it, so that what comes out follows from the call's seed alone. Nothing else of famba imports timm or torchvision.
+timm draws from the global generators of Python, NumPy and torch, which are seeded and restored around each call: the
+result depends on the call's seed alone. Nothing else in famba imports timm or torchvision.
 """
 
 import contextlib
@@ -22,15 +22,15 @@ from famba.config import DataParams
 from famba.data import datasets
 from famba.errors import InputError
 
-_SMALL = 32  # pixels; up to there DeiT crops a padded image instead of resizing a part of it
+_SMALL = 32  # pixels; up to this size DeiT crops a padded image instead of a resized one
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Varies a training image; sent to other processes by its parameters alone.
+    """Augments training images; pickled as its parameters only.
 
     Attributes:
-        mean, std: what the images are normalised by, per channel.
+        mean, std: of each channel, for normalisation.
     """
 
     p: DataParams
@@ -38,9 +38,9 @@ class Recipe:
     std: tuple[float, ...]
 
     def __call__(self, images: Iterable[Image.Image], seeds: Sequence[int]) -> Float32[Tensor, "b 3 h w"]:
-        """The images varied and normalised, each from its own seed; RGB in.
+        """RGB images augmented and normalised, each from its own seed.
 
-        Up to 32 pixels DeiT crops an image as it comes, a small one; another is first brought to the size here.
+        Up to 32 pixels DeiT crops images of that size without resizing; others are first resized to it here.
         """
         size = self.p.img_size
         varied = torch.empty(len(seeds), 3, size, size)
@@ -54,7 +54,7 @@ class Recipe:
 
     @functools.cached_property
     def transform(self) -> Callable[[Image.Image], Tensor]:
-        """timm's transform, as DeiT's `build_transform` asks for it."""
+        """timm's transform with the arguments of DeiT's `build_transform`."""
         timm, torchvision = _timm()
         p = self.p
         made = timm.data.create_transform(
@@ -88,13 +88,13 @@ def mixer(
     [Float32[Tensor, "b 3 h w"], Int64[Tensor, "b"], int],
     tuple[Float32[Tensor, "b 3 h w"], Int64[Tensor, "b"] | Float[Tensor, "b k"]],
 ]:
-    """timm's mixing of a whole batch: (images, labels, seed) -> (images, targets).
+    """timm's mixing of a whole batch in place: (images, labels, seed) -> (images, targets).
 
-    The images are written to. One lambda, and one choice of mixup or cutmix, holds for a batch. Targets have the
-    smoothing in them. Where the parameters ask for neither, images and labels come back as they are.
+    A batch has one lambda and one choice of mixup or cutmix. Targets include label smoothing. Without mixup and cutmix,
+    images and labels are returned unchanged.
 
     Raises:
-        InputError: timm cannot be had; and by what is returned, a batch of an odd number of images.
+        InputError: timm cannot be imported; from the returned function, an odd number of images.
     """
     if not (p.mixup or p.cutmix):
         return lambda images, labels, seed: (images, labels)
@@ -120,18 +120,18 @@ def mixer(
 
 
 def image_seed(seed: int, i: int) -> int:
-    """A seed for one image of an epoch; neighbours' are unrelated."""
+    """A seed for one image of an epoch, a hash of both numbers."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {i}".encode(), digest_size=8).digest(), "little")
 
 
 def _posterized(posterize: Callable[..., Image.Image], image: Image.Image, bits: int, **more: Any) -> Image.Image:
-    """A policy's strongest step keeps 0 bits: black, as Pillow made it before version 13, which raises."""
+    """The strongest posterising keeps 0 bits: black, as in Pillow before version 13, which raises."""
     return posterize(image, bits, **more) if bits else Image.new(image.mode, image.size)
 
 
 @contextlib.contextmanager
 def _kept_generators() -> Iterator[None]:
-    """The three global generators that timm draws from are afterwards as they were."""
+    """Restore the three global generators that timm draws from."""
     before = random.getstate(), np.random.get_state(), torch.random.get_rng_state()  # noqa: NPY002 (timm's)
     try:
         yield
@@ -144,7 +144,7 @@ def _kept_generators() -> Iterator[None]:
 def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed([seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF])  # noqa: NPY002
-    torch.default_generator.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)  # the CPU's alone
+    torch.default_generator.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)  # of the CPU only
 
 
 def _timm() -> tuple[Any, Any]:

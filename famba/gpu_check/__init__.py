@@ -1,9 +1,8 @@
-"""All that a first GPU has to show, in one command: `python -m famba gpu-check`. Its checks: famba.gpu_check.checks.
+"""Check everything that famba does on a GPU, in one command: `python -m famba gpu-check`; see famba.gpu_check.checks.
 
-Each check is a process of its own with a time limit: a kernel that faults spoils CUDA for its whole process, and one
-that hangs must leave the others their time. This module imports the standard library alone, so that it starts on a
-machine with torch, triton and NumPy. The other packages come as wheels (`make gpu-check-wheels`); a check whose package
-is missing is skipped.
+Each check is a process with a time limit, because a faulty kernel breaks CUDA for its whole process and a hanging one
+must not stop the others. This module imports the standard library alone, so that it starts where only torch, triton and
+NumPy are installed. Other packages come as wheels (`make gpu-check-wheels`); a check without its package is skipped.
 """
 
 import contextlib
@@ -25,27 +24,27 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from famba.errors import InputError
+from famba.errors import FambaError, InputError
 from famba.storage.files import json_bytes, write_atomic
 
 ROOT = Path(__file__).resolve().parents[2]
 PATH = "results/gpu_check.json"
 WHEELS = "build/wheels"
-LIMIT_S = 465.0  # of all checks: with what starts before them, eight minutes
+LIMIT_S = 465.0  # of all checks: eight minutes with start-up
 OK, FAILED, SKIPPED = "ok", "FAILED", "skipped"
-_GRACE_S = 10.0  # for a check's process to end by itself after its verdict
-_OUTPUT = 4000  # characters kept of what a check that failed has printed
+_GRACE_S = 10.0  # for a process to exit after its verdict
+_OUTPUT = 4000  # characters shown of the output of a failed check
 
 
 class Check(NamedTuple):
-    """Where a check is, as `module:function`, the seconds after which it has failed, and whether a CPU can do it."""
+    """A check as `module:function`, its time limit, and whether a CPU can run it."""
 
     function: str
     limit_s: float
     on_cpu: bool = True
 
 
-# What matters most comes first, since the limit of all is less than the sum of theirs.
+# The most important first, because the limit of all is less than the sum of theirs. All others need `device`.
 CHECKS = {
     "device": Check("famba.gpu_check.checks:device", 60),
     "operators": Check("famba.gpu_check.checks:operators", 85),
@@ -63,12 +62,7 @@ CHECKS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What the checks run on.
-
-    Attributes:
-        device: cuda, cuda:N or cpu.
-        quick: small sizes, to see that the checks themselves work.
-    """
+    """Where checks run (cuda, cuda:N or cpu), and whether at small sizes, to test the checks themselves."""
 
     device: str
     quick: bool
@@ -79,13 +73,13 @@ class Setting:
 
     @property
     def backend(self) -> str:
-        """The kernels that are checked."""
+        """The kernels under test."""
         return "triton" if self.on_gpu else "native"
 
 
 @dataclass
 class Outcome:
-    """What a check that passed has to say, and the tables that it measured."""
+    """The summary of a check that passed, and the tables that it measured."""
 
     detail: str
     tables: dict[str, Any] = field(default_factory=dict)
@@ -95,7 +89,7 @@ class Skipped(Exception):
     """A check cannot run here; the message is the reason."""
 
 
-Say = Callable[[str], None]  # what a check is about to do: named if it fails, hangs or dies there
+Say = Callable[[str], None]  # what a check does next: reported if it fails, hangs or dies there
 
 
 def main(
@@ -104,12 +98,13 @@ def main(
     """Run the checks, print and write them; the exit status: 1 if one has failed.
 
     Args:
-        names: some of `CHECKS`; all if none is given.
-        json: where the result is written after each check; `PATH` if all run at full size and nothing else is said.
-        wheels: a folder of wheels, whose packages can be imported where they are not installed.
+        names: some of `CHECKS`; none is all. `device` always runs.
+        json: where the result is written after each check; the default is `PATH` for all checks at full size.
+        wheels: a folder of wheels, whose packages are used where they are not installed.
 
     Raises:
         InputError: an unknown check or device.
+        FambaError: the device cannot be used, or every check was skipped.
     """
     for name in names:
         if name not in CHECKS:
@@ -118,7 +113,7 @@ def main(
         raise InputError(f"device: {device!r} is not one of cuda, cuda:N, cpu")
     if device == "cpu" and not quick:
         raise InputError("device: 'cpu' takes --quick only")
-    chosen = {name: check for name, check in CHECKS.items() if not names or name in names}
+    chosen = {name: check for name, check in CHECKS.items() if not names or name in ("device", *names)}
     path = json.absolute() if json else (None if names or quick else ROOT / PATH)
     options = [*names, *(["--quick"] if quick else []), *([] if device == "cuda" else ["--device", device])]
     with _importable(wheels):
@@ -132,30 +127,36 @@ def main(
 def run(
     checks: Mapping[str, Check], setting: Setting, command: str, path: Path | None, *, limit_s: float = LIMIT_S
 ) -> dict[str, Any]:
-    """The checks one after the other, each printed as soon as it is over, and what they found.
+    """Run the checks in order, print each when it ends, and return what they found.
 
     Args:
-        command: what a user would type for it.
+        command: as a user would type it.
         path: where the result so far is written after each check.
-        limit_s: of all of them; a check for which nothing is left is skipped.
+        limit_s: of all checks; those left after it are skipped.
+
+    Raises:
+        FambaError: the check `device` does not pass, so that no other can, or every check was skipped.
     """
     end = time.monotonic() + limit_s
     result: dict[str, Any] = {"device": setting.device, "versions": {}, "command": command, "checks": []}
-    no_device = ""
     for name, check in checks.items():
         left = end - time.monotonic()
-        reason = no_device or ("" if check.on_cpu or setting.on_gpu else "it needs a CUDA device")
-        if reason or left <= 0:
-            row, tables = _row(SKIPPED, reason or f"the {limit_s:g} s of all checks are over"), {}
+        if not (check.on_cpu or setting.on_gpu):
+            row, tables = _row(SKIPPED, "it needs a CUDA device"), {}
+        elif left <= 0:
+            row, tables = _row(SKIPPED, f"the {limit_s:g} s of all checks are over"), {}
         else:
             row, tables = _tried(check._replace(limit_s=min(check.limit_s, left)), setting)
-        if name == "device" and row["verdict"] == FAILED:
-            no_device = "check device failed"
+        if name == "device" and row["verdict"] != OK:
+            raise FambaError(f"gpu-check: device {setting.device!r} cannot be used: {row['detail']}")
         result |= tables
         result["checks"].append({"check": name, **row})
         print(f"{name:<12}{row['verdict']:<8}{row['seconds']:6.1f} s  {row['detail']}", flush=True)
         if path is not None:
             write_atomic(path, json_bytes(result))
+    others = {row["check"]: row["verdict"] for row in result["checks"] if row["check"] != "device"}
+    if others and set(others.values()) == {SKIPPED}:
+        raise FambaError(f"gpu-check: every check was skipped: {', '.join(others)}")
     return result
 
 
@@ -164,8 +165,8 @@ def _row(verdict: str, detail: str, **more: Any) -> dict[str, Any]:
 
 
 def _tried(check: Check, setting: Setting) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A check's row and tables, whatever becomes of its process."""
-    # The server imports what takes seconds, once, and nothing of CUDA begins there, so that checks can fork from it.
+    """The row and tables of a check, even if its process crashes or hangs."""
+    # The server imports the slow packages once without initialising CUDA, so that checks can fork from it.
     context, at = multiprocessing.get_context("forkserver"), ""
     context.set_forkserver_preload(["torch", "famba.gpu_check.checks"])
     receiver, sender = context.Pipe(duplex=False)
@@ -204,9 +205,9 @@ def _end(exitcode: int | None) -> str:
 
 
 def _kill(process: BaseProcess) -> None:
-    """End a check's process and all that it has started."""
+    """Kill a check's process and its children."""
     assert process.pid is not None
-    with contextlib.suppress(ProcessLookupError):  # it has not got so far, or nothing of it is left
+    with contextlib.suppress(ProcessLookupError):  # no process group yet, or no longer
         os.killpg(process.pid, signal.SIGKILL)
     if process.exitcode is None:
         os.kill(process.pid, signal.SIGKILL)
@@ -226,7 +227,7 @@ def _child(function: str, setting: Setting, printed: str, sender: Connection) ->
         row = _row(SKIPPED, str(reason))
     except ModuleNotFoundError as error:
         row = _row(SKIPPED, f"{(error.name or str(error)).split('.')[0]} is missing; make gpu-check-wheels")
-    except Exception as error:  # whatever kernels, compilers and drivers raise; the next check shall be made
+    except Exception as error:  # whatever kernels, compilers and drivers raise; the next check runs
         traceback.print_exc()
         row = _row(FAILED, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
     sys.stdout.flush()
@@ -236,7 +237,7 @@ def _child(function: str, setting: Setting, printed: str, sender: Connection) ->
 
 @contextlib.contextmanager
 def _importable(wheels: Path) -> Iterator[None]:
-    """Meanwhile every process started here can import the packages of these wheels, those apart that are installed."""
+    """In the block, processes started here can import those packages of these wheels that are not installed."""
     with tempfile.TemporaryDirectory() as folder:
         for wheel in sorted(wheels.glob("*.whl")):
             try:
@@ -244,7 +245,7 @@ def _importable(wheels: Path) -> Iterator[None]:
             except importlib.metadata.PackageNotFoundError:
                 with zipfile.ZipFile(wheel) as archive:
                     archive.extractall(folder)
-        # The checks take over sys.path; what they start, and the server that they fork from, the environment.
+        # Checks inherit sys.path; the server and what checks start inherit the environment.
         sys.path.append(folder)
         before = os.environ.get("PYTHONPATH", "")
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [before, folder]))

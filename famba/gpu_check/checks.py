@@ -1,6 +1,6 @@
-"""What `python -m famba gpu-check` checks; each function is a process of its own, started by famba.gpu_check.
+"""The checks of `python -m famba gpu-check`; famba.gpu_check runs each in a process.
 
-Letters as elsewhere: `b` batch, `e` channels, `t` tokens, `n` states per channel, `k` taps, `d` width.
+Letters as elsewhere: `b` batch, `e` channels, `t` tokens, `n` states per channel, `k` taps, `m` dt_rank.
 """
 
 import contextlib
@@ -43,12 +43,12 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _BATCHES, _STATES = (1, 2, 3, 16), (1, 2, 3, 8, 16, 33, 64)
 _SIZES = ((5, 7), (33, 1), (70, 67), (48, 16), (3, 2))  # e, t
 _TAPS, _CLASS_TOKENS, _IMAGES = (4, 2, 8), ("head", "middle", "none"), (6, 7, 8)
-# Of a tensor's largest value. In bfloat16 each intermediate is rounded by 2^-9 at most; a model has some hundred, and
-# with the native kernels, which are right, errors of up to 0.1.
+# Relative to a tensor's largest value. bfloat16 rounds each intermediate by at most 2^-9; a model has some hundred of
+# them, and the native kernels, which are correct, have errors of up to 0.1.
 _TOLERANCE = {"operators": {"fp32": 2e-5, "bf16": 2**-6}, "models": {"fp32": 1e-4, "bf16": 0.25}}
-_FAILURES = 10  # after so many there is no more to be learned
+_FAILURES = 10  # stop after so many
 _REPEATS = 10
-_COMPARING_S = 60.0  # less than the check's own limit, so that what was seen is said
+_COMPARING_S = 60.0  # below the check's own limit, so that its results are reported
 _QUICK, _SANITIZED = 40, 12  # cases
 _WORKERS = 2
 _CLASSES, _CLASS_IMAGES = 4, 120  # more than 1 MiB of pixels, so that they can stream
@@ -61,22 +61,20 @@ class _Case(NamedTuple):
 
 
 def device(setting: Setting, say: Say) -> Outcome:
-    """The device is there, and what it is."""
+    """The device exists and computes."""
     del say
     where = _begin(setting)
     tables = environment.environment(where)
     if where.type == "cuda":
-        found = torch.cuda.get_device_properties(where)
-        tables["capability"] = f"{found.major}.{found.minor}"
         tables["driver"] = tables["versions"]["driver"]
-        tables["memory_mib"] = found.total_memory / 2**20
+        tables["memory_mib"] = torch.cuda.get_device_properties(where).total_memory / 2**20
     torch.ones(8, device=where).sum().item()
     versions = ", ".join(f"{name} {version}" for name, version in tables["versions"].items())
     return Outcome(f"{tables['device']}, {tables['instruction_set']}; {versions}", tables)
 
 
 def operators(setting: Setting, say: Say) -> Outcome:
-    """Every operator's outputs and gradients, by the kernels, against torch in double precision."""
+    """Outputs and gradients of every operator against torch in double precision."""
     _begin(setting)
     return _compared(_operator_cases(setting), say, _TOLERANCE["operators"], _QUICK if setting.quick else None)
 
@@ -84,17 +82,16 @@ def operators(setting: Setting, say: Say) -> Outcome:
 def models(setting: Setting, say: Say) -> Outcome:
     """Logits and gradients of whole models against torch in double precision, with every combination of options.
 
-    A matching is a choice, which rounding can change; so the model in double precision makes it for both. That the
-    kernel chooses alike where nothing is near a tie, `operators` checks.
+    Rounding can change a matching, so the model in double precision matches for both; `operators` checks the matching
+    kernel where no similarity is near a tie.
     """
     _begin(setting)
     kinds = get_type_hints(FusionOptions)
     combined = [FusionOptions(*chosen) for chosen in itertools.product(*map(get_args, kinds.values()))]
     cases = []
     for i, (precision, options) in enumerate(itertools.product(_DTYPES, combined)):
-        b, n = _BATCHES[i % 4], _STATES[i % 7]
-        cls_position, img_size = _CLASS_TOKENS[i % 3], _IMAGES[i // 3 % 3]
-        config: dict[str, Any] = {
+        b, n, cls_position, img_size = _BATCHES[i % 4], _STATES[i % 7], _CLASS_TOKENS[i % 3], _IMAGES[i // 3 % 3]
+        sizes: dict[str, Any] = {
             "img_size": img_size,
             "d_state": n,
             "cls_position": cls_position,
@@ -104,7 +101,7 @@ def models(setting: Setting, say: Say) -> Outcome:
         }
         name = f"model, b {b}, n {n}, {img_size} px, class token {cls_position}, {precision}, "
         name += "/".join(vars(options).values())
-        cases.append(_Case(name, precision, functools.partial(_model_error, setting, b, config, precision)))
+        cases.append(_Case(name, precision, functools.partial(_model_error, setting, b, sizes, precision)))
     return _compared(cases, say, _TOLERANCE["models"], _QUICK if setting.quick else None)
 
 
@@ -131,13 +128,13 @@ def determinism(setting: Setting, say: Say) -> Outcome:
 
 
 def training(setting: Setting, say: Say) -> Outcome:
-    """A run that is killed and resumed, and one that is not, end with equal metrics."""
+    """A run that is killed and resumed ends with the metrics of an uninterrupted one."""
     from famba.training import fit
 
     with _run_params(setting) as p, contextlib.ExitStack() as after:
         after.callback(fit.forget, p, seed=0)
         say("a run that is killed in its second epoch")
-        # Forked before anything of CUDA begins here.
+        # Forked before CUDA is initialised here.
         process = multiprocessing.get_context("fork").Process(target=_killed_run, args=(setting, p))
         process.start()
         process.join()
@@ -147,9 +144,9 @@ def training(setting: Setting, say: Say) -> Outcome:
         _begin(setting)
         lengths: list[int] = []
         resumed = fit.fit(p, seed=0, watch=[lambda history, _: lengths.append(len(history))])
-        assert lengths[0] == 2, f"it went on with epoch {lengths[0]}, not with 2"
+        assert lengths[0] == 2, f"it continued with epoch {lengths[0]}, not with 2"
         fit.forget(p, seed=0)
-        say("a run that is not killed")
+        say("an uninterrupted run")
         whole = fit.fit(p, seed=0)
     losses = [[row["train_loss"] for row in run.history] for run in (resumed, whole)]
     assert resumed.metrics == whole.metrics, f"other metrics after resuming; training losses {losses}"
@@ -167,11 +164,8 @@ def streaming(setting: Setting, say: Say) -> Outcome:
 
     _begin(setting)
     with _run_params(setting) as p:
-        p = dataclasses.replace(
-            p,
-            data=dataclasses.replace(p.data, memory_mib=1, workers=_WORKERS),
-            train=dataclasses.replace(p.train, epochs=1),
-        )
+        streamed = dataclasses.replace(p.data, memory_mib=1, workers=_WORKERS)
+        p = dataclasses.replace(p, data=streamed, train=dataclasses.replace(p.train, epochs=1))
         say("loading")
         assert not isinstance(data.load(p.data).train, data.Split), "the images lie in memory"
         say("training")
@@ -182,7 +176,7 @@ def streaming(setting: Setting, say: Say) -> Outcome:
 
 
 def graph(setting: Setting, say: Say) -> Outcome:
-    """Training by a CUDA graph gives the losses of training without."""
+    """Training with a CUDA graph gives the losses of training without."""
     from famba.training import fit
 
     _begin(setting)
@@ -194,45 +188,47 @@ def graph(setting: Setting, say: Say) -> Outcome:
             losses.append([row["train_loss"] for row in fit.fit(q, seed=0).history])
             fit.forget(q, seed=0)
     apart = max(abs(x - y) / y for x, y in zip(*losses, strict=True))
-    # A matrix product may take another workspace, and so another order, inside a graph.
+    # A matrix product may take another workspace, and thus another order of sums, inside a graph.
     assert apart <= 1e-4, f"training losses {losses[0]} without, {losses[1]} with a graph"
     return Outcome(f"{len(losses[0])} epochs, losses apart by {apart:.0e}, the last {losses[0][-1]:.3f}")
 
 
 def steps(setting: Setting, say: Say) -> Outcome:
-    """Time and peak memory of a training step, beside mamba-ssm's where it is there."""
-    result = _measured("steps", setting, say)
-    assert result["steps"], _left_out(result)
-    said = [
-        f"{row['model']}, {row['contestant']}: {row['median_ms']:.1f} ms, {row['peak_mib']:.0f} MiB"
-        for row in result["steps"]
-    ]
-    return Outcome("; ".join(said) + _left_out(result), {"steps": result["steps"]})
+    """Time and peak memory of a training step, beside mamba-ssm's where it is installed."""
+    line = "{model}, {contestant}: {median_ms:.1f} ms, {peak_mib:.0f} MiB"
+    return _measured("steps", "steps", line, setting, say)
 
 
 def fused_steps(setting: Setting, say: Say) -> Outcome:
-    """Time of a training step that fuses tokens, beside what its numbers of tokens predict."""
-    result = _measured("fusion", setting, say)
-    assert "schedules" in result, _left_out(result)
-    said = [
-        f"{row['strategy']}: {row['of_predicted']:.2f} of predicted, {row['of_unfused']:.2f} of unfused"
-        for row in result["schedules"]
-    ]
-    tables = {name: result[name] for name in ("layer", "lengths", "schedules", "uniform") if name in result}
-    return Outcome("; ".join(said) + _left_out(result), tables)
+    """Time of a training step with fusion, relative to the prediction of its token counts."""
+    line = "{strategy}: {of_predicted:.2f} of predicted, {of_unfused:.2f} of unfused"
+    return _measured("fusion", "schedules", line, setting, say)
+
+
+def _measured(part: str, table: str, line: str, setting: Setting, say: Say) -> Outcome:
+    """A part of the GPU's benchmark, one of its tables as text."""
+    from famba import bench
+
+    _begin(setting)
+    say(f"python -m famba bench --gpu {part}")
+    result = bench.run([part], on_gpu=True, quick=setting.quick, device=setting.device)
+    left_out = "".join(f"; left out: {row['what']}: {row['reason']}" for row in result["left_out"])
+    assert result.get(table), left_out
+    tables = {name: result[name] for name in bench.gpu.TITLES if name in result}
+    return Outcome("; ".join(line.format_map(row) for row in result[table]) + left_out, tables)
 
 
 def tests(setting: Setting, say: Say) -> Outcome:
     """The tests that need a GPU."""
     del setting
     importlib.import_module("pytest")
-    # The others would be collected for nothing, and import what a bare machine lacks.
+    # Collecting the others would import packages that may be missing here.
     files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
         # A process of its own: the tests' import hooks must be in place before famba is imported.
         command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
-        command += ["--continue-on-collection-errors"]  # a package that one file wants must not stop the others
+        command += ["--continue-on-collection-errors"]  # a package missing for one file must not stop the others
         with subprocess.Popen([*command, *files], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:
@@ -250,14 +246,14 @@ def tests(setting: Setting, say: Say) -> Outcome:
             failed.append(f"{case.get('classname')}.{case.get('name')}")
         else:
             passed += case.find("skipped") is None
-    said = f"{passed} of {len(cases)} passed" + (f", some want {', '.join(sorted(lacking))}" if lacking else "")
-    assert not failed, f"{len(failed)} failed, {said}: {', '.join(failed)}"
-    assert passed, f"{said}; pytest ended with status {process.returncode}"
-    return Outcome(said)
+    summary = f"{passed} of {len(cases)} passed" + (f", missing: {', '.join(sorted(lacking))}" if lacking else "")
+    assert not failed, f"{len(failed)} failed, {summary}: {', '.join(failed)}"
+    assert passed, f"{summary}; pytest ended with status {process.returncode}"
+    return Outcome(summary)
 
 
 def sanitizer(setting: Setting, say: Say) -> Outcome:
-    """A few small calls of every operator under NVIDIA's compute-sanitizer."""
+    """Small calls of every operator under NVIDIA's compute-sanitizer."""
     program = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
     if program is None:
         raise Skipped("compute-sanitizer is missing")
@@ -278,18 +274,19 @@ def sanitizer(setting: Setting, say: Say) -> Outcome:
 
 
 def small_calls(name: str) -> None:
-    """What runs under the sanitizer: each operator once in each precision."""
+    """The program that runs under the sanitizer."""
     setting = Setting(name, quick=True)
     _begin(setting)
     _compared(_operator_cases(setting), print, _TOLERANCE["operators"], _SANITIZED)
 
 
 def _begin(setting: Setting) -> torch.device:
-    """The device, if it can be used, made torch's current one."""
+    """The device, made torch's current one."""
     where = torch.device(setting.device)
     if where.type == "cuda":
+        if not torch.cuda.is_available():
+            raise Skipped("torch sees no CUDA device here")
         importlib.import_module("triton")
-        assert torch.cuda.is_available(), "torch sees no CUDA device"
         torch.cuda.set_device(where)
     elif reason := scan.backends()[setting.backend]:
         raise Skipped(reason)
@@ -299,7 +296,7 @@ def _begin(setting: Setting) -> torch.device:
 
 
 def _compared(cases: Sequence[_Case], say: Say, tolerance: Mapping[str, float], most: int | None) -> Outcome:
-    """The largest error of each precision, and where. Cases are taken in a random order, until the time is over."""
+    """The largest error of each precision and its case. Cases run in random order within the time limit."""
     cases = random.Random(0).sample(cases, len(cases))[:most]
     end = time.monotonic() + _COMPARING_S
     worst: dict[str, tuple[float, str]] = {}
@@ -312,7 +309,7 @@ def _compared(cases: Sequence[_Case], say: Say, tolerance: Mapping[str, float], 
         made += 1
         try:
             error = case.error()
-        except Exception as raised:  # whatever compilers and drivers raise; the others shall be seen
+        except Exception as raised:  # whatever compilers and drivers raise; the next case runs
             traceback.print_exc()
             failures.append(f"{case.name}: {type(raised).__name__}: {(str(raised).splitlines() or [''])[0]}")
             continue
@@ -321,39 +318,41 @@ def _compared(cases: Sequence[_Case], say: Say, tolerance: Mapping[str, float], 
             failures.append(f"{case.name}: relative error {error:.1e}, more than {tolerance[case.precision]:.1e}")
     print("\n".join(failures))
     assert not failures, f"{len(failures)} of {made} cases; {failures[0]}"
-    said = "; ".join(f"{precision}: {error:.1e} at {name}" for precision, (error, name) in sorted(worst.items()))
-    return Outcome(f"{made} of {len(cases)} cases, worst relative error {said}")
+    errors = "; ".join(f"{precision}: {error:.1e} at {name}" for precision, (error, name) in sorted(worst.items()))
+    return Outcome(f"{made} of {len(cases)} cases, worst relative error {errors}")
+
+
+class _Shape(NamedTuple):
+    """Sizes of one call, and a number that selects the options of the operator."""
+
+    b: int
+    e: int
+    t: int
+    n: int
+    k: int
+    variant: int
+
+
+_Draw = Callable[..., Tensor]  # standard normal numbers of a shape
+_Call = tuple[Callable[..., Any], list[Tensor]]  # an operator, whose last argument is the backend, and its tensors
 
 
 def _operator_cases(setting: Setting) -> list[_Case]:
     cases = []
     for i, (b, n, precision) in enumerate(itertools.product(_BATCHES, _STATES, _DTYPES)):
-        j = i // len(_DTYPES)
-        (e, t), k = _SIZES[j % 5], _TAPS[j % 3]
-        guard = {"head": 0, "middle": (t + 3) // 2, "none": None}[_CLASS_TOKENS[j % 3]]
-        order, weighting = ("scan", "append")[j % 2], ("size", "mean")[j // 2 % 2]
-        makes: dict[str, Callable[..., _Made]] = {
-            f"scan, b {b}, e {e}, t {t}, n {n}": functools.partial(_scan, (b, e, t, n), bool(j % 2)),
-            f"both scans, b {b}, e {e}, t {t}, n {n}": functools.partial(_both_scans, (b, e, t, n)),
-            f"convolution, b {b}, e {e}, t {t}, k {k}": functools.partial(_convolution, (b, e, t, k)),
-            f"norm, b {b}, t {t}, d {e}": functools.partial(_norm, (b, t, e), bool(j % 2)),
-            f"fusion, b {b}, t {t + 3}, d {e}, {order}, {weighting}, class token at {guard}": functools.partial(
-                _fusion, (b, t + 3, e), guard, order, weighting
-            ),
-        }
-        for name, make in makes.items():
-            error = functools.partial(_operator_error, setting, make, precision)
-            cases.append(_Case(f"{name}, {precision}", precision, error))
+        variant = i // len(_DTYPES)
+        shape = _Shape(b, *_SIZES[variant % 5], n, _TAPS[variant % 3], variant)
+        sizes = ", ".join(f"{name} {x}" for name, x in shape._asdict().items())
+        for name, make in _OPERATORS.items():
+            error = functools.partial(_operator_error, setting, make, shape, precision)
+            cases.append(_Case(f"{name}, {sizes}, {precision}", precision, error))
     return cases
 
 
-# An operator, whose last argument is the backend, and the others.
-_Made = tuple[Callable[..., Any], list[Tensor]]
-
-
-def _operator_error(setting: Setting, make: Callable[..., _Made], precision: str) -> float:
+def _operator_error(setting: Setting, make: Callable[..., _Call], shape: _Shape, precision: str) -> float:
     """The largest relative error of the outputs and of all gradients."""
-    function, given = make(torch.Generator().manual_seed(0), _DTYPES[precision])
+    generator = torch.Generator().manual_seed(0)
+    function, given = make(shape, lambda *size: torch.randn(*size, generator=generator), _DTYPES[precision])
 
     def results(tensors: Sequence[Tensor], backend: str) -> list[Tensor]:
         leaves = [x.requires_grad_() for x in tensors]
@@ -368,37 +367,31 @@ def _operator_error(setting: Setting, make: Callable[..., _Made], precision: str
 
 
 def _largest_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """Of each tensor's largest value; NaN if there is one."""
+    """Relative to each tensor's largest value; NaN if there is one."""
     errors = []
     for x, y in zip(found, exact, strict=True):
         difference, size = (x.cpu().double() - y).abs().max(), y.abs().max()
-        errors.append(difference / size if size else difference)  # of a single token A learns nothing
+        errors.append(difference / size if size else difference)  # with a single token the gradient of A is zero
     return torch.stack(errors).max().item()
 
 
-def _scan(shape: tuple[int, int, int, int], reverse: bool, generator: torch.Generator, dtype: torch.dtype) -> _Made:
-    b, e, t, n = shape
-
-    def tokens(rows: int) -> Tensor:
-        return torch.randn(b, t, rows, generator=generator).mT.to(dtype)
-
+def _scan(s: _Shape, draw: _Draw, dtype: torch.dtype) -> _Call:
     def run(*given: Any) -> Tensor:
         *tensors, backend = given
-        return scan.selective_scan(*tensors, delta_softplus=True, reverse=reverse, backend=backend)
+        return scan.selective_scan(*tensors, delta_softplus=True, reverse=bool(s.variant % 2), backend=backend)
 
-    D, bias = torch.randn(2, e, generator=generator).unbind()
-    A = -torch.exp(torch.randn(e, n, generator=generator))
-    return run, [tokens(e), tokens(e) - 1, A, tokens(n), tokens(n), D, tokens(e), bias]
+    D, bias = draw(2, s.e).unbind()
+    A = -torch.exp(draw(s.e, s.n))
+    u, delta, B, C, z = (draw(s.b, s.t, rows).mT.to(dtype) for rows in (s.e, s.e, s.n, s.n, s.e))
+    return run, [u, delta - 1, A, B, C, D, z, bias]
 
 
-def _both_scans(shape: tuple[int, int, int, int], generator: torch.Generator, dtype: torch.dtype) -> _Made:
-    b, e, t, _ = shape
+def _both_scans(s: _Shape, draw: _Draw, dtype: torch.dtype) -> _Call:
     m, tensors = 3, []
-    gate = torch.randn(b, t, e, generator=generator).mT.to(dtype)
+    gate = draw(s.b, s.t, s.e).mT.to(dtype)
     for _ in range(2):
-        u, _, A, B, C, D, _, bias = _scan(shape, False, generator, dtype)[1]
-        step = torch.randn(b, t, m, generator=generator).mT.to(dtype)
-        tensors += [u, step, torch.randn(e, m, generator=generator) / m, A, B, C, D, bias]
+        u, _, A, B, C, D, _, bias = _scan(s, draw, dtype)[1]
+        tensors += [u, draw(s.b, s.t, m).mT.to(dtype), draw(s.e, m) / m, A, B, C, D, bias]
 
     def run(*given: Any) -> Tensor:
         *sides, gate, backend = given
@@ -407,50 +400,52 @@ def _both_scans(shape: tuple[int, int, int, int], generator: torch.Generator, dt
     return run, [*tensors, gate]
 
 
-def _convolution(shape: tuple[int, int, int, int], generator: torch.Generator, dtype: torch.dtype) -> _Made:
-    b, e, t, k = shape
-
+def _convolution(s: _Shape, draw: _Draw, dtype: torch.dtype) -> _Call:
     def run(x: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
         *weights, backend = given
         return ops.bidirectional_conv1d_silu(x, tuple(weights[:2]), tuple(weights[2:]), backend=backend)
 
     # The model's x is one half of a wider tensor.
-    x = torch.randn(b, t, 2 * e, generator=generator).chunk(2, dim=-1)[1].mT.to(dtype)
-    return run, [x, *(torch.randn(*size, generator=generator) for size in ((e, k), (e,), (e, k), (e,)))]
+    x = draw(s.b, s.t, 2 * s.e).chunk(2, dim=-1)[1].mT.to(dtype)
+    return run, [x, draw(s.e, s.k), draw(s.e), draw(s.e, s.k), draw(s.e)]
 
 
-def _norm(shape: tuple[int, int, int], residual: bool, generator: torch.Generator, dtype: torch.dtype) -> _Made:
+def _norm(s: _Shape, draw: _Draw, dtype: torch.dtype) -> _Call:
     def run(x: Tensor, weight: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
-        *other, backend = given
-        return ops.add_rms_norm(x, other[0] if other else None, weight, backend=backend)
+        *residual, backend = given
+        return ops.add_rms_norm(x, residual[0] if residual else None, weight, backend=backend)
 
-    x, other = torch.randn(2, *shape, generator=generator).unbind()
-    return run, [x.to(dtype), torch.randn(shape[-1], generator=generator), *([other] if residual else [])]
+    x, residual = draw(2, s.b, s.t, s.e).unbind()
+    return run, [x.to(dtype), draw(s.e), *([residual] if s.variant % 2 else [])]
 
 
-def _fusion(
-    shape: tuple[int, int, int],
-    guard: int | None,
-    order: str,
-    weighting: str,
-    generator: torch.Generator,
-    dtype: torch.dtype,
-) -> _Made:
-    b, t, _ = shape
-    feature, size = torch.randn(b, t, 9, generator=generator), torch.randint(1, 5, (b, t), generator=generator)
+def _fusion(s: _Shape, draw: _Draw, dtype: torch.dtype) -> _Call:
+    t = s.t + 3
+    cls_index = {"head": 0, "middle": t // 2, "none": None}[_CLASS_TOKENS[s.variant % 3]]
+    order, weighting = ("scan", "append")[s.variant % 2], ("size", "mean")[s.variant // 2 % 2]
+    feature, size = draw(s.b, t, 9), draw(s.b, t).abs().ceil()
     r = max(1, (t - 2) // 3)
-    exact = match_tokens(feature.double(), r, protected=() if guard is None else (guard,), backend="torch")
+    exact = match_tokens(feature.double(), r, protected=() if cls_index is None else (cls_index,), backend="torch")
 
     def run(x: Tensor, y: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-        protected = () if guard is None else torch.full((b,), guard, device=x.device)
+        protected = () if cls_index is None else torch.full((s.b,), cls_index, device=x.device)
         pairs = match_tokens(feature.to(x.device), r, protected=protected, backend=backend)
         assert torch.equal(pairs.source.cpu(), exact.source), "other tokens than torch's disappear"
         assert torch.equal(pairs.target.cpu(), exact.target), "tokens join others than torch's"
         sizes = size.to(x.device, y.dtype)
         return merge.apply_both(merge.plan(pairs, sizes, order=order, weighting=weighting, backend=backend), x, y)
 
-    x, y = torch.randn(2, *shape, generator=generator).unbind()
+    x, y = draw(2, s.b, t, s.e).unbind()
     return run, [x.to(dtype), y]
+
+
+_OPERATORS: dict[str, Callable[[_Shape, _Draw, torch.dtype], _Call]] = {
+    "scan": _scan,
+    "both scans": _both_scans,
+    "convolution": _convolution,
+    "norm": _norm,
+    "fusion": _fusion,
+}
 
 
 def _model_error(setting: Setting, b: int, config: Mapping[str, Any], precision: str) -> float:
@@ -463,14 +458,14 @@ def _model_error(setting: Setting, b: int, config: Mapping[str, Any], precision:
     images = torch.randn(b, 3, config["img_size"], config["img_size"])
     matchings: list[Matching] = []
 
-    def written_down(*args: Any, **kwargs: Any) -> Matching:
+    def record(*args: Any, **kwargs: Any) -> Matching:
         matchings.append(match_tokens(*args, **kwargs))
         return matchings[-1]
 
-    def given(feature: Tensor, r: int, **kwargs: Any) -> Matching:
-        found, chosen = match_tokens(feature, r, **kwargs), matchings.pop(0)
-        assert found.source.shape == chosen.source.shape, "another number of tokens is fused"
-        return Matching(chosen.source.to(feature.device), chosen.target.to(feature.device))
+    def repeat(feature: Tensor, r: int, **kwargs: Any) -> Matching:
+        found, recorded = match_tokens(feature, r, **kwargs), matchings.pop(0)
+        assert found.source.shape == recorded.source.shape, "another number of tokens is fused"
+        return Matching(recorded.source.to(feature.device), recorded.target.to(feature.device))
 
     def results(model: VisionMamba, images: Tensor, match: Callable[..., Matching], how: str) -> list[Tensor]:
         with mock.patch.object(matching, "match_tokens", match), autocast(images.device, how):
@@ -478,15 +473,15 @@ def _model_error(setting: Setting, b: int, config: Mapping[str, Any], precision:
         cotangent = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)
         return [logits.detach(), *torch.autograd.grad(logits, list(model.parameters()), cotangent)]
 
-    want = results(exact.double(), images.double(), written_down, "fp32")
-    found = results(model.to(setting.device), images.to(setting.device), given, precision)
+    expected = results(exact.double(), images.double(), record, "fp32")
+    found = results(model.to(setting.device), images.to(setting.device), repeat, precision)
     assert not matchings, "fewer layers have fused"
-    return _largest_error(found, want)
+    return _largest_error(found, expected)
 
 
 @contextlib.contextmanager
 def _run_params(setting: Setting) -> Iterator[Params]:
-    """A run of three short epochs that fuses, on images made on the spot, which are gone afterwards."""
+    """A run of three short epochs with fusion, on temporary images of noise whose brightness depends on the class."""
     from PIL import Image
 
     generator = torch.Generator().manual_seed(0)
@@ -494,7 +489,6 @@ def _run_params(setting: Setting) -> Iterator[Params]:
         for split, label, i in itertools.product(("train", "test"), range(_CLASSES), range(_CLASS_IMAGES)):
             path = Path(folder, split, str(label), f"{i}.png")
             path.parent.mkdir(parents=True, exist_ok=True)
-            # The classes differ by their brightness.
             pixels = torch.randint(128 + 32 * label, (32, 32, 3), dtype=torch.uint8, generator=generator)
             Image.fromarray(pixels.numpy()).save(path)
         p = config.load("smoke", strategy="upper")
@@ -517,16 +511,3 @@ def _killed_run(setting: Setting, p: Params) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     fit.fit(p, seed=0, watch=[kill])
-
-
-def _measured(part: str, setting: Setting, say: Say) -> dict[str, Any]:
-    """That part of the GPU's benchmark."""
-    from famba.bench import gpu
-
-    _begin(setting)
-    say(f"python -m famba bench --gpu {part}")
-    return gpu.run([part], quick=setting.quick, device=setting.device)
-
-
-def _left_out(result: Mapping[str, Any]) -> str:
-    return "".join(f"; left out: {row['what']}: {row['reason']}" for row in result["left_out"])

@@ -11,11 +11,13 @@ from famba.plots.results import (
     tokens_per_layer,
     training_curves,
 )
+from famba.plots.scaling import growth
 from famba.plots.similarity import fused_distance, similarity_heatmaps, token_similarity, token_size
 from famba.plots.style import GREY, STRATEGY_COLOURS, Animation, Figure, P, caption, save, styled
 from famba.plots.tokens import (
+    Patches,
     fusion_animation,
-    fusion_closer,
+    fusion_at_layer,
     fusion_map,
     image_grid,
     patch_grid,
@@ -29,6 +31,7 @@ __all__ = [
     "Animation",
     "Figure",
     "P",
+    "Patches",
     "ablation",
     "accuracy_against",
     "adaptive_schedules",
@@ -37,9 +40,10 @@ __all__ = [
     "costs",
     "fused_distance",
     "fusion_animation",
-    "fusion_closer",
+    "fusion_at_layer",
     "fusion_map",
     "gpu_benchmark",
+    "growth",
     "image_grid",
     "paper_memory",
     "patch_grid",

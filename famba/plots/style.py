@@ -24,14 +24,14 @@ from famba import config
 from famba.errors import InputError
 from famba.storage.files import write_atomic
 
-# The same on every machine: nothing of the session's style, and the one font that matplotlib brings along.
+# The same on every machine: independent of the user's style, in the font that ships with matplotlib.
 _STYLE: list[Any] = [
     "default",
     seaborn.axes_style("whitegrid", {"axes.spines.top": False, "axes.spines.right": False, "grid.color": "0.9"}),
     seaborn.plotting_context("paper", rc={"lines.linewidth": 1.8}),
     {"font.sans-serif": ["DejaVu Sans"], "legend.frameon": False, "svg.hashsalt": "famba"},
 ]
-GREY = "0.4"  # of what is said in small print
+GREY = "0.4"  # of captions
 PALETTE: list[str] = seaborn.color_palette("colorblind").as_hex()
 # A strategy has one colour and one marker everywhere, and always the same place in the order.
 STRATEGY_COLOURS = {
@@ -50,7 +50,7 @@ P = ParamSpec("P")
 
 
 class Figure(_MatplotlibFigure):
-    """A figure that a notebook shows without pyplot, and that is the same bytes whenever it is drawn."""
+    """A figure that a notebook shows without pyplot, with the same bytes each time."""
 
     def _repr_png_(self) -> bytes:
         return _rendered(self, "png", dpi=100)
@@ -58,10 +58,10 @@ class Figure(_MatplotlibFigure):
 
 @dataclass(frozen=True)
 class Animation:
-    """Figures of one size, shown one after the other and again from the first; a notebook plays it.
+    """Figures of one size in an endless loop; a notebook plays it.
 
     Attributes:
-        frame_ms: how long each is shown, milliseconds; the last three times as long.
+        frame_ms: milliseconds of each; the last is shown three times as long.
     """
 
     frames: tuple[Figure, ...]
@@ -78,7 +78,7 @@ def save(picture: _MatplotlibFigure | Animation, path: str | Path) -> Path:
     """Write a figure as PNG or SVG, an animation as GIF: the same bytes for the same picture, no date, no version.
 
     Args:
-        path: if relative, from the repository root; its folder is made if need be.
+        path: if relative, from the repository root; its folder is created.
 
     Raises:
         InputError: a suffix that is not for this kind of picture, or a folder that cannot be written to.
@@ -93,9 +93,9 @@ def save(picture: _MatplotlibFigure | Animation, path: str | Path) -> Path:
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Draw in the package's own style, whatever the session has set, and lay out once.
+    """Draw in the package's own style, whatever the user has set, and lay out once.
 
-    Another layout at every save moves things by rounding errors, which change the names inside an SVG.
+    A new layout at every save differs by rounding errors, which change the names inside an SVG.
     """
 
     @functools.wraps(draw)
@@ -111,7 +111,7 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def caption(figure: _MatplotlibFigure, text: str, width: int = 100) -> None:
-    """Small print below a figure, in lines of `width` characters; a number stays beside its sign and unit."""
+    """A caption below a figure, in lines of `width` characters; `± 1 sd` is not broken."""
     lines = textwrap.wrap(text.replace("± 1 sd", "±\u00a01\u00a0sd"), width)
     figure.supxlabel("\n".join(lines).replace("\u00a0", " "), x=0.01, ha="left", fontsize=8.5, color=GREY)
 
@@ -125,7 +125,7 @@ def _rendered(figure: _MatplotlibFigure, kind: str, dpi: int = 150) -> bytes:
 
 
 def _gif(animation: Animation) -> bytes:
-    """One palette, made of all frames, so that what stands still does not flicker."""
+    """One palette for all frames, so that unchanged parts do not flicker."""
     drawn = [Image.open(io.BytesIO(_rendered(figure, "png", dpi=80))).convert("RGB") for figure in animation.frames]
     width, height = drawn[0].size
     everything = Image.new("RGB", (width, height * len(drawn)))

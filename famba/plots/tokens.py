@@ -1,14 +1,16 @@
-"""What is drawn over an image: its patches, which of them became one token, and which stayed alone.
+"""Drawings over an image: its patches, which of them became one token, and which stayed single.
 
-Here `b` images, `h` by `w` pixels, `t` tokens at the input. Where patches overlap (a stride below the patch size),
-each is drawn as the stride-sized cell in its middle. The class token is no patch: `cls_index` is its position at the
-input, None without one. A fusion map colours patches as ToMe (arXiv:2210.09461) does.
+Here `b` images, `h` by `w` pixels, `t` tokens at the input. Overlapping patches (stride below the patch size) are drawn
+as the stride-sized cell in their middle. A fusion map colours patches as ToMe (arXiv:2210.09461) does. `groups` is, for
+each layer from the first, the token that each input token has become part of (`Trace.groups`).
 """
 
 import colorsys
 import math
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import seaborn
@@ -23,6 +25,39 @@ from famba.plots.style import Animation, Figure, styled
 
 _PALETTE = seaborn.color_palette("colorblind").as_hex()
 _BLUE, _ORANGE, _SKY = _PALETTE[0], _PALETTE[1], _PALETTE[9]
+_TITLE: dict[str, Any] = {"fontsize": 9}
+_Groups = Sequence[Int[np.ndarray, "b t"]]
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Where an image's patches lie: pixels, and the class token's position at the input, None without one."""
+
+    patch_size: int
+    stride: int
+    cls_index: int | None = None
+
+    def grid(self, image: np.ndarray) -> tuple[int, int]:
+        """Rows and columns."""
+        h, w, _ = image.shape
+        return (h - self.patch_size) // self.stride + 1, (w - self.patch_size) // self.stride + 1
+
+    def of(self, groups: np.ndarray) -> np.ndarray:
+        """The groups without the class token's."""
+        return groups if self.cls_index is None else np.delete(groups, self.cls_index, axis=-1)
+
+    def overlay(self, axes: Axes, values: np.ndarray, **options: Any) -> None:
+        """Draw (rows, columns, ..) values over the cells of an image."""
+        limits, start = (axes.get_xlim(), axes.get_ylim()), self.margin
+        rows, columns = values.shape[:2]
+        extent = (start, start + columns * self.stride, start + rows * self.stride, start)
+        axes.imshow(values, extent=extent, interpolation="nearest", **options)
+        axes.set(xlim=limits[0], ylim=limits[1])
+
+    @property
+    def margin(self) -> float:
+        """The left and upper edge of the first cell."""
+        return (self.patch_size - self.stride) / 2 - 0.5
 
 
 @styled
@@ -42,113 +77,85 @@ def image_grid(images: UInt8[np.ndarray, "b h w 3"], labels: Sequence[str], *, c
         axes.set_axis_off()
     for axes, image, label in zip(panels.flat, images, labels, strict=False):
         _show(axes, image)
-        axes.set_title(textwrap.shorten(str(label), 14, placeholder="…"), fontsize=9, pad=3)
+        axes.set_title(textwrap.shorten(str(label), 14, placeholder="…"), **_TITLE, pad=3)
     return figure
 
 
 @styled
-def patch_grid(image: UInt8[np.ndarray, "h w 3"], *, patch_size: int, stride: int) -> Figure:
-    """An image and its patches in scan order: the sequence that the two scans read, forwards and backwards.
-
-    Where patches overlap (a stride below the patch size), each is drawn as the stride-sized cell in its middle.
-    """
-    h, w, _ = image.shape
-    down, across = _grid_shape(image, patch_size, stride)
+def patch_grid(image: UInt8[np.ndarray, "h w 3"], patches: Patches) -> Figure:
+    """An image and its patches in scan order: the sequence that is scanned forwards and backwards."""
+    down, across = patches.grid(image)
+    size, stride, start = patches.patch_size, patches.stride, patches.margin
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for axes in panels:
+    whole, numbered = figure.subplots(1, 2)
+    for axes in (whole, numbered):
         _show(axes, image)
-    panels[0].set_title(f"image, {h} × {w} px", fontsize=10)
-    panels[1].set_title(f"{down * across} patches in scan order", fontsize=10)
-    if patch_size > stride:
-        first = Rectangle((-0.5, -0.5), patch_size, patch_size, facecolor="none", edgecolor=_SKY, zorder=3)
+    title = f"{down * across} patches in scan order"
+    if size > stride:
+        first = Rectangle((-0.5, -0.5), size, size, facecolor="none", edgecolor=_SKY, zorder=3)
         first.set(linestyle="--", linewidth=2, clip_on=False)
-        panels[1].add_patch(first)
-        panels[1].set_title(
-            f"{down * across} patches in scan order\n(dashed: all of patch 0, {patch_size} × {patch_size} px)",
-            fontsize=10,
-        )
-    margin = (patch_size - stride) / 2 - 0.5
+        numbered.add_patch(first)
+        title += f"\n(dashed: all of patch 0, {size} × {size} px)"
+    whole.set_title("image, {} × {} px".format(*image.shape), fontsize=10)
+    numbered.set_title(title, fontsize=10)
+    box = {"boxstyle": "round,pad=0.12", "facecolor": "white", "alpha": 0.75, "linewidth": 0}
+    text: dict[str, Any] = {
+        "ha": "center",
+        "va": "center",
+        "fontsize": min(9, 70 / max(down, across)),
+        "color": "#222222",
+        "bbox": box,
+    }
     for index in range(down * across):
-        x, y = margin + index % across * stride, margin + index // across * stride
-        panels[1].add_patch(Rectangle((x, y), stride, stride, facecolor="none", edgecolor=_ORANGE, linewidth=0.9))
-        panels[1].text(
-            x + stride / 2,
-            y + stride / 2,
-            str(index),
-            ha="center",
-            va="center",
-            fontsize=min(9, 70 / max(down, across)),
-            color="#222222",
-            bbox={"boxstyle": "round,pad=0.12", "facecolor": "white", "alpha": 0.75, "linewidth": 0},
-        )
+        x, y = start + index % across * stride, start + index // across * stride
+        numbered.add_patch(Rectangle((x, y), stride, stride, facecolor="none", edgecolor=_ORANGE, linewidth=0.9))
+        numbered.text(x + stride / 2, y + stride / 2, str(index), **text)
     return figure
 
 
 @styled
 def fusion_map(
-    images: UInt8[np.ndarray, "b h w 3"],
-    groups_by_layer: Sequence[Int[np.ndarray, "b t"]],
-    *,
-    patch_size: int,
-    stride: int,
-    cls_index: int | None = None,
-    layers: Sequence[int] | None = None,
+    images: UInt8[np.ndarray, "b h w 3"], groups: _Groups, patches: Patches, layers: Sequence[int] | None = None
 ) -> Figure:
-    """Where fusion happened: patches that became one token share a colour and an outline, all others stay bare.
+    """Where fusion happened: patches that became one token share a colour and an outline, single ones have none.
 
     One row per image, one picture per layer after the image itself. A token keeps the colour of its first patch.
 
     Args:
-        groups_by_layer: for each layer, layer 1 first, the token that each input token has ended in
-            (`Trace.groups`).
-        patch_size, stride: pixels of these images.
         layers: those to draw, counted from 1; None is all.
 
     Raises:
-        InputError: groups that do not fit the images' patches, or a layer that is not there.
+        InputError: groups that do not fit the images' patches, or a layer that does not exist.
     """
-    maps = _maps(images, groups_by_layer, patch_size, stride, cls_index, layers)
-    b, panels_each = len(images), 1 + len(maps)
-    across = min(panels_each, 13)
-    down = math.ceil(panels_each / across)
+    maps = _maps(images, groups, patches, layers)
+    b, across = len(images), min(1 + len(maps), 13)
+    down = math.ceil((1 + len(maps)) / across)
     size = 1.35 if across > 5 else 1.9
-    figure = Figure(
-        figsize=(size * across, (size + (0.38 if down > 1 else 0.12)) * b * down + 0.4), layout="constrained"
-    )
+    height = (size + (0.38 if down > 1 else 0.12)) * b * down + 0.4
+    figure = Figure(figsize=(size * across, height), layout="constrained")
     panels = figure.subplots(b * down, across, squeeze=False)
     for axes in panels.flat:
         axes.set_axis_off()
     for row, image in enumerate(images):
         places = panels[row * down : (row + 1) * down].flat
-        titled = row == 0 or down > 1
-        axes = next(places)
-        _show(axes, image)
-        if titled:
-            axes.set_title(f"image\n{math.prod(_grid_shape(image, patch_size, stride))} patches", fontsize=9)
-        for (layer, groups), axes in zip(maps.items(), places, strict=False):
+        for layer, axes in zip((0, *maps), places, strict=False):
             _show(axes, image)
-            _colour_groups(axes, groups[row], patch_size, stride)
-            if titled:
-                axes.set_title(f"layer {layer}\n{len(np.unique(groups[row]))} tokens", fontsize=9)
+            title = f"layer {layer}\n{len(np.unique(maps[layer][row]))} tokens" if layer else ""
+            if layer:
+                _colour_groups(axes, maps[layer][row], patches)
+            if row == 0 or down > 1:
+                axes.set_title(title or f"image\n{math.prod(patches.grid(image))} patches", **_TITLE)
     return figure
 
 
 def fusion_animation(
-    images: UInt8[np.ndarray, "b h w 3"],
-    groups_by_layer: Sequence[Int[np.ndarray, "b t"]],
-    *,
-    patch_size: int,
-    stride: int,
-    cls_index: int | None = None,
-    layers: Sequence[int] | None = None,
+    images: UInt8[np.ndarray, "b h w 3"], groups: _Groups, patches: Patches, layers: Sequence[int] | None = None
 ) -> Animation:
-    """The fusion map as a film: all images side by side, one frame per layer after the images, and the tokens left.
+    """The fusion map as an animation: one frame for the images and one per layer, with the remaining tokens.
 
     Arguments and errors as in `fusion_map`.
     """
-    maps = _maps(images, groups_by_layer, patch_size, stride, cls_index, layers)
-    counts = _token_counts(groups_by_layer)
+    maps = _maps(images, groups, patches, layers)
 
     @styled
     def frame(layer: int) -> Figure:
@@ -158,163 +165,116 @@ def fusion_animation(
         for index, axes in enumerate(panels):
             _show(axes, images[index])
             if layer:
-                _colour_groups(axes, maps[layer][index], patch_size, stride)
-        _tokens_left(last, counts, layer)
+                _colour_groups(axes, maps[layer][index], patches)
+        _remaining_tokens(last, groups, layer)
         return figure
 
     return Animation(tuple(frame(layer) for layer in (0, *maps)))
 
 
 @styled
-def fusion_closer(
+def fusion_at_layer(
     image: UInt8[np.ndarray, "h w 3"],
-    groups_by_layer: Sequence[Int[np.ndarray, "t"]],
+    groups: Sequence[Int[np.ndarray, "t"]],
+    patches: Patches,
     *,
     layer: int,
-    patch_size: int,
-    stride: int,
-    cls_index: int | None = None,
     label: str = "image",
 ) -> Figure:
-    """One image after one layer: what has fused until then, what has stayed alone, and the tokens left.
+    """One image after one layer: which patches have fused, which stayed single, and the remaining tokens.
 
     Args:
         layer: counted from 1; 0 is the input, where every patch is a token.
-        label: what is written above the image.
+        label: the title of the image.
 
     Raises:
         InputError: as in `fusion_map`.
     """
-    batch = [groups[None] for groups in groups_by_layer]
-    maps = _maps(image[None], batch, patch_size, stride, cls_index, [layer] if layer else [])
-    shape = _grid_shape(image, patch_size, stride)
-    salient = saliency(batch[:layer], cls_index=cls_index)[0].reshape(shape) if layer else np.ones(shape)
-    figure = Figure(figsize=(9.6, 2.7))  # fixed places: to lay it out takes as long as to draw it, and sliders wait
+    batch = [tokens[None] for tokens in groups]
+    maps = _maps(image[None], batch, patches, [layer] if layer else [])
+    shape = patches.grid(image)
+    salient = saliency(batch[:layer], patches)[0].reshape(shape) if layer else np.ones(shape)
+    figure = Figure(figsize=(9.6, 2.7))  # a fixed layout: computing one takes as long as drawing, and sliders wait
     places = {"left": 0.01, "right": 0.99, "bottom": 0.17, "top": 0.9, "wspace": 0.0}
     grid = figure.add_gridspec(1, 5, width_ratios=[2.2, 2.2, 2.2, 0.45, 2.55], **places)
-    whole, fused, heat, left = (figure.add_subplot(grid[column]) for column in (0, 1, 2, 4))
+    whole, fused, heat, remaining = (figure.add_subplot(grid[column]) for column in (0, 1, 2, 4))
     for axes in (whole, fused):
         _show(axes, image)
-    for groups in maps.values():
-        _colour_groups(fused, groups[0], patch_size, stride)
-    _heat(heat, image, salient, patch_size, stride)
-    _tokens_left(left, _token_counts(groups_by_layer), layer)
-    whole.set_title(label, fontsize=9)
-    fused.set_title(f"fused by layer {layer}" if layer else "the input", fontsize=9)
-    heat.set_title("stayed alone (bright)", fontsize=9)
+    for tokens in maps.values():
+        _colour_groups(fused, tokens[0], patches)
+    _heat(heat, image, salient, patches)
+    _remaining_tokens(remaining, groups, layer)
+    whole.set_title(label, **_TITLE)
+    fused.set_title(f"fused by layer {layer}" if layer else "the input", **_TITLE)
+    heat.set_title("single patches (bright)", **_TITLE)
     return figure
 
 
-def saliency(
-    groups_by_layer: Sequence[Int[np.ndarray, "b t"]], *, cls_index: int | None = None
-) -> Float[np.ndarray, "b patches"]:
-    """How much of a token of its own each patch has had: one over the patches in its token, mean over the layers.
+def saliency(groups: _Groups, patches: Patches) -> Float[np.ndarray, "b _"]:
+    """One over the number of patches in each patch's token, mean over the layers.
 
-    1 is a patch that has stayed alone throughout; what the model finds like its surroundings goes towards 0. Made of
-    group sizes alone, so it needs no attention, which this model does not have. The class token counts nowhere.
+    1 is a patch that is never fused; one that resembles others tends to 0. It needs group sizes only, not attention,
+    which this model does not have. The class token is not counted.
 
     Raises:
         InputError: no layers.
     """
-    if not groups_by_layer:
-        raise InputError("groups_by_layer: none; at least 1 layer needed")
-    shares = []
-    for groups in groups_by_layer:
-        patches = groups if cls_index is None else np.delete(groups, cls_index, axis=1)
-        shares.append([1 / np.bincount(row)[row] for row in patches])
-    return np.mean(shares, axis=0)
+    if not groups:
+        raise InputError("groups: none; at least 1 layer needed")
+    return np.mean([[1 / np.bincount(row)[row] for row in patches.of(tokens)] for tokens in groups], axis=0)
 
 
 @styled
 def saliency_map(
-    images: UInt8[np.ndarray, "b h w 3"],
-    groups_by_layer: Sequence[Int[np.ndarray, "b t"]],
-    *,
-    patch_size: int,
-    stride: int,
-    cls_index: int | None = None,
-    layers: Sequence[int] | None = None,
+    images: UInt8[np.ndarray, "b h w 3"], groups: _Groups, patches: Patches, layers: Sequence[int] | None = None
 ) -> Figure:
-    """What stays a token of its own, as heat over each image: `saliency` of the layers that are asked for.
+    """`saliency` as heat over each image.
 
     Arguments and errors as in `fusion_map`.
     """
-    _maps(images, groups_by_layer, patch_size, stride, cls_index, layers)
-    chosen = _chosen(groups_by_layer, layers)
-    salient = saliency([groups_by_layer[layer - 1] for layer in chosen], cls_index=cls_index)
+    chosen = [groups[layer - 1] for layer in _maps(images, groups, patches, layers)]
     b = len(images)
     figure = Figure(figsize=(1.6 * b + 1.2, 3.4), layout="constrained")
     panels = figure.subplots(2, b, squeeze=False)
-    for (whole, axes), image, values in zip(panels.T, images, salient, strict=True):
+    for (whole, axes), image, values in zip(panels.T, images, saliency(chosen, patches), strict=True):
         _show(whole, image)
-        _heat(axes, image, values.reshape(_grid_shape(image, patch_size, stride)), patch_size, stride)
+        _heat(axes, image, values.reshape(patches.grid(image)), patches)
     bar = figure.colorbar(panels[1, 0].images[-1], ax=panels, shrink=0.9, aspect=24)
     bar.set_label(f"1 / patches in its token\nmean over {len(chosen)} layer{'s' * (len(chosen) > 1)}", fontsize=8.5)
     return figure
 
 
-def _chosen(groups_by_layer: Sequence[np.ndarray], layers: Sequence[int] | None) -> list[int]:
-    chosen = list(range(1, len(groups_by_layer) + 1)) if layers is None else list(layers)
-    wrong = [layer for layer in chosen if not 1 <= layer <= len(groups_by_layer)]
-    if wrong:
-        raise InputError(f"layers: {wrong[0]} is not within 1..{len(groups_by_layer)}")
-    return chosen
-
-
 def _maps(
-    images: np.ndarray,
-    groups_by_layer: Sequence[np.ndarray],
-    patch_size: int,
-    stride: int,
-    cls_index: int | None,
-    layers: Sequence[int] | None,
-) -> dict[int, np.ndarray]:
-    """For each chosen layer (b, rows, columns): for each patch the token it ended in."""
-    b, shape = len(images), _grid_shape(images[0], patch_size, stride)
-    maps = {}
-    for layer in _chosen(groups_by_layer, layers):
-        groups = groups_by_layer[layer - 1]
-        patches = groups if cls_index is None else np.delete(groups, cls_index, axis=1)
-        if patches.shape != (b, math.prod(shape)):
+    images: np.ndarray, groups: _Groups, patches: Patches, layers: Sequence[int] | None
+) -> dict[int, Int[np.ndarray, "b rows columns"]]:
+    """For each chosen layer the token of each patch."""
+    shape, maps = (len(images), *patches.grid(images[0])), {}
+    for layer in range(1, len(groups) + 1) if layers is None else layers:
+        if not 1 <= layer <= len(groups):
+            raise InputError(f"layers: {layer} is not within 1..{len(groups)}")
+        tokens = patches.of(groups[layer - 1])
+        if tokens.shape != (shape[0], math.prod(shape[1:])):
             raise InputError(
-                f"groups_by_layer: layer {layer} has the shape {groups.shape}; {b} images of {shape[0]} x "
-                f"{shape[1]} patches{'' if cls_index is None else ' and a class token'} are expected"
+                f"groups: layer {layer} has the shape {groups[layer - 1].shape}; {shape[0]} images of {shape[1]} x "
+                f"{shape[2]} patches{'' if patches.cls_index is None else ' and a class token'} are expected"
             )
-        maps[layer] = patches.reshape(b, *shape)
+        maps[layer] = tokens.reshape(shape)
     return maps
 
 
-def _grid_shape(image: np.ndarray, patch_size: int, stride: int) -> tuple[int, int]:
-    h, w, _ = image.shape
-    return (h - patch_size) // stride + 1, (w - patch_size) // stride + 1
-
-
-def _token_counts(groups_by_layer: Sequence[np.ndarray]) -> list[int]:
-    """At the input and after each layer, class token included; the same for every image."""
-    return [groups_by_layer[0].shape[-1], *(int(groups.max()) + 1 for groups in groups_by_layer)]
-
-
-def _tokens_left(axes: Axes, counts: Sequence[int], layer: int) -> None:
+def _remaining_tokens(axes: Axes, groups: Sequence[np.ndarray], layer: int) -> None:
+    """Tokens at the input and after each layer, class token included; equal for all images."""
+    counts = [groups[0].shape[-1], *(int(tokens.max()) + 1 for tokens in groups)]
     axes.step(range(len(counts)), counts, where="mid", color="0.75", zorder=1)
     axes.plot(layer, counts[layer], "o", color=_BLUE, markersize=7, zorder=2)
     axes.set(ylim=(0, counts[0] * 1.08), xlabel="after layer", ylabel="tokens")
-    axes.set_title(f"layer {layer}: {counts[layer]} tokens" if layer else f"input: {counts[0]} tokens", fontsize=9)
+    axes.set_title(f"layer {layer}: {counts[layer]} tokens" if layer else f"input: {counts[0]} tokens", **_TITLE)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
 
 
-def _extent(rows: int, columns: int, patch_size: int, stride: int) -> tuple[float, float, float, float]:
-    """Where the stride-sized cells in the middle of the patches lie: left, right, bottom, top."""
-    start = (patch_size - stride) / 2 - 0.5
-    return start, start + columns * stride, start + rows * stride, start
-
-
-def _heat(axes: Axes, image: np.ndarray, values: np.ndarray, patch_size: int, stride: int) -> None:
+def _heat(axes: Axes, image: np.ndarray, values: np.ndarray, patches: Patches) -> None:
     _show(axes, np.repeat(image.mean(-1, keepdims=True), 3, axis=-1).astype(np.uint8))
-    limits = axes.get_xlim(), axes.get_ylim()
-    rows, columns = values.shape
-    extent = _extent(rows, columns, patch_size, stride)
-    axes.imshow(values, extent=extent, cmap="inferno", vmin=0, vmax=1, alpha=0.85, interpolation="nearest")
-    axes.set(xlim=limits[0], ylim=limits[1])
+    patches.overlay(axes, values, cmap="inferno", vmin=0, vmax=1, alpha=0.85)
 
 
 def _show(axes: Axes, image: np.ndarray) -> None:
@@ -322,32 +282,24 @@ def _show(axes: Axes, image: np.ndarray) -> None:
     axes.set_axis_off()
 
 
-def _colour_groups(axes: Axes, groups: Int[np.ndarray, "rows columns"], patch_size: int, stride: int) -> None:
-    """Tint the patches of each token that stands for more than one, and outline all tokens."""
-    rows, columns = groups.shape
+def _colour_groups(axes: Axes, groups: Int[np.ndarray, "rows columns"], patches: Patches) -> None:
+    """Tint and outline the tokens of more than one patch."""
     _, first, inverse, count = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
-    tints = np.zeros((rows, columns, 4))
-    fused = (count > 1)[inverse.reshape(groups.shape)]
-    for token, patch in enumerate(first):
-        if count[token] > 1:
-            # Steps of the golden ratio keep neighbours' hues apart; two levels of value tell more tokens apart.
-            hue = colorsys.hsv_to_rgb(patch * 0.618034 % 1, 0.85, 0.95 if patch % 2 else 0.75)
-            tints[inverse.reshape(groups.shape) == token] = (*hue, 0.7)
-    extent = _extent(rows, columns, patch_size, stride)
-    start = extent[0]
-    limits = axes.get_xlim(), axes.get_ylim()
-    axes.imshow(tints, extent=extent, interpolation="nearest")
+    token = inverse.reshape(groups.shape)
+    # Steps of the golden ratio keep the hues of neighbours apart; two levels of value tell more tokens apart.
+    tints = [(*colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.85, 0.95 if i % 2 else 0.75), 0.7) for i in first]
+    patches.overlay(axes, np.where((count > 1)[token, None], np.array(tints)[token], 0))
+    # An outline between two cells of different tokens, one of them fused.
+    ids, fused = np.pad(groups, 1, constant_values=-1), np.pad((count > 1)[token], 1)
     lines = []
-    ids, own = np.pad(groups, 1, constant_values=-1), np.pad(fused, 1)
-    for row in range(rows + 1):
-        for column in range(columns + 1):
-            x, y = start + column * stride, start + row * stride
-            here, left, above = (row + 1, column + 1), (row + 1, column), (row, column + 1)
-            if ids[here] != ids[left] and (own[here] or own[left]):
-                lines.append([(x, y), (x, y + stride)])
-            if ids[here] != ids[above] and (own[here] or own[above]):
-                lines.append([(x, y), (x + stride, y)])
-    # White with a dark rim: seen on any image.
+    for axis in (0, 1):
+        differs = np.diff(ids, axis=axis) != 0
+        near = np.maximum(*(np.take(fused, range(i, fused.shape[axis] - 1 + i), axis) for i in (0, 1)))
+        for row, column in np.argwhere(differs & near):
+            # From the upper left corner of the cell, along its upper (axis 0) or left edge.
+            x, y = column - 1 + axis, row - axis
+            ends = np.array([(x, y), (x + 1 - axis, y + axis)])
+            lines.append(patches.margin + patches.stride * ends)
+    # White with a dark rim is visible on any image.
     axes.add_collection(LineCollection(lines, colors="#222222", linewidths=1.5, capstyle="round"))
     axes.add_collection(LineCollection(lines, colors="white", linewidths=0.7, capstyle="round"))
-    axes.set(xlim=limits[0], ylim=limits[1])

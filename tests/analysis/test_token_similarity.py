@@ -1,4 +1,4 @@
-"""Likeness of tokens, against loops over single tokens that are too slow to ship."""
+"""Similarity of tokens, against slow loops over single tokens."""
 
 import numpy as np
 import pytest
@@ -60,7 +60,7 @@ def slowly(model, images):
         {"schedule": [0, 0, 0, 0]},
     ],
 )
-def test_likeness_agrees_with_following_every_token_by_hand(changes, monkeypatch):
+def test_similarity_agrees_with_following_every_token(changes, monkeypatch):
     monkeypatch.setattr(tokens, "_BATCH", 2)  # the last batch is smaller
     model = small(**changes)
     images = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -72,7 +72,7 @@ def test_likeness_agrees_with_following_every_token_by_hand(changes, monkeypatch
     np.testing.assert_allclose([row[3] for row in ours], [row[3] for row in theirs], rtol=1e-6, atol=1e-9)
 
 
-def test_equal_tokens_are_wholly_alike_and_nothing_is_more_so():
+def test_equal_tokens_have_similarity_one_at_most():
     model = small(schedule=[0] * 4)
     torch.nn.init.zeros_(model.pos_embed)
     frame = tokens.token_similarity(model, torch.ones(1, 3, 8, 8))
@@ -95,7 +95,7 @@ def run_folders(tmp_path):
     return tmp_path
 
 
-def test_each_run_is_measured_beside_the_first_weights_of_its_seed(run_folders):
+def test_each_run_is_measured_beside_the_initial_weights_of_its_seed(run_folders):
     frame = tokens.similarity_in_runs([run_folders / "none-3", run_folders / "upper-3"], images=4)
     assert set(zip(frame["strategy"], frame["weights"], strict=True)) == {
         *(("none", "trained"), ("none", "untrained"), ("upper", "trained"), ("upper", "untrained"))
@@ -110,7 +110,7 @@ def test_each_run_is_measured_beside_the_first_weights_of_its_seed(run_folders):
         np.testing.assert_allclose(ours, expected)
 
 
-def test_more_images_than_there_are_and_runs_that_are_not_there_are_refused(run_folders):
+def test_too_many_images_and_missing_runs_are_refused(run_folders):
     with pytest.raises(InputError, match=r"images: 501; must be in 1\.\.449"):
         tokens.similarity_in_runs([run_folders / "none-3"], images=501)
     with pytest.raises(InputError, match="none-4: no such run"):

@@ -26,21 +26,21 @@ def run(tmp_path):
     return runs.write(make_run("upper", 0, model_bytes=content, **counts), tmp_path / "upper-0")
 
 
-def test_a_run_is_watched_on_the_first_test_image_of_each_class(run):
-    seen = tokens.watch(run, count=3)
+def test_a_run_is_traced_on_the_first_test_image_of_each_class(run):
+    seen = tokens.trace_run(run, count=3)
     assert seen.labels == ["0", "1", "2"]
     assert (seen.strategy, seen.scale, seen.patches) == ("upper", 1, {"patch_size": 3, "stride": 1, "cls_index": 18})
     assert seen.images.shape == (3, 8, 8, 3)
     logits = seen.model(seen.inputs)
     assert seen.predicted == [str(label) for label in logits.argmax(-1).tolist()]
     assert seen.trace.token_counts == seen.model.token_counts
-    assert len(tokens.watch(run, count=99).labels) == 10
+    assert len(tokens.trace_run(run, count=99).labels) == 10
 
 
-def test_images_of_any_size_are_seen_small_and_shown_large(run, tmp_path):
+def test_images_of_any_size_are_traced_small_and_drawn_large(run, tmp_path):
     photo = np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8)
     Image.fromarray(photo).save(tmp_path / "photo.png")
-    seen = tokens.watch_images(run, [tmp_path / "photo.png", photo, photo[..., 0]])
+    seen = tokens.trace_images(run, [tmp_path / "photo.png", photo, photo[..., 0]])
     assert seen.labels == ["photo.png", "image 2", "image 3"]
     assert seen.images.shape == (3, 224, 224, 3)
     assert seen.inputs.shape == (3, 3, 8, 8)
@@ -49,25 +49,25 @@ def test_images_of_any_size_are_seen_small_and_shown_large(run, tmp_path):
     grid = (seen.images.shape[1] - 84) // 28 + 1
     assert grid**2 == seen.model.tokens - 1
     with pytest.raises(InputError, match="sources: no images"):
-        tokens.watch_images(run, [])
+        tokens.trace_images(run, [])
 
 
-def test_another_schedule_is_another_look_through_the_same_weights(run):
-    seen = tokens.watch(run, count=2)
+def test_another_schedule_uses_the_same_weights(run):
+    seen = tokens.trace_run(run, count=2)
     before = list(seen.model.schedule)
-    other = tokens.under(seen, [0, 0, 0, 5])
+    other = tokens.with_schedule(seen, [0, 0, 0, 5])
     assert other.trace.token_counts == [37, 37, 37, 37, 32]
-    assert seen.model.schedule == before, "the one watched before fuses as before"
+    assert seen.model.schedule == before, "the original is unchanged"
     assert seen.trace.token_counts == seen.model.token_counts
     assert other.model.head.weight is seen.model.head.weight
-    again = tokens.under(other, before)
+    again = tokens.with_schedule(other, before)
     assert torch.equal(again.trace.pooled, seen.trace.pooled)
     with pytest.raises(InputError, match="layer 1: r = 40 of t = 37 tokens"):
-        tokens.under(seen, [40, 0, 0, 0])
+        tokens.with_schedule(seen, [40, 0, 0, 0])
 
 
 def test_the_largest_r_fits_and_one_more_does_not(run):
-    model = tokens.watch(run, count=1).model
+    model = tokens.trace_run(run, count=1).model
     largest = {strategy: tokens.largest_r(model, strategy) for strategy in STRATEGIES}
     assert largest["none"] == 0
     assert 0 < largest["all"] < largest["interleaved"]
@@ -79,7 +79,7 @@ def test_the_largest_r_fits_and_one_more_does_not(run):
 
 
 def test_similarities_and_groups_are_those_of_the_trace(run):
-    seen = tokens.watch(run, count=2)
+    seen = tokens.trace_run(run, count=2)
     matrices = tokens.similarities(seen.trace, image=1)
     assert [len(matrix) for matrix in matrices] == seen.trace.token_counts[:-1]
     one, two = seen.trace.normed[1][1, :2].double()

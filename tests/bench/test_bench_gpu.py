@@ -1,4 +1,4 @@
-"""The benchmark of a GPU, on CPU tensors: what it compares, what it leaves out and says, and where it runs."""
+"""The benchmark of a GPU, run on CPU tensors: contestants, bytes, what is left out, devices."""
 
 import dataclasses
 import json
@@ -10,9 +10,9 @@ import torch
 
 from famba import bench
 from famba.bench import fusing, gpu, timing
+from famba.bench.gpu import PublishedMixer, set_norm_backend, set_published_mixers
 from famba.bench.model import Training
-from famba.bench.published import PublishedMixer, as_published, with_norms_of
-from famba.bench.table import table
+from famba.bench.timing import table
 from famba.cli import main
 from famba.errors import BackendError, InputError
 from famba.kernels import ops
@@ -20,7 +20,7 @@ from famba.kernels.scan import selective_scan_ref
 from famba.models.mixer import BidirectionalMixer
 from famba.profiling import memory
 
-QUICK = dataclasses.replace(gpu._QUICK, device="cpu")
+QUICK = dataclasses.replace(gpu.QUICK, device="cpu")
 
 
 @pytest.mark.parametrize("average", [True, False])
@@ -35,11 +35,12 @@ def test_the_published_mixer_computes_what_famba_does(average):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_a_model_as_published_has_its_mixers_and_weights_alone():
+def test_published_mixers_keep_the_weights_and_the_output():
     training = Training(QUICK, "torch")
     before = list(training.model.parameters())
     expected = training.model(training.images)
-    model = as_published(training.model)
+    model = training.model
+    set_published_mixers(model)
     assert [type(block.mixer) for block in model.layers] == [PublishedMixer] * model.depth
     assert {id(weight) for weight in model.parameters()} == {id(weight) for weight in before}
     torch.testing.assert_close(model(training.images), expected)
@@ -59,7 +60,7 @@ def inner(xz, conv_weight, conv_bias, x_weight, dt_weight, out_weight, out_bias,
 
 
 @pytest.mark.parametrize("average", [True, False])
-def test_mamba_ssms_function_of_a_whole_direction_is_called_as_it_wants(average, monkeypatch):
+def test_mamba_inner_fn_is_called_with_its_arguments(average, monkeypatch):
     for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.selective_scan_interface"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     sys.modules["mamba_ssm.ops.selective_scan_interface"].mamba_inner_fn = inner
@@ -73,13 +74,14 @@ def test_mamba_ssms_function_of_a_whole_direction_is_called_as_it_wants(average,
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_norms_of_another_backend_are_all_of_them():
-    model = with_norms_of(Training(QUICK, "torch").model, "reference")
+def test_the_backend_of_all_norms_is_set():
+    model = Training(QUICK, "torch").model
+    set_norm_backend(model, "reference")
     backends = [module._backend for name, module in model.named_modules() if name.split(".")[-1] in ("norm", "norm_f")]
     assert backends == ["reference"] * (model.depth + 1)
 
 
-def test_calls_that_are_only_started_are_made_in_rows_and_waited_for(monkeypatch):
+def test_asynchronous_calls_are_queued_in_doubling_numbers(monkeypatch):
     clock, seen = [0.0], []
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
 
@@ -94,8 +96,8 @@ def test_calls_that_are_only_started_are_made_in_rows_and_waited_for(monkeypatch
 
 
 def test_a_table_by_hand():
-    rows = [{"what": "a", "x": 1.5, "x_least_ms": 9.0}, {"what": "bb", "x": 12.25, "n": 3}]
-    assert table(rows) == "what      x  n\n   a  1.500   \n  bb   12.2  3"
+    rows = [{"what": "a", "x": 1.5, "x_least_ms": 9.0, "n": 3}, {"what": "bb", "x": 12.25, "n": 4, "y": 0.5}]
+    assert table(rows) == "what     x  n     y\n   a 1.500  3      \n  bb  12.2  4 0.500"
 
 
 def test_the_bytes_of_a_scan_by_hand():
@@ -104,7 +106,7 @@ def test_the_bytes_of_a_scan_by_hand():
     assert gpu.one_scan_bytes(2, 3, 5, 7, torch.float32) == 2 * gpu.one_scan_bytes(2, 3, 5, 7, torch.bfloat16)
 
 
-def test_what_raises_is_left_out_with_its_reason_and_the_others_go_on():
+def test_a_contestant_that_raises_is_left_out_with_its_reason():
     def fail() -> int:
         raise BackendError("no such chip\nat all")
 
@@ -113,7 +115,7 @@ def test_what_raises_is_left_out_with_its_reason_and_the_others_go_on():
     assert left == [{"what": "x, b", "reason": "BackendError: no such chip"}]
 
 
-def test_a_step_that_takes_too_long_is_left_out(monkeypatch):
+def test_a_slow_step_is_left_out(monkeypatch):
     monkeypatch.setattr(memory, "peak_memory", lambda *_: 0)
     left: gpu.Left = []
     assert gpu.bench_steps(dataclasses.replace(QUICK, slow_s=-1.0), left) == []
@@ -121,9 +123,9 @@ def test_a_step_that_takes_too_long_is_left_out(monkeypatch):
     assert all("TimeoutError: one step took" in row["reason"] for row in left)
 
 
-def test_a_compiler_is_given_up_after_its_time():
+def test_a_compiler_has_a_time_limit():
     before = gpu.signal.getsignal(gpu.signal.SIGALRM)
-    with pytest.raises(TimeoutError, match=r"compiling took more than 0\.05 s"), gpu._within(0.05, "compiling"):
+    with pytest.raises(TimeoutError, match=r"compiling took more than 0\.05 s"), gpu._time_limit(0.05, "compiling"):
         gpu.time.sleep(5)
     assert gpu.signal.getsignal(gpu.signal.SIGALRM) is before
 
@@ -137,7 +139,7 @@ def test_a_compiler_is_given_up_after_its_time():
         (["speed", "--device", "cpu", "--quick"], "part: 'speed' is unknown; allowed: scan, steps, fusion, graphs"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_in_one_line(options, said, capsys):
+def test_unknown_devices_and_parts_are_refused_in_one_line(options, said, capsys):
     assert main(["bench", "--gpu", *options]) == 1
     printed = capsys.readouterr().err
     assert said in printed
@@ -148,11 +150,11 @@ def test_a_quick_benchmark_measures_every_table_and_writes_it(tmp_path, capsys):
     path = tmp_path / "gpu.json"
     assert main(["bench", "--gpu", "--quick", "--device", "cpu", "--json", str(path)]) == 0
     result = json.loads(path.read_text())
-    assert set(gpu.TABLES) <= set(result)
+    assert set(gpu.TITLES) <= set(result)
     assert result["command"] == "python -m famba bench --gpu --quick --device cpu"
     assert {"device", "versions", "setting"} <= set(result)
     printed = capsys.readouterr().out
-    assert all(title in printed for title in gpu.TABLES.values())
+    assert all(title in printed for title in gpu.TITLES.values())
     (copy,) = result["copy"]
     for row in result["scan"]:
         bound_ms = row["mib"] * 2**20 / copy["gb_per_s"] / 1e6
@@ -169,20 +171,20 @@ def test_a_quick_benchmark_measures_every_table_and_writes_it(tmp_path, capsys):
     assert "vim_nano, captured" in left, "no CUDA graph on a CPU"
     assert left["vim_nano, compiled"] == "TimeoutError: torch.compile took more than 0 s"
     tables = bench.gpu_frames(path)
-    assert set(tables) == {*gpu.TABLES, "setting"}
+    assert set(tables) == {*gpu.TITLES, "setting"}
     assert bench.gpu_frames(tmp_path / "absent.json") == {}
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(InputError, match=r"broken\.json: not readable as JSON"):
         bench.gpu_frames(tmp_path / "broken.json")
 
 
-def test_the_result_so_far_is_kept_when_a_later_part_breaks(tmp_path, monkeypatch):
+def test_the_result_so_far_is_written_when_a_later_part_fails(tmp_path, monkeypatch):
     def broken(setting, left):
         raise RuntimeError("the device fell off the bus")
 
-    monkeypatch.setitem(gpu._PARTS, "graphs", broken)
+    monkeypatch.setitem(gpu.PARTS, "graphs", broken)
     with pytest.raises(RuntimeError, match="fell off the bus"):
-        gpu.run(["scan", "graphs"], quick=True, device="cpu", path=tmp_path / "gpu.json")
+        bench.run(["scan", "graphs"], on_gpu=True, quick=True, device="cpu", path=tmp_path / "gpu.json")
     assert json.loads((tmp_path / "gpu.json").read_text())["scan"]
 
 

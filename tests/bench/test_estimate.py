@@ -1,4 +1,4 @@
-"""How long a sweep would take: the arithmetic, the models it counts, and what it refuses."""
+"""The estimate of a sweep's time: arithmetic, models, and refused arguments."""
 
 import dataclasses
 
@@ -22,10 +22,10 @@ def rows(monkeypatch):
         return {"model": p.model.name, "strategy": p.strategy, **row}
 
     monkeypatch.setattr(estimate, "_row", measured)
-    return lambda profile, **options: estimate.hours(profile, **options)
+    return lambda profile, **options: estimate.estimate(profile, **options)
 
 
-def test_the_papers_profile_stands_for_both_models_of_its_table_and_each_strategy_of_the_sweep(rows):
+def test_the_papers_profile_gives_both_models_and_each_strategy(rows):
     found = rows("paper", device="cpu")
     strategies = list(config.load_sweep().strategies)
     assert [(row["model"], row["strategy"]) for row in found] == [(m, s) for m in estimate.MODELS for s in strategies]
@@ -39,25 +39,25 @@ def test_the_hours_of_a_table_by_hand(rows):
     said = estimate.text(found, "paper", torch.device("cpu"))
     assert "vim_tiny, 5 strategies: 14.6 hours" in said
     assert "vim_small, 5 strategies: 14.6 hours" in said
-    assert "the whole table, one seed: 29.2 hours" in said
+    assert "total for one seed: 29.2 hours" in said
     assert "300 epochs, 128 images a step, fp32" in said
 
 
 def test_the_command_times_the_steps_of_training_on_the_smoke_profile(capsys):
-    assert main(["hours", "--profile", "smoke", "--steps", "2", "--images", "128"]) == 0
+    assert main(["estimate", "--profile", "smoke", "--steps", "2", "--images", "128"]) == 0
     printed = capsys.readouterr().out
     assert "profile smoke: 2 epochs, 32 images a step" in printed
     for strategy in config.load_sweep().strategies:
         assert f" {strategy} " in printed
     assert "vim_nano, 5 strategies: " in printed
-    assert "the whole table, one seed: " in printed
+    assert "total for one seed: " in printed
 
 
 def test_a_row_counts_whole_steps_of_the_images_and_fuses_as_its_strategy_says(monkeypatch):
     p, seen = config.load("smoke", strategy="upper"), []
     step = estimate.Session._step
     monkeypatch.setattr(estimate.Session, "_step", lambda s, *rest: seen.append(s.token_counts) or step(s, *rest))
-    row = estimate._row(estimate._alone(p, "vim_nano", None), 2, 100)
+    row = estimate._row(estimate._single(p, "vim_nano", None), 2, 100)
     assert row["epoch_s"] == pytest.approx(100 // 32 * row["step_ms"] / 1000)
     assert row["hours"] == pytest.approx(2 * row["epoch_s"] / 3600)
     assert row["least_ms"] <= row["step_ms"]
@@ -74,10 +74,10 @@ def test_the_papers_recipe_is_timed_without_timm_in_its_parts_and_with_mixed_lab
         train=dataclasses.replace(p.train, batch_size=4, device_batch=2, device="cpu"),
         fusion=dataclasses.replace(p.fusion, r=2),
     )
-    session, parts = estimate._session(small, torch.device("cpu"))
+    trainer, parts = estimate._trainer(small, torch.device("cpu"))
     assert [(images.shape, labels.shape) for images, labels in parts] == 2 * [((2, 3, 32, 32), (2, 100))]
-    assert session.ema is not None
-    loss, _ = session._step(parts, 1e-3, 0)
+    assert trainer.ema is not None
+    loss, _ = trainer._step(parts, 1e-3, 0)
     assert 3 < loss < 7
 
 
@@ -91,16 +91,16 @@ def test_the_papers_recipe_is_timed_without_timm_in_its_parts_and_with_mixed_lab
         (["--profile", "evaluate"], "train.epochs: 0: profile 'evaluate' trains nothing"),
     ],
 )
-def test_what_cannot_be_timed_is_refused_in_one_line(options, said, capsys):
-    assert main(["hours", *options]) == 1
+def test_invalid_arguments_are_refused_in_one_line(options, said, capsys):
+    assert main(["estimate", *options]) == 1
     printed = capsys.readouterr().err
     assert said in printed
     assert printed.count("\n") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
-def test_a_missing_gpu_is_said_with_a_way_to_try(capsys):
-    assert main(["hours", "--profile", "paper"]) == 1
+def test_a_missing_gpu_is_reported_with_an_alternative(capsys):
+    assert main(["estimate", "--profile", "paper"]) == 1
     printed = capsys.readouterr().err
     assert printed == ("famba: train.device: 'cuda'; torch sees 0 CUDA devices here; to try it here: --device cpu\n")
     with pytest.raises(InputError, match="--device cpu"):

@@ -73,7 +73,7 @@ def test_each_parameter_reaches_its_step():
     assert kinds(made())[0] == "RandomResizedCropAndInterpolation"
 
 
-def test_the_strongest_posterising_is_black_and_no_error():
+def test_the_strongest_posterising_is_black():
     ops = {op.name: op for op in made(rand_augment="rand-m10-inc1").transform.transforms[2].ops}
     op = ops["PosterizeIncreasing"]
     op.prob = 1.0
@@ -93,7 +93,7 @@ def test_small_images_are_padded_by_four_and_cropped_as_deit_does():
     assert set(borders) == {0, 1, 2, 3, 4}
 
 
-def test_images_of_another_size_are_brought_to_a_small_one_before_they_are_cropped():
+def test_images_of_another_size_are_resized_before_a_small_crop():
     small = made(img_size=32)
     (image,) = photographs(1)
     fitted = Image.fromarray(datasets.fit(image, 32).transpose(1, 2, 0))
@@ -104,7 +104,7 @@ def three_draws() -> tuple[float, float, float]:
     return random.random(), np.random.random(), torch.rand(()).item()  # noqa: NPY002 (timm's)
 
 
-def test_the_global_generators_are_afterwards_as_they_were():
+def test_the_global_generators_are_restored():
     with timm_transforms._kept_generators():
         timm_transforms._seed(1)
         expected = three_draws()
@@ -115,7 +115,7 @@ def test_the_global_generators_are_afterwards_as_they_were():
         assert three_draws() == expected
 
 
-def test_an_image_follows_from_its_own_seed():
+def test_an_image_depends_on_its_own_seed():
     vary = made()
     images = photographs(6)
     # beartype, which checks types here, draws from Python's generator itself.
@@ -129,7 +129,7 @@ def test_an_image_follows_from_its_own_seed():
     assert vary([], []).shape == (0, 3, 48, 48)
 
 
-def test_a_recipe_is_sent_by_its_parameters_and_makes_the_same_there():
+def test_a_pickled_recipe_gives_the_same_images():
     vary = made()
     expected = vary(photographs(2), [1, 2])
     sent = pickle.dumps(vary)
@@ -138,7 +138,7 @@ def test_a_recipe_is_sent_by_its_parameters_and_makes_the_same_there():
     assert torch.equal(pickle.loads(sent)(photographs(2), [1, 2]), expected)
 
 
-def test_image_seeds_of_neighbours_and_of_epochs_do_not_meet():
+def test_image_seeds_are_distinct():
     seeds = {timm_transforms.image_seed(epoch, i) for epoch in range(30) for i in range(1000)}
     assert len(seeds) == 30000
     assert all(0 <= seed < 2**64 for seed in seeds)
@@ -171,9 +171,7 @@ def test_without_mixing_images_and_labels_come_back():
 
 
 @pytest.mark.parametrize("missing", ["timm.data", "torchvision"])
-def test_timm_or_torchvision_that_cannot_be_imported_is_an_error_of_one_line(
-    monkeypatch: pytest.MonkeyPatch, missing: str
-):
+def test_a_broken_timm_or_torchvision_is_an_error_of_one_line(monkeypatch: pytest.MonkeyPatch, missing: str):
     monkeypatch.setitem(sys.modules, missing, None)
     for call in (lambda: made().transform, lambda: timm_transforms.mixer(asked(mixup=1.0), 10, 0.1)):
         with pytest.raises(InputError) as error:
@@ -185,7 +183,7 @@ def test_timm_or_torchvision_that_cannot_be_imported_is_an_error_of_one_line(
 
 @pytest.mark.parametrize("size", [(60, 50), (50, 60), (48, 48), (300, 90), (31, 77)])
 @pytest.mark.parametrize("crop", [1.0, 0.875, 0.8])
-def test_what_evaluation_sees_is_what_torchvisions_resize_and_centre_crop_show(size: tuple[int, int], crop: float):
+def test_evaluation_images_are_torchvisions_resize_and_centre_crop(size: tuple[int, int], crop: float):
     shorter = round(48 / crop)
     reference = transforms.Compose(
         [transforms.Resize(shorter, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(48)]

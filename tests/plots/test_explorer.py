@@ -16,7 +16,7 @@ from famba.plots.explorer import Explorer
 
 @pytest.fixture
 def explorer(run):  # noqa: F811
-    return Explorer(tokens.watch(run, count=3))
+    return Explorer(tokens.trace_run(run, count=3))
 
 
 def pixels(explorer):
@@ -42,18 +42,18 @@ def test_every_control_redraws_and_going_back_shows_the_same_again(explorer):
 
 def test_what_is_shown_is_the_model_under_the_chosen_schedule(explorer, run, monkeypatch):  # noqa: F811
     asked = []
-    draw = plots.fusion_closer
-    monkeypatch.setattr(plots, "fusion_closer", lambda *a, **k: asked.append((a, k)) or draw(*a, **k))
+    draw = plots.fusion_at_layer
+    monkeypatch.setattr(plots, "fusion_at_layer", lambda *a, **k: asked.append((a, k)) or draw(*a, **k))
     explorer.strategy.value = "lower"
     explorer.r.value = 5
     explorer.image.value = 1
-    (_, groups), named = asked[-1]
-    seen = tokens.watch(run, count=3)
-    expected = tokens.under(seen, strategies.schedule("lower", depth=4, r=5))
+    (_, groups, _), named = asked[-1]
+    seen = tokens.trace_run(run, count=3)
+    expected = tokens.with_schedule(seen, strategies.schedule("lower", depth=4, r=5))
     assert all(
         np.array_equal(ours, theirs[1]) for ours, theirs in zip(groups, tokens.groups(expected.trace), strict=True)
     )
-    assert named["label"] == f"1, taken for {expected.predicted[1]}"
+    assert named["label"] == f"1, predicted {expected.predicted[1]}"
     assert named["layer"] == 4
 
 
@@ -61,15 +61,15 @@ def test_r_cannot_leave_what_a_strategy_can_fuse(explorer):
     for strategy in STRATEGIES:
         explorer.strategy.value = strategy
         explorer.r.value = explorer.r.max
-        assert explorer.r.value == tokens.largest_r(explorer._seen.model, strategy)
+        assert explorer.r.value == tokens.largest_r(explorer._traced.model, strategy)
 
 
 def test_an_update_is_one_picture_and_the_model_runs_only_for_another_schedule(explorer, monkeypatch):
     done = []
-    for module, name in ((tokens, "under"), (plots, "fusion_closer")):
+    for module, name in ((tokens, "with_schedule"), (plots, "fusion_at_layer")):
         work = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, _name=name, _work=work, **k: done.append(_name) or _work(*a, **k))
-    under, picture = ["under", "fusion_closer"], ["fusion_closer"]
+    under, picture = ["with_schedule", "fusion_at_layer"], ["fusion_at_layer"]
     updates = [
         (explorer.layer, 1, picture),
         (explorer.image, 1, picture),

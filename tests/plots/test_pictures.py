@@ -28,7 +28,7 @@ def test_patches_of_one_token_share_a_colour_and_an_outline():
     images = np.full((1, 4, 4, 3), 100, np.uint8)
     # 2 x 2 patches and the class token in the middle (index 2); the left column becomes one token in layer 2.
     groups = [np.array([[0, 1, 2, 3, 4]]), np.array([[0, 1, 2, 0, 3]])]
-    figure = plots.fusion_map(images, groups, patch_size=2, stride=2, cls_index=2)
+    figure = plots.fusion_map(images, groups, patches=plots.Patches(2, 2, 2))
     assert titles(figure) == ["image\n4 patches", "layer 1\n4 tokens", "layer 2\n3 tokens"]
     _, before, after = figure.axes
     assert not tints(before).any()
@@ -49,36 +49,36 @@ def test_patches_of_one_token_share_a_colour_and_an_outline():
 def test_two_tokens_differ_in_colour_and_a_token_keeps_its_own():
     images = np.zeros((1, 2, 4, 3), np.uint8)
     groups = [np.array([[0, 0, 1, 1, 2, 3, 4, 5]]), np.array([[0, 0, 1, 1, 0, 2, 3, 4]])]
-    _, one, two = plots.fusion_map(images, groups, patch_size=1, stride=1).axes
+    _, one, two = plots.fusion_map(images, groups, patches=plots.Patches(1, 1)).axes
     assert tints(one)[0, 0].tolist() != tints(one)[0, 2].tolist()
     assert tints(one)[0, 0].tolist() == tints(two)[0, 0].tolist() == tints(two)[1, 0].tolist()
 
 
-def test_overlapping_patches_are_drawn_as_their_middles():
+def test_overlapping_patches_are_drawn_as_their_centres():
     images = np.zeros((2, 8, 8, 3), np.uint8)
     groups = [np.tile(np.repeat(np.arange(18), 2), (2, 1))]
-    figure = plots.fusion_map(images, groups, patch_size=3, stride=1)
+    figure = plots.fusion_map(images, groups, patches=plots.Patches(3, 1))
     assert figure.axes[1].images[1].get_extent() == [0.5, 6.5, 6.5, 0.5]
     assert tints(figure.axes[3]).shape == (6, 6, 4), "a second row for the second image"
 
 
-def test_a_fusion_map_refuses_groups_of_other_images_and_layers_that_are_not_there():
+def test_a_fusion_map_refuses_groups_of_other_images_and_missing_layers():
     images = np.zeros((1, 4, 4, 3), np.uint8)
     with pytest.raises(InputError, match=r"layer 1 has the shape \(1, 5\); 1 images of 2 x 2 patches are expected"):
-        plots.fusion_map(images, [np.zeros((1, 5), int)], patch_size=2, stride=2)
+        plots.fusion_map(images, [np.zeros((1, 5), int)], patches=plots.Patches(2, 2))
     with pytest.raises(InputError, match=r"layers: 3 is not within 1\.\.1"):
-        plots.fusion_map(images, [np.zeros((1, 4), int)], patch_size=2, stride=2, layers=[3])
+        plots.fusion_map(images, [np.zeros((1, 4), int)], patches=plots.Patches(2, 2), layers=[3])
 
 
 def test_only_the_layers_asked_for_are_drawn():
     images = np.zeros((1, 2, 2, 3), np.uint8)
-    figure = plots.fusion_map(images, [np.arange(4)[None]] * 24, patch_size=1, stride=1, layers=[2, 24])
+    figure = plots.fusion_map(images, [np.arange(4)[None]] * 24, patches=plots.Patches(1, 1), layers=[2, 24])
     assert titles(figure) == ["image\n4 patches", "layer 2\n4 tokens", "layer 24\n4 tokens"]
-    assert len(titles(plots.fusion_map(images, [np.arange(4)[None]] * 24, patch_size=1, stride=1))) == 25
+    assert len(titles(plots.fusion_map(images, [np.arange(4)[None]] * 24, patches=plots.Patches(1, 1)))) == 25
 
 
 def test_patches_are_numbered_in_scan_order():
-    axes = plots.patch_grid(np.zeros((8, 6, 3), np.uint8), patch_size=2, stride=2).axes[1]
+    axes = plots.patch_grid(np.zeros((8, 6, 3), np.uint8), patches=plots.Patches(2, 2)).axes[1]
     at = {text.get_text(): text.get_position() for text in axes.texts}
     assert at["0"] == (0.5, 0.5)
     assert at["2"] == (4.5, 0.5)
@@ -100,38 +100,40 @@ def test_an_image_grid_shows_each_image_under_its_label():
 HALVES = [np.array([[0, 1, 2, 3, 4]]), np.array([[0, 1, 2, 0, 3]]), np.array([[0, 0, 1, 0, 2]])]
 
 
-def test_a_patch_is_salient_as_far_as_few_share_its_token():
-    np.testing.assert_allclose(plots.saliency(HALVES[:1], cls_index=2), [[1, 1, 1, 1]])
-    np.testing.assert_allclose(plots.saliency(HALVES[1:], cls_index=2), [[5 / 12, 2 / 3, 5 / 12, 1]])
-    np.testing.assert_allclose(plots.saliency([np.array([[0, 0, 1]])]), [[0.5, 0.5, 1]], err_msg="no class token")
-    with pytest.raises(InputError, match="groups_by_layer: none; at least 1 layer needed"):
-        plots.saliency([])
+def test_saliency_is_one_over_the_patches_of_a_token():
+    np.testing.assert_allclose(plots.saliency(HALVES[:1], plots.Patches(2, 2, 2)), [[1, 1, 1, 1]])
+    np.testing.assert_allclose(plots.saliency(HALVES[1:], plots.Patches(2, 2, 2)), [[5 / 12, 2 / 3, 5 / 12, 1]])
+    np.testing.assert_allclose(
+        plots.saliency([np.array([[0, 0, 1]])], plots.Patches(1, 1)), [[0.5, 0.5, 1]], err_msg="no class token"
+    )
+    with pytest.raises(InputError, match="groups: none; at least 1 layer needed"):
+        plots.saliency([], plots.Patches(1, 1))
 
 
 def test_a_saliency_map_lays_the_heat_of_the_chosen_layers_over_the_patches():
     images = np.full((1, 6, 6, 3), 100, np.uint8)
-    figure = plots.saliency_map(images, HALVES, patch_size=4, stride=2, cls_index=2, layers=[2, 3])
+    figure = plots.saliency_map(images, HALVES, patches=plots.Patches(4, 2, 2), layers=[2, 3])
     heat = figure.axes[1].images[-1]
     np.testing.assert_allclose(heat.get_array(), [[5 / 12, 2 / 3], [5 / 12, 1]])
     assert heat.get_extent() == [0.5, 4.5, 4.5, 0.5]
     assert heat.get_clim() == (0, 1)
     assert "mean over 2 layers" in figure.axes[-1].get_ylabel()
     with pytest.raises(InputError, match=r"layers: 4 is not within 1\.\.3"):
-        plots.saliency_map(images, HALVES, patch_size=4, stride=2, cls_index=2, layers=[4])
+        plots.saliency_map(images, HALVES, patches=plots.Patches(4, 2, 2), layers=[4])
 
 
-def test_a_closer_look_shows_one_layer_and_what_was_left_before_it():
+def test_fusion_at_layer_shows_one_layer_and_the_remaining_tokens():
     image = np.full((4, 4, 3), 100, np.uint8)
     groups = [layer[0] for layer in HALVES]
-    figure = plots.fusion_closer(image, groups, layer=2, patch_size=2, stride=2, cls_index=2, label="a cat")
-    assert titles(figure) == ["a cat", "fused by layer 2", "stayed alone (bright)", "layer 2: 4 tokens"]
+    figure = plots.fusion_at_layer(image, groups, layer=2, patches=plots.Patches(2, 2, 2), label="a cat")
+    assert titles(figure) == ["a cat", "fused by layer 2", "single patches (bright)", "layer 2: 4 tokens"]
     _, fused, heat, left = figure.axes
     assert (tints(fused)[..., 3] > 0).tolist() == [[True, False], [True, False]]
     np.testing.assert_allclose(heat.images[-1].get_array(), [[0.75, 1], [0.75, 1]], err_msg="of layers 1 and 2")
     steps, here = left.get_lines()
     assert steps.get_ydata().tolist() == [5, 5, 4, 3]
     assert here.get_xydata().tolist() == [[2, 4]]
-    start = plots.fusion_closer(image, groups, layer=0, patch_size=2, stride=2, cls_index=2)
+    start = plots.fusion_at_layer(image, groups, layer=0, patches=plots.Patches(2, 2, 2))
     assert titles(start)[1::2] == ["the input", "input: 5 tokens"]
     assert len(start.axes[1].images) == 1
     assert np.asarray(start.axes[2].images[-1].get_array()).tolist() == [[1, 1], [1, 1]]
@@ -139,9 +141,9 @@ def test_a_closer_look_shows_one_layer_and_what_was_left_before_it():
 
 def test_an_animation_has_a_frame_for_the_images_and_one_for_each_layer():
     images = np.full((1, 4, 4, 3), 100, np.uint8)
-    film = plots.fusion_animation(images, HALVES, patch_size=2, stride=2, cls_index=2)
+    film = plots.fusion_animation(images, HALVES, patches=plots.Patches(2, 2, 2))
     assert [titles(frame) for frame in film.frames] == [
         *(["input: 5 tokens"], ["layer 1: 5 tokens"], ["layer 2: 4 tokens"], ["layer 3: 3 tokens"])
     ]
     assert (tints(film.frames[3].axes[0])[..., 3] > 0).tolist() == [[True, True], [True, False]]
-    assert len(plots.fusion_animation(images, HALVES, patch_size=2, stride=2, cls_index=2, layers=[3]).frames) == 2
+    assert len(plots.fusion_animation(images, HALVES, patches=plots.Patches(2, 2, 2), layers=[3]).frames) == 2

@@ -31,7 +31,7 @@ B and C, each read twice by both directions, and their gradients are 12 w n for 
 too; what backward writes to scratch memory and adds up is the implementation's own. At (128, 384, 197, 16) in bf16 this
 is 0.43 GB: 0.13 ms at 3.35 TB/s, 0.09 ms at 4.8 TB/s. Yet not memory is what limits, but how many instructions a
 multiprocessor can issue: for compute capability 9.0 and n = 16 the loops have 370 of them in forward for a token and
-both directions, and 668 in backward for each, for 32 channels at once (famba.bench.sass counts them). Of 132
+both directions, and 668 in backward for each, for 32 channels at once (tests/kernels/test_sass.py counts them). Of 132
 multiprocessors at 1.75 GHz, each of which starts four in a clock, that takes 0.56 ms at the very least.
 """
 
