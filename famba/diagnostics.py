@@ -169,7 +169,7 @@ def _gpu() -> Row:
 def _compiler() -> Row:
     try:
         compiler = build._compiler()
-        return Row("C++ compiler", build._run([compiler, "--version"]).splitlines()[0], True)
+        return Row("C++ compiler", build._run([*compiler, "--version"]).splitlines()[0], True)
     except BackendError as error:
         command = "unset CXX" if os.environ.get("CXX") else _installs_compiler()
         return Row("C++ compiler", "", False, str(error), command)
