@@ -189,7 +189,8 @@ def read_image(source: str | Path | np.ndarray, img_size: int) -> UInt8[Tensor, 
         if source.dtype != np.uint8 or not (source.ndim == 2 or source.shape[2:] == (3,)) or 0 in source.shape:
             raise InputError(f"image: {source.dtype} of shape {source.shape}; must be uint8 of (h, w) or (h, w, 3)")
         return torch.from_numpy(datasets.fit(Image.fromarray(source), img_size).copy())
-    return torch.from_numpy(datasets.pixels(Files([str(config.root() / source)]), 0, img_size).copy())
+    path = source if Path(source).is_absolute() else config.root() / source
+    return torch.from_numpy(datasets.pixels(Files([str(path)]), 0, img_size).copy())
 
 
 def normalise(

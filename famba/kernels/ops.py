@@ -187,7 +187,7 @@ def _gate(left: Tensor, right: Tensor, gate: Tensor, scale: float) -> Tensor:
 def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     x = x if x.dtype == torch.float64 else x.float()
     total = x if residual is None else x + residual
-    return F.rms_norm(total, weight.shape, weight, eps), total
+    return F.rms_norm(total, weight.shape, weight.to(total.dtype), eps), total
 
 
 @dataclass(frozen=True)
