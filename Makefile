@@ -33,7 +33,7 @@ JOBS ?= 2
 at_once = dvc stage list --name-only | grep -E '$(1)' | xargs -r -P $(JOBS) -n 4 dvc --wait-for-lock repro -s
 
 .PHONY: help env repro ablation adaptive photographs readme test test-fast lint lab bench bench-gpu gpu-check
-.PHONY: gpu-check-wheels doctor sanitize clean
+.PHONY: gpu-check-wheels doctor fuzz sanitize clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -91,6 +91,9 @@ gpu-check-wheels: env  ## collect in build/wheels what gpu-check needs on a mach
 
 doctor: env  ## what of all that famba can use works here, why not, and what mends it
 	$(IN_VENV) python -m famba doctor
+
+fuzz: env  ## damaged files and odd arguments by the thousand: ten minutes at most
+	$(IN_VENV) timeout 600 pytest -q tests/test_fuzz.py --hypothesis-profile=fuzz
 
 sanitize: env  ## the tests of the kernels under the address and undefined-behaviour sanitizers: minutes
 	$(IN_VENV) python -m famba.kernels.cpu.sanitize
