@@ -1,5 +1,7 @@
 """Models in folders and on the Hugging Face hub: config.json, model.safetensors and a card, by huggingface_hub."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,19 +65,11 @@ class Published(
         model.module.to(map_location).eval()
         return model
 
-    @classmethod
-    def _load_as_pickle(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
-        raise InputError(f"{model_file}: no model.safetensors beside it; famba.load_vim reads released weights")
-
 
 def load(source: str | Path, **options: Any) -> VisionMamba:
     """The model in a folder or repository; see `VisionMamba.from_pretrained`."""
-    try:
+    with _in_one_line(source):
         return Published.from_pretrained(source, **options).module
-    except InputError:
-        raise
-    except Exception as error:  # the library raises its own errors, the network's and the system's
-        raise InputError(f"{source}: neither a folder nor a repository with a model ({_reason(error)})") from None
 
 
 def download(name: str) -> Path:
@@ -86,17 +80,20 @@ def download(name: str) -> Path:
     """
     owner, repository, *file = name.split("/", 2)
     repository = f"{owner}/{repository}"
-    try:
+    with _in_one_line(name):
         listed = file or huggingface_hub.HfApi().list_repo_files(repository)
         found = [name for name in listed if name.endswith((".safetensors", ".pth", ".pt", ".bin"))]
         if len(found) != 1:
             raise InputError(f"{name}: holds {', '.join(found) or 'no weights'}; give {repository}/<file>")
         return Path(huggingface_hub.hf_hub_download(repository, found[0]))
+
+
+@contextlib.contextmanager
+def _in_one_line(source: str | Path) -> Iterator[None]:
+    try:
+        yield
     except InputError:
         raise
-    except Exception as error:  # as above
-        raise InputError(f"{name}: neither a file nor a repository on the hub ({_reason(error)})") from None
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # the library raises its own errors, the network's and the system's
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(f"{source}: no such file or folder, and not to be had from the hub ({reason})") from None

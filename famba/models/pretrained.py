@@ -13,7 +13,6 @@ import functools
 import math
 import operator
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -132,12 +131,6 @@ def set_schedule(
         ) from None
     model.set_fusion(removed, FusionOptions() if options is None else options)
     return model
-
-
-def apply(model: VisionMamba, schedule: Sequence[int] | None, options: FusionOptions | None = None) -> VisionMamba:
-    """The former name of `set_schedule`."""
-    warnings.warn("famba.apply is now famba.set_schedule", DeprecationWarning, stacklevel=2)
-    return set_schedule(model, schedule, options)
 
 
 def take_weights(model: VisionMamba, path: Path) -> Origin:

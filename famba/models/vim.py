@@ -38,55 +38,18 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 
 
-def create_model(
-    name: str,
-    *,
-    num_classes: int = 1000,
-    img_size: int | None = None,
-    patch_size: int | None = None,
-    stride: int | None = None,
-    depth: int | None = None,
-    d_model: int | None = None,
-    d_state: int | None = None,
-    in_chans: int = 3,
-    cls_position: str = "middle",
-    pool: str = "cls",
-    average_directions: bool = True,
-    drop_path_rate: float = 0.0,
-    schedule: Sequence[int] | None = None,
-    fusion: FusionOptions | None = None,
-    backend: str = "auto",
-) -> "VisionMamba":
-    """A Vision Mamba by name; what is given replaces the name's own value.
+def create_model(name: str, *, num_classes: int = 1000, **options: Any) -> "VisionMamba":
+    """A Vision Mamba by name.
 
     Args:
         name: a key of `PRESETS`; vim_tiny, vim_small and vim_base are the released sizes.
-        schedule: tokens removed by each layer, layer 1 first; None fuses nothing.
-        fusion: how tokens are fused; None is the default `FusionOptions`.
+        options: arguments of `VisionMamba` in place of the name's own; None takes the name's own or the default.
 
     Raises:
         InputError: an unknown name or a value that does not fit the others; see `VisionMamba`.
     """
-    return VisionMamba(
-        **sizes(
-            name,
-            img_size=img_size,
-            patch_size=patch_size,
-            stride=stride,
-            depth=depth,
-            d_model=d_model,
-            d_state=d_state,
-        ),
-        num_classes=num_classes,
-        in_chans=in_chans,
-        cls_position=cls_position,
-        pool=pool,
-        average_directions=average_directions,
-        drop_path_rate=drop_path_rate,
-        schedule=schedule,
-        fusion=fusion,
-        backend=backend,
-    )
+    given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+    return VisionMamba(num_classes=num_classes, **{**sizes(name), **given})
 
 
 def sizes(name: str, **given: int | None) -> dict[str, int]:
@@ -192,6 +155,8 @@ class VisionMamba(nn.Module):
         drop_path_rate: in training each image skips the last layer's mixer with this probability, earlier layers' with
             proportionally less (stochastic depth, arXiv:1603.09382).
         schedule: tokens removed by each layer, layer 1 first; None fuses nothing.
+        fusion: how tokens are fused; None is the default `FusionOptions`.
+        backend: of the kernels, see `famba.backends`.
 
     Raises:
         InputError: patches that do not tile the image, a pool without its class token, a schedule of another length

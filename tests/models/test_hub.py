@@ -85,7 +85,7 @@ def test_a_model_goes_to_the_hub_and_comes_back_by_its_name(model, hub):
     assert model.push_to_hub("someone/model") == "hub/someone/model"
     assert same(VisionMamba.from_pretrained("someone/model"), model)
     assert said(lambda: VisionMamba.from_pretrained("someone/else")) == (
-        "someone/else: neither a folder nor a repository with a model (no such repository)"
+        "someone/else: no such file or folder, and not to be had from the hub (no such repository)"
     )
 
 
@@ -124,7 +124,7 @@ def test_released_weights_are_found_on_the_hub_by_the_name_of_repository_and_fil
     assert "ft.safetensors" in (message := said(lambda: load_vim("hustvl/tiny")))
     assert message.endswith("give hustvl/tiny/<file>")
     assert torch.equal(load_vim("hustvl/tiny/ft.safetensors", trained_at=8).head.weight, expected)
-    assert "nowhere/x: neither a file nor a repository on the hub" in said(lambda: load_vim("nowhere/x"))
+    assert "nowhere/x: no such file or folder" in said(lambda: load_vim("nowhere/x"))
 
 
 def test_without_huggingface_hub_the_error_says_what_to_install(model, tmp_path, monkeypatch):

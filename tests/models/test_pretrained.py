@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import famba
 from famba import FusionOptions, InputError, VisionMamba, load_vim, schedule, set_schedule
 from famba.fusion.strategies import STRATEGIES
 from famba.models import pretrained
@@ -278,7 +277,7 @@ def test_rows_that_are_no_square_of_patches_are_refused(rows, cls_position):
     assert f"{rows} rows" in said(lambda: resize_positions(torch.zeros(1, rows, 2), 3, cls_position=cls_position))
 
 
-# apply
+# set_schedule
 
 
 @pytest.mark.parametrize("pool", ["cls", "mean"])
@@ -306,13 +305,6 @@ def test_applying_a_schedule_is_building_with_it(strategy):
     plan = schedule(strategy, depth=3, r=0 if strategy == "none" else 3)
     built = drawn(schedule=plan)
     assert torch.equal(set_schedule(drawn(), plan)(images()), built(images()))
-
-
-def test_two_lines_take_released_weights_to_a_fused_model(tmp_path):
-    path = release(tmp_path / "vim.pth", model=drawn().state_dict())
-    model = load_vim(path, trained_at=32)
-    set_schedule(model, schedule("all", depth=3, r=4))
-    assert model.token_counts == [17, 13, 9, 5]
 
 
 @pytest.mark.parametrize(
@@ -401,10 +393,3 @@ def test_a_famba_file_that_is_no_runs_model_is_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(model_bytes(model, model.state_dict(), {}))
     assert "expected the model.safetensors of a run" in said(lambda: take_weights(drawn(1), path))
-
-
-def test_the_former_name_of_set_schedule_still_works_and_warns():
-    model = drawn()
-    with pytest.warns(DeprecationWarning, match=r"famba\.apply is now famba\.set_schedule"):
-        famba.apply(model, schedule("all", depth=3, r=4))
-    assert model.schedule == [4, 4, 4]
