@@ -66,6 +66,7 @@ def torch_file(state: dict) -> bytes:
 VALUES = ["~", "-1", "0", "1e308", ".nan", "'\\0'", "[]", "{}", "yes", "9" * 400, "*x", "1.5", "ünï", "&a [*a]"]
 
 
+@pytest.mark.filterwarnings("ignore::ruamel.yaml.error.ReusedAnchorWarning")  # printed; what follows is an error
 @few
 @given(
     st.one_of(

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from famba.errors import InputError
 from famba.kernels.ops import Side, bidirectional_conv1d_silu, bidirectional_scan
 
 _STEP_RANGE = (1e-3, 1e-1)  # initial steps are drawn log-uniformly from this range
@@ -89,6 +90,8 @@ class BidirectionalMixer(nn.Module):
 
     def select(self, x: Float[Tensor, "b t d"]) -> tuple[Selection, Selection, Float[Tensor, "b t e"]]:
         """Both directions' input and selection, and the gate."""
+        for name in ("conv1d", "conv1d_b", "dt_proj", "dt_proj_b"):
+            refuse_hooks(name, getattr(self, name))
         u, gate = self.in_proj(x).chunk(2, dim=-1)
         weights = [(conv.weight[:, 0], conv.bias) for conv in (self.conv1d, self.conv1d_b)]
         left, right = bidirectional_conv1d_silu(u.mT, *weights, backend=self.backend)
@@ -116,3 +119,12 @@ class BidirectionalMixer(nn.Module):
     def _side(self, s: Selection, A_log: Tensor, D: Tensor, dt_proj: nn.Linear) -> Side:
         A = -torch.exp(A_log.float() if A_log.dtype != torch.float64 else A_log)
         return Side(s.u, s.step, dt_proj.weight, A, s.B, s.C, D, dt_proj.bias)
+
+
+def refuse_hooks(name: str, module: nn.Module) -> None:
+    """Raise InputError where a module has hooks: it is not called, and they would not run."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        raise InputError(
+            f"{name}: a hook on it would never run: kernels compute with its weights; allowed: hooks on blocks, norm, "
+            "in_proj, x_proj, out_proj, and on mixer where fusion's position is before_mixer"
+        )
