@@ -92,8 +92,8 @@ gpu-check-wheels: env  ## collect in build/wheels what gpu-check needs on a mach
 doctor: env  ## what of all that famba can use works here, why not, and what mends it
 	$(IN_VENV) python -m famba doctor
 
-fuzz: env  ## damaged files and odd arguments by the thousand: ten minutes at most
-	$(IN_VENV) timeout 600 pytest -q tests/test_fuzz.py --hypothesis-profile=fuzz
+fuzz: env  ## damaged files and odd arguments by the thousand: some seven minutes
+	$(IN_VENV) timeout 900 pytest -q tests/test_fuzz.py --hypothesis-profile=fuzz
 
 sanitize: env  ## the tests of the kernels under the address and undefined-behaviour sanitizers: minutes
 	$(IN_VENV) python -m famba.kernels.cpu.sanitize

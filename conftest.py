@@ -9,4 +9,4 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from hypothesis import settings
 
-settings.register_profile("fuzz", max_examples=3000)  # make fuzz; what fails is kept in .hypothesis and tried first
+settings.register_profile("fuzz", max_examples=2000)  # make fuzz; what fails is kept in .hypothesis and tried first

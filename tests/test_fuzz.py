@@ -122,7 +122,7 @@ def test_a_checkpoint_with_a_strange_tensor(key, dtype, shape, value):
         assert all(weight.isfinite().all() for weight in model.parameters())
 
 
-@many
+@few
 @given(
     st.fixed_dictionaries(
         {},
