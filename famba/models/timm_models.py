@@ -6,7 +6,8 @@ from typing import Any
 from timm.models import register_model
 
 from famba.errors import InputError
-from famba.models.vim import PRESETS, VisionMamba, create_model
+from famba.models.presets import PRESETS
+from famba.models.vim import VisionMamba, create_model
 
 
 def _entrypoint(name: str) -> Callable[..., VisionMamba]:

@@ -120,12 +120,13 @@ class Rows:
 
 
 def _in_notebook() -> bool:
-    """Whether a kernel runs this, so that somebody can be shown a picture."""
+    """Whether an IPython that shows more than text runs this."""
     if "IPython" not in sys.modules:
         return False
     from IPython.core.getipython import get_ipython
 
-    return hasattr(get_ipython(), "kernel")
+    shell = get_ipython()
+    return shell is not None and "image/png" in shell.display_formatter.active_types
 
 
 def _png(history: Sequence[Mapping[str, Any]], epochs: int | None) -> bytes:

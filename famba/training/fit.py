@@ -20,7 +20,8 @@ from famba.errors import InputError
 from famba.kernels import precision
 from famba.kernels.triton import runtime
 from famba.models import pretrained
-from famba.models.vim import VisionMamba, create_model, kernels, sizes
+from famba.models.presets import sizes
+from famba.models.vim import VisionMamba, create_model, kernels
 from famba.profiling import environment
 from famba.storage import provenance, runs
 from famba.storage.files import claimed, json_bytes, write_atomic
@@ -152,7 +153,9 @@ def _fit_in_processes(p: Params, seed: int, progress: bool, watch: Sequence[Watc
 
     write_atomic(checkpoints / "asked.json", json_bytes(p.as_dict()))
     arguments = ["train", "--resolved", str(checkpoints / "asked.json"), "--seed", str(seed), "--out", str(out)]
-    distributed.launch([*arguments, "--keep-checkpoints"], p.train.processes, quiet=not progress, meanwhile=tell)
+    distributed.launch(
+        [*arguments, "--keep-checkpoints", "--force"], p.train.processes, quiet=not progress, meanwhile=tell
+    )
     tell()
     return Run(**vars(runs.read(out)), model_bytes=(out / runs.MODEL_FILE).read_bytes())
 
