@@ -11,11 +11,12 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_type_hints
 
 from pydantic import AfterValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
@@ -58,10 +59,33 @@ Seeds = Annotated[tuple[Seed, ...], Field(min_length=1, max_length=1000), AfterV
 Strategy = Annotated[str, Field(pattern="^[a-z][a-z0-9_]{0,39}$")]  # part of the names of folders
 Strategies = Annotated[tuple[Strategy, ...], Field(max_length=100), AfterValidator(_unique)]
 
-_CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+def _is_device(name: str) -> str:
+    if not re.fullmatch("auto|cpu|cuda(:[0-9]{1,2})?", name):
+        raise ValueError("must be auto, cpu, cuda or cuda:N")
+    return name
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def section(cls: type[T]) -> type[T]:
+    """A frozen dataclass of validated values; one made or changed by code raises InputError, as params.yaml does."""
+    made: Any = dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))(cls)
+    init = made.__init__
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            init(self, *args, **kwargs)
+        except ValidationError as error:
+            raise _refusal(
+                error, made, "", lambda *keys: (cls.__name__.removesuffix("Params").lower(), *keys)
+            ) from None
+
+    made.__init__ = checked
+    return made
+
+
+@section
 class DataParams:
     """Which images, and how they are split and varied."""
 
@@ -99,7 +123,7 @@ class DataParams:
         return self
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@section
 class ModelParams:
     """The Vision Mamba; null takes the value of the named model."""
 
@@ -114,7 +138,7 @@ class ModelParams:
     average_directions: Bool  # of the scan, as released; false sums them
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@section
 class FusionRule:
     """How many tokens one strategy removes: exactly one of r, total and schedule. Layers count from 1."""
 
@@ -129,7 +153,7 @@ class FusionRule:
         return _check_one_given(self, "r", "total", "schedule")
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@section
 class AdaptiveRule:
     """The budget of the schedule that calibration makes: exactly one of the three."""
 
@@ -148,7 +172,7 @@ def _check_one_given(rule: T, *keys: str) -> T:
     return rule
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@section
 class TrainParams:
     """The optimisation."""
 
@@ -173,7 +197,7 @@ class TrainParams:
     # their moving average, validation decides in either.
     choose: Literal["best", "last"]
     precision: Literal["fp32", "bf16"]  # bf16 for the matrix products; SSM parameters and states stay fp32
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,2})?)$")]  # auto: CUDA where it is, else the CPU
+    device: Annotated[str, AfterValidator(_is_device)]  # auto: CUDA where it is, else the CPU
     backend: Text  # of the selective scan; auto takes the fastest that runs
     cuda_graph: Bool  # replay a step's forward and backward pass as one CUDA graph: faster for small models
     threads: Annotated[Int, Field(ge=1, le=1024)] | None  # of the CPU; part of what makes a run repeatable bit for bit
@@ -193,7 +217,7 @@ class TrainParams:
         return self
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@section
 class SweepParams:
     """The runs of the pipeline: every strategy with every seed."""
 
@@ -201,7 +225,7 @@ class SweepParams:
     seeds: Seeds
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@section
 class AblationParams:
     """Which options of fusion are varied, and for whom; what is not varied stays as the profile has it."""
 
@@ -222,7 +246,7 @@ class AblationParams:
         return self
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@section
 class PhotographsParams:
     """The sweep's strategies once more, on other images."""
 
@@ -235,7 +259,7 @@ class PhotographsParams:
 EXECUTION: dict[str, tuple[str, ...]] = {"data": ("workers", "memory_mib"), "train": ("processes", "tensorboard")}
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@section
 class Params:
     """Everything that determines one run but its seed."""
 
@@ -319,7 +343,7 @@ Section = dict[str, Any]
 Profile = dict[Literal["data", "model", "options", "fusion", "train"], Section]
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@section
 class _File:
     """params.yaml, whose sections are checked when they are asked for; `fusion` has one rule for each strategy."""
 
@@ -564,14 +588,18 @@ def validated(kind: type[T], values: Any, name: str, place: Callable[..., tuple[
     try:
         return _adapter(kind).validate_python(values)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        raise _refusal(error, kind, name, place) from None
+
+
+def _refusal(error: ValidationError, kind: type, name: str, place: Callable[..., tuple[Any, ...]]) -> InputError:
+    first = error.errors(include_url=False)[0]
     keys = [key for key in first["loc"] if key != "[key]"]
     value, reason = first["input"], first["msg"]
     if first["type"] == "value_error":
         reason = str(first.get("ctx", {})["error"])
         if ": " in reason:
             key, _, reason = reason.partition(": ")
-            keys, value = [*keys, key], value[key]
+            keys, value = [*keys, key], getattr(value, "kwargs", value)[key]
     where = [name, ".".join(map(_plain, place(*keys)))]
     if first["type"] in ("unexpected_keyword_argument", "invalid_key"):
         owner: Any = kind
@@ -584,7 +612,7 @@ def validated(kind: type[T], values: Any, name: str, place: Callable[..., tuple[
         reason = f"{_short(value)} is not a section of `key: value` lines"
     else:
         reason = f"{_short(value)}: {reason}"
-    raise InputError(": ".join([part for part in where if part] + [reason]))
+    return InputError(": ".join([part for part in where if part] + [reason]))
 
 
 def _plain(key: Any) -> str:

@@ -370,7 +370,7 @@ def test_dvc_rewrites_the_file_with_the_changed_line_alone(tmp_path: Path):
         ("model.d_model", 10**7, "model.d_model: 10000000: Input should be less than or equal to 8192"),
         ("model.d_state", 10**6, "model.d_state: 1000000: Input should be less than or equal to 256"),
         ("train.threads", 10**6, "train.threads: 1000000: Input should be less than or equal to 1024"),
-        ("train.device", "cpu:7", "train.device: 'cpu:7': String should match pattern"),
+        ("train.device", "cpu:7", "train.device: 'cpu:7': must be auto, cpu, cuda or cuda:N"),
         (
             "train.lr_batch",
             10**6,
@@ -507,6 +507,14 @@ def test_the_weights_to_start_from_are_a_file_in_the_repository_known_by_its_con
 
 
 # dataclasses and the root
+
+
+def test_values_that_code_changes_are_checked_in_the_same_words():
+    train = config.load("default", strategy="all", path=FILE).train
+    assert refusal(lambda: dataclasses.replace(train, device="tpu")) == (
+        "train.device: 'tpu': must be auto, cpu, cuda or cuda:N"
+    )
+    assert refusal(lambda: dataclasses.replace(train, device_batch=5)).startswith("train.batch_size: 32: must be a mul")
 
 
 @pytest.mark.parametrize("kind", [*SECTIONS.values(), FusionRule, SweepParams, Params])

@@ -87,10 +87,9 @@ def test_the_pipeline_writes_summary_and_real_figures(copy, first):
 
 def test_make_repro_waits_for_a_dvc_that_is_still_at_work_and_says_that_nothing_is_to_be_done(copy, first):
     hold = "import time, zc.lockfile as z; lock = z.LockFile('.dvc/tmp/lock'); print(flush=True); time.sleep(8)"
-    holder = subprocess.Popen([sys.executable, "-c", hold], cwd=copy, stdout=subprocess.PIPE)
-    assert holder.stdout.readline()
-    assert run(copy, ".ci/repro", "2").startswith("make repro: nothing to do")
-    assert holder.wait() == 0
+    with subprocess.Popen([sys.executable, "-c", hold], cwd=copy, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline()
+        assert run(copy, ".ci/repro", "2").startswith("make repro: nothing to do")
     assert outputs(copy) == first
 
 

@@ -1,4 +1,4 @@
-"""A run as others can watch it: curves in its notebook, events for TensorBoard, and its history so far as a table.
+"""Callbacks of a run: curves in its notebook, events for TensorBoard, and its history so far as a table.
 
 Each is called after every epoch with the run's history, a list of dicts of `runs.HISTORY_COLUMNS`, and with what
 the epoch cost. None has any effect on the run's numbers.
@@ -125,7 +125,7 @@ def _in_notebook() -> bool:
         return False
     from IPython.core.getipython import get_ipython
 
-    shell = get_ipython()
+    shell: Any = get_ipython()
     return shell is not None and "image/png" in shell.display_formatter.active_types
 
 
