@@ -37,7 +37,7 @@ JOBS ?= 2
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help env repro ablation adaptive photographs readme test test-fast lint lab bench bench-gpu gpu-check
-.PHONY: gpu-check-wheels doctor sanitize clean
+.PHONY: gpu-check-wheels doctor fuzz sanitize clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -91,6 +91,9 @@ gpu-check-wheels: env  ## download to build/wheels what gpu-check needs beside t
 
 doctor: env  ## check the environment: which backends work, why not, and how to fix it
 	$(IN_VENV) python -m famba doctor
+
+fuzz: env  ## test with thousands of damaged files and random arguments: some seven minutes
+	$(IN_VENV) timeout 900 pytest -q tests/test_fuzz.py --hypothesis-profile=fuzz
 
 sanitize: env  ## test the CPU kernels under the address and undefined-behaviour sanitizers: some minutes
 	$(IN_VENV) python -m famba.kernels.cpu.sanitize

@@ -6,3 +6,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # No test goes to the network: what is asked of the hub is out of reach at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+from hypothesis import settings
+
+settings.register_profile("fuzz", max_examples=2000)  # make fuzz; what fails is kept in .hypothesis and tried first

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from famba.fusion.options import FusionOptions
     from famba.fusion.strategies import STRATEGIES, schedule, token_counts
     from famba.kernels.scan import backends, selective_scan, selective_scan_ref
-    from famba.models.pretrained import apply, load_vim, set_schedule
+    from famba.models.pretrained import load_vim, set_schedule
     from famba.models.vim import VisionMamba, create_model
     from famba.training.fit import fit
 
@@ -26,7 +26,6 @@ __all__ = [
     "InputError",
     "Matching",
     "VisionMamba",
-    "apply",
     "backends",
     "create_model",
     "doctor",
@@ -48,7 +47,7 @@ _HOME = {
     "fusion.strategies": ("STRATEGIES", "schedule", "token_counts"),
     "kernels.scan": ("backends", "selective_scan", "selective_scan_ref"),
     "models.vim": ("VisionMamba", "create_model"),
-    "models.pretrained": ("apply", "load_vim", "set_schedule"),
+    "models.pretrained": ("load_vim", "set_schedule"),
     "training.fit": ("fit",),
     "diagnostics": ("doctor",),
 }

@@ -4,9 +4,14 @@ Every one of these carries a message of one line. The command line prints that l
 anything else that is raised is a defect and keeps its traceback.
 """
 
+import re
+
 
 class FambaError(Exception):
-    """Base of the errors whose message is meant for the user."""
+    """Base of the errors whose message is meant for the user; control characters, of a file's name say, are escaped."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], message))
 
 
 class InputError(FambaError, ValueError):

@@ -11,6 +11,7 @@ import importlib.util
 import io
 import os
 import random
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import numpy as np
 import PIL
 import torch
 from jaxtyping import Bool, Int64, UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from famba import config
@@ -51,6 +52,12 @@ class Encoded(ABC):
         """What a user can find the image by."""
 
 
+def _image(path: str) -> Image.Image:
+    if not os.path.isfile(path):  # a pipe would wait for its writer, a device never end
+        raise ValueError("no regular file there")
+    return Image.open(path)
+
+
 @dataclass(frozen=True)
 class Files(Encoded):
     """Image files of any format that Pillow reads."""
@@ -61,7 +68,7 @@ class Files(Encoded):
         return len(self.paths)
 
     def open(self, i: int) -> Image.Image:
-        return Image.open(self.paths[i])
+        return _image(self.paths[i])
 
     def name(self, i: int) -> str:
         return self.paths[i]
@@ -82,7 +89,7 @@ class Cells(Encoded):
         cell = self.table.data[self.column][i].as_py()
         if cell is None:
             raise ValueError("no image in this row")
-        return Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
+        return _image(cell["path"]) if cell["bytes"] is None else Image.open(io.BytesIO(cell["bytes"]))
 
     def name(self, i: int) -> str:
         return f"{self.where}: row {i}"
@@ -182,13 +189,15 @@ def opened(images: Encoded, i: int) -> Iterator[Image.Image]:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """Three channels of 8 bits; transparency is dropped.
+    """Three channels of 8 bits, turned as EXIF says it was held; transparency is dropped.
 
     Raises:
         ValueError: it has more than 8 bits per channel.
     """
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"more than 8 bits per channel (Pillow's mode {image.mode}); convert it to 8 bits")
+    stored = " ".join(str(tile.args) for tile in getattr(image, "tile", ()))  # Pillow makes mode RGB of 48 bits as well
+    if image.mode.startswith(("I", "F")) or re.search(";16[BLNS]", stored):
+        raise ValueError("more than 8 bits per channel; convert it to 8 bits")
+    ImageOps.exif_transpose(image, in_place=True)
     if "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns where a palette with transparency loses it in one step
     return image.convert("RGB")
@@ -286,11 +295,14 @@ def _listing(folder: Path) -> dict[str, list[os.DirEntry[str]]]:
         raise InputError(f"{folder}: no such folder; a data set has train/<class>/ and test/<class>/")
 
     def visible(path: Path | str, kind: str) -> list[os.DirEntry[str]]:
-        with os.scandir(path) as entries:
-            found = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-        for entry in found:
-            if entry.is_dir() != (kind == "class folder"):
-                raise InputError(f"{entry.path}: not allowed here; {path} may hold only {kind}s")
+        try:
+            with os.scandir(path) as entries:
+                found = sorted((x for x in entries if not x.name.startswith(".")), key=lambda entry: entry.name)
+            wrong = [x for x in found if not (x.is_dir() if kind == "class folder" else x.is_file())]
+        except OSError as error:
+            raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from None
+        if wrong:
+            raise InputError(f"{wrong[0].path}: not allowed here; {path} may hold only {kind}s")
         if not found:
             raise InputError(f"{path}: no {kind}s; at least 1 needed")
         return found
@@ -343,6 +355,8 @@ def _parquet(top: Path, image: str | None, label: str | None) -> Found:
     by_split: dict[str, list[str]] = {}
     for file in files:
         try:
+            if not file.is_file():
+                raise OSError("no regular file")
             parquet.read_schema(file)
         except (OSError, pyarrow.ArrowException) as error:
             raise InputError(f"{file}: not a whole parquet file ({_reason(error)})") from None

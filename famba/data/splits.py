@@ -40,8 +40,6 @@ from famba.storage.files import json_bytes, write_atomic
 
 _log = logging.getLogger(__name__)
 
-# Per channel, 0 black and 1 white; what the released models' images were normalised by.
-
 _Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean, standard deviation
 
 
@@ -198,9 +196,7 @@ def read_image(source: str | Path | np.ndarray, img_size: int) -> UInt8[Tensor, 
         if source.dtype != np.uint8 or not (source.ndim == 2 or source.shape[2:] == (3,)) or 0 in source.shape:
             raise InputError(f"image: {source.dtype} of shape {source.shape}; must be uint8 of (h, w) or (h, w, 3)")
         return torch.from_numpy(datasets.fit(Image.fromarray(source), img_size).copy())
-    path = config.root() / source
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+    path = source if Path(source).is_absolute() else config.root() / source
     return torch.from_numpy(datasets.pixels(Files([str(path)]), 0, img_size).copy())
 
 
@@ -275,7 +271,7 @@ def _cache(found: Found, img_size: int, kind: str, *more: object) -> Path | None
     """Where something made of a set's images is kept; another content, size or Pillow is another name."""
     if found.key is None:
         return None
-    described = f"3 {PIL.__version__} {img_size} {found.key} {' '.join(map(str, more))}"  # 3: the layout of the file
+    described = f"4 {PIL.__version__} {img_size} {found.key} {' '.join(map(str, more))}"  # 4: how files are decoded
     name = f"{found.name}-{img_size}px-{hashlib.sha256(described.encode()).hexdigest()[:20]}.{kind}"
     return config.root() / "build" / "cache" / name
 

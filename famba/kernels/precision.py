@@ -21,6 +21,19 @@ def configure() -> None:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
+@contextlib.contextmanager
+def settings_restored() -> Iterator[None]:
+    """Afterwards torch has the settings of `configure` and the number of threads that it had before."""
+    threads, flushes = torch.get_num_threads(), (torch.tensor(2e-38) / 4).item() == 0  # torch does not tell
+    cudnn, matmul = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(flushes)
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = cudnn, matmul
+
+
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """What a forward pass of that precision, `fp32` or `bf16`, runs under."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

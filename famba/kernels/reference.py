@@ -110,7 +110,7 @@ def norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tupl
     """`famba.kernels.ops.add_rms_norm`."""
     x = x if x.dtype == torch.float64 else x.float()
     total = x if residual is None else x + residual
-    return F.rms_norm(total, weight.shape, weight, eps), total
+    return F.rms_norm(total, weight.shape, weight.to(total.dtype), eps), total
 
 
 def fuse(x: Float[Tensor, "b t d"], destination: Int[Tensor, "b t"], weight: Float[Tensor, "b t"], s: int) -> Tensor:

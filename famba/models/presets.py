@@ -32,7 +32,7 @@ def grid(config: Mapping[str, Any]) -> int:
     Raises:
         InputError: sizes that are not whole numbers of 1 or more, or patches that do not tile the image.
     """
-    for key in ("num_classes", "img_size", "patch_size", "stride", "depth", "d_model", "d_state"):
+    for key in ("num_classes", "img_size", "patch_size", "stride", "depth", "d_model", "d_state", "in_chans"):
         value = config.get(key, 1)
         if not isinstance(value, int) or value < 1:
             raise InputError(f"{key}: {value!r}; must be a whole number of 1 or more")

@@ -1,18 +1,18 @@
 """Weights that were trained before: released Vim checkpoints and famba's own, fitted to a model, and fused as they are.
 
-    model = load_vim("vim_t_midclstok_76p1acc.pth")
+    model = load_vim("hustvl/Vim-tiny-midclstok")  # on the Hugging Face hub; or a file
     set_schedule(model, schedule("upper", depth=24, r=9))  # and set_schedule(model, None) takes it back
 
 `t` tokens at the size that the weights were trained at, `s` at another, `d` d_model. The form of the checkpoints is
 that of the public Vim code (Vim: arXiv:2401.09417): a torch file whose entries `model` and `model_ema` are state
-dicts, or one of these as safetensors. Torch files are read with `weights_only`, so that reading one runs nothing.
+dicts, or a state dict alone. Torch files are read with `weights_only`, so that reading one runs nothing.
 """
 
 import argparse
+import functools
 import math
 import operator
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,7 +47,7 @@ class Origin(NamedTuple):
 
 
 def load_vim(
-    path: str | Path,
+    source: str | Path | Mapping[str, Any],
     *,
     num_classes: int | None = None,
     img_size: int | None = None,
@@ -65,26 +65,29 @@ def load_vim(
     Images are to be normalised by `IMAGENET_MEAN` and `IMAGENET_STD`, as the released models' were.
 
     Args:
-        path: a .safetensors file, or a torch file that holds `model` or `model_ema`.
+        source: a .safetensors or torch file; a name on the Hugging Face hub, owner/name or owner/name/file; or what
+            such a file holds: a state dict, or a dict with one under `model` or `model_ema`. Names may begin with
+            `module.`, as DistributedDataParallel leaves them.
         num_classes: None keeps the head; another number than the file's gives a new one, drawn by torch's generator.
         img_size, stride: pixels; None is what the weights were trained with. If they change the number of patches,
             position embeddings are interpolated (`resize_positions`).
-        state: which of a torch file's state dicts; None takes the moving average, `model_ema`, where there is one.
+        state: which of several state dicts; None takes the moving average, `model_ema`, where there is one.
         trained_at: pixels of the images that the weights were trained on. No shape tells it; 224 for all released.
         cls_position, average_directions: as trained. No shape tells them; the defaults are the released models'.
         schedule, fusion, backend: as in `create_model`.
 
     Raises:
         InputError: a file that is missing, broken, or holds anything but tensors and plain values; a tensor that is
-            missing, foreign, or of another shape (names the first); sizes that do not fit each other.
+            missing, foreign, of another shape, or not of finite floating-point numbers (names the first); sizes that do
+            not fit each other.
     """
-    path = Path(path)
-    tensors = _read_vim(path, state)
+    path, tensors = _read_vim(source, state)
     sizes = _sizes(path, tensors, with_cls=cls_position != "none")
     if stride is None:
         stride = _trained_stride(path, sizes, trained_at)
-    model = VisionMamba(
-        **{key: sizes[key] for key in ("patch_size", "depth", "d_model", "d_state")},
+    build = functools.partial(
+        VisionMamba,
+        **{key: sizes[key] for key in ("patch_size", "depth", "d_model", "d_state", "in_chans")},
         num_classes=sizes["num_classes"] if num_classes is None else num_classes,
         img_size=trained_at if img_size is None else img_size,
         stride=stride,
@@ -95,6 +98,9 @@ def load_vim(
         fusion=fusion,
         backend=backend,
     )
+    with torch.device("meta"):
+        _check_fit(path, tensors, build())  # before memory is taken for sizes that nothing else confirms
+    model = build()
     _take(path, tensors, model)
     return model
 
@@ -127,12 +133,6 @@ def set_schedule(
     return model
 
 
-def apply(model: VisionMamba, schedule: Sequence[int] | None, options: FusionOptions | None = None) -> VisionMamba:
-    """The former name of `set_schedule`."""
-    warnings.warn("famba.apply is now famba.set_schedule", DeprecationWarning, stacklevel=2)
-    return set_schedule(model, schedule, options)
-
-
 def take_weights(model: VisionMamba, path: Path) -> Origin:
     """Put the weights of a run's model.safetensors, or of a checkpoint in the released form, into a model.
 
@@ -142,14 +142,12 @@ def take_weights(model: VisionMamba, path: Path) -> Origin:
     Raises:
         InputError: a file that cannot be read, or weights of another architecture (names the first difference).
     """
-    described: dict[str, Any] | None = None
-    if path.suffix == ".safetensors":
-        tensors, described = checkpoint.read(path)
-    else:
-        tensors = _read_vim(path, None)
+    tensors, described = checkpoint.read(path) if path.suffix == ".safetensors" else ({}, None)
     if described is None:
+        path, tensors = _read_vim(path, None)
         num_classes = _take(path, tensors, model)
         return Origin(IMAGENET_MEAN, IMAGENET_STD, num_classes, None)
+    checkpoint.check_weights(path, tensors)
     try:
         config, classes = described["model"], tuple(described["classes"])
         mean, std = tuple(described["mean"]), tuple(described["std"])
@@ -192,21 +190,27 @@ def resize_positions(
 
 def _take(path: Path, tensors: Mapping[str, Tensor], model: VisionMamba) -> int:
     """Check all tensors, fit those that may differ, and put them into the model; the classes of the file's head."""
-    sizes = _sizes(path, tensors, with_cls=model.cls_token is not None)
-    own = model.state_dict()
-    with torch.device("meta"):
-        as_trained = {
-            "pos_embed": torch.empty(1, sizes["tokens"], model.config["d_model"]),
-            "head.weight": torch.empty(sizes["num_classes"], model.config["d_model"]),
-            "head.bias": torch.empty(sizes["num_classes"]),
-        }
-    checkpoint.check_state(path, tensors, own | as_trained)
+    _check_fit(path, tensors, model)
+    num_classes, own = len(tensors["head.bias"]), model.state_dict()
     fitted = dict(tensors)
     fitted["pos_embed"] = resize_positions(tensors["pos_embed"], model.grid, cls_position=model.cls_position)
-    if sizes["num_classes"] != model.config["num_classes"]:
+    if num_classes != model.config["num_classes"]:
         fitted |= {key: own[key] for key in ("head.weight", "head.bias")}
     model.load_state_dict(fitted)
-    return sizes["num_classes"]
+    return num_classes
+
+
+def _check_fit(path: Path, tensors: Mapping[str, Tensor], model: VisionMamba) -> None:
+    """Refuse tensors that are not those of this model, but for the number of its patches and classes."""
+    sizes = _sizes(path, tensors, with_cls=model.cls_token is not None)
+    d_model = model.config["d_model"]
+    with torch.device("meta"):
+        as_trained = {
+            "pos_embed": torch.empty(1, sizes["tokens"], d_model),
+            "head.weight": torch.empty(sizes["num_classes"], d_model),
+            "head.bias": torch.empty(sizes["num_classes"]),
+        }
+    checkpoint.check_state(path, tensors, model.state_dict() | as_trained)
 
 
 def _sizes(path: Path, tensors: Mapping[str, Tensor], *, with_cls: bool) -> dict[str, int]:
@@ -224,11 +228,12 @@ def _sizes(path: Path, tensors: Mapping[str, Tensor], *, with_cls: bool) -> dict
         grid = _side(tokens, with_cls=with_cls)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    d_model, _, _, patch_size = shape("patch_embed.proj.weight", 4)
+    d_model, in_chans, _, patch_size = shape("patch_embed.proj.weight", 4)
     return {
         "tokens": tokens,
         "grid": grid,
         "d_model": d_model,
+        "in_chans": in_chans,
         "patch_size": patch_size,
         "d_state": shape("layers.0.mixer.A_log", 2)[1],
         "depth": len({match[1] for key in tensors if (match := re.match(r"layers\.(\d+)\.", key))}),
@@ -257,25 +262,39 @@ def _trained_stride(path: Path, sizes: Mapping[str, int], trained_at: int) -> in
     return stride
 
 
-def _read_vim(path: Path, state: str | None) -> dict[str, Tensor]:
-    """The state dict of a checkpoint in the released form."""
+def _read_vim(source: str | Path | Mapping[str, Any], state: str | None) -> tuple[Path, dict[str, Tensor]]:
+    """The state dict of a checkpoint in the released form, and what messages call it."""
     if state is not None and state not in _STATES:
         raise InputError(f"state: {state!r} is not one of {', '.join(_STATES)}")
-    if path.suffix == ".safetensors":
-        if state is not None:
-            raise InputError(f"{path}: state: {state!r}; a safetensors file holds one state, leave it out")
-        return checkpoint.read(path)[0]
-    content = _read_torch(path)
-    held = content if isinstance(content, Mapping) else {}
-    for key in _STATES if state is None else (state,):
-        tensors = held.get(key)
-        if isinstance(tensors, Mapping):
-            wrong = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
-            if wrong:
-                raise InputError(f"{path}: {key}.{wrong[0]} is no tensor")
-            return dict(tensors)
-    found = ", ".join(map(str, list(held)[:8])) or "nothing by name"
-    raise InputError(f"{path}: holds {found}; expected a state dict under {state or ' or '.join(_STATES)}")
+    if isinstance(source, Mapping):
+        path, content = Path("state dict"), source
+    else:
+        path = _file(source)
+        content = checkpoint.read(path)[0] if path.suffix == ".safetensors" else _read_torch(path)
+    held: Mapping[str, Any] = content if isinstance(content, Mapping) else {}
+    keys = _STATES if state is None else (state,)
+    found: list[tuple[str, Any]] = [(f"{key}.", held[key]) for key in keys if isinstance(held.get(key), Mapping)]
+    if state is None and any(isinstance(value, Tensor) for value in held.values()):
+        found.append(("", held))
+    if not found:
+        names = ", ".join(map(str, list(held)[:8])) or "nothing by name"
+        raise InputError(f"{path}: holds {names}; expected a state dict under {' or '.join(keys)}")
+    prefix, tensors = found[0]
+    if wrong := [name for name, value in tensors.items() if not isinstance(value, Tensor)]:
+        raise InputError(f"{path}: {prefix}{wrong[0]} is no tensor")
+    tensors = {str(name).removeprefix("module."): t for name, t in tensors.items()}
+    checkpoint.check_weights(path, tensors)
+    return path, tensors
+
+
+def _file(source: str | Path) -> Path:
+    """The file of weights that a path or a name on the hub stands for."""
+    path = Path(source)
+    if path.is_file() or isinstance(source, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(/.+)?", source):
+        return path
+    from famba.models import hub  # an extra, as in `VisionMamba.save_pretrained`
+
+    return hub.download(source)
 
 
 def _read_torch(path: Path) -> Any:

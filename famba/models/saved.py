@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from famba.errors import InputError
 from famba.fusion.options import FusionOptions
 from famba.models.vim import VisionMamba
-from famba.storage.checkpoint import check_state, pack, unpack
+from famba.storage.checkpoint import check_state, check_weights, pack, unpack
 
 
 def model_bytes(model: VisionMamba, weights: Mapping[str, Tensor], described: Mapping[str, Any]) -> bytes:
@@ -21,12 +22,7 @@ def model_bytes(model: VisionMamba, weights: Mapping[str, Tensor], described: Ma
         weights: a state dict of it.
         described: anything else that JSON can hold: strategy, seed, classes.
     """
-    built = {
-        "model": model.config,
-        "schedule": model.schedule,
-        "fusion": dataclasses.asdict(model.options),
-    }
-    return pack(weights, {"kind": "model", **built, **described})
+    return pack(weights, {"kind": "model", **description(model), **described})
 
 
 def load_model(path: Path) -> tuple[VisionMamba, dict[str, Any]]:
@@ -36,12 +32,34 @@ def load_model(path: Path) -> tuple[VisionMamba, dict[str, Any]]:
         InputError: a file that is missing, spoilt, not famba's, or whose tensors are not those of its model.
     """
     tensors, described = unpack(path, "model")
+    return rebuilt(path, tensors, described), described
+
+
+def description(model: VisionMamba) -> dict[str, Any]:
+    """What JSON has to hold of a model besides its weights."""
+    return {"model": model.config, "schedule": model.schedule, "fusion": dataclasses.asdict(model.options)}
+
+
+def rebuilt(path: Path, tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> VisionMamba:
+    """A model of its description and weights, which are compared before any memory is taken for it.
+
+    Raises:
+        InputError: a description that makes no model, or tensors that are not its weights.
+    """
+    check_weights(path, tensors)
+
+    def build() -> VisionMamba:
+        options = FusionOptions(**described["fusion"])
+        return VisionMamba(**described["model"], schedule=described["schedule"], fusion=options)
+
     try:
-        model = VisionMamba(
-            **described["model"], schedule=described["schedule"], fusion=FusionOptions(**described["fusion"])
-        )
-    except (KeyError, TypeError, ValueError) as error:
+        if described["model"]["depth"] > len(tensors):
+            raise ValueError(f"depth: {described['model']['depth']} of {len(tensors)} tensors")
+        with torch.device("meta"):
+            expected = build().state_dict()
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path}: does not describe a model: {' '.join(str(error).split())}") from None
-    check_state(path, tensors, model.state_dict())
+    check_state(path, tensors, expected)
+    model = build()
     model.load_state_dict(tensors)
-    return model, described
+    return model

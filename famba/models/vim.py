@@ -8,11 +8,13 @@ the mixer, on the normed tokens and on the residual with one matching, which ser
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
 from famba.errors import InputError
 from famba.fusion import matching, merge, strategies
@@ -25,53 +27,21 @@ from famba.models.mixer import BidirectionalMixer, refuse_hooks
 from famba.models.presets import grid, sizes
 
 _NORM_EPS = 1e-5
+_NO_WEIGHT_DECAY = ("A_log", "A_b_log", "D", "D_b", "cls_token", "pos_embed")
 
 
-def create_model(
-    name: str,
-    *,
-    num_classes: int = 1000,
-    img_size: int | None = None,
-    patch_size: int | None = None,
-    stride: int | None = None,
-    depth: int | None = None,
-    d_model: int | None = None,
-    d_state: int | None = None,
-    cls_position: str = "middle",
-    pool: str = "cls",
-    average_directions: bool = True,
-    schedule: Sequence[int] | None = None,
-    fusion: FusionOptions | None = None,
-    backend: str = "auto",
-) -> "VisionMamba":
-    """A Vision Mamba by name; what is given replaces the name's own value.
+def create_model(name: str, *, num_classes: int = 1000, **options: Any) -> "VisionMamba":
+    """A Vision Mamba by name.
 
     Args:
         name: a key of `PRESETS`; vim_tiny, vim_small and vim_base are the released sizes.
-        schedule: tokens removed by each layer, layer 1 first; None fuses nothing.
-        fusion: how tokens are fused; None is the default `FusionOptions`.
+        options: arguments of `VisionMamba` in place of the name's own; None takes the name's own or the default.
 
     Raises:
         InputError: an unknown name or a value that does not fit the others; see `VisionMamba`.
     """
-    return VisionMamba(
-        **sizes(
-            name,
-            img_size=img_size,
-            patch_size=patch_size,
-            stride=stride,
-            depth=depth,
-            d_model=d_model,
-            d_state=d_state,
-        ),
-        num_classes=num_classes,
-        cls_position=cls_position,
-        pool=pool,
-        average_directions=average_directions,
-        schedule=schedule,
-        fusion=fusion,
-        backend=backend,
-    )
+    given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+    return VisionMamba(num_classes=num_classes, **{**sizes(name), **given})
 
 
 def kernels(backend: str, device: torch.device, config: Mapping[str, Any], precision: str) -> dict[str, str]:
@@ -162,7 +132,11 @@ class VisionMamba(nn.Module):
         pool: the head sees the class token (`cls`), or the `mean` of all tokens, each weighted by the input tokens it
             stands for if fusion weighs by size.
         average_directions: average the two scan directions, as released; False sums them.
+        drop_path_rate: in training each image skips the last layer's mixer with this probability, earlier layers' with
+            proportionally less (stochastic depth, arXiv:1603.09382).
         schedule: tokens removed by each layer, layer 1 first; None fuses nothing.
+        fusion: how tokens are fused; None is the default `FusionOptions`.
+        backend: of the kernels, see `famba.backends`.
 
     Raises:
         InputError: patches that do not tile the image, a pool without its class token, a schedule of another length
@@ -179,9 +153,11 @@ class VisionMamba(nn.Module):
         depth: int,
         d_model: int,
         d_state: int,
+        in_chans: int = 3,
         cls_position: str = "middle",
         pool: str = "cls",
         average_directions: bool = True,
+        drop_path_rate: float = 0.0,
         schedule: Sequence[int] | None = None,
         fusion: FusionOptions | None = None,
         backend: str = "auto",
@@ -197,9 +173,11 @@ class VisionMamba(nn.Module):
             "depth": depth,
             "d_model": d_model,
             "d_state": d_state,
+            "in_chans": in_chans,
             "cls_position": cls_position,
             "pool": pool,
             "average_directions": average_directions,
+            "drop_path_rate": drop_path_rate,
         }
         self.grid = grid(self.config)  # patches along one side
         if cls_position not in ("middle", "head", "none"):
@@ -208,6 +186,8 @@ class VisionMamba(nn.Module):
             raise InputError(
                 f"pool: {pool!r} with cls_position {cls_position!r}; allowed: mean, or cls with a class token"
             )
+        if not 0 <= drop_path_rate < 1:
+            raise InputError(f"drop_path_rate: {drop_path_rate!r}; must be at least 0 and less than 1")
 
         self.img_size, self.depth = img_size, depth
         self.cls_position, self.pool = cls_position, pool
@@ -218,13 +198,22 @@ class VisionMamba(nn.Module):
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, d_model)) if cls_position != "none" else None
         self.pos_embed = nn.Parameter(torch.zeros(1, self.tokens, d_model))
-        self.patch_embed = _PatchEmbed(patch_size, stride, d_model)
+        self.patch_embed = _PatchEmbed(in_chans, patch_size, stride, d_model)
         self.head = nn.Linear(d_model, num_classes)
         self.layers = nn.ModuleList(
-            _Block(d_model, d_state, average_directions=average_directions, backend=backend) for _ in range(depth)
+            _Block(
+                d_model,
+                d_state,
+                average_directions=average_directions,
+                drop_path_rate=drop_path_rate * layer / max(1, depth - 1),
+                backend=backend,
+            )
+            for layer in range(depth)
         )
         self.norm_f = _AddNorm(d_model, backend)
         self._init_weights()
+        for name in self.no_weight_decay():
+            self.get_parameter(name)._no_weight_decay = True  # type: ignore[attr-defined]  # as Mamba's code marks them
 
     def set_fusion(self, schedule: Sequence[int], options: FusionOptions) -> None:
         """Fuse by another schedule from now on; the weights are the same for all. Errors as at construction."""
@@ -234,23 +223,82 @@ class VisionMamba(nn.Module):
         counts = strategies.token_counts(schedule, self.tokens, protected=int(self.cls_index is not None))
         self.schedule, self.options, self.token_counts = schedule, options, counts
 
-    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b classes"]:
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes"]:
         """Logits."""
         return self.head(self._features(images, None))
 
-    def forward_with_trace(self, images: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "b classes"], Trace]:
+    def forward_features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
+        """What the head sees: pooled already, as in the released code."""
+        return self._features(images, None)
+
+    def forward_head(self, features: Float[Tensor, "b d"], pre_logits: bool = False) -> Float[Tensor, "b _"]:
+        """Logits of what `forward_features` gives; with pre_logits, those features themselves."""
+        return features if pre_logits else self.head(features)
+
+    @property
+    def num_features(self) -> int:
+        """Numbers that the head sees of each image."""
+        return self.config["d_model"]
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head by a new one, drawn by torch's generator."""
+        config = self.config | {"num_classes": num_classes}
+        grid(config)  # refuses what is no number of classes
+        self.config = config
+        self.head = nn.Linear(self.num_features, num_classes).to(self.pos_embed)
+        self._init_head()
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that should not decay, besides norms and biases; timm's optimisers ask for them."""
+        return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in _NO_WEIGHT_DECAY}
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> str | None:
+        """Write config.json (sizes, schedule, options of fusion), model.safetensors and a model card.
+
+        This, `push_to_hub` and `from_pretrained` take the options of huggingface_hub's PyTorchModelHubMixin.
+
+        Raises:
+            InputError: huggingface_hub is not installed.
+        """
+        from famba.models import hub  # huggingface_hub is an extra, and takes half a second to import
+
+        return hub.Published.of(self).save_pretrained(folder, **options)
+
+    def push_to_hub(self, name: str, **options: Any) -> str:
+        """Upload what `save_pretrained` writes to the repository `owner/name` on the Hugging Face hub."""
+        from famba.models import hub
+
+        return hub.Published.of(self).push_to_hub(name, **options)
+
+    @staticmethod
+    def from_pretrained(source: str | Path, **options: Any) -> "VisionMamba":
+        """The model that `save_pretrained` wrote, fusing by its schedule, in evaluation mode.
+
+        Args:
+            source: a folder, or a repository on the hub, owner/name.
+
+        Raises:
+            InputError: nothing there, or files that do not describe a model or its weights.
+        """
+        from famba.models import hub
+
+        return hub.load(source, **options)
+
+    def forward_with_trace(self, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b classes"], Trace]:
         """Logits, and what happened on the way."""
         trace = Trace(token_counts=[])
         pooled = self._features(images, trace)
         trace.pooled = pooled.detach()
         return self.head(pooled), trace
 
-    def embed(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b t d"]:
+    def embed(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b t d"]:
         """Patch embedding, class token and position embedding: the tokens that enter layer 1."""
         if images.shape[-2:] != (self.img_size, self.img_size):
             raise InputError(
                 f"images: {tuple(images.shape[-2:])} pixels; this model takes {self.img_size, self.img_size}"
             )
+        if images.shape[1] != self.config["in_chans"]:
+            raise InputError(f"images: {images.shape[1]} channels; this model takes {self.config['in_chans']}")
         x = self.patch_embed(images)
         if self.cls_token is not None:
             assert self.cls_index is not None
@@ -284,8 +332,7 @@ class VisionMamba(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         if self.cls_token is not None:
             nn.init.trunc_normal_(self.cls_token, std=0.02)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        self._init_head()
         proj = self.patch_embed.proj
         nn.init.trunc_normal_(proj.weight, std=math.prod(proj.weight.shape[1:]) ** -0.5)
         assert proj.bias is not None
@@ -295,11 +342,15 @@ class VisionMamba(nn.Module):
             # one residual branch per layer: the sum's variance does not grow with the depth
             block.mixer.out_proj.weight.div_(math.sqrt(self.depth))
 
+    def _init_head(self) -> None:
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
 
 class _PatchEmbed(nn.Module):
-    def __init__(self, patch_size: int, stride: int, d_model: int) -> None:
+    def __init__(self, in_chans: int, patch_size: int, stride: int, d_model: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, d_model, patch_size, stride)
+        self.proj = nn.Conv2d(in_chans, d_model, patch_size, stride)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.proj(images).flatten(2).mT
@@ -314,14 +365,18 @@ class _AddNorm(nn.Module):
         self._backend = backend
 
     def forward(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        return add_rms_norm(hidden, residual, self.weight, eps=_NORM_EPS, backend=self._backend)
+        normed, residual = add_rms_norm(hidden, residual, self.weight, eps=_NORM_EPS, backend=self._backend)
+        return normed.to(self.weight.dtype), residual  # else a model in half precision would mix fp32
 
 
 class _Block(nn.Module):
     """Add -> RMSNorm -> fuse -> mixer."""
 
-    def __init__(self, d_model: int, d_state: int, *, average_directions: bool, backend: str) -> None:
+    def __init__(
+        self, d_model: int, d_state: int, *, average_directions: bool, drop_path_rate: float, backend: str
+    ) -> None:
         super().__init__()
+        self.drop_path_rate = drop_path_rate
         self.mixer = BidirectionalMixer(d_model, d_state, average_directions=average_directions, backend=backend)
         self.norm = _AddNorm(d_model, backend)
         self._backend = backend
@@ -347,6 +402,8 @@ class _Block(nn.Module):
         if plan is not None:
             mixed, residual = merge.apply_both(plan, mixed, residual, backend=self._backend)
         hidden = mixer(mixed) if selected is None else mixer.out_proj(mixed)
+        if self.training and self.drop_path_rate:
+            hidden = hidden * functional.dropout(hidden.new_ones(hidden.shape[0], 1, 1), self.drop_path_rate)
 
         if trace is not None:
             b, before = normed.shape[:2]

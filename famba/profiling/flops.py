@@ -230,14 +230,15 @@ _SCANS: dict[str, _ScanMemory] = {
 
 
 def _stem(w: _Width, config: Mapping[str, Any], patches: int, tokens: int) -> Part:
-    patch = 3 * config["patch_size"] ** 2
+    channels = config.get("in_chans", 3)
+    patch = channels * config["patch_size"] ** 2
     return Part(
         tokens=tokens,
         flops=2 * w.b * patches * patch * w.d,
         scan_flops=0,
         parameter_bytes=_FLOAT * w.d * (patch + 1 + tokens + (tokens - patches)),
         largest_weight_bytes=_FLOAT * w.d * max(patch, tokens),
-        activation_bytes=w.product * w.b * 3 * config["img_size"] ** 2 + w.copied(w.d * patch),  # the images
+        activation_bytes=w.product * w.b * channels * config["img_size"] ** 2 + w.copied(w.d * patch),  # the images
         transient_bytes=_FLOAT * w.b * (tokens + patches) * w.d,
     )
 

@@ -98,6 +98,17 @@ def check_state(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str
             raise InputError(f"{path}: {key} has shape {tuple(tensors[key].shape)}; expected {tuple(t.shape)}")
 
 
+def check_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are no weights, naming the first: each must hold floating-point numbers, all finite."""
+    for key, t in tensors.items():
+        if t.layout != torch.strided or t.is_meta or not t.is_floating_point():
+            raise InputError(f"{path}: {key} is {t.dtype}, {t.layout}, on {t.device}; expected dense floating-point")
+        if t.untyped_storage().nbytes() < t.numel() * t.element_size():  # a small file that would fill the memory
+            raise InputError(f"{path}: {key} has shape {tuple(t.shape)}; the file holds fewer numbers")
+        if not t.float().isfinite().all():
+            raise InputError(f"{path}: {key} holds numbers that are not finite in float32")
+
+
 def _crc32(tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> str:
     """Of names, types, shapes and values, in an order of their own; eight hexadecimal digits."""
     crc = zlib.crc32(json.dumps(described, sort_keys=True).encode())

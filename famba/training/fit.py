@@ -38,6 +38,7 @@ LIVE_HISTORY = "history.csv"  # beside the checkpoints, rewritten after every ep
 _log = logging.getLogger(__name__)
 
 
+@precision.settings_restored()
 def fit(p: Params, *, seed: int, progress: bool = False, watch: Sequence[Watcher] = ()) -> Run:
     """Train one model from its parameters to a finished run; the caller writes it (`runs.write`).
 

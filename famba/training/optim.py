@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from famba.config import TrainParams
+from famba.models.vim import VisionMamba
 
 
 def peak_lr(p: TrainParams) -> float:
@@ -28,11 +29,11 @@ def learning_rate(p: TrainParams, step: int, steps_per_epoch: int) -> float:
     return p.min_lr + (peak - p.min_lr) * (1 + math.cos(math.pi * done)) / 2
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: VisionMamba, weight_decay: float) -> list[dict[str, Any]]:
     """Weights that decay, and those that do not: norms, biases, A_log, D, class token and position embedding."""
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
+    named = model.no_weight_decay()
     for name, weight in model.named_parameters():
-        scanned = name.rsplit(".", 1)[-1] in ("A_log", "A_b_log", "D", "D_b", "cls_token", "pos_embed")
-        (kept if scanned or weight.dim() == 1 else decayed).append(weight)
+        (kept if name in named or weight.dim() == 1 else decayed).append(weight)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]

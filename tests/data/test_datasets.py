@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -150,6 +151,10 @@ TEST, FIRST = "plain_text/test-00000-of-00001.parquet", "plain_text/train-00000-
     [
         (lambda top: (top / TEST).write_bytes(b"PAR1 nothing"), (TEST, "not a whole parquet file")),
         (lambda top: (top / FIRST).write_bytes((top / FIRST).read_bytes()[:-20]), (FIRST, "not a whole parquet file")),
+        (
+            lambda top: os.mkfifo(top / "plain_text" / "test-1.parquet"),
+            ("test-1.parquet: not a whole", "no regular file"),
+        ),
         (lambda top: (top / TEST).unlink(), ("its splits are train;", "train, and test or validation")),
         (lambda top: (top / TEST).rename(top / "plain_text" / "holdout-0.parquet"), ("are holdout, train;",)),
         (lambda top: write(top / "other" / "train-0.parquet", {"label": [0]}), ("other, plain_text", "one folder")),

@@ -1,20 +1,24 @@
 import hashlib
 import logging
 import os
+import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import load_file, save_file
 
 from famba import config, data
 from famba.config import DataParams
+from famba.data.datasets import Cells, Files, pixels
 from famba.errors import InputError
 
 DIGITS = {
@@ -51,6 +55,16 @@ def photograph(seed: int, size: tuple[int, int] = (8, 8)) -> Image.Image:
     """Smooth colours, so that JPEG keeps them nearly as they are."""
     coarse = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def png_48_bit() -> bytes:
+    """A pixel of 16 bits per channel, which Pillow cannot write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(7))) + chunk(b"IEND", b"")
 
 
 @pytest.fixture
@@ -393,7 +407,12 @@ def empty(path: Path) -> None:
         (lambda top: truncate(top / "train" / "cat" / "0.png"), ("train/cat/0.png", "not a whole image")),
         (lambda top: truncate(top / "train" / "dog" / "1.jpg"), ("train/dog/1.jpg", "truncated")),
         (lambda top: truncate(top / "train" / "dog" / "2.bmp"), ("train/dog/2.bmp", "not a whole image")),
-        (lambda top: (top / "test" / "cat" / "9").symlink_to("nowhere"), ("test/cat/9", "No such file")),
+        (lambda top: (top / "test" / "cat" / "9").symlink_to("nowhere"), ("test/cat/9", "only image files")),
+        (lambda top: (top / "test" / "cat" / "9").symlink_to("9"), ("test/cat/9", "symbolic links")),
+        (lambda top: (top / "test" / "cat" / "9").symlink_to("/dev/zero"), ("test/cat/9", "only image files")),
+        (lambda top: os.mkfifo(top / "test" / "cat" / "9"), ("test/cat/9", "only image files")),
+        (lambda top: (top / "test" / "cat" / "\x1b9\n.png").touch(), (r"test/cat/\x1b9\n.png", "no known format")),
+        (lambda top: (top / "test" / "cat" / "9.png").write_bytes(png_48_bit()), ("test/cat/9.png", "8 bits")),
         (
             lambda top: Image.new("I;16", (8, 8), 999).save(top / "test" / "cat" / "9.png"),
             ("test/cat/9.png", "8 bits"),
@@ -408,6 +427,33 @@ def test_a_folder_that_is_not_laid_out_right_is_an_error_of_one_line_and_caches_
         from_folder()
     one_line(error, *parts)
     assert not (folder.parent / "build").exists()
+
+
+def test_a_folder_that_may_not_be_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def denied(path: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(InputError) as error:
+        from_folder()
+    one_line(error, f"{folder / 'train'}: cannot be read (Permission denied)")
+
+
+def test_a_pipe_is_not_waited_for_wherever_its_path_comes_from(checkout: Path):
+    os.mkfifo(checkout / "pipe")
+    table = pa.table({"image": [{"bytes": None, "path": str(checkout / "pipe")}]})
+    for images in (Files([str(checkout / "pipe")]), Cells(SimpleNamespace(data=table), "image", "set")):
+        with pytest.raises(InputError, match="no regular file there"):
+            pixels(images, 0, 8)
+
+
+def test_an_image_is_turned_as_its_exif_data_says(checkout: Path):
+    image = photograph(3, (12, 8))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned by 90 degrees clockwise
+    image.save(checkout / "held.png", exif=exif)
+    image.transpose(Image.Transpose.ROTATE_270).save(checkout / "turned.png")
+    assert torch.equal(data.read_image("held.png", 8), data.read_image("turned.png", 8))
 
 
 def test_of_several_broken_images_the_first_is_named(folder: Path):
@@ -534,7 +580,7 @@ def test_one_image_is_read_from_a_file_or_an_array_as_a_folder_reads_it(folder: 
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("nowhere.png", "nowhere.png: no such file"),
+        ("nowhere.png", "nowhere.png: not a whole image that Pillow can read .no regular file there"),
         ("params.yaml", "params.yaml: not a whole image that Pillow can read"),
         (np.zeros((4, 4), np.float32), r"image: float32 of shape \(4, 4\); must be uint8 of \(h, w\) or \(h, w, 3\)"),
         (np.zeros((4, 4, 4), np.uint8), r"image: uint8 of shape \(4, 4, 4\)"),

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -19,7 +20,8 @@ from famba.kernels.ops import causal_conv1d_silu, gated_sum
 from famba.kernels.scan import backends, selective_scan, selective_scan_ref
 
 pytestmark = pytest.mark.skipif(
-    not build._compilers(), reason="no C++ compiler: the kernels cannot be built, and famba runs on torch alone"
+    build.unavailable().startswith("no C++ compiler"),
+    reason="no C++ compiler: the kernels cannot be built, and famba runs on torch alone",
 )
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 ROOT = Path(__file__).resolve().parents[2]
@@ -315,7 +317,7 @@ def test_two_processes_may_build_at_once_and_the_third_builds_nothing(tmp_path):
     both = [python(code, XDG_CACHE_HOME=str(tmp_path), FAMBA_CXXFLAGS="-O0") for _ in range(2)]
     paths = {process.communicate(timeout=100)[0].strip() for process in both}
     (path,) = paths
-    assert [x.name for x in (tmp_path / "famba").iterdir()] == [Path(path).name]
+    assert [x.name for x in (tmp_path / "famba" / "kernels").iterdir()] == [Path(path).name]
     before = Path(path).stat()
     assert python(code, XDG_CACHE_HOME=str(tmp_path), FAMBA_CXXFLAGS="-O0").communicate(timeout=100)[0].strip() == path
     assert Path(path).stat() == before
@@ -340,10 +342,10 @@ def test_a_compiler_that_fails_and_a_cache_that_cannot_be_written_are_named(tmp_
     broken = python(code, XDG_CACHE_HOME=str(tmp_path), FAMBA_CXXFLAGS="-fnonsense").communicate(timeout=100)[0]
     assert broken.count("\n") == 1
     assert "could not compile the kernels" in broken
-    (tmp_path / "famba").rmdir()
+    shutil.rmtree(tmp_path / "famba")
     (tmp_path / "famba").write_text("not a folder")
     blocked = python(code, XDG_CACHE_HOME=str(tmp_path)).communicate(timeout=100)[0]
-    assert (
-        blocked
-        == f"cannot write {tmp_path / 'famba'}: File exists; set XDG_CACHE_HOME to a folder that can be written\n"
+    assert blocked.startswith(
+        f"no cache for the kernels ([Errno 17] File exists: '{tmp_path / 'famba'}'); set XDG_CACHE"
     )
+    assert blocked.count("\n") == 1

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import famba
 from famba import FusionOptions, InputError, VisionMamba, load_vim, schedule, set_schedule
 from famba.fusion.strategies import STRATEGIES
 from famba.models import pretrained
@@ -67,7 +66,7 @@ def said(action) -> str:
 def test_the_sizes_of_every_released_model_are_read_off_its_shapes(reference, monkeypatch):
     expected = json.loads((GOLDEN / "vim_state_dict_keys.json").read_text())[reference]
     tensors = {key: torch.empty(shape, device="meta") for key, shape in expected["shapes"].items()}
-    monkeypatch.setattr(pretrained, "_read_vim", lambda path, state: tensors)
+    monkeypatch.setattr(pretrained, "_read_vim", lambda path, state: (Path(path), tensors))
     with torch.device("meta"):
         model = load_vim("released.pth", stride=None)
     sizes = {key: expected[key] for key in ("img_size", "patch_size", "stride", "depth", "d_state")}
@@ -110,7 +109,7 @@ def test_safetensors_with_the_same_keys_are_read_too(tmp_path):
     model, path = drawn(), tmp_path / "vim.safetensors"
     save_file(model.state_dict(), path)
     assert same(load_vim(path, trained_at=32), model)
-    assert "holds one state, leave it out" in said(lambda: load_vim(path, state="model"))
+    assert "expected a state dict under model" in said(lambda: load_vim(path, state="model"))
 
 
 def test_half_precision_weights_come_as_fp32(tmp_path):
@@ -181,6 +180,15 @@ def test_models_with_the_class_token_elsewhere_are_read_if_that_is_said(tmp_path
             "layers.2.mixer.D_b has shape (4,); expected (32,)",
         ),
         (lambda s: s.update({"cls_token": 3}), "model.cls_token is no tensor"),
+        (lambda s: s.update({"head.bias": torch.zeros(7, dtype=torch.bool)}), "head.bias is torch.bool, torch.strided"),
+        (lambda s: s.update({"head.bias": torch.zeros(7, dtype=torch.int64)}), "head.bias is torch.int64"),
+        (lambda s: s.update({"head.bias": torch.zeros(7, dtype=torch.complex64)}), "head.bias is torch.complex64"),
+        (lambda s: s.update({"head.bias": torch.zeros(7).to_sparse()}), "head.bias is torch.float32, torch.sparse_coo"),
+        (lambda s: s.update({"head.bias": torch.zeros(7, device="meta")}), "head.bias is torch.float32, torch.strided"),
+        (lambda s: s["head.bias"].fill_(torch.nan), "head.bias holds numbers that are not finite in float32"),
+        (lambda s: s["head.bias"].data[:1].fill_(-torch.inf), "head.bias holds numbers that are not finite"),
+        (lambda s: s.update({"head.bias": torch.full((7,), 1e300, dtype=torch.float64)}), "head.bias holds numbers"),
+        (lambda s: s.update({"pos_embed": torch.zeros(1).expand(1, 10**9 + 1, 16)}), "the file holds fewer numbers"),
     ],
 )
 @pytest.mark.parametrize("num_classes", [None, 4])
@@ -269,7 +277,7 @@ def test_rows_that_are_no_square_of_patches_are_refused(rows, cls_position):
     assert f"{rows} rows" in said(lambda: resize_positions(torch.zeros(1, rows, 2), 3, cls_position=cls_position))
 
 
-# apply
+# set_schedule
 
 
 @pytest.mark.parametrize("pool", ["cls", "mean"])
@@ -297,13 +305,6 @@ def test_applying_a_schedule_is_building_with_it(strategy):
     plan = schedule(strategy, depth=3, r=0 if strategy == "none" else 3)
     built = drawn(schedule=plan)
     assert torch.equal(set_schedule(drawn(), plan)(images()), built(images()))
-
-
-def test_two_lines_take_released_weights_to_a_fused_model(tmp_path):
-    path = release(tmp_path / "vim.pth", model=drawn().state_dict())
-    model = load_vim(path, trained_at=32)
-    set_schedule(model, schedule("all", depth=3, r=4))
-    assert model.token_counts == [17, 13, 9, 5]
 
 
 @pytest.mark.parametrize(
@@ -392,10 +393,3 @@ def test_a_famba_file_that_is_no_runs_model_is_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(model_bytes(model, model.state_dict(), {}))
     assert "expected the model.safetensors of a run" in said(lambda: take_weights(drawn(1), path))
-
-
-def test_the_former_name_of_set_schedule_still_works_and_warns():
-    model = drawn()
-    with pytest.warns(DeprecationWarning, match=r"famba\.apply is now famba\.set_schedule"):
-        famba.apply(model, schedule("all", depth=3, r=4))
-    assert model.schedule == [4, 4, 4]

@@ -53,6 +53,29 @@ def undisturbed(tmp_path_factory):
             jaxtyping.config.update("jaxtyping_disable", True)
 
 
+def test_torchs_settings_are_afterwards_what_they_were(monkeypatch):
+    def settings():
+        return torch.get_num_threads(), (torch.tensor(2e-38) / 4).item() == 0, torch.backends.cudnn.allow_tf32
+
+    started, load = [], fit.data.load
+    monkeypatch.setattr(fit.data, "load", lambda p: started.append(settings()) or load(p))
+    before = settings()
+    torch.set_num_threads(3)
+    torch.set_flush_denormal(False)
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        fit.fit(smoke(epochs=1), seed=1)
+        assert started == [(1, True, False)]
+        assert settings() == (3, False, True)
+        with pytest.raises(InputError):
+            fit.fit(smoke(init_from="nowhere"), seed=1)
+        assert settings()[0] == 3
+    finally:
+        torch.set_num_threads(before[0])
+        torch.set_flush_denormal(before[1])
+        torch.backends.cudnn.allow_tf32 = before[2]
+
+
 def test_a_run_learns_fuses_as_promised_and_reports_it(undisturbed):
     run = undisturbed
     assert run.schedule == [0, 8, 8, 8]

@@ -1,10 +1,13 @@
 """Kernels for the CPU: compiled by the system's C++ compiler on first use, kept in the user's cache, loaded by ctypes.
 
-The library has a plain C interface, so it does not care which torch is installed. Its name in the cache is a hash of
-the sources, the flags and the compiler's version, so nothing stale is ever loaded; it is moved into place in one step,
-so any number of processes may build at once. Kernels are compiled once per instruction set and chosen when they run.
+The library has a plain C interface, so it does not care which torch is installed. Its name in the cache holds a hash of
+the sources, the flags and the compiler's version, so nothing stale is loaded, and the SHA-256 of its own bytes, so
+nothing truncated or changed is. It is moved into place in one step, so any number of processes may build at once. The
+folder must be the user's alone: loading a library runs its code. Kernels are compiled once per instruction set and
+chosen when they run.
 
-Environment: CXX names the compiler; XDG_CACHE_HOME the cache; FAMBA_CXXFLAGS adds flags (the sanitizers use it).
+Environment: CXX names the compiler, which may have a launcher and flags (`ccache g++ -m64`); XDG_CACHE_HOME the cache;
+FAMBA_CXXFLAGS adds flags (the sanitizers use it).
 """
 
 import ctypes
@@ -12,14 +15,17 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from famba.errors import BackendError
+from famba.errors import BackendError, InputError
+from famba.storage.files import write_atomic
 
 SOURCES = Path(__file__).parent
 KERNELS = ("scan", "conv", "gate", "norm", "match", "fuse")
@@ -55,7 +61,12 @@ def _attempt() -> tuple[str, ctypes.CDLL | None]:
     if sys.byteorder != "little":
         return "the native kernels know little-endian machines only", None
     try:
-        return "", ctypes.CDLL(str(build()))
+        path = build()
+        try:
+            return "", ctypes.CDLL(str(path))
+        except OSError:  # whole, but built beside another C library, say: once more, for this machine
+            path.unlink(missing_ok=True)
+            return "", ctypes.CDLL(str(build()))
     except BackendError as error:
         return str(error), None
     except OSError as error:
@@ -63,35 +74,61 @@ def _attempt() -> tuple[str, ctypes.CDLL | None]:
 
 
 def build() -> Path:
-    """Path of the library in the cache, compiled unless it is there."""
+    """Path of the library in the cache, compiled unless it is there, whole.
+
+    Raises:
+        BackendError: as `library`; or the cache's folder is not this user's alone.
+    """
     compiler = _compiler()
-    version = _run([compiler, "--version"])
+    version = _run([*compiler, "--version"])
     machine = platform.machine()
     variants = _VARIANTS if machine in ("x86_64", "AMD64") else {"baseline": ()}
     extra = tuple(os.environ.get("FAMBA_CXXFLAGS", "").split())
     sources = sorted(x for x in SOURCES.iterdir() if x.suffix in (".cpp", ".h"))
-    recipe = repr((machine, version, _FLAGS, extra, variants, [(x.name, x.read_bytes()) for x in sources]))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "famba"
-    target = cache / f"kernels-{hashlib.sha256(recipe.encode()).hexdigest()[:24]}.so"
-    if target.is_file():
-        return target
+    recipe = repr(
+        (machine, compiler[1:], version, _FLAGS, extra, variants, [(x.name, x.read_bytes()) for x in sources])
+    )
+    name = f"kernels-{_sha256(recipe.encode())[:24]}"
+    folder = _folder()
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="build-", dir=cache) as folder:
-            os.replace(_compile(compiler, variants, (*_FLAGS, *extra), Path(folder)), target)
+        for found in folder.glob(f"{name}-*.so"):
+            if found.name == f"{name}-{_sha256(found.read_bytes())}.so":
+                return found
+            found.unlink()
+        with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as scratch:
+            built = _compile(compiler, variants, (*_FLAGS, *extra), Path(scratch)).read_bytes()
+        target = folder / f"{name}-{_sha256(built)}.so"
+        write_atomic(target, built)
     except OSError as error:
-        raise BackendError(
-            f"cannot write {cache}: {error.strerror}; set XDG_CACHE_HOME to a folder that can be written"
-        ) from error
+        raise BackendError(f"{folder}: {error.strerror}; set XDG_CACHE_HOME to a folder that can be written") from error
+    except InputError as error:
+        raise BackendError(f"{error}; set XDG_CACHE_HOME to a folder that can be written") from None
     return target
+
+
+def _folder() -> Path:
+    """The cache's folder, made if need be, once it is known that no other user can put a library there."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "famba" / "kernels"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        held = folder.lstat()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
+        raise BackendError(f"no cache for the kernels ({error}); set XDG_CACHE_HOME to a folder of your own") from None
+    if held.st_uid != os.geteuid() or held.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or not stat.S_ISDIR(held.st_mode):
+        raise BackendError(
+            f"{folder}: {stat.filemode(held.st_mode)} of user {held.st_uid}; must be a folder that user {os.geteuid()} "
+            "owns and nobody else can write to; remove it, or set XDG_CACHE_HOME"
+        )
+    return folder
 
 
 def runtime_of(name: str) -> str:
     """Path of a library that comes with the compiler."""
-    return _run([_compiler(), f"-print-file-name={name}"]).strip()
+    return _run([*_compiler(), f"-print-file-name={name}"]).strip()
 
 
-def _compile(compiler: str, variants: dict[str, tuple[str, ...]], flags: tuple[str, ...], folder: Path) -> Path:
+def _compile(compiler: list[str], variants: dict[str, tuple[str, ...]], flags: tuple[str, ...], folder: Path) -> Path:
     jobs = {
         f"{kernel}-{variant}.o": [*flags, *own, f"-DVARIANT={variant}", str(SOURCES / f"{kernel}.cpp")]
         for kernel in KERNELS
@@ -99,29 +136,30 @@ def _compile(compiler: str, variants: dict[str, tuple[str, ...]], flags: tuple[s
     }
     jobs["dispatch.o"] = [*flags, str(SOURCES / "dispatch.cpp")]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda job: _run([compiler, "-c", *job[1], "-o", str(folder / job[0])]), jobs.items()))
+        list(pool.map(lambda job: _run([*compiler, "-c", *job[1], "-o", str(folder / job[0])]), jobs.items()))
     built = folder / "kernels.so"
-    _run([compiler, "-shared", "-pthread", *flags, *(str(folder / name) for name in jobs), "-o", str(built)])
+    _run([*compiler, "-shared", "-pthread", *flags, *(str(folder / name) for name in jobs), "-o", str(built)])
     return built
 
 
-def _compilers() -> list[str]:
-    return [path for name in _names() if (path := shutil.which(name))]
-
-
-def _compiler() -> str:
-    if found := _compilers():
-        return found[0]
-    raise BackendError(f"no C++ compiler ({', '.join(_names())}) on PATH; install g++ or clang, or set CXX")
-
-
-def _names() -> tuple[str, ...]:
-    return (os.environ["CXX"],) if os.environ.get("CXX") else ("c++", "g++", "clang++")
+def _compiler() -> list[str]:
+    """The command that compiles: CXX as a shell would split it, else the first compiler on PATH."""
+    try:
+        given = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise BackendError(f"CXX: {os.environ['CXX']!r}; must be a command ({error})") from None
+    names = (given[0],) if given else ("c++", "g++", "clang++")
+    for name in names:
+        if path := shutil.which(name):
+            return [path, *given[1:]]
+    raise BackendError(f"no C++ compiler ({', '.join(names)}) on PATH; install g++ or clang, or set CXX")
 
 
 def _run(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIME_LIMIT_S, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=_TIME_LIMIT_S, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BackendError(f"{command[0]} did not run: {_first_line(str(error))}") from error
     if done.returncode:
@@ -132,3 +170,7 @@ def _run(command: list[str]) -> str:
 
 def _first_line(text: str) -> str:
     return text.splitlines()[0] if text else "no reason given"
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

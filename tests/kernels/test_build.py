@@ -1,0 +1,107 @@
+"""The cache of compiled kernels: nothing truncated, changed or foreign is loaded, and any usual CXX works."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from famba.errors import BackendError
+from famba.kernels.cpu import build
+
+COMPILER = shutil.which("c++") or shutil.which("g++")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty cache, and instead of the kernels a library that is compiled in no time."""
+    (tmp_path / "one.cpp").write_text('extern "C" int one() { return 1; }\n')
+    compiled = []
+
+    def compile_one(compiler, variants, flags, folder):
+        compiled.append(compiler)
+        subprocess.run([*compiler, "-shared", "-fPIC", tmp_path / "one.cpp", "-o", folder / "k.so"], check=True)
+        return folder / "k.so"
+
+    monkeypatch.setattr(build, "_compile", compile_one)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    return tmp_path / "famba" / "kernels"
+
+
+def load() -> tuple[str, int | None]:
+    reason, library = build._attempt.__wrapped__()
+    return reason, None if library is None else library.one()
+
+
+def refused() -> str:
+    with pytest.raises(BackendError) as error:
+        build.build()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("damaged", [lambda whole: b"", lambda whole: whole[:-5000], lambda whole: whole[:-1] + b"!"])
+def test_a_library_that_is_empty_truncated_or_changed_is_built_again(cache, damaged):
+    path = build.build()
+    whole = path.read_bytes()
+    path.write_bytes(damaged(whole))
+    assert load() == ("", 1)
+    assert [x.read_bytes() for x in cache.iterdir()] == [whole]
+
+
+def test_a_library_that_does_not_load_here_is_built_again(cache):
+    whole = build.build().read_bytes()
+    build.build().unlink()
+    name = build.build().name.rpartition("-")[0]
+    build.build().unlink()
+    (cache / f"{name}-{build._sha256(b'for another system')}.so").write_bytes(b"for another system")
+    assert load() == ("", 1)
+    assert [x.read_bytes() for x in cache.iterdir()] == [whole]
+
+
+def test_the_cache_is_the_users_alone_and_another_is_refused(cache, monkeypatch):
+    build.build()
+    assert cache.stat().st_mode & 0o777 == 0o700
+    cache.chmod(0o777)
+    assert refused().startswith(f"{cache}: drwxrwxrwx of user {os.geteuid()}; must be a folder that user")
+    cache.chmod(0o700)
+    monkeypatch.setattr(os, "geteuid", lambda: cache.stat().st_uid + 1)
+    assert f"drwx------ of user {cache.stat().st_uid}; must be" in refused()
+    monkeypatch.undo()
+    (cache.parent / "kernels").rename(cache.parent / "planted")
+    (cache.parent / "kernels").symlink_to(cache.parent / "planted")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parents[1]))
+    assert f"{cache}: lrwxrwxrwx" in refused()
+
+
+def test_a_user_without_a_home_is_told_what_to_set(cache, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    assert refused() == (
+        "no cache for the kernels (Could not determine home directory.); set XDG_CACHE_HOME to a folder of your own"
+    )
+
+
+def test_cxx_may_have_a_launcher_and_flags(cache, monkeypatch):
+    for given in (f"{shutil.which('env')} {COMPILER}", f"'{COMPILER}' -O1"):
+        monkeypatch.setenv("CXX", given)
+        assert load() == ("", 1)
+    assert len(list(cache.iterdir())) == 2
+    monkeypatch.setenv("CXX", "'g++")
+    assert refused() == """CXX: "'g++"; must be a command (No closing quotation)"""
+    monkeypatch.setenv("CXX", "no-such-launcher g++")
+    assert refused().startswith("no C++ compiler (no-such-launcher) on PATH")
+
+
+def test_a_compiler_whose_version_is_not_utf8_works(cache, monkeypatch, tmp_path):
+    wrapper = tmp_path / "latin1-c++"
+    wrapper.write_bytes(f'#!/bin/sh\n[ "$1" = --version ] && printf "g++ \\351\\n" || exec {COMPILER} "$@"\n'.encode())
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("CXX", str(wrapper))
+    assert load() == ("", 1)
