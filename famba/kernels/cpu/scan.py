@@ -24,12 +24,14 @@ class _Job(ctypes.Structure):
     """scan.h's Scan."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("b", "e", "t", "n", "softplus", "reverse", "groups", "keep")),
-        *((name, View) for name in ("u", "delta", "z", "B", "C", "out")),
-        *((name, ctypes.c_void_p) for name in ("A", "D", "bias", "states")),
+        *((name, ctypes.c_int64) for name in ("b", "e", "t", "n", "m", "softplus", "reverse")),
+        *((name, ctypes.c_int64) for name in ("groups", "keep", "directions")),
+        ("scale", ctypes.c_double),
+        *((name, View) for name in ("u", "delta", "z", "B", "C", "out", "other", "sum")),
+        *((name, ctypes.c_void_p) for name in ("A", "D", "bias", "weight", "states")),
         *((name, View) for name in ("grad_out", "grad_u", "grad_delta", "grad_z", "grad_B", "grad_C")),
-        *((name, ctypes.c_void_p) for name in ("grad_A", "grad_D", "grad_bias")),
-        *((name, ctypes.c_void_p) for name in ("part_A", "part_D", "part_bias", "part_B", "part_C", "lanes_A")),
+        *((name, ctypes.c_void_p) for name in ("grad_A", "grad_D", "grad_bias", "grad_weight")),
+        *((name, ctypes.c_void_p) for name in ("part", "part_rows", "lanes_A", "lanes_weight")),
     )
 
 
@@ -148,7 +150,7 @@ def _gradients(u, delta, A, B, C, D, z, delta_bias) -> tuple[Tensor, ...]:
 def _job(u, delta, A, B, C, D, z, delta_bias, softplus: bool, reverse: bool, states: Tensor, **views: Tensor | None):
     (b, e, t), n = u.shape, A.shape[1]
     return _Job(
-        b, e, t, n, softplus, reverse, 0, states.numel() > 0,
+        b, e, t, n, 0, softplus, reverse, 0, states.numel() > 0, 1, 1.0,
         *(View.of(x) for x in (u, delta, z, B, C)),
         A=A.data_ptr(),
         D=None if D is None else D.data_ptr(),
@@ -174,7 +176,7 @@ def _scan_backward(grad, u, delta, A, B, C, D, z, delta_bias, states, softplus: 
         u, delta, A, B, C, D, z, delta_bias, softplus, reverse, states, grad_out=grad, grad_u=to_u, grad_delta=to_delta,
         grad_B=to_B, grad_C=to_C, grad_z=None if z is None else to_z,
     )  # fmt: skip
-    job.grad_A, job.grad_D, job.grad_bias = (x.data_ptr() for x in (to_A, to_D, to_bias))
+    job.grad_A, job.grad_D, job.grad_bias = (x.data_ptr() if x.numel() else None for x in (to_A, to_D, to_bias))
     runtime.call("famba_scan_backward", job)
     to_A, to_D, to_bias = (
         x if kind is None else x.to(kind) for x, kind in zip((to_A, to_D, to_bias), kinds, strict=True)
