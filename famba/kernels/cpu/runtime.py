@@ -42,7 +42,9 @@ def like(x: Tensor) -> Tensor:
 
 def float32(x: Tensor | None) -> Tensor | None:
     """A small parameter as the kernels take it."""
-    return None if x is None else x.detach().to(torch.float32).contiguous()
+    if x is None or (x.dtype is torch.float32 and x.is_contiguous()):
+        return x
+    return x.detach().to(torch.float32).contiguous()
 
 
 def instruction_set() -> str:

@@ -133,10 +133,14 @@ _library.define(
 
 def _outputs(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     b, e, t = u.shape
-    shape = (b, -(-t // _CHUNK), -(-e // _PAD) * _PAD, A.shape[1]) if keep else (0,)
+    return like(u), kept_states(u, b, e=e, t=t, n=A.shape[1]) if keep else u.new_empty(0, dtype=torch.float32)
+
+
+def kept_states(x: Tensor, *leading: int, e: int, t: int, n: int) -> Tensor:
+    """Room for the states before each chunk of tokens."""
     # Channels that only fill up a vector may not be written; what an operator gives must follow from what it is given.
-    make = u.new_zeros if e % _PAD else u.new_empty
-    return like(u), make(shape, dtype=torch.float32)
+    make = x.new_zeros if e % _PAD else x.new_empty
+    return make((*leading, -(-t // _CHUNK), -(-e // _PAD) * _PAD, n), dtype=torch.float32)
 
 
 def _gradients(u, delta, A, B, C, D, z, delta_bias) -> tuple[Tensor, ...]:
