@@ -82,13 +82,16 @@ def _split(parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], li
 
 _library = torch.library.Library("famba", "FRAGMENT")
 _library.define("convs(Tensor xz, Tensor[] parameters) -> Tensor")
-_library.define("convs_backward(Tensor grad, Tensor xz, Tensor[] parameters, Tensor(a!) to_xz) -> Tensor[]")
+_library.define(
+    "convs_backward(Tensor grad, Tensor xz, Tensor[] parameters, Tensor(a!) to_xz) -> "
+    f"({', '.join(4 * ['Tensor'])})"
+)
 _library.define(
     "scans(Tensor xz, Tensor u, Tensor rows, Tensor[] parameters, float scale, bool keep) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
     "scans_backward(Tensor grad, Tensor xz, Tensor u, Tensor rows, Tensor sum, Tensor states, Tensor[] parameters, "
-    "float scale, Tensor(a!) to_xz) -> Tensor[]"
+    f"float scale, Tensor(a!) to_xz) -> ({', '.join(10 * ['Tensor'])})"
 )
 
 
@@ -124,7 +127,7 @@ def _convs_fake(xz: Tensor, parameters: list[Tensor]) -> Tensor:
     return xz.new_empty(2, b, t, e2 // 2)
 
 
-def _convs_backward(grad: Tensor, xz: Tensor, parameters: list[Tensor], to_xz: Tensor) -> list[Tensor]:
+def _convs_backward(grad: Tensor, xz: Tensor, parameters: list[Tensor], to_xz: Tensor):
     grads = [torch.empty_like(x, dtype=torch.float32) for x in parameters]
     kept = [float32(x) for x in parameters]
     jobs = _conv_jobs(xz, kept)
@@ -132,7 +135,7 @@ def _convs_backward(grad: Tensor, xz: Tensor, parameters: list[Tensor], to_xz: T
         jobs[i].grad_out, jobs[i].grad_x, jobs[i].add = _view(grad, i), _view(to_xz), i
         jobs[i].grad_weight, jobs[i].grad_bias = (x.data_ptr() for x in grads[2 * i : 2 * i + 2])
     runtime.call("famba_conv_backward", jobs)
-    return [g.to(x.dtype) for g, x in zip(grads, parameters, strict=True)]
+    return tuple(g.to(x.dtype) for g, x in zip(grads, parameters, strict=True))
 
 
 def _scan_jobs(xz: Tensor, u: Tensor, rows: Tensor, states: Tensor, parameters: list[Tensor], scale: float):
@@ -183,7 +186,7 @@ def _scans_backward(grad, xz, u, rows, total, states, parameters: list[Tensor], 
         job.grad_A, job.grad_D, job.grad_bias, job.grad_weight = (x.data_ptr() for x in grads[4 * i : 4 * i + 4])
     jobs[1].sum, jobs[1].grad_z = _view(total), _view(to_xz, channel=e)
     runtime.call("famba_scan_backward", jobs)
-    return [to_u, to_rows, *(g.to(x.dtype) for g, x in zip(grads, parameters, strict=True))]
+    return to_u, to_rows, *(g.to(x.dtype) for g, x in zip(grads, parameters, strict=True))
 
 
 @register_flop_formula(torch.ops.famba.convs)
@@ -205,10 +208,14 @@ _library.impl("scans_backward", _scans_backward, "CPU")
 torch.library.register_fake("famba::convs", _convs_fake, lib=_library)
 torch.library.register_fake("famba::scans", _scans_fake, lib=_library)
 torch.library.register_fake(
-    "famba::convs_backward", lambda grad, xz, parameters, to_xz: [torch.empty_like(x) for x in parameters], lib=_library
+    "famba::convs_backward",
+    lambda grad, xz, parameters, to_xz: tuple(torch.empty_like(x) for x in parameters),
+    lib=_library,
 )
 torch.library.register_fake(
     "famba::scans_backward",
-    lambda grad, xz, u, rows, total, states, parameters, scale, to_xz: [torch.empty_like(x) for x in (u, rows, *parameters)],
+    lambda grad, xz, u, rows, total, states, parameters, scale, to_xz: tuple(
+        torch.empty_like(x) for x in (u, rows, *parameters)
+    ),
     lib=_library,
 )

@@ -74,8 +74,8 @@ def use_instruction_set(name: str) -> None:
         raise BackendError(f"instruction set {name!r} cannot run here: this processor lacks it")
 
 
-def call(name: str, job: ctypes.Structure) -> None:
-    """Run one of the library's jobs on torch's threads.
+def call(name: str, job: ctypes.Structure | ctypes.Array) -> None:
+    """Run one of the library's jobs, or two directions of one, on torch's threads.
 
     Raises:
         MemoryError: no room for scratch memory.
