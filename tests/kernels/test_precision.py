@@ -1,6 +1,9 @@
 """Precision: what stays float32 under autocast, and where values stop being finite."""
 
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -100,3 +103,28 @@ def test_training_in_bf16_follows_fp32_for_300_steps():
     assert means["fp32"][-1] < 0.5 * means["fp32"][0]
     np.testing.assert_allclose(means["bf16"], means["fp32"], rtol=0.05)
     assert not np.array_equal(curves["bf16"], curves["fp32"])
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_idle_threads_wait_passively_unless_the_user_sets_it(given, found):
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    code = "import famba, os, sys; assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+    environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == found
+
+
+@pytest.mark.parametrize(("variable", "threads"), [(None, 2), ("OMP_WAIT_POLICY", 2), ("GOMP_SPINCOUNT", 2), (None, 1)])
+def test_threads_that_spin_because_torch_was_imported_first_are_warned_of(variable, threads, monkeypatch, caplog):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(variable, "0")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    precision.configure()
+    lines = [record.getMessage() for record in caplog.records]
+    if variable is None and threads == 2:
+        (line,) = lines
+        assert "OMP_WAIT_POLICY=PASSIVE" in line
+    else:
+        assert not lines
