@@ -82,7 +82,7 @@ def _match(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Tensor, T
         scores = unit[:, ::2] @ unit[:, 1::2].mT
         if protected is not None:
             none = torch.zeros(b, t, dtype=torch.bool, device=feature.device)
-            guard = none.scatter_(1, protected.to(feature.device, torch.int64), True)
+            guard = none.scatter(1, protected.to(feature.device, torch.int64), True)
             scores = scores.masked_fill(guard[:, ::2, None] | guard[:, None, 1::2], -torch.inf)
         best, odd = scores.max(dim=-1)
         best, even = best.sort(dim=-1, descending=True, stable=True)

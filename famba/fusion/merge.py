@@ -7,7 +7,7 @@ Every function has a backend, as those of famba.kernels.ops have: a name from `f
 torch what it has no kernel for, or "auto", the fastest that can run.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from famba.errors import InputError
 from famba.fusion.matching import Matching
+from famba.kernels import reference
 from famba.kernels.cpu import fuse as fusing
 from famba.kernels.cpu.scan import unavailable
 from famba.kernels.dispatch import Backend, choose
@@ -116,7 +117,7 @@ def fuse(
 def _plan(source: Tensor, target: Tensor, size: Tensor, order: str, weighting: str) -> tuple[Tensor, ...]:
     """The plan by torch: survivors, destination, weight, size."""
     b, t = size.shape
-    stays = torch.ones(b, t, dtype=torch.bool, device=size.device).scatter_(1, source, False)
+    stays = torch.ones(b, t, dtype=torch.bool, device=size.device).scatter(1, source, False)
     if order == "scan":
         place = stays.cumsum(1) - 1
     else:  # even survivors ascending, then all the odd ones
@@ -125,12 +126,19 @@ def _plan(source: Tensor, target: Tensor, size: Tensor, order: str, weighting: s
         first = stays & even
         last = stays & ~even
         place = torch.where(even, first.cumsum(1) - 1, first.sum(1, keepdim=True) + last.cumsum(1) - 1)
+    traced = type(source) is not Tensor or torch.compiler.is_compiling() or reference.is_transformed()
+    if (
+        size.device.type == "cpu"
+        and not traced
+        and (stays.sum() != b * (t - source.shape[1]) or not stays.gather(1, target).all())
+    ):
+        raise InputError("matching: a source comes up twice or as a target; allowed: once, as a source")
     into = place.gather(1, target)
     destination = place.scatter(1, source, into)
     positions = torch.arange(t, device=size.device).expand(b, t)
     # Every survivor writes its position to its place; what disappears writes to one more place that is cut off.
     left = t - source.shape[1]
-    survivors = positions.new_empty(b, left + 1).scatter_(1, place.masked_fill(~stays, left), positions)[:, :left]
+    survivors = positions.new_zeros(b, left + 1).scatter(1, place.masked_fill(~stays, left), positions)[:, :left]
 
     total = size.gather(1, survivors).scatter_add(1, into, size.gather(1, source))
     if weighting == "size":
@@ -140,7 +148,8 @@ def _plan(source: Tensor, target: Tensor, size: Tensor, order: str, weighting: s
 
 
 def _apply(plan: Plan, x: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    return _Mean.apply(x, *plan[:4]), None if other is None else _Mean.apply(other, *plan[:4])
+    place = plan.destination, plan.weight, plan.survivors.shape[1]
+    return reference.fuse(x, *place), None if other is None else reference.fuse(other, *place)
 
 
 def _apply_native(plan: Plan, x: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -149,35 +158,6 @@ def _apply_native(plan: Plan, x: Tensor, other: Tensor | None) -> tuple[Tensor, 
 
 def _apply_triton(plan: Plan, x: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor]:
     return triton_fusing.fuse(x, other, *plan[:4])
-
-
-class _Mean(torch.autograd.Function):
-    """Weighted means by torch. Every token has one destination, so its gradient is one row: a gather, no sum."""
-
-    @staticmethod
-    def forward(x: Tensor, survivors: Tensor, destination: Tensor, weight: Tensor, source: Tensor) -> Tensor:
-        def weighted(positions: Tensor) -> Tensor:
-            share = weight.gather(1, positions).to(x.dtype)
-            return x.reshape(b * t, d).index_select(0, (row * t + positions).flatten()) * share.reshape(-1, 1)
-
-        b, t, d = x.shape
-        s = survivors.shape[1]
-        row = torch.arange(b, device=x.device)[:, None]
-        into = (row * s + destination.gather(1, source)).flatten()
-        return weighted(survivors).index_add_(0, into, weighted(source)).view(b, s, d)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        _, _, destination, weight, _ = inputs
-        ctx.save_for_backward(destination, weight)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (grad,), (destination, weight) = grads, ctx.saved_tensors
-        b, s, d = grad.shape
-        row = torch.arange(b, device=grad.device)[:, None]
-        rows = grad.reshape(b * s, d).index_select(0, (row * s + destination).flatten())
-        return (rows * weight.to(grad.dtype).reshape(-1, 1)).view(b, -1, d), None, None, None, None
 
 
 def _check_planned(plan: Plan, *tensors: Tensor) -> None:

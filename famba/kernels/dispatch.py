@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from famba.errors import BackendError, InputError
+from famba.kernels.reference import is_transformed
 
 NAMES = ("reference", "torch", "native", "mamba_ssm", "hub", "triton")  # slowest first
 # What "auto" tries on the tensors of a device, fastest first; torch runs everywhere. Not hub, which downloads.
@@ -41,13 +42,15 @@ _B = TypeVar("_B", bound=Backend)
 def choose(table: Mapping[str, _B], name: str, first: Tensor, *others: Tensor | None) -> _B:
     """The implementation that goes with a backend's name, or the fastest ("auto"), for these tensors.
 
-    A backend that has none in this table takes torch's: a scan of its own does not make a matching of its own.
+    A backend that has none in this table takes torch's: a scan of its own does not make a matching of its own. Inside
+    torch.func's transforms and forward-mode differentiation torch's operations always run: they have all derivatives.
 
     Raises:
         InputError: an unknown backend.
         BackendError: it cannot run here or on these tensors.
     """
-    return table[chosen(table, name, first, *others)]
+    key = chosen(table, name, first, *others)
+    return table[("reference" if "reference" in table else "torch") if is_transformed() else key]
 
 
 def chosen(table: Mapping[str, Backend], name: str, first: Tensor, *others: Tensor | None) -> str:

@@ -111,7 +111,7 @@ def selective_scan(
     z = None if z is None else _tokens_innermost(z, reverse)
     D, delta_bias = (None if x is None else x.float() for x in (D, delta_bias))
     out = run(u, delta, A.float(), B, C, D=D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus)
-    return out.flip(-1) if reverse else out
+    return _first_order(out.flip(-1) if reverse else out)
 
 
 def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, *, hub: bool = False) -> Tensor:
@@ -121,7 +121,21 @@ def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: 
     bias = None if bias is None else bias.to(weight.dtype)
     # Keywords only: other versions have other arguments in between.
     out = run(x=x, weight=weight.contiguous(), bias=bias, activation="silu")
-    return out.flip(-1) if reverse else out
+    return _first_order(out.flip(-1) if reverse else out)
+
+
+def _first_order(out: Tensor) -> Tensor:
+    """Refuse to differentiate a gradient: torch would take what the packages' backward gives for a constant."""
+
+    def refuse(grad: Tensor) -> None:
+        if torch.is_grad_enabled():
+            raise BackendError(
+                "backends mamba_ssm and hub: create_graph=True needs differentiable gradients; allowed: torch, triton"
+            )
+
+    if out.requires_grad:
+        out.register_hook(refuse)
+    return out
 
 
 def _tokens_innermost(x: Tensor, reverse: bool) -> Tensor:

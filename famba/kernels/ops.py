@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from famba.errors import InputError
-from famba.kernels import mamba_ssm
+from famba.kernels import mamba_ssm, reference
 from famba.kernels.cpu import conv, norm
 from famba.kernels.cpu import gate as gating
 from famba.kernels.cpu.scan import unavailable
@@ -173,23 +173,6 @@ def add_rms_norm(
     return choose(_NORM, backend, x, residual, weight).run(x, residual, weight, eps)
 
 
-def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
-    e, k = weight.shape
-    padded = F.pad(x, (0, k - 1) if reverse else (k - 1, 0))
-    kernel = (weight.flip(1) if reverse else weight).to(x.dtype)
-    return F.silu(F.conv1d(padded, kernel[:, None], None if bias is None else bias.to(x.dtype), groups=e))
-
-
-def _gate(left: Tensor, right: Tensor, gate: Tensor, scale: float) -> Tensor:
-    return (left + right) * F.silu(gate) * scale
-
-
-def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    x = x if x.dtype == torch.float64 else x.float()
-    total = x if residual is None else x + residual
-    return F.rms_norm(total, weight.shape, weight, eps), total
-
-
 @dataclass(frozen=True)
 class _Conv(Backend):
     """`run_both`, if there is one, takes the arguments of `bidirectional_conv1d_silu`."""
@@ -198,7 +181,7 @@ class _Conv(Backend):
 
 
 _CONV = {
-    "torch": _Conv(_conv),
+    "torch": _Conv(reference.conv),
     "native": _Conv(conv.causal_conv1d_silu, unavailable, conv.unsuited),
     "mamba_ssm": _Conv(mamba_ssm.causal_conv1d_silu, mamba_ssm.conv_unavailable, mamba_ssm.conv_unsuited),
     "hub": _Conv(partial(mamba_ssm.causal_conv1d_silu, hub=True), mamba_ssm.hub_unavailable, mamba_ssm.conv_unsuited),
@@ -222,9 +205,12 @@ def _both_conv_flops(x, weight0, _, weight1, *__, **___) -> int:
     return sum(_conv_flops(x, weight) for weight in (weight0, weight1) if weight is not None)
 
 
-_GATE = {"torch": Backend(_gate), "native": Backend(gating.gated_sum, unavailable, gating.unsuited)}
+_GATE = {
+    "torch": Backend(lambda left, right, gate, scale: reference.gate(left + right, gate, scale)),
+    "native": Backend(gating.gated_sum, unavailable, gating.unsuited),
+}
 _NORM = {
-    "torch": Backend(_norm),
+    "torch": Backend(reference.norm),
     "native": Backend(norm.add_rms_norm, unavailable, norm.unsuited),
     "triton": Backend(triton_norm.add_rms_norm, triton_unavailable, triton_norm.unsuited),
 }

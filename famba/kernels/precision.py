@@ -6,7 +6,6 @@ the scan's parameters and states, the residual stream, norms and losses stay flo
 
 import contextlib
 import ctypes
-import dataclasses
 import logging
 import os
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 _log = logging.getLogger(__name__)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
@@ -68,20 +68,17 @@ def first_not_finite(model: nn.Module, images: Float[Tensor, "b 3 h w"]) -> str:
     if not _finite(images):
         return "the images"
     found: list[str] = []
+    names = {module: name for name, module in model.named_modules() if name}
 
-    def watch(name: str):
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not found and not all(map(_finite, _tensors(output))):
-                found.append(name)
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        if not found and module in names and not all(map(_finite, _tensors(output))):
+            found.append(names[module])
 
-        return hook
-
-    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    handle = register_module_forward_hook(hook)
     try:
         model(images)
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
     if found:
         return f"the output of {_place(found[0])}"
     for name, weight in reversed(list(model.named_parameters())):
@@ -109,6 +106,3 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     elif isinstance(output, tuple | list):
         for part in output:
             yield from _tensors(part)
-    elif dataclasses.is_dataclass(output):
-        for field in dataclasses.fields(output):
-            yield from _tensors(getattr(output, field.name))

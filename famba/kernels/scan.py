@@ -24,6 +24,7 @@ from famba.errors import InputError
 from famba.kernels import dispatch, mamba_ssm
 from famba.kernels.cpu import scan as native
 from famba.kernels.cpu.mixer import mix
+from famba.kernels.reference import gradients, selective_scan_ref, state_dtype, token_order
 from famba.kernels.triton import runtime as gpu
 from famba.kernels.triton import scan as triton
 
@@ -69,40 +70,6 @@ def selective_scan(
     return chosen.run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
 
 
-def selective_scan_ref(
-    u: Float[Tensor, "b e t"],
-    delta: Float[Tensor, "b e t"],
-    A: Float[Tensor, "e n"],
-    B: Float[Tensor, "b n t"],
-    C: Float[Tensor, "b n t"],
-    D: Float[Tensor, "e"] | None = None,
-    z: Float[Tensor, "b e t"] | None = None,
-    delta_bias: Float[Tensor, "e"] | None = None,
-    delta_softplus: bool = False,
-    reverse: bool = False,
-) -> Float[Tensor, "b e t"]:
-    """The definition, token by token: slow, and keeps every state; all backends are tested against it."""
-    dtype = _state_dtype(u, delta, A, B, C, D, z, delta_bias)
-    x, step, A, B, C = (tensor.to(dtype) for tensor in (u, delta, A, B, C))
-    if delta_bias is not None:
-        step = step + delta_bias.to(dtype)[:, None]
-    if delta_softplus:
-        step = F.softplus(step)
-    decay = torch.exp(torch.einsum("bet,en->bent", step, A))
-    entry = torch.einsum("bet,bnt,bet->bent", step, B, x)
-    state = x.new_zeros(*u.shape[:2], A.shape[1])
-    y = [state.new_empty(0)] * u.shape[2]
-    for i in _order(u.shape[2], reverse):
-        state = decay[..., i] * state + entry[..., i]
-        y[i] = torch.einsum("ben,bn->be", state, C[..., i])
-    out = torch.stack(y, dim=-1)
-    if D is not None:
-        out = out + D.to(dtype)[:, None] * x
-    if z is not None:
-        out = out * F.silu(z.to(dtype))
-    return out.to(u.dtype)
-
-
 def backends() -> dict[str, str]:
     """Every backend by name, slowest first: "" if it can run here, else the reason and what to install."""
     return {name: backend.unavailable() for name, backend in _BACKENDS.items()}
@@ -139,7 +106,7 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, softplus: bool, reverse: bool,
     no product of decays is formed, so steps of any size are safe. Kept for backward are the states before each chunk
     and, where the gradient of the gate asks for it, the ungated output.
     """
-    dtype = _state_dtype(u, delta, A, B, C, D, z, delta_bias)
+    dtype = state_dtype(u, delta, A, B, C, D, z, delta_bias)
     (b, e, t), n = u.shape, A.shape[1]
     At = A.to(dtype).t().contiguous()
     starts = _starts(u, A, dtype, keep)
@@ -167,7 +134,7 @@ def _starts(u: Tensor, A: Tensor, dtype: torch.dtype, keep: bool) -> Tensor:
 
 
 def _fake_forward(u, delta, A, B, C, D, z, delta_bias, softplus, reverse, keep):
-    dtype = _state_dtype(u, delta, A, B, C, D, z, delta_bias)
+    dtype = state_dtype(u, delta, A, B, C, D, z, delta_bias)
     y = _channels_last(u).to(dtype) if keep and z is not None else u.new_empty(0, dtype=dtype)
     return _channels_last(u), y, _starts(u, A, dtype, keep)
 
@@ -210,7 +177,7 @@ def _backward(grad, u, delta, A, B, C, D, z, delta_bias, y, starts, softplus: bo
 
             grad_states = Cc[..., None] * g[:, :, None]
             following = None
-            for i in _order(len(g), not reverse):
+            for i in token_order(len(g), not reverse):
                 if following is None:
                     grad_states[i].add_(later)
                 else:
@@ -264,11 +231,14 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, grad, *_):
-    if grad is None:
-        return 11 * (None,)
-    tensors = ctx.saved_tensors[:8]
-    found = torch.ops.famba.chunked_scan_backward(grad, *ctx.saved_tensors, ctx.softplus, ctx.reverse)
-    return *(None if x is None else g for x, g in zip(tensors, found, strict=True)), None, None, None
+    *tensors, y, starts = ctx.saved_tensors
+    found = gradients(
+        lambda: torch.ops.famba.chunked_scan_backward(grad, *tensors, y, starts, ctx.softplus, ctx.reverse),
+        partial(selective_scan_ref, delta_softplus=ctx.softplus, reverse=ctx.reverse),
+        tensors,
+        grad,
+    )
+    return *found, None, None, None
 
 
 _library.impl("chunked_scan", _forward, "CompositeExplicitAutograd")
@@ -290,7 +260,7 @@ def _states(x, step, At, Bc, start, reverse: bool) -> tuple[Tensor, Tensor]:
     """Decays and states of one block, both (t, b, n, e), from the state before its first token."""
     decay = (step[:, :, None] * At).exp_()
     states = (step * x)[:, :, None] * Bc[..., None]
-    for i in _order(len(x), reverse):
+    for i in token_order(len(x), reverse):
         states[i].addcmul_(decay[i], start)
         start = states[i]
     return decay, states
@@ -300,12 +270,8 @@ def _biased(delta: Tensor, delta_bias: Tensor | None) -> Tensor:
     return delta if delta_bias is None else delta + delta_bias.to(delta.dtype)[:, None]
 
 
-def _order(length: int, reverse: bool) -> range:
-    return range(length - 1, -1, -1) if reverse else range(length)
-
-
 def _chunks(t: int, reverse: bool) -> Iterator[slice]:
-    for i in _order(-(-t // _CHUNK), reverse):
+    for i in token_order(-(-t // _CHUNK), reverse):
         yield slice(i * _CHUNK, min((i + 1) * _CHUNK, t))
 
 
@@ -316,10 +282,6 @@ def _blocks(b: int, rows: int) -> Iterator[slice]:
 
 def _rows(e: int, n: int) -> int:
     return max(1, _BLOCK // (_CHUNK * e * n))
-
-
-def _state_dtype(*tensors: Tensor | None) -> torch.dtype:
-    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 @dataclass(frozen=True)
@@ -340,7 +302,9 @@ class _Backend(dispatch.Backend):
 _BACKENDS: dict[str, _Backend] = {
     "reference": _Backend(selective_scan_ref),
     "torch": _Backend(_chunked_scan),
-    "native": _Backend(native.selective_scan, native.unavailable, native.unsuited, native.projected_scan, run_mixer=mix),
+    "native": _Backend(
+        native.selective_scan, native.unavailable, native.unsuited, native.projected_scan, run_mixer=mix
+    ),
     "mamba_ssm": _Backend(mamba_ssm.selective_scan, mamba_ssm.unavailable, mamba_ssm.unsuited),
     "hub": _Backend(partial(mamba_ssm.selective_scan, hub=True), mamba_ssm.hub_unavailable, mamba_ssm.unsuited),
     "triton": _Backend(

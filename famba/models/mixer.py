@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from famba.errors import InputError
 from famba.kernels.cpu.mixer import Direction
 from famba.kernels.ops import Side, bidirectional_conv1d_silu, bidirectional_scan
 from famba.kernels.scan import choose
@@ -91,12 +92,15 @@ class BidirectionalMixer(nn.Module):
 
     def mix(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t e"]:
         """Both scans, joined and gated: what the output projection sees."""
+        for name in ("conv1d", "conv1d_b", "dt_proj", "dt_proj_b"):
+            refuse_hooks(name, getattr(self, name))
         xz = self.in_proj(x)
         scale = 0.5 if self.average_directions else 1.0
         left = self._direction(self.conv1d, self.x_proj, self.A_log, self.D, self.dt_proj)
         right = self._direction(self.conv1d_b, self.x_proj_b, self.A_b_log, self.D_b, self.dt_proj_b)
         chosen = choose(self.backend, xz, xz, left.A, xz, xz, left.D, None, left.dt_bias)
-        if chosen.run_mixer is not None and self._is_plain():
+        plain = _is_plain(self.x_proj) and _is_plain(self.x_proj_b)
+        if chosen.run_mixer is not None and plain:
             return chosen.run_mixer(xz, left, right, scale)
         u, gate = xz.chunk(2, dim=-1)
         sides = [
@@ -114,14 +118,6 @@ class BidirectionalMixer(nn.Module):
             return functional.softplus(torch.cat(deltas, dim=-1))
         return torch.cat([getattr(forward, kind).mT, getattr(backward, kind).mT], dim=-1)
 
-    def _is_plain(self) -> bool:
-        """Whether the modules whose weights a fused kernel takes would do nothing but what it does: no hooks, no adapters."""
-        parts = (self.conv1d, self.conv1d_b, self.x_proj, self.x_proj_b, self.dt_proj, self.dt_proj_b)
-        return all(
-            type(part) in (nn.Linear, nn.Conv1d) and not (part._forward_hooks or part._forward_pre_hooks)
-            for part in parts
-        )
-
     def _select(self, x: Float[Tensor, "b t e"]) -> list[Selection]:
         """What each direction scans."""
         weights = [(conv.weight[:, 0], conv.bias) for conv in (self.conv1d, self.conv1d_b)]
@@ -132,9 +128,27 @@ class BidirectionalMixer(nn.Module):
             for u, x_proj in zip(inputs, (self.x_proj, self.x_proj_b), strict=True)
         ]
 
-    def _direction(
-        self, conv: nn.Conv1d, x_proj: nn.Linear, A_log: Tensor, D: Tensor, dt_proj: nn.Linear
-    ) -> Direction:
+    def _direction(self, conv: nn.Conv1d, x_proj: nn.Linear, A_log: Tensor, D: Tensor, dt_proj: nn.Linear) -> Direction:
         A = -torch.exp(A_log.float() if A_log.dtype != torch.float64 else A_log)
         assert conv.bias is not None
         return Direction(conv.weight[:, 0], conv.bias, x_proj.weight, A, D, dt_proj.bias, dt_proj.weight)
+
+
+def refuse_hooks(name: str, module: nn.Module) -> None:
+    """Raise InputError where a module has hooks: it is not called, and they would not run."""
+    if _has_hooks(module):
+        raise InputError(
+            f"{name}: a hook on it would never run: kernels compute with its weights; allowed: hooks on blocks, norm, "
+            "in_proj, x_proj, out_proj, and on mixer where fusion's position is before_mixer"
+        )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether a product with its weight is all that it does: no hook, and no adapter in its place."""
+    return type(linear) is nn.Linear and not _has_hooks(linear)

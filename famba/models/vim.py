@@ -8,7 +8,7 @@ the mixer, on the normed tokens and on the residual with one matching, which ser
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -21,7 +21,7 @@ from famba.fusion.options import FusionOptions
 from famba.kernels import dispatch, ops, scan
 from famba.kernels.cpu import runtime as native
 from famba.kernels.ops import add_rms_norm
-from famba.models.mixer import BidirectionalMixer
+from famba.models.mixer import BidirectionalMixer, refuse_hooks
 
 _NORM_EPS = 1e-5
 
@@ -163,9 +163,8 @@ class Trace:
     pooled: Tensor | None = None
 
 
-@dataclasses.dataclass
-class _Stream:
-    """The tokens on their way through the layers."""
+class _Stream(NamedTuple):
+    """The tokens on their way through the layers; a tuple, so that a block's backward hooks run."""
 
     hidden: Float[Tensor, "b t d"]
     residual: Float[Tensor, "b t d"] | None
@@ -356,6 +355,8 @@ class _Block(nn.Module):
         normed, residual = self.norm(at.hidden, at.residual)
         mixer, size, cls_index = self.mixer, at.size, at.cls_index
         late = options.position == "after_scan"
+        if late:
+            refuse_hooks("mixer", mixer)
         feature = pairs = plan = None
         if r:
             feature = self._feature(options.feature, normed, residual)

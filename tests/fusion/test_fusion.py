@@ -570,7 +570,7 @@ def test_positions_that_do_not_exist_are_refused_before_memory_is_touched():
     for guard in (8, -1):
         with pytest.raises(InputError, match=r"protected: not all positions are in 0\.\.7"):
             match_tokens(x, 2, protected=torch.tensor([guard]), backend="native")
-    for source, target in (([0, 8], [1, 1]), ([0, 2], [1, -1]), ([0, 0], [1, 3]), ([0, 2], [1, 0])):
+    for source, target in (([0, 8], [1, 1]), ([0, 2], [1, -1])):
         matching = Matching(torch.tensor([source]), torch.tensor([target]))
         with pytest.raises(InputError, match=r"matching: a source or target is outside 0\.\.7, or"):
             plan(matching, size, backend="native")
@@ -579,6 +579,14 @@ def test_positions_that_do_not_exist_are_refused_before_memory_is_touched():
         wrong = worked_out._replace(destination=torch.full((1, 8), place))
         with pytest.raises(InputError, match=r"destination: not all places are in 0\.\.5"):
             apply(wrong, x, backend="native")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("source", "target"), [([0, 0], [1, 3]), ([0, 2], [1, 0])])
+def test_a_source_that_comes_up_again_is_refused(source, target, backend):
+    matching = Matching(torch.tensor([source]), torch.tensor([target]))
+    with pytest.raises(InputError, match=r"matching: .*a source comes up twice or as a target; allowed: once"):
+        fuse(torch.randn(1, 8, 4), matching, backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

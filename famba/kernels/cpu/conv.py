@@ -4,10 +4,12 @@ Axes: b batch, e channels, t tokens, k taps. Strides, types and layout of the re
 """
 
 import ctypes
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from famba.kernels import reference
 from famba.kernels.cpu import runtime
 from famba.kernels.cpu.runtime import View, float32, like
 
@@ -88,9 +90,14 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad):
-    x, weight, bias = ctx.saved_tensors
-    to_x, to_weight, to_bias = torch.ops.famba.conv_backward(grad, x, weight, bias, ctx.reverse)
-    return to_x, to_weight, None if bias is None else to_bias, None
+    tensors = ctx.saved_tensors
+    found = reference.gradients(
+        lambda: torch.ops.famba.conv_backward(grad, *tensors, ctx.reverse),
+        partial(reference.conv, reverse=ctx.reverse),
+        tensors,
+        grad,
+    )
+    return *found, None
 
 
 _library.impl("conv", _conv, "CPU")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from famba.errors import InputError
+from famba.kernels import reference
 from famba.kernels.cpu import runtime
 
 
@@ -86,7 +87,11 @@ def _plan(source: Tensor, target: Tensor, size: Tensor, in_order: bool, by_size:
     job = _Plan(*size.shape, source.shape[1], in_order, by_size, *pointers, ctypes.addressof(refused))
     runtime.call("famba_plan", job)
     if refused.value:
-        raise InputError(f"matching: a source or target is outside 0..{size.shape[1] - 1}, or a source comes up twice")
+        end = size.shape[1] - 1
+        raise InputError(
+            f"matching: a source or target is outside 0..{end}, or a source comes up twice or as a target; "
+            "allowed: once, as a source"
+        )
     return made
 
 
@@ -134,8 +139,10 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad, other):
-    to_x, to_other = torch.ops.famba.fuse_backward(grad, other if ctx.two else None, *ctx.saved_tensors)
-    return None if grad is None else to_x, None if other is None or not ctx.two else to_other, None, None, None
+    grads = grad, other if ctx.two else None
+    backward = reference.fuse_backward if reference.is_differentiated() else torch.ops.famba.fuse_backward
+    found = backward(*grads, *ctx.saved_tensors)
+    return *(None if grad is None else x for grad, x in zip(grads, found, strict=True)), None, None, None
 
 
 _library.impl("plan", _plan, "CPU")

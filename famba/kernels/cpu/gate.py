@@ -4,10 +4,12 @@ Axes: b batch, e channels, t tokens. Strides, types and layout of the results ar
 """
 
 import ctypes
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from famba.kernels import reference
 from famba.kernels.cpu import runtime
 from famba.kernels.cpu.runtime import View, like
 
@@ -77,8 +79,16 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(output[1], gate)
 
 
-def _backward(ctx, grad, _):
-    to_sum, to_gate = torch.ops.famba.gate_backward(grad, *ctx.saved_tensors, ctx.scale)
+def _backward(ctx, grad, grad_sum):
+    total, gate = ctx.saved_tensors
+    to_sum, to_gate = reference.gradients(
+        lambda: torch.ops.famba.gate_backward(grad, total, gate, ctx.scale),
+        partial(reference.gate, scale=ctx.scale),
+        (total, gate),
+        grad,
+    )
+    if grad_sum is not None:  # where the gradient itself is differentiated, the sum is used once more
+        to_sum = grad_sum if to_sum is None else to_sum + grad_sum
     return to_sum, to_sum, to_gate, None, None
 
 

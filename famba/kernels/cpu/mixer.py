@@ -7,13 +7,15 @@ halves of the input's gradient are written where they belong, so that nothing is
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.utils.flop_counter import register_flop_formula
+from torch.nn import functional
+from torch.utils.flop_counter import baddbmm_flop, register_flop_formula
 
+from famba.kernels import reference
 from famba.kernels.cpu import conv, runtime, scan
 from famba.kernels.cpu.runtime import View, float32
 
@@ -31,7 +33,7 @@ class Direction(NamedTuple):
 
 
 def mix(xz: Tensor, forward: Direction, backward: Direction, scale: float) -> Tensor:
-    """`famba.kernels.ops.mix` by the native kernels."""
+    """What `BidirectionalMixer.mix` makes of the input projection's output."""
     tensors = (xz, *forward, *backward)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return _Mix.apply(scale, *tensors)  # pyright: ignore[reportReturnType]
@@ -47,22 +49,10 @@ class _Mix(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
-        xz, *parameters = ctx.saved_tensors[:15]
-        convs, x_projs, scans = _split(parameters)
-        u, rows, total, states = ctx.saved_tensors[15:]
-        to_xz = torch.empty_like(xz)
-        to_u, to_rows, *to_scans = torch.ops.famba.scans_backward(
-            grads[0], xz, u, rows, total, states, scans, ctx.scale, to_xz
-        )
-        x_proj, flat = torch.stack(x_projs).to(u.dtype), to_rows.flatten(1, 2)
-        to_x_proj = torch.bmm(flat.mT, u.flatten(1, 2)).to(x_projs[0].dtype)
-        to_u.flatten(1, 2).baddbmm_(flat, x_proj)
-        to_convs = torch.ops.famba.convs_backward(to_u, xz, convs, to_xz)
-        return None, to_xz, *(
-            g for i in (0, 1) for g in (*to_convs[2 * i : 2 * i + 2], to_x_proj[i], *to_scans[4 * i : 4 * i + 4])
-        )
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        inputs, kept = ctx.saved_tensors[:15], ctx.saved_tensors[15:]
+        kernel = partial(_backward, grad, *inputs, kept=kept, scale=ctx.scale)
+        return None, *reference.gradients(kernel, partial(_by_torch, scale=ctx.scale), inputs, grad)
 
 
 def _forward(xz: Tensor, *parameters: Tensor, scale: float, keep: bool) -> tuple[Tensor, ...]:
@@ -74,6 +64,31 @@ def _forward(xz: Tensor, *parameters: Tensor, scale: float, keep: bool) -> tuple
     return out, u, rows, total, states
 
 
+def _backward(grad: Tensor, xz: Tensor, *parameters: Tensor, kept: Sequence[Tensor], scale: float) -> list[Tensor]:
+    convs, x_projs, scans = _split(parameters)
+    u, *others = kept
+    to_xz = torch.empty_like(xz)
+    to_u, to_rows, *to_scans = torch.ops.famba.scans_backward(grad, xz, u, *others, scans, scale, to_xz)
+    x_proj, flat = torch.stack(x_projs).to(u.dtype), to_rows.flatten(1, 2)
+    to_x_proj = torch.bmm(flat.mT, u.flatten(1, 2)).to(x_projs[0].dtype)
+    to_u.flatten(1, 2).baddbmm_(flat, x_proj)
+    to_convs = torch.ops.famba.convs_backward(to_u, xz, convs, to_xz)
+    parts = zip((to_convs[:2], to_convs[2:]), to_x_proj, (to_scans[:4], to_scans[4:]), strict=True)
+    return [to_xz, *(g for conv, x_proj, scan in parts for g in (*conv, x_proj, *scan))]
+
+
+def _by_torch(xz: Tensor, *parameters: Tensor, scale: float) -> Tensor:
+    x, z = xz.mT.chunk(2, dim=1)
+    total = torch.zeros_like(x)
+    for reverse, given in enumerate((parameters[:7], parameters[7:])):
+        p = Direction(*given)
+        u = reference.conv(x, p.conv_weight, p.conv_bias, bool(reverse))
+        n, m = p.A.shape[1], p.dt_proj.shape[1]
+        dt, B, C = functional.linear(u.mT, p.x_proj.to(u.dtype)).mT.split([m, n, n], dim=1)
+        total = total + reference.projected_scan(u, dt, p.dt_proj, p.A, B, C, p.D, p.dt_bias, bool(reverse))
+    return reference.gate(total, z, scale).mT
+
+
 def _split(parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Those of both convolutions, of x_proj, and of both scans."""
     one, other = parameters[:7], parameters[7:]
@@ -83,8 +98,7 @@ def _split(parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], li
 _library = torch.library.Library("famba", "FRAGMENT")
 _library.define("convs(Tensor xz, Tensor[] parameters) -> Tensor")
 _library.define(
-    "convs_backward(Tensor grad, Tensor xz, Tensor[] parameters, Tensor(a!) to_xz) -> "
-    f"({', '.join(4 * ['Tensor'])})"
+    f"convs_backward(Tensor grad, Tensor xz, Tensor[] parameters, Tensor(a!) to_xz) -> ({', '.join(4 * ['Tensor'])})"
 )
 _library.define(
     "scans(Tensor xz, Tensor u, Tensor rows, Tensor[] parameters, float scale, bool keep) -> (Tensor, Tensor, Tensor)"
@@ -191,8 +205,11 @@ def _scans_backward(grad, xz, u, rows, total, states, parameters: list[Tensor], 
 
 @register_flop_formula(torch.ops.famba.convs)
 def _conv_flops(xz, parameters, **_) -> int:
-    """As torch counts its own: a multiplication and an addition for each tap of each output, in two directions; of shapes."""
+    """A multiplication and an addition for each tap of each output, as torch counts its own; of shapes."""
     return 2 * math.prod(xz) * parameters[0][-1]
+
+
+register_flop_formula(torch.ops.aten.baddbmm_)(baddbmm_flop)  # torch counts it only where it is not in place
 
 
 @register_flop_formula(torch.ops.famba.scans)

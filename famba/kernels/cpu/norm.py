@@ -8,6 +8,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from famba.kernels import reference
 from famba.kernels.cpu import runtime
 
 
@@ -84,15 +85,21 @@ def _norm_backward_fake(grad_out, grad_sum, x, scale, weight):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, residual, weight, _ = inputs
-    ctx.added = residual is not None
+    x, residual, weight, eps = inputs
+    ctx.added, ctx.eps = residual is not None, eps
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1] if ctx.added else x, output[2], weight)
 
 
 def _backward(ctx, grad_out, grad_sum, _):
     total, scale, weight = ctx.saved_tensors
-    to_x, to_weight = torch.ops.famba.norm_backward(grad_out, grad_sum if ctx.added else None, total, scale, weight)
+    grads = grad_out, grad_sum if ctx.added else None
+    to_x, to_weight = reference.gradients(
+        lambda: torch.ops.famba.norm_backward(*grads, total, scale, weight),
+        lambda total, weight: reference.norm(total, None, weight, ctx.eps),
+        (total, weight),
+        *grads,
+    )
     return to_x, to_x if ctx.added else None, to_weight, None
 
 

@@ -6,12 +6,13 @@ float32. Outputs and gradients lie as the tensors they belong to.
 """
 
 import ctypes
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from famba.kernels import reference
 from famba.kernels.cpu import build, runtime
 from famba.kernels.cpu.runtime import View, float32, like
 
@@ -103,18 +104,21 @@ class _ProjectedScan(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
-        u, step, weight, A, B, C, D, delta_bias, states = ctx.saved_tensors
-        delta = _project(step, weight)
-        to_u, to_delta, to_A, to_B, to_C, to_D, _, to_bias = torch.ops.famba.scan_backward(
-            grads[0], u, delta, A, B, C, D, None, delta_bias, states, True, ctx.reverse
-        )
-        to_delta = to_delta.mT
-        to_step = torch.matmul(to_delta, weight.to(to_delta.dtype)).mT
-        to_weight = torch.matmul(to_delta.flatten(0, 1).mT, step.mT.flatten(0, 1)).to(weight.dtype)
-        to_D, to_bias = (None if x is None else g for x, g in ((D, to_D), (delta_bias, to_bias)))
-        return to_u, to_step, to_weight, to_A, to_B, to_C, to_D, to_bias, None
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        *inputs, states = ctx.saved_tensors
+        u, step, weight, A, B, C, D, delta_bias = inputs
+
+        def kernel():
+            to_u, to_delta, to_A, to_B, to_C, to_D, _, to_bias = torch.ops.famba.scan_backward(
+                grad, u, _project(step, weight), A, B, C, D, None, delta_bias, states, True, ctx.reverse
+            )
+            to_delta = to_delta.mT
+            to_step = torch.matmul(to_delta, weight.to(to_delta.dtype)).mT
+            to_weight = torch.matmul(to_delta.flatten(0, 1).mT, step.mT.flatten(0, 1)).to(weight.dtype)
+            return to_u, to_step, to_weight, to_A, to_B, to_C, to_D, to_bias
+
+        function = partial(reference.projected_scan, reverse=ctx.reverse)
+        return *reference.gradients(kernel, function, inputs, grad), None
 
 
 def _project(step: Tensor, weight: Tensor) -> Tensor:
@@ -208,8 +212,13 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad, _):
     *tensors, states = ctx.saved_tensors
-    found = torch.ops.famba.scan_backward(grad, *tensors, states, ctx.softplus, ctx.reverse)
-    return *(None if x is None else g for x, g in zip(tensors, found, strict=True)), None, None, None
+    found = reference.gradients(
+        lambda: torch.ops.famba.scan_backward(grad, *tensors, states, ctx.softplus, ctx.reverse),
+        partial(reference.selective_scan_ref, delta_softplus=ctx.softplus, reverse=ctx.reverse),
+        tensors,
+        grad,
+    )
+    return *found, None, None, None
 
 
 _library.impl("scan", _scan, "CPU")

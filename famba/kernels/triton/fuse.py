@@ -9,6 +9,7 @@ those outside a sequence are passed over.
 import torch
 from torch import Tensor
 
+from famba.kernels import reference
 from famba.kernels.triton import runtime
 from famba.kernels.triton.runtime import jit, launch, tl
 
@@ -254,8 +255,10 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad, other):
-    to_x, to_other = torch.ops.famba.gpu_fuse_backward(grad, other if ctx.two else None, *ctx.saved_tensors)
-    return None if grad is None else to_x, None if other is None or not ctx.two else to_other, None, None, None, None
+    grads = grad, other if ctx.two else None
+    backward = reference.fuse_backward if reference.is_differentiated() else torch.ops.famba.gpu_fuse_backward
+    found = backward(*grads, *ctx.saved_tensors)
+    return *(None if grad is None else x for grad, x in zip(grads, found, strict=True)), None, None, None, None
 
 
 for _device in ("CPU", "CUDA"):

@@ -6,6 +6,7 @@ Axes: b batch, t tokens, d d_model.
 import torch
 from torch import Tensor
 
+from famba.kernels import reference
 from famba.kernels.triton import runtime
 from famba.kernels.triton.runtime import jit, launch, tl
 
@@ -121,17 +122,22 @@ def _norm_backward(grad_out, grad_sum, total, scale, weight):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, residual, weight, _ = inputs
+    x, residual, weight, ctx.eps = inputs
     ctx.added, ctx.dtype = residual is not None, x.dtype
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], output[2], weight)
 
 
 def _backward(ctx, grad_out, grad_sum, _):
-    if grad_out is None and grad_sum is None:
-        return None, None, None, None
-    to_x, to_weight = torch.ops.famba.gpu_norm_backward(grad_out, grad_sum, *ctx.saved_tensors)
-    return to_x.to(ctx.dtype), to_x if ctx.added else None, to_weight, None
+    total, scale, weight = ctx.saved_tensors
+    to_x, to_weight = reference.gradients(
+        lambda: torch.ops.famba.gpu_norm_backward(grad_out, grad_sum, total, scale, weight),
+        lambda total, weight: reference.norm(total, None, weight, ctx.eps),
+        (total, weight),
+        grad_out,
+        grad_sum,
+    )
+    return None if to_x is None else to_x.to(ctx.dtype), to_x if ctx.added else None, to_weight, None
 
 
 for _device in ("CPU", "CUDA"):

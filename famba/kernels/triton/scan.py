@@ -39,9 +39,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from famba.kernels import reference
 from famba.kernels.triton import runtime
 from famba.kernels.triton.runtime import jit, launch, tl
 
@@ -435,25 +435,45 @@ class _ProjectedScan(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         *tensors, y, states = ctx.saved_tensors
-        sides, gate = (tensors[:8], tensors[8:16]), tensors[16]
-        found = torch.ops.famba.gpu_scan_backward(
-            grads[0], *_with_delta(sides[0]), *_with_delta(sides[1]), gate, y, states, True, ctx.reverse, ctx.scale
-        )
-        gradients = []
-        for side, (to_u, to_delta, *others) in zip(sides, (found[:7], found[7:14]), strict=True):
-            _, step, weight, *_ = side
-            if step is None:
-                gradients += 8 * [None]
-                continue
-            to_delta = to_delta.mT
-            to_step = torch.matmul(to_delta, weight.to(to_delta.dtype)).mT
-            to_weight = torch.matmul(to_delta.flatten(0, 1).mT, step.mT.flatten(0, 1)).to(weight.dtype)
-            gradients += [to_u, to_step, to_weight, *others]
-        gradients.append(found[14])
-        return *(None if x is None else g for x, g in zip(tensors, gradients, strict=True)), None, None
+
+        def scanned(tensors):
+            return *_with_delta(tensors[:8]), *_with_delta(tensors[8:16]), tensors[16]
+
+        def kernel():
+            found = torch.ops.famba.gpu_scan_backward(grad, *scanned(tensors), y, states, True, ctx.reverse, ctx.scale)
+            gradients = []
+            for side, (to_u, to_delta, *others) in zip(
+                (tensors[:8], tensors[8:16]), (found[:7], found[7:14]), strict=True
+            ):
+                _, step, weight, *_ = side
+                if step is None:
+                    gradients += 8 * [None]
+                    continue
+                to_delta = to_delta.mT
+                to_step = torch.matmul(to_delta, weight.to(to_delta.dtype)).mT
+                to_weight = torch.matmul(to_delta.flatten(0, 1).mT, step.mT.flatten(0, 1)).to(weight.dtype)
+                gradients += [to_u, to_step, to_weight, *others]
+            return [*gradients, found[14]]
+
+        def function(*tensors):
+            return _by_torch(*scanned(tensors), True, ctx.reverse, ctx.scale)
+
+        return *reference.gradients(kernel, function, tensors, grad), None, None
+
+
+def _by_torch(*inputs):
+    *sides, z, softplus, reverse, scale = inputs
+
+    def scan(side, reverse: bool) -> Tensor:
+        u, delta, A, B, C, D, bias = side
+        return reference.selective_scan_ref(u, delta, A, B, C, D, None, bias, softplus, reverse)
+
+    y = scan(sides[:7], reverse)
+    if sides[7] is not None:
+        y = y + scan(sides[7:], not reverse)
+    return y if z is None else reference.gate(y, z, scale)
 
 
 _SIDES = ", ".join(
@@ -593,8 +613,19 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad, *_):
     *tensors, y, states = ctx.saved_tensors
-    found = torch.ops.famba.gpu_scan_backward(grad, *tensors, y, states, ctx.softplus, ctx.reverse, ctx.scale)
-    return *(None if x is None else g for x, g in zip(tensors, found, strict=True)), None, None, None, None
+    options = ctx.softplus, ctx.reverse, ctx.scale
+    return (
+        *reference.gradients(
+            lambda: torch.ops.famba.gpu_scan_backward(grad, *tensors, y, states, *options),
+            lambda *tensors: _by_torch(*tensors, *options),
+            tensors,
+            grad,
+        ),
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 for _device in ("CPU", "CUDA"):

@@ -1,0 +1,142 @@
+"""Every function of these kernels by torch's own operations: what kernels are tested against, and what is
+differentiated where a kernel cannot be.
+
+A kernel has its first derivatives, for backward. A gradient that is itself to be differentiated (create_graph), and
+everything inside torch.func's transforms or forward-mode differentiation, is computed by these functions instead.
+
+Axes: b batch, e channels (d_inner), t tokens in scan order, n states per channel, k taps, d d_model.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def is_transformed() -> bool:
+    """Whether torch.func's transforms (grad, jvp, vmap, ..) or forward-mode differentiation are active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_differentiated() -> bool:
+    """Whether the gradient that is being computed in a backward may be differentiated itself."""
+    return torch.is_grad_enabled() or is_transformed()
+
+
+def gradients(
+    kernel: Callable[[], Sequence[Tensor]],
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    *grads: Tensor | None,
+) -> list[Tensor | None]:
+    """What the backward of an operator returns for these inputs, None for those that are absent.
+
+    Args:
+        kernel: gives a tensor for each input; it runs unless its result is to be differentiated.
+        function: the operator by torch's operations.
+        grads: of the function's outputs.
+    """
+    if all(grad is None for grad in grads):
+        return [None] * len(inputs)
+    if not is_differentiated():
+        return [None if x is None else grad for x, grad in zip(inputs, kernel(), strict=True)]
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inputs = [None if x is None else x.view_as(x) for x in inputs]  # one tensor may be two of the inputs
+        outputs = function(*inputs)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    used, given = zip(*((out, x) for out, x in zip(outputs, grads, strict=True) if x is not None), strict=True)
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    found = iter(torch.autograd.grad(used, wanted, given, create_graph=create_graph, allow_unused=True))
+    return [next(found) if x is not None and x.requires_grad else None for x in inputs]
+
+
+def selective_scan_ref(
+    u: Float[Tensor, "b e t"],
+    delta: Float[Tensor, "b e t"],
+    A: Float[Tensor, "e n"],
+    B: Float[Tensor, "b n t"],
+    C: Float[Tensor, "b n t"],
+    D: Float[Tensor, "e"] | None = None,
+    z: Float[Tensor, "b e t"] | None = None,
+    delta_bias: Float[Tensor, "e"] | None = None,
+    delta_softplus: bool = False,
+    reverse: bool = False,
+) -> Float[Tensor, "b e t"]:
+    """The definition, token by token: slow, and keeps every state; all backends are tested against it."""
+    dtype = state_dtype(u, delta, A, B, C, D, z, delta_bias)
+    x, dt, A, B, C = (tensor.to(dtype) for tensor in (u, delta, A, B, C))
+    if delta_bias is not None:
+        dt = dt + delta_bias.to(dtype)[:, None]
+    if delta_softplus:
+        dt = F.softplus(dt)
+    decay = torch.exp(torch.einsum("bet,en->bent", dt, A))
+    entry = torch.einsum("bet,bnt,bet->bent", dt, B, x)
+    h = torch.zeros_like(entry[..., 0])
+    y = [h] * u.shape[2]
+    for i in token_order(u.shape[2], reverse):
+        h = decay[..., i] * h + entry[..., i]
+        y[i] = torch.einsum("ben,bn->be", h, C[..., i])
+    out = torch.stack(y, dim=-1)
+    if D is not None:
+        out = out + D.to(dtype)[:, None] * x
+    if z is not None:
+        out = out * F.silu(z.to(dtype))
+    return out.to(u.dtype)
+
+
+def projected_scan(u, dt, weight, A, B, C, D, dt_bias, reverse: bool) -> Float[Tensor, "b e t"]:
+    """`famba.kernels.ops.projected_scan`."""
+    delta = F.linear(dt.mT, weight.to(dt.dtype)).mT
+    return selective_scan_ref(u, delta, A, B, C, D, None, dt_bias, True, reverse)
+
+
+def conv(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Float[Tensor, "b e t"]:
+    """`famba.kernels.ops.causal_conv1d_silu`."""
+    e, k = weight.shape
+    padded = F.pad(x, (0, k - 1) if reverse else (k - 1, 0))
+    taps = (weight.flip(1) if reverse else weight).to(x.dtype)
+    return F.silu(F.conv1d(padded, taps[:, None], None if bias is None else bias.to(x.dtype), groups=e))
+
+
+def gate(total: Tensor, gate: Tensor, scale: float) -> Float[Tensor, "b e t"]:
+    """`famba.kernels.ops.gated_sum` of a sum."""
+    return total * F.silu(gate) * scale
+
+
+def norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`famba.kernels.ops.add_rms_norm`."""
+    x = x if x.dtype == torch.float64 else x.float()
+    total = x if residual is None else x + residual
+    return F.rms_norm(total, weight.shape, weight, eps), total
+
+
+def fuse(x: Float[Tensor, "b t d"], destination: Int[Tensor, "b t"], weight: Float[Tensor, "b t"], s: int) -> Tensor:
+    """Weighted sums of the tokens that share a destination: `famba.fusion.merge.apply`, (b, s, d)."""
+    b, _, d = x.shape
+    rows = (s * torch.arange(b, device=x.device)[:, None] + destination).flatten()
+    weighted = x * weight.detach().to(x.dtype)[..., None]
+    return x.new_zeros(b * s, d).index_add(0, rows, weighted.flatten(0, 1)).view(b, s, d)
+
+
+def fuse_backward(
+    grad: Tensor | None, other: Tensor | None, destination: Tensor, weight: Tensor
+) -> list[Tensor | None]:
+    """Gradients of the tokens of two `fuse`s: a row of the result's for each token."""
+
+    def rows(grad: Float[Tensor, "b s d"]) -> Float[Tensor, "b t d"]:
+        return grad.gather(1, destination[..., None].expand(-1, -1, grad.shape[2])) * weight.to(grad.dtype)[..., None]
+
+    return [None if x is None else rows(x) for x in (grad, other)]
+
+
+def token_order(t: int, reverse: bool) -> range:
+    return range(t - 1, -1, -1) if reverse else range(t)
+
+
+def state_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float32, or float64 where an input is float64."""
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
