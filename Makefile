@@ -32,6 +32,9 @@ IN_VENV := . $(VENV)/bin/activate &&
 JOBS ?= 2
 at_once = dvc stage list --name-only | grep -E '$(1)' | xargs -r -P $(JOBS) -n 4 dvc --wait-for-lock repro -s
 
+# A file is one process's, for what its tests share; slow files come first (tests/conftest.py).
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
+
 .PHONY: help env repro ablation adaptive photographs readme test test-fast lint lab bench bench-gpu gpu-check
 .PHONY: gpu-check-wheels doctor sanitize clean
 .DEFAULT_GOAL := help
@@ -62,11 +65,10 @@ readme: env  ## write the tables of README.md and docs/results.md from results/
 	$(IN_VENV) python -m famba readme
 
 test: env  ## every test: style, types, units, notebooks, the pipeline
-	$(IN_VENV) pytest --nbval notebooks/method.ipynb
-	$(IN_VENV) pytest -n 2 --dist loadfile --nbval-lax tests notebooks
+	$(IN_VENV) pytest $(TWO) --nbval-lax tests notebooks
 
 test-fast: env  ## the tests that take seconds
-	$(IN_VENV) pytest -n 2 --dist loadfile -m "not slow" tests
+	$(IN_VENV) pytest $(TWO) -m "not slow" tests
 
 lint: env  ## style and types
 	$(IN_VENV) ruff check . && ruff format --check . && pyright

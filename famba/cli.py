@@ -25,14 +25,14 @@ def main(arguments: Sequence[str] | None = None, *, hold: bool = False) -> int:
     """Run one command; the exit status.
 
     Args:
-        hold: answer SIGTERM, and end with what this process works for (`supervision.hold`).
+        hold: answer SIGTERM, and exit when a supervising process dies (`supervision.start`).
     """
     options = _parser().parse_args(arguments)
     # Spinning OpenMP threads make a step several times slower when something else runs on the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         if hold:
-            supervision.hold()
+            supervision.start()
         return options.run(options)
     except FambaError as error:
         print(f"famba: {error}", file=sys.stderr)
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None, *, hold: bool = False) -> int:
         _say("interrupted")
         return 130
     except supervision.Terminated as end:
-        _say(end.why)
+        _say(end.reason)
         return 143
 
 
@@ -86,7 +86,7 @@ def run_notebook(notebook: Path, output: Path, given: dict[str, str]) -> None:
                     os.killpg(getattr(kernel.provisioner, "pid"), signal.SIGKILL)  # noqa: B009 (only a local one has it)
 
     try:
-        with supervision.at_stop(kill):
+        with supervision.before_exit(kill):
             papermill.execute_notebook(
                 str(notebook),
                 str(output),
@@ -207,10 +207,10 @@ def _params(options: argparse.Namespace) -> int:
 
 def _resolve(options: argparse.Namespace) -> int:
     from famba import config
+    from famba.experiments import sweep
 
-    for strategy in config.load_sweep().strategies:
-        p = config.load(options.profile, strategy=strategy)
-        write_atomic(options.out / "params" / f"{strategy}.json", json_bytes(p.as_dict()))
+    for p in sweep.resolve(options.profile):
+        write_atomic(options.out / "params" / f"{p.strategy}.json", json_bytes(p.as_dict()))
     for notebook in sorted((config.root() / "notebooks").glob("*.ipynb")):
         write_atomic(options.out / "code" / f"{notebook.stem}.json", json_bytes(provenance.of_notebook(notebook)))
     return 0

@@ -2,255 +2,244 @@
 
 One section of the file is one dataclass here. A profile names only what it changes. Nothing in this module
 imports torch, so the pipeline and the notebooks can read parameters in milliseconds.
+
+Upper bounds are far above any experiment's values. They refuse a slip of the pen in one line, before it exhausts the
+machine's memory, starts a thousand processes or overflows a float.
 """
 
 import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml.nodes import Node, ScalarNode
 
 from famba.errors import InputError
 from famba.fusion import strategies
 from famba.fusion.options import Factor, FusionOptions
-from famba.fusion.strategies import ADAPTIVE, STRATEGIES, Strategy
+from famba.fusion.strategies import ADAPTIVE, STRATEGIES
 
 # Per channel, of ImageNet's training images.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-PositiveInt = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Share = Annotated[float, Field(gt=0, le=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy's generators take
-
-_Rule = TypeVar("_Rule", "FusionRule", "AdaptiveRule")
-_strict = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+T = TypeVar("T")
 
 
-@dataclass(frozen=True, config=_strict)
+def _unique(values: tuple[T, ...]) -> tuple[T, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("each may be named only once")
+    return values
+
+
+Int = Annotated[int, Strict()]
+Float = Annotated[float, Strict()]
+Bool = Annotated[bool, Strict()]
+Text = Annotated[str, Field(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f]*$")]
+Positive = Annotated[Int, Field(ge=1, le=1_000_000)]
+NotNegative = Annotated[Int, Field(ge=0, le=1_000_000)]
+Pixels = Annotated[Int, Field(ge=1, le=4096)]
+Jobs = Annotated[Int, Field(ge=1, le=256)]
+Layer = Annotated[Int, Field(ge=1, le=1000)]
+Fraction = Annotated[Float, Field(ge=0, lt=1)]
+Probability = Annotated[Float, Field(ge=0, le=1)]
+Share = Annotated[Float, Field(gt=0, le=1)]
+Beta = Annotated[Float, Field(ge=0, le=100)]  # beyond 100 every mixture is half and half
+Seed = Annotated[Int, Field(ge=0, lt=2**32)]  # what NumPy's generators take
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1, max_length=1000), AfterValidator(_unique)]
+Strategy = Annotated[str, Field(pattern="^[a-z][a-z0-9_]{0,39}$")]  # part of the names of folders
+Strategies = Annotated[tuple[Strategy, ...], Field(max_length=100), AfterValidator(_unique)]
+
+_CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True, config=_CONFIG)
 class DataParams:
-    """Which images, and how they are split and varied.
+    """Which images, and how they are split and varied."""
 
-    Attributes:
-        dataset: a name that `data.load` knows, or `hub:<owner>/<name>`, an image-classification set of the Hugging Face
-            hub.
-        root: folder of the data set, relative to the repository root. `folder` and `parquet` need it; for a set of the
-            hub it is a local copy that is read instead.
-        img_size: height and width that the images are brought to, pixels.
-        val_fraction: share of the training images held out to choose by.
-        split_seed: seed of the held-out choice; the same for every run, so that runs compare.
-        limit: use only this many training images (after the split); null is all.
-        eval_crop: share of an image's side that validation and test see, at its centre.
-        normalise: channels are brought to mean 0 and deviation 1 by the numbers of the training images, or of ImageNet.
-        augment: `tensor` varies whole batches on the training device; `timm` varies image by image on the CPU, as the
-            reference's recipe does, and mixes as it does.
-        shift: training images are moved by up to this many pixels each way, zeros move in; `tensor` only.
-        flip: training images are mirrored left-right half of the time.
-        erase: share of the training images in which a rectangle is replaced by noise.
-        mixup, cutmix: parameter of the Beta distribution that mixes two training images and their labels, as a whole
-            or by a rectangle; 0 never does. With both above 0, each is taken half of the time.
-        rand_augment: a policy in timm's words, such as rand-m9-mstd0.5-inc1; `timm` only.
-        color_jitter: of brightness, contrast and saturation, `timm` only, and of no effect there beside a policy.
-        workers: processes that decode and vary images which stream; has no effect on what they give.
-        memory_mib: a data set that takes more than this as uint8 streams; a smaller one lies on the training device.
-    """
-
-    dataset: str
-    root: str | None
-    img_size: PositiveInt
-    val_fraction: Annotated[float, Field(gt=0, lt=1)]
-    split_seed: Seed
-    limit: PositiveInt | None
-    eval_crop: Share
-    normalise: Literal["train", "imagenet"]
+    dataset: Text  # a name that `data.load` knows, or `hub:<owner>/<name>`, a set of the Hugging Face hub
+    root: Text | None  # its folder, from the repository root: of `folder` and `parquet`, or a local copy of the hub's
+    img_size: Pixels  # height and width that the images are brought to
+    val_fraction: Annotated[Float, Field(gt=0, lt=1)]  # share of the training images held out to choose by
+    split_seed: Seed  # of the held-out choice; the same for every run, so that runs compare
+    limit: Annotated[Int, Field(ge=1, le=10**9)] | None  # use only so many training images (after the split)
+    eval_crop: Share  # share of an image's side that validation and test see, at its centre
+    normalise: Literal["train", "imagenet"]  # to mean 0 and deviation 1, by the training images' numbers or ImageNet's
+    # `tensor` varies whole batches on the training device; `timm` image by image on the CPU, as the reference does.
     augment: Literal["tensor", "timm"]
-    shift: Annotated[int, Field(ge=0)]
-    flip: bool
-    erase: Probability
-    mixup: Annotated[float, Field(ge=0)]
-    cutmix: Annotated[float, Field(ge=0)]
-    rand_augment: Annotated[str, Field(min_length=1)] | None
-    color_jitter: Annotated[float, Field(ge=0)]
-    workers: Annotated[int, Field(ge=0)]
-    memory_mib: PositiveInt
+    shift: Annotated[Int, Field(ge=0, le=4096)]  # moved by up to so many pixels, zeros move in; `tensor` only
+    flip: Bool  # mirrored left-right half of the time
+    erase: Probability  # share of the training images in which a rectangle is replaced by noise
+    # Parameter of the Beta distribution that mixes two images and their labels, as a whole (mixup) or by a rectangle
+    # (cutmix); 0 never does. With both above 0, each is taken half of the time.
+    mixup: Beta
+    cutmix: Beta
+    rand_augment: Text | None  # a policy in timm's words, such as rand-m9-mstd0.5-inc1; `timm` only
+    color_jitter: Annotated[Float, Field(ge=0, le=10)]  # `timm` only, and of no effect there beside a policy
+    workers: Annotated[Int, Field(ge=0, le=256)]  # processes that load images which stream; no effect on what they give
+    memory_mib: Annotated[Int, Field(ge=1, le=2**24)]  # a larger data set (as uint8) streams, another is kept in memory
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataParams":
+        if self.dataset == "digits" and self.root is not None:
+            raise ValueError("root: must be null with data.dataset: digits, which scikit-learn brings along")
+        for key, off in (("rand_augment", None), ("color_jitter", 0)):
+            if self.augment != "timm" and getattr(self, key) != off:
+                raise ValueError(f"{key}: only data.augment: timm does that")
+        if self.augment == "timm" and self.shift:
+            raise ValueError("shift: must be 0 with data.augment: timm, which crops by itself")
+        return self
 
 
-@dataclass(frozen=True, config=_strict)
+@dataclass(frozen=True, config=_CONFIG)
 class ModelParams:
-    """The Vision Mamba; null takes the value of the named model.
+    """The Vision Mamba; null takes the value of the named model."""
 
-    Attributes:
-        name: a name that `model.create_model` knows.
-        patch_size, stride: pixels; a stride below the patch size overlaps the patches.
-        depth: layers.
-        d_model: width of a token.
-        d_state: states per channel of the scan.
-        cls_position: where the class token stands in the sequence.
-        pool: what the head sees: the class token or the mean of all tokens.
-        average_directions: average the two scan directions, as released; false sums them.
-    """
-
-    name: str
-    patch_size: PositiveInt | None
-    stride: PositiveInt | None
-    depth: PositiveInt | None
-    d_model: PositiveInt | None
-    d_state: PositiveInt | None
-    cls_position: Literal["middle", "head", "none"]
-    pool: Literal["cls", "mean"]
-    average_directions: bool
+    name: Text  # that `create_model` knows
+    patch_size: Pixels | None
+    stride: Pixels | None  # below the patch size the patches overlap
+    depth: Layer | None
+    d_model: Annotated[Int, Field(ge=1, le=8192)] | None
+    d_state: Annotated[Int, Field(ge=1, le=256)] | None
+    cls_position: Literal["middle", "head", "none"]  # of the class token
+    pool: Literal["cls", "mean"]  # what the head sees: the class token or the mean of all tokens
+    average_directions: Bool  # of the scan, as released; false sums them
 
 
-@dataclass(frozen=True, config=_strict)
+@dataclass(frozen=True, config=_CONFIG)
 class FusionRule:
-    """How many tokens one strategy removes: by each of its layers, or in all; layers count from 1.
+    """How many tokens one strategy removes: exactly one of r, total and schedule. Layers count from 1."""
 
-    Attributes:
-        r: tokens removed by each fusing layer.
-        total: tokens removed by all layers together; the r that comes nearest is taken.
-        schedule: tokens removed by each layer, outright. Exactly one of r, total and schedule.
-        first_layer, last_layer: the layers among which the strategy fuses; null is the strategy's own choice.
-    """
+    r: NotNegative | None = None  # by each fusing layer
+    total: NotNegative | None = None  # by all layers together; the r that comes nearest is taken
+    schedule: Annotated[tuple[NotNegative, ...], Field(max_length=1000)] | None = None  # by each layer, outright
+    first_layer: Layer | None = None  # among which the strategy fuses; null is the strategy's own choice
+    last_layer: Layer | None = None
 
-    r: Annotated[int, Field(ge=0)] | None = None
-    total: Annotated[int, Field(ge=0)] | None = None
-    schedule: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] | None = None
-    first_layer: PositiveInt | None = None
-    last_layer: PositiveInt | None = None
+    @model_validator(mode="after")
+    def _check(self) -> "FusionRule":
+        return _check_one_given(self, "r", "total", "schedule")
 
 
-@dataclass(frozen=True, config=_strict)
+@dataclass(frozen=True, config=_CONFIG)
 class AdaptiveRule:
-    """The budget of the schedule that calibration makes; exactly one of the three.
+    """The budget of the schedule that calibration makes: exactly one of the three."""
 
-    Attributes:
-        total: tokens removed by all layers together.
-        memory: peak memory of a training step, at most this share of the unfused model's; by formula.
-        flops: FLOPs of a forward pass, scans included, at most this share of the unfused model's; they stand for time.
-    """
+    total: NotNegative | None = None  # tokens removed by all layers together
+    memory: Share | None = None  # of the unfused model's peak memory in a training step, by formula
+    flops: Share | None = None  # of the unfused model's forward pass, scans included; they stand for time
 
-    total: Annotated[int, Field(ge=0)] | None = None
-    memory: Share | None = None
-    flops: Share | None = None
+    @model_validator(mode="after")
+    def _check(self) -> "AdaptiveRule":
+        return _check_one_given(self, "total", "memory", "flops")
 
 
-@dataclass(frozen=True, config=_strict)
+def _check_one_given(rule: T, *keys: str) -> T:
+    if sum(getattr(rule, key) is not None for key in keys) != 1:
+        raise ValueError(f"exactly one of {', '.join(keys)} is allowed")
+    return rule
+
+
+@dataclass(frozen=True, config=_CONFIG)
 class TrainParams:
-    """The optimisation.
+    """The optimisation."""
 
-    Attributes:
-        init_from: file of the weights to start from, relative to the repository root, `{seed}` standing for the run's
-            seed: the model.safetensors of a run, or a released Vim checkpoint. Null draws new ones.
-        epochs: passes over the training images; 0 evaluates the weights of `init_from` as they are.
-        batch_size: images per step, of all processes together.
-        device_batch: images that a process takes at once; it sums the gradients of as many such parts as its share of a
-            step needs. Null takes the share at once.
-        processes: that train together, each on its device, if nothing else (torchrun) has started them.
-        lr: peak learning rate, after warm-up.
-        lr_batch: the batch size that lr is meant for; the rate is scaled by batch_size / lr_batch. Null leaves it.
-        min_lr: learning rate at the end of the cosine.
-        warmup_epochs: epochs of linear rise from 0.
-        weight_decay: AdamW's, on matrices only.
-        betas: AdamW's.
-        label_smoothing: share of the target spread over all classes.
-        clip_grad_norm: gradients are scaled down to this norm; null leaves them.
-        ema_decay: decay of the moving average of the weights per step; null keeps none.
-        choose: whose weights are tested: those of the epoch that did `best` in validation, or those of the `last`.
-            Between the weights and their moving average, validation decides in either.
-        precision: fp32, or bf16 for the matrix products (SSM parameters and states stay fp32).
-        device: auto takes CUDA where it is, else the CPU.
-        backend: of the selective scan; auto takes the fastest that runs.
-        cuda_graph: replay forward and backward of a step as one CUDA graph, which is faster where a model is so small
-            that Python's calls take longer than its work.
-        threads: CPU threads; part of what makes a run repeatable bit for bit. Null takes torch's choice.
-        tensorboard: write TensorBoard events while the run goes on, under build/tensorboard.
-    """
-
-    init_from: Annotated[str, Field(min_length=1)] | None
-    epochs: Annotated[int, Field(ge=0)]
-    batch_size: PositiveInt
-    device_batch: PositiveInt | None
-    processes: PositiveInt
-    lr: Annotated[float, Field(gt=0)]
-    lr_batch: PositiveInt | None
-    min_lr: Annotated[float, Field(ge=0)]
-    warmup_epochs: Annotated[int, Field(ge=0)]
-    weight_decay: Annotated[float, Field(ge=0)]
-    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)]
-    label_smoothing: Fraction
-    clip_grad_norm: Annotated[float, Field(gt=0)] | None
-    ema_decay: Fraction | None
+    # File of the weights to start from, from the repository root, `{seed}` standing for the run's seed: the
+    # model.safetensors of a run, or a released Vim checkpoint. Null draws new ones.
+    init_from: Text | None
+    epochs: NotNegative  # passes over the training images; 0 evaluates the weights of init_from as they are
+    batch_size: Positive  # images per step, of all processes together
+    # Images that a process takes at once; it sums the gradients of as many such parts as its share of a step needs.
+    device_batch: Positive | None
+    processes: Jobs  # that train together, each on its device, unless torchrun has started them
+    lr: Annotated[Float, Field(gt=0, le=1000)]  # peak, after warm-up
+    lr_batch: Positive | None  # the batch size that lr is meant for; it is scaled by batch_size / lr_batch
+    min_lr: Annotated[Float, Field(ge=0, le=1000)]  # at the end of the cosine
+    warmup_epochs: NotNegative  # of linear rise from 0
+    weight_decay: Annotated[Float, Field(ge=0, le=1000)]  # AdamW's, on matrices only
+    betas: tuple[Fraction, Fraction]  # AdamW's
+    label_smoothing: Fraction  # share of the target spread over all classes
+    clip_grad_norm: Annotated[Float, Field(gt=0)] | None  # gradients are scaled down to this norm
+    ema_decay: Fraction | None  # of the moving average of the weights, per step; null keeps none
+    # Whose weights are tested: those of the epoch that did best in validation, or of the last. Between the weights and
+    # their moving average, validation decides in either.
     choose: Literal["best", "last"]
-    precision: Literal["fp32", "bf16"]
-    device: str
-    backend: str
-    cuda_graph: bool
-    threads: PositiveInt | None
-    tensorboard: bool
+    precision: Literal["fp32", "bf16"]  # bf16 for the matrix products; SSM parameters and states stay fp32
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,2})?)$")]  # auto: CUDA where it is, else the CPU
+    backend: Text  # of the selective scan; auto takes the fastest that runs
+    cuda_graph: Bool  # replay a step's forward and backward pass as one CUDA graph: faster for small models
+    threads: Annotated[Int, Field(ge=1, le=1024)] | None  # of the CPU; part of what makes a run repeatable bit for bit
+    tensorboard: Bool  # write TensorBoard events under build/tensorboard
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainParams":
+        if self.epochs == 0 and self.init_from is None:
+            raise ValueError("epochs: trains nothing; give train.init_from, the weights to evaluate")
+        if self.warmup_epochs > self.epochs > 0:
+            raise ValueError(f"warmup_epochs: must be at most train.epochs, {self.epochs}")
+        peak = self.lr * self.batch_size / (self.lr_batch or self.batch_size)
+        if self.min_lr > peak:
+            raise ValueError(f"min_lr: must be at most train.lr, which train.lr_batch may scale, {peak}")
+        if self.batch_size % (share := self.processes * (self.device_batch or 1)):
+            raise ValueError(f"batch_size: must be a multiple of train.processes times train.device_batch, {share}")
+        return self
 
 
-@dataclass(frozen=True, config=_strict)
+@dataclass(frozen=True, config=_CONFIG)
 class SweepParams:
-    """The runs of the pipeline: every strategy with every seed, each named once."""
+    """The runs of the pipeline: every strategy with every seed."""
 
-    strategies: Annotated[tuple[Strategy, ...], Field(min_length=1, strict=False)]
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1, strict=False)]
+    strategies: Annotated[Strategies, Field(min_length=1)]
+    seeds: Seeds
 
 
-@dataclass(frozen=True, config=_strict)
+@dataclass(frozen=True, config=_CONFIG)
 class AblationParams:
-    """Which options of fusion are varied, and for whom; what is not varied stays as the profile has it.
+    """Which options of fusion are varied, and for whom; what is not varied stays as the profile has it."""
 
-    Attributes:
-        strategy: trained with every combination of the factors' values.
-        strategies: trained with one factor changed at a time.
-        factors: fields of `FusionOptions`.
-        seeds: of each of those runs.
-        epochs: instead of the profile's, to end sooner; null keeps them.
-        jobs: runs trained at the same time, each on one thread.
-    """
+    strategy: Strategy  # trained with every combination of the factors' values
+    strategies: Strategies  # trained with one factor changed at a time
+    factors: Annotated[tuple[Factor, ...], Field(min_length=1), AfterValidator(_unique)]  # fields of `FusionOptions`
+    seeds: Seeds
+    epochs: Positive | None  # instead of the profile's, to end sooner; null keeps them
+    jobs: Jobs  # runs trained at the same time, each on one thread
 
-    strategy: Strategy
-    strategies: Annotated[tuple[Strategy, ...], Field(strict=False)]
-    factors: Annotated[tuple[Factor, ...], Field(min_length=1, strict=False)]
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1, strict=False)]
-    epochs: PositiveInt | None
-    jobs: PositiveInt
+    @model_validator(mode="after")
+    def _check(self) -> "AblationParams":
+        for key, chosen in {"strategy": [self.strategy], "strategies": self.strategies}.items():
+            if "none" in chosen:
+                raise ValueError(f"{key}: 'none' fuses nothing, so that no option of fusion matters to it")
+        if self.strategy in self.strategies:
+            raise ValueError(f"strategies: {self.strategy!r} is ablation.strategy already")
+        return self
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class PhotographsParams:
+    """The sweep's strategies once more, on other images."""
+
+    profile: str
+    seeds: Seeds
+    jobs: Jobs
 
 
 # How a run is carried out; it makes the same of it, to rounding.
 EXECUTION: dict[str, tuple[str, ...]] = {"data": ("workers", "memory_mib"), "train": ("processes", "tensorboard")}
 
 
-@dataclass(frozen=True, config=_strict)
-class PhotographsParams:
-    """The sweep's strategies once more, on other images.
-
-    Attributes:
-        profile: that the runs have.
-        seeds: of each strategy.
-        jobs: runs trained at the same time.
-    """
-
-    profile: str
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1, strict=False)]
-    jobs: PositiveInt
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_CONFIG)
 class Params:
     """Everything that determines one run but its seed."""
 
     profile: str
-    strategy: str
+    strategy: Strategy
     data: DataParams
     model: ModelParams
     fusion: FusionRule
@@ -258,23 +247,23 @@ class Params:
     train: TrainParams
 
     def schedule(self, depth: int) -> list[int]:
-        """Tokens removed by each layer of a model of that depth; errors as in `famba.schedule`."""
-        rule = self.fusion
-        if rule.schedule is None:
-            return strategies.schedule(
-                self.strategy,
-                depth=depth,
-                r=rule.r,
-                total=rule.total,
-                first_layer=rule.first_layer,
-                last_layer=rule.last_layer,
-            )
-        if len(rule.schedule) != depth:
+        """Tokens removed by each layer of a model of that depth; errors as in `famba.schedule`.
+
+        A strategy whose name is none of the paper's fuses in every layer from first_layer to last_layer.
+        """
+        rule = dataclasses.asdict(self.fusion)
+        given = rule.pop("schedule")
+        if given is None:
+            name = self.strategy if self.strategy in STRATEGIES else "all"
+            try:
+                return strategies.schedule(name, depth=depth, **rule)
+            except InputError as error:
+                raise InputError(f"fusion.{self.strategy}: {error}") from None
+        if len(given) != depth:
             raise InputError(
-                f"fusion.{self.strategy}.schedule: {list(rule.schedule)} has {len(rule.schedule)} layers; the model "
-                f"has {depth}"
+                f"fusion.{self.strategy}.schedule: {list(given)} has {len(given)} layers; the model has {depth}"
             )
-        return list(rule.schedule)
+        return list(given)
 
     def as_dict(self) -> dict[str, Any]:
         """The resolved configuration as plain data, the form in which a run records it."""
@@ -294,34 +283,21 @@ class Params:
         return None if name is None else root() / name.replace("{seed}", str(seed))
 
     def init_sha256(self, seed: int) -> str | None:
-        """What that file holds, in hexadecimal: the weights are part of what determines a run, not their name alone.
+        """SHA-256 of that file: the weights are part of what determines a run, not their name alone.
 
         Raises:
             InputError: it cannot be read.
         """
         path = self.init_path(seed)
-        if path is None:
-            return None
-        stat = _stat(path)
-        return _sha256(path, stat.st_mtime_ns, stat.st_size)
+        return None if path is None else _sha256(path, *_version(path))
 
 
-# The sections that a profile may change, and the type of each. `fusion` holds one rule for each strategy.
-_SECTIONS: dict[str, Any] = {
-    "data": DataParams,
-    "model": ModelParams,
-    "options": FusionOptions,
-    "train": TrainParams,
-}
-_TOP_LEVEL = {"profile", "profiles", "sweep", "ablation", "photographs", "fusion", *_SECTIONS}
-
-
-def identity(described: Mapping[str, Any]) -> dict[str, Any]:
+def identity(params: Mapping[str, Any]) -> dict[str, Any]:
     """What tells one run from another, of `Params.as_dict()` or of what a run's params.json holds: no `EXECUTION`."""
-    told = dict(described)
+    kept = dict(params)
     for section, keys in EXECUTION.items():
-        told[section] = {key: value for key, value in described[section].items() if key not in keys}
-    return told
+        kept[section] = {key: value for key, value in params[section].items() if key not in keys}
+    return kept
 
 
 def root() -> Path:
@@ -340,6 +316,31 @@ def root() -> Path:
     raise InputError(f"{here}: no params.yaml and dvc.yaml here or above; run inside a checkout of famba")
 
 
+Section = dict[str, Any]
+Profile = dict[Literal["data", "model", "options", "fusion", "train"], Section]
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class _File:
+    """params.yaml, whose sections are checked when they are asked for; `fusion` has one rule for each strategy."""
+
+    profile: str
+    data: Section
+    model: Section
+    options: Section
+    fusion: dict[Strategy, Any]
+    train: Section
+    sweep: Section
+    ablation: Section
+    photographs: Section
+    profiles: dict[str, Profile]
+
+    @property
+    def strategies(self) -> list[str]:
+        """Those that can be trained."""
+        return [name for name in self.fusion if name != ADAPTIVE]
+
+
 def load(
     profile: str | None = None, *, strategy: str, processes: int | None = None, path: Path | None = None
 ) -> Params:
@@ -347,47 +348,24 @@ def load(
 
     Args:
         profile: a key of `profiles`; None is the one that the file names itself.
-        strategy: one of `STRATEGIES`.
+        strategy: a key of `fusion`; `none`, `all`, `interleaved`, `lower` and `upper` are the paper's.
         processes: instead of train.processes, which does not change what a run is; None keeps it.
         path: the file; None is params.yaml at the repository root.
 
     Raises:
         InputError: an unknown key, a wrong type or value, an unknown profile or strategy; names it and what is allowed.
     """
-    if strategy not in STRATEGIES:
-        raise InputError(f"strategy: {strategy!r} is not one of {', '.join(STRATEGIES)}")
-    document, name, chosen, changes = _under_profile(profile, path)
-    resolved: dict[str, Any] = {}
-    for section, kind in _SECTIONS.items():
-        base = _mapping(document.get(section), f"{name}: {section}")
-        change = _mapping(changes.get(section, {}), f"{name}: profiles.{chosen}.{section}")
-        _known(change, {f.name for f in dataclasses.fields(kind)}, f"{name}: profiles.{chosen}.{section}")
-        where = dict.fromkeys(change, f"profiles.{chosen}.{section}")
-        if section == "train" and processes is not None:
-            change, where = change | {"processes": processes}, where | {"processes": section}
-        resolved[section] = _validated(kind, {**base, **change}, name, section, where)
-    train: TrainParams = resolved["train"]
-    if train.epochs == 0 and train.init_from is None:
-        raise InputError(f"{name}: train.epochs: 0 trains nothing; give train.init_from, the weights to evaluate")
-    if train.warmup_epochs > train.epochs > 0:
-        raise InputError(
-            f"{name}: train.warmup_epochs: {train.warmup_epochs}: must be at most train.epochs, {train.epochs}"
-        )
-    if train.min_lr > train.lr:
-        raise InputError(f"{name}: train.min_lr: {train.min_lr}: must be at most train.lr, {train.lr}")
-    if train.batch_size % (share := train.processes * (train.device_batch or 1)):
-        raise InputError(
-            f"{name}: train.batch_size: {train.batch_size}: must be a multiple of train.processes "
-            f"times train.device_batch, {share}"
-        )
-    data: DataParams = resolved["data"]
-    for key, off in (("rand_augment", None), ("color_jitter", 0)):
-        if data.augment != "timm" and getattr(data, key) != off:
-            raise InputError(f"{name}: data.{key}: {getattr(data, key)!r}: only data.augment: timm does that")
-    if data.augment == "timm" and data.shift:
-        raise InputError(f"{name}: data.shift: {data.shift}: must be 0 with data.augment: timm, which crops by itself")
-    rule = _rule(document, name, chosen, changes, strategy, FusionRule)
-    return Params(profile=chosen, strategy=strategy, fusion=rule, **resolved)
+    file, name, chosen, place = _under_profile(profile, path)
+    if strategy not in file.strategies:
+        raise InputError(f"strategy: {_short(strategy)} is not one of {', '.join(file.strategies)}")
+    train = file.train if processes is None else file.train | {"processes": processes}
+    values = {"data": file.data, "model": file.model, "options": file.options, "train": train}
+    return validated(
+        Params,
+        {"profile": chosen, "strategy": strategy, "fusion": file.fusion[strategy], **values},
+        name,
+        lambda section, *keys: place(section, strategy, *keys) if section == "fusion" else place(section, *keys),
+    )
 
 
 def read_resolved(path: str | Path) -> Params:
@@ -404,24 +382,15 @@ def read_resolved(path: str | Path) -> Params:
         document = json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON: {error}") from None
-    kinds = {**_SECTIONS, "fusion": FusionRule}
-    document = _mapping(document, str(path))
-    _known(document, {"profile", "strategy", *kinds}, str(path))
-    sections = {
-        key: _validated(kind, _mapping(document.get(key), f"{path}: {key}"), str(path), key, {})
-        for key, kind in kinds.items()
-    }
-    for key in ("profile", "strategy"):
-        if not isinstance(document.get(key), str):
-            raise InputError(f"{path}: {key}: {document.get(key)!r} is not text")
-    return Params(profile=document["profile"], strategy=document["strategy"], **sections)
+    return validated(Params, document, str(path))
 
 
 def load_adaptive(profile: str | None = None, *, path: Path | None = None) -> AdaptiveRule:
     """The budget of the adaptive schedule under a profile: `fusion.adaptive`; arguments and errors as in `load`."""
-    return _rule(*_under_profile(profile, path), ADAPTIVE, AdaptiveRule)
+    file, name, _, place = _under_profile(profile, path)
+    return validated(AdaptiveRule, file.fusion.get(ADAPTIVE), name, lambda *keys: place("fusion", ADAPTIVE, *keys))
 
 
 def load_sweep(path: Path | None = None, *, seeds: Sequence[int] | None = None) -> SweepParams:
@@ -430,11 +399,7 @@ def load_sweep(path: Path | None = None, *, seeds: Sequence[int] | None = None) 
     Args:
         seeds: instead of the file's.
     """
-    name = "params.yaml" if path is None else path.name
-    values = _mapping(_read(path).get("sweep"), f"{name}: sweep") | ({} if seeds is None else {"seeds": list(seeds)})
-    sweep = _validated(SweepParams, values, name, "sweep", {})
-    _once(sweep, ("strategies", "seeds"), f"{name}: sweep")
-    return sweep
+    return _load(SweepParams, "sweep", path, {} if seeds is None else {"seeds": seeds})
 
 
 def load_ablation(path: Path | None = None, **changes: Any) -> AblationParams:
@@ -443,94 +408,64 @@ def load_ablation(path: Path | None = None, **changes: Any) -> AblationParams:
     Args:
         changes: values to have instead of the file's, under the same keys.
     """
-    name = "params.yaml" if path is None else path.name
-    values = _mapping(_read(path).get("ablation"), f"{name}: ablation") | changes
-    ablation = _validated(AblationParams, values, name, "ablation", {})
-    _once(ablation, ("strategies", "factors", "seeds"), f"{name}: ablation")
-    for key, chosen in {"strategy": (ablation.strategy,), "strategies": ablation.strategies}.items():
-        if "none" in chosen:
-            raise InputError(f"{name}: ablation.{key}: 'none' fuses nothing, so that no option of fusion matters to it")
-    if ablation.strategy in ablation.strategies:
-        raise InputError(f"{name}: ablation.strategies: {ablation.strategy!r} is ablation.strategy already")
-    return ablation
+    return _load(AblationParams, "ablation", path, changes)
 
 
 def load_photographs(path: Path | None = None) -> PhotographsParams:
     """The runs on photographs that params.yaml asks for; errors as in `load`."""
-    name = "params.yaml" if path is None else path.name
-    asked = _validated(
-        PhotographsParams, _mapping(_read(path).get("photographs"), f"{name}: photographs"), name, "photographs", {}
-    )
-    _once(asked, ("seeds",), f"{name}: photographs")
-    return asked
+    return _load(PhotographsParams, "photographs", path, {})
 
 
-def _once(section: Any, keys: tuple[str, ...], where: str) -> None:
-    for key in keys:
-        values = getattr(section, key)
-        if len(set(values)) < len(values):
-            raise InputError(f"{where}.{key}: {list(values)}: each may be named only once")
+def _load(kind: type[T], section: str, path: Path | None, changes: Mapping[str, Any]) -> T:
+    file, name = _read(path)
+    found = validated(kind, getattr(file, section) | changes, name, lambda *keys: (section, *keys))
+    for strategy in (*getattr(found, "strategies", ()), getattr(found, "strategy", "none")):
+        if strategy not in file.strategies:
+            allowed = ", ".join(file.strategies)
+            raise InputError(f"{name}: {section}: strategy {strategy!r} is not one of fusion's: {allowed}")
+    return found
 
 
-def _under_profile(profile: str | None, path: Path | None) -> tuple[dict[str, Any], str, str, dict[str, Any]]:
-    """The file's content and name, the profile that holds, and what that changes."""
-    document, name = _read(path), "params.yaml" if path is None else path.name
-    chosen = document.get("profile") if profile is None else profile
-    profiles = _mapping(document.get("profiles"), f"{name}: profiles")
-    if not all(isinstance(key, str) for key in profiles):
-        raise InputError(f"{name}: profiles: {list(profiles)}: every name of a profile must be a string; quote it")
-    if not isinstance(chosen, str) or chosen not in profiles:
-        raise InputError(f"{name}: profile: {chosen!r} is not one of {', '.join(profiles)}")
-    changes = _mapping(profiles[chosen], f"{name}: profiles.{chosen}")
-    _known(changes, {"fusion", *_SECTIONS}, f"{name}: profiles.{chosen}")
-    return document, name, chosen, changes
+def _under_profile(profile: str | None, path: Path | None) -> tuple[_File, str, str, Callable[..., tuple[Any, ...]]]:
+    """The file as it is under a profile, its name, the profile's, and where the file has a value.
+
+    A strategy's rule is replaced whole, since the ways to give one exclude each other.
+    """
+    file, name = _read(path)
+    chosen = file.profile if profile is None else profile
+    if chosen not in file.profiles:
+        raise InputError(f"{name}: profile: {_short(chosen)} is not one of {', '.join(file.profiles)}")
+    changes: Any = file.profiles[chosen]
+    for strategy in changes.get("fusion", {}):
+        if strategy not in file.fusion:
+            allowed = ", ".join(file.fusion)
+            raise InputError(f"{name}: profiles.{chosen}.fusion: {_short(strategy)} is not one of fusion's: {allowed}")
+
+    def place(section: str, *keys: Any) -> tuple[Any, ...]:
+        changed = keys and keys[0] in changes.get(section, {})
+        return ("profiles", chosen, section, *keys) if changed else (section, *keys)
+
+    laid = {section: getattr(file, section) | change for section, change in changes.items()}
+    return dataclasses.replace(file, **laid), name, chosen, place
 
 
-# What a rule is given by: exactly one of these.
-_WAYS: dict[type, tuple[str, ...]] = {
-    FusionRule: ("r", "total", "schedule"),
-    AdaptiveRule: ("total", "memory", "flops"),
-}
-
-
-def _rule(
-    document: dict[str, Any], name: str, profile: str, changes: dict[str, Any], strategy: str, kind: type[_Rule]
-) -> _Rule:
-    """One strategy's rule; a profile's rule replaces the default's whole, since its ways exclude each other."""
-    rules = _mapping(document.get("fusion"), f"{name}: fusion")
-    changed = _mapping(changes.get("fusion", {}), f"{name}: profiles.{profile}.fusion")
-    _known(rules, {*STRATEGIES, ADAPTIVE}, f"{name}: fusion")
-    _known(changed, {*STRATEGIES, ADAPTIVE}, f"{name}: profiles.{profile}.fusion")
-    ways = _WAYS[kind]
-    if strategy in changed:
-        section, rule = f"profiles.{profile}.fusion.{strategy}", changed[strategy]
-    elif strategy in rules:
-        section, rule = f"fusion.{strategy}", rules[strategy]
-    else:
-        raise InputError(f"{name}: fusion.{strategy}: missing; give {' or '.join(f'{{{way}: ...}}' for way in ways)}")
-    rule = _validated(kind, _mapping(rule, f"{name}: {section}"), name, section, {})
-    given = {key: getattr(rule, key) for key in ways if getattr(rule, key) is not None}
-    if len(given) != 1:
-        raise InputError(f"{name}: {section}: {given or 'nothing'} given; exactly one of {', '.join(ways)} is allowed")
-    return rule
-
-
-def _read(path: Path | None) -> dict[str, Any]:
+def _read(path: Path | None) -> tuple[_File, str]:
+    """The file's content and name."""
     path = root() / "params.yaml" if path is None else path
-    stat = _stat(path)
-    return _parse(path, stat.st_mtime_ns, stat.st_size)
+    return _parse(path, *_version(path)), path.name
 
 
-def _stat(path: Path):
+def _version(path: Path) -> tuple[int, int]:
+    """Modification time and size, by which a file that changed is read again."""
     try:
-        return path.stat()
+        stat = path.stat()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    return stat.st_mtime_ns, stat.st_size
 
 
 @functools.lru_cache(maxsize=16)
 def _sha256(path: Path, mtime_ns: int, size: int) -> str:
-    del mtime_ns, size  # they key the cache
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -538,43 +473,84 @@ def _sha256(path: Path, mtime_ns: int, size: int) -> str:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
+_MAX_BYTES, _MAX_VALUES = 2**18, 100_000
+
+
 @functools.lru_cache(maxsize=4)
-def _parse(path: Path, mtime_ns: int, size: int) -> dict[str, Any]:
+def _parse(path: Path, mtime_ns: int, size: int) -> _File:
     """Read with a YAML 1.2 reader, DVC's own: PyYAML takes 1e-3 for a string and `no` for False."""
-    del mtime_ns, size  # they key the cache
+    if size > _MAX_BYTES:
+        raise InputError(f"{path.name}: {size} bytes; at most {_MAX_BYTES} are read")
+    yaml = YAML(typ="safe", pure=True)
     try:
-        document = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except (YAMLError, ValueError, OSError) as error:  # ValueError: not UTF-8, or a date such as 2026-13-01
+        node = yaml.compose(path.read_text(encoding="utf-8"))
+        if _count_values(node, {}) > _MAX_VALUES:
+            raise ValueError(f"its aliases expand to more than {_MAX_VALUES} values")
+        document = None if node is None else yaml.constructor.construct_document(node)
+    except (YAMLError, ValueError, OSError, RecursionError) as error:  # ValueError: not UTF-8, or a date: 2026-13-01
         raise InputError(f"{path.name}: not readable as YAML: {' '.join(str(error).split())}") from None
-    document = _mapping(document, path.name)
-    _known(document, _TOP_LEVEL, path.name)
-    return document
+    return validated(_File, document, path.name)
 
 
-def _mapping(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise InputError(f"{where}: {value!r} is not a section of `key: value` lines")
-    return dict(value)
+def _count_values(node: Node | None, counts: dict[int, int]) -> int:
+    """Values that a node stands for, aliases expanded. A few lines of aliases of aliases may stand for billions."""
+    if node is None or isinstance(node, ScalarNode):
+        return 1
+    if id(node) not in counts:
+        counts[id(node)] = _MAX_VALUES + 1  # as long as it is being counted: an alias of what holds it never ends
+        children = [child for entry in node.value for child in (entry if isinstance(entry, tuple) else [entry])]
+        counts[id(node)] = 1 + sum(_count_values(child, counts) for child in children)
+    return counts[id(node)]
 
 
-def _known(section: Mapping[str, Any], allowed: set[str], where: str) -> None:
-    for key in section:
-        if key not in allowed:
-            raise InputError(f"{where}: unknown key {key!r}; allowed: {', '.join(sorted(allowed))}")
+_adapter = functools.cache(TypeAdapter)
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = 120
 
 
-def _validated(kind: type, values: dict[str, Any], name: str, section: str, where: Mapping[str, str]) -> Any:
-    """Build the dataclass, or say in one line which key holds which value and what is allowed."""
-    _known(values, {f.name for f in dataclasses.fields(kind)}, f"{name}: {section}")
+def _short(value: Any) -> str:
     try:
-        # FusionOptions is no pydantic dataclass, so that a model needs no pydantic.
-        return TypeAdapter(kind).validate_python(values) if kind is FusionOptions else kind(**values)
+        return _repr.repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return f"{type(value).__name__} of thousands of digits"
+
+
+def validated(kind: type[T], values: Any, name: str, place: Callable[..., tuple[Any, ...]] = lambda *keys: keys) -> T:
+    """Build a dataclass, or say in one line which key of which file holds which value, and what is allowed.
+
+    Args:
+        kind: a dataclass or TypedDict. A ValueError of its validators may start with the key at fault and a colon.
+        name: of the file.
+        place: where the file has the key that `kind` has under these names.
+
+    Raises:
+        InputError: an unknown or missing key, a wrong type or value.
+    """
+    try:
+        return _adapter(kind).validate_python(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        path = [str(part) for part in first["loc"]]
-        key = path[0] if path else ""
-        said = f"{name}: {where.get(key, section)}.{key}"
-        if key not in values:
-            raise InputError(f"{said}: missing") from None
-        reason = "too few values" if first["type"] == "missing" else first["msg"]
-        raise InputError(f"{said}: {values.get(key)!r}: {reason}") from None
+    keys = [key for key in first["loc"] if key != "[key]"]
+    value, reason = first["input"], first["msg"]
+    if first["type"] == "value_error":
+        reason = str(first.get("ctx", {})["error"])
+        if ": " in reason:
+            key, _, reason = reason.partition(": ")
+            keys, value = [*keys, key], value[key]
+    where = [name, ".".join(map(_plain, place(*keys)))]
+    if first["type"] in ("unexpected_keyword_argument", "invalid_key"):
+        owner: Any = kind
+        for key in keys[:-1]:
+            owner = get_type_hints(owner)[str(key)]
+        reason = f"unknown key; allowed: {', '.join(sorted(field.name for field in dataclasses.fields(owner)))}"
+    elif first["type"] == "missing":
+        reason = "missing"
+    elif first["type"] in ("dict_type", "dataclass_type"):
+        reason = f"{_short(value)} is not a section of `key: value` lines"
+    else:
+        reason = f"{_short(value)}: {reason}"
+    raise InputError(": ".join([part for part in where if part] + [reason]))
+
+
+def _plain(key: Any) -> str:
+    return key if isinstance(key, str) and key.isprintable() and len(key) < 80 else _short(key)

@@ -1,147 +1,104 @@
-"""A process that ends when it is told to, and when what it works for is gone.
+"""Exit on SIGTERM, or when a supervising process dies.
 
-Neither DVC, nor make, nor xargs ends what it started when it is itself ended by SIGTERM: a stage would train on, and
-the next `dvc repro` would be refused by its lock. So the stage looks up, twice a second, whether all are still there
-between it and the process that it works for: the DVC that runs it as a stage, and the one that `FAMBA_ENDS_WITH` names
-by its number, as the Makefile does with make's. A command that a shell started is left alone, whatever becomes of the
-shell.
-
-Ancestors are read in /proc; where there is none, only the parent is watched.
+Neither DVC, nor make, nor xargs ends what it started when it is itself killed: a stage would train on, and the next
+`dvc repro` would be refused by its lock. So a thread compares this process's ancestors twice a second with those that
+it started with, up to its supervisor: the DVC that runs it as a stage, and the process whose number is in
+`FAMBA_ENDS_WITH`, as the Makefile gives make's. A command that a shell started has no supervisor.
 """
 
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
+
+import psutil
 
 from famba.errors import InputError
 
 ENDS_WITH = "FAMBA_ENDS_WITH"
-TERMINATED = "terminated"  # what is said where there is no other reason
-_LOOK_EVERY_S = 0.5
-_PATIENCE_S = 20.0  # for what must be tidied up
-_at_stop: list[Callable[[], None]] = []
-_why = TERMINATED
+TERMINATED = "terminated"  # where there is no other reason
+_POLL_S = 0.5
+_GRACE_S = 20.0  # for what must be tidied up
+_before_exit: list[Callable[[], None]] = []
+_reason = TERMINATED
 
 
 class Terminated(SystemExit):
-    """Raised in the main thread by SIGTERM; exit status 143, as of whatever SIGTERM ends.
+    """Raised in the main thread by SIGTERM, with the reason; exit status 143, as of whatever SIGTERM ends."""
 
-    Attributes:
-        why: the reason in a few words.
-    """
-
-    def __init__(self, why: str) -> None:
+    def __init__(self, reason: str) -> None:
         super().__init__(128 + signal.SIGTERM)
-        self.why = why
+        self.reason = reason
 
 
-def hold() -> None:
-    """From now on SIGTERM raises `Terminated` here, and comes by itself once what this process works for is gone.
-
-    For the main thread alone.
+def start() -> None:
+    """From now on SIGTERM raises `Terminated` in the main thread, and comes by itself once a supervisor is gone.
 
     Raises:
         InputError: FAMBA_ENDS_WITH is not the number of a process.
-        Terminated: it is gone already.
+        Terminated: a supervisor is gone already.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell leaves SIGINT for what it starts with `&`
-            signal.signal(number, _stop)
-    if line := _line():
-        threading.Thread(target=_watch, args=(line,), name="supervision", daemon=True).start()
-
-
-@contextlib.contextmanager
-def at_stop(act: Callable[[], None]) -> Iterator[None]:
-    """While this lasts, do that first when SIGTERM or SIGINT comes."""
-    _at_stop.append(act)
-    try:
-        yield
-    finally:
-        _at_stop.remove(act)
-
-
-def _stop(number: int, frame: Any) -> None:
-    del frame
-    for act in _at_stop:
-        act()
-    raise Terminated(_why) if number == signal.SIGTERM else KeyboardInterrupt
-
-
-def _line() -> list[int]:
-    """The ancestors between this process and what it works for, that included, the parent first; empty if nothing."""
-    above = _ancestors()
-    length = 0
+            signal.signal(number, _exit)
+    ancestors = psutil.Process().parents()
+    pids, length = [process.pid for process in ancestors], 0
     if number := os.environ.get(ENDS_WITH):
         if not number.isdecimal():
             raise InputError(f"{ENDS_WITH}: {number!r} is not the number of a process")
-        if int(number) not in above and _has_proc():
-            raise Terminated(f"process {number}, which this one works for ({ENDS_WITH}), is gone")
-        length = above.index(int(number)) + 1 if int(number) in above else 1
+        if int(number) not in pids:
+            raise Terminated(f"the supervising process {number} ({ENDS_WITH}) is gone")
+        length = pids.index(int(number)) + 1
     if "DVC_STAGE" in os.environ:
-        length = max(length, _up_to_dvc(above))
-    return above[:length]
+        # DVC is the first ancestor that is not part of a stage itself, and shares its session with what it starts.
+        count = next((count for count, process in enumerate(ancestors) if not _is_stage(process)), len(pids) - 1)
+        if os.getsid(pids[count]) != os.getsid(pids[count - 1] if count else 0):
+            raise Terminated("the DVC that ran this stage is gone")
+        length = max(length, count + 1)
+    if length:
+        threading.Thread(target=_poll, args=(pids[:length],), name="supervision", daemon=True).start()
 
 
-def _up_to_dvc(above: list[int]) -> int:
-    """How many ancestors there are up to DVC: the first that was not itself started as its stage."""
-    below = os.getpid()
-    for count, pid in enumerate(above, start=1):
-        if not _is_of_stage(pid):
-            # Who adopts orphans has a session of its own. DVC shares its own with the stage that it starts.
-            if os.getsid(pid) != os.getsid(below):
-                raise Terminated("the DVC that ran this stage is gone")
-            return count
-        below = pid
-    return len(above)
-
-
-def _is_of_stage(pid: int) -> bool:
+@contextlib.contextmanager
+def before_exit(act: Callable[[], None]) -> Iterator[None]:
+    """While this lasts, do that first when SIGTERM or SIGINT comes."""
+    _before_exit.append(act)
     try:
-        return any(entry.startswith(b"DVC_STAGE=") for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
-    except OSError:  # another user's, or none of this system's
+        yield
+    finally:
+        _before_exit.remove(act)
+
+
+def _exit(number: int, frame: Any) -> None:
+    for act in _before_exit:
+        act()
+    raise Terminated(_reason) if number == signal.SIGTERM else KeyboardInterrupt
+
+
+def _is_stage(process: psutil.Process) -> bool:
+    try:
+        return "DVC_STAGE" in process.environ()
+    except psutil.Error:  # another user's
         return False
 
 
-def _watch(line: list[int]) -> None:
-    global _why
-    while (gone := _first_gone(line)) is None:
-        time.sleep(_LOOK_EVERY_S)
-    _why = f"process {gone}, which this one works for, is gone"
+def _poll(pids: list[int]) -> None:
+    """An orphan gets another parent: wait for the first ancestor that is not where it was."""
+    global _reason
+    while not (gone := [pid for pid, now in zip(pids, _pids(len(pids)), strict=True) if pid != now]):
+        time.sleep(_POLL_S)
+    _reason = f"the supervising process {gone[0]} is gone"
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(_PATIENCE_S)
+    time.sleep(_GRACE_S)
     os._exit(128 + signal.SIGTERM)
 
 
-def _first_gone(line: list[int]) -> int | None:
-    """The children of a process that ends get another parent: the first ancestor that is not where it was."""
-    now = _ancestors(len(line))
-    for index, pid in enumerate(line):
-        if now[index : index + 1] != [pid]:
-            return pid
-    return None
-
-
-def _ancestors(limit: int = sys.maxsize) -> list[int]:
-    """The parent, its parent, and so on, as far as they can be seen."""
-    found = [os.getppid()]
-    while len(found) < limit and found[-1] > 1 and (parent := _parent(found[-1])):
-        found.append(parent)
-    return found
-
-
-def _parent(pid: int) -> int | None:
+def _pids(length: int) -> list[int]:
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-    except OSError:
-        return None
-
-
-def _has_proc() -> bool:
-    return Path("/proc/self/stat").exists()
+        found = [process.pid for process in psutil.Process().parents()][:length]
+    except psutil.Error:  # an ancestor that ended meanwhile
+        found = []
+    return found + [0] * (length - len(found))

@@ -1,19 +1,31 @@
-"""Shapes written in annotations are checked in every test: the hook must be in place before famba is imported."""
+"""Shapes written in annotations are checked under pytest: the hook must be in place before famba is imported."""
 
 from types import SimpleNamespace
 
+import jaxtyping
 import pytest
 import torch
-from jaxtyping import install_import_hook
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from famba.kernels.triton import conv, fuse, match, norm, scan  # noqa: F401 (Triton reads their source: not to be wrapped)
 
-install_import_hook("famba", "beartype.beartype")
+jaxtyping.install_import_hook("famba", "beartype.beartype")
 
 from famba.errors import BackendError  # noqa: E402 (after the hook)
 from famba.kernels.cpu import build, runtime  # noqa: E402
 from famba.kernels.triton import runtime as gpu_runtime  # noqa: E402
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first, so that several workers end together."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def check_shapes(request):
+    """Except where whole runs are trained, which takes twice as long with it; one run of test_fit.py is checked."""
+    jaxtyping.config.update("jaxtyping_disable", request.path.parent.name in ("training", "experiments"))
 
 
 @pytest.fixture

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import hashlib
 import json
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from dvc.utils.serialize import modify_yaml
 from ruamel.yaml import YAML
 
 from famba import config
@@ -51,7 +53,7 @@ def edited(tmp_path: Path) -> Callable[..., Path]:
     return edit
 
 
-def said(action: Callable[[], object]) -> str:
+def refusal(action: Callable[[], object]) -> str:
     with pytest.raises(InputError) as error:
         action()
     message = str(error.value)
@@ -90,16 +92,9 @@ def test_the_runs_on_photographs_come_back_as_they_were_and_name_a_profile():
     assert written["profile"] in PROFILES
 
 
-def test_bad_runs_on_photographs_are_named_in_one_line(edited: Callable[..., Path]):
-    message = said(lambda: config.load_photographs(edited("photographs", "seeds", to=[0, 0])))
-    assert "params.yaml: photographs.seeds: [0, 0]" in message
-    assert "photographs.jobs: 0" in said(lambda: config.load_photographs(edited("photographs", "jobs", to=0)))
-
-
 def test_other_seeds_than_the_files_can_be_swept():
     assert config.load_sweep(FILE, seeds=[7]).seeds == (7,)
     assert config.load_sweep(FILE, seeds=[7]).strategies == config.load_sweep(FILE).strategies
-    assert "sweep.seeds" in said(lambda: config.load_sweep(FILE, seeds=[7, 7]))
 
 
 def test_the_levels_of_a_factor_are_the_values_that_its_option_can_take():
@@ -117,23 +112,6 @@ def test_the_fusion_section_has_one_rule_for_each_strategy_and_each_comes_back_a
         assert {key: value for key, value in loaded.items() if value is not None} == written[strategy]
     budget = dataclasses.asdict(config.load_adaptive("default", path=FILE))
     assert {key: value for key, value in budget.items() if value is not None} == written["adaptive"]
-
-
-@pytest.mark.parametrize(
-    ("rule", "expected"),
-    [
-        ({}, ("fusion.adaptive", "nothing given", "total, memory, flops")),
-        ({"total": 3, "memory": 0.5}, ("fusion.adaptive", "'total': 3, 'memory': 0.5", "exactly one")),
-        ({"memory": 0}, ("fusion.adaptive.memory", "0", "greater than 0")),
-        ({"flops": 1.5}, ("fusion.adaptive.flops", "1.5", "less than or equal to 1")),
-        ({"memory": "60%"}, ("fusion.adaptive.memory", "'60%'", "number")),
-        ({"r": 3}, ("fusion.adaptive", "'r'", "allowed: flops, memory, total")),
-    ],
-)
-def test_a_budget_that_is_none_is_refused(edited: Callable[..., Path], rule: dict, expected: tuple[str, ...]):
-    path = edited("fusion", "adaptive", to=rule)
-    message = said(lambda: config.load_adaptive("default", path=path))
-    assert all(part in message for part in expected)
 
 
 def test_a_profile_replaces_the_budget_whole(edited: Callable[..., Path]):
@@ -181,7 +159,7 @@ def test_numbers_are_read_by_yaml_1_2(tmp_path: Path):
     path.write_text(re.sub(r"\blr: \S+", "lr: 1e-3", TEXT, count=1))
     assert config.load(strategy="none", path=path).train.lr == 0.001
     path.write_text(TEXT.replace("flip: false", "flip: no", 1))
-    assert "data.flip: 'no'" in said(lambda: config.load(strategy="none", path=path))
+    assert "data.flip: 'no'" in refusal(lambda: config.load(strategy="none", path=path))
 
 
 def test_a_file_that_changed_is_read_again(tmp_path: Path):
@@ -252,8 +230,9 @@ def test_the_digest_changes_with_every_single_value_that_makes_the_result_and_wi
             new = OTHER[section, field.name] if (section, field.name) in OTHER else old + type(old)(1) / 4
             new = type(old)(new + 1) if isinstance(old, int) and isinstance(new, float) else new
             assert new != old, f"{section}.{field.name}"
-            changed = dataclasses.replace(part, **{field.name: new})
-            digests.append(dataclasses.replace(p, **{section: changed}).digest(0))
+            changed = copy.deepcopy(p)
+            object.__setattr__(getattr(changed, section), field.name, new)  # alone, whether or not the others fit it
+            digests.append(changed.digest(0))
     assert len(digests) > 35
     assert len(set(digests)) == len(digests)
 
@@ -272,7 +251,7 @@ def test_the_number_of_processes_may_be_given_instead_of_the_files():
     p = config.load("smoke", strategy="all", processes=4, path=FILE)
     assert p.train.processes == 4
     assert p.digest(0) == config.load("smoke", strategy="all", path=FILE).digest(0)
-    message = said(lambda: config.load("smoke", strategy="all", processes=0, path=FILE))
+    message = refusal(lambda: config.load("smoke", strategy="all", processes=0, path=FILE))
     assert "params.yaml: train.processes: 0" in message
 
 
@@ -288,9 +267,10 @@ def test_resolved_parameters_come_back_from_the_file_that_a_run_has(tmp_path: Pa
     [
         (lambda d: d["train"].update(lr="fast"), ("params.json: train.lr: 'fast'", "number")),
         (lambda d: d["train"].pop("lr"), ("params.json: train.lr: missing",)),
-        (lambda d: d.update(extra=1), ("params.json: unknown key 'extra'",)),
-        (lambda d: d.pop("data"), ("params.json: data: None is not a section",)),
-        (lambda d: d.update(strategy=3), ("params.json: strategy: 3 is not text",)),
+        (lambda d: d.update(extra=1), ("params.json: extra: unknown key",)),
+        (lambda d: d.pop("data"), ("params.json: data: missing",)),
+        (lambda d: d.update(strategy=3), ("params.json: strategy: 3: Input should be a valid string",)),
+        (lambda d: d["data"].update(dataset="x" * 55_000_000), ("params.json: data.dataset: 'xxx", "at most 1000")),
     ],
 )
 def test_resolved_parameters_that_are_wrong_are_named_in_one_line(tmp_path: Path, change, parts: tuple[str, ...]):
@@ -298,14 +278,15 @@ def test_resolved_parameters_that_are_wrong_are_named_in_one_line(tmp_path: Path
     change(document)
     path = tmp_path / "params.json"
     path.write_text(json.dumps(document))
-    message = said(lambda: config.read_resolved(path))
+    message = refusal(lambda: config.read_resolved(path))
     assert all(part in message for part in parts)
+    assert len(message) < 400
 
 
 def test_a_file_of_resolved_parameters_that_is_none_is_named(tmp_path: Path):
-    assert "cannot be read" in said(lambda: config.read_resolved(tmp_path / "none.json"))
+    assert "cannot be read" in refusal(lambda: config.read_resolved(tmp_path / "none.json"))
     (tmp_path / "params.json").write_text("{")
-    assert "params.json: not readable as JSON" in said(lambda: config.read_resolved(tmp_path / "params.json"))
+    assert "params.json: not readable as JSON" in refusal(lambda: config.read_resolved(tmp_path / "params.json"))
 
 
 def test_the_digest_of_the_same_values_is_the_same_in_another_process():
@@ -316,168 +297,147 @@ def test_the_digest_of_the_same_values_is_the_same_in_another_process():
     assert len(p.digest(4)) == 20
 
 
+def test_dvc_rewrites_the_file_with_the_changed_line_alone(tmp_path: Path):
+    path = tmp_path / "params.yaml"
+    path.write_text(TEXT)
+    with modify_yaml(str(path)) as content:  # as `dvc exp run -S fusion.upper.r=3` does
+        content["fusion"]["upper"]["r"] = 3
+    before, after = TEXT.splitlines(), path.read_text().splitlines()
+    changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
+    assert [old.replace("{r: 6", "{r: 3") for old, _ in changed] == [new for _, new in changed]
+    assert len(changed) == 1
+    assert config.load(strategy="upper", path=path).fusion.r == 3
+
+
 # bad input: one line with the key, the value and what is allowed
 
 
 @pytest.mark.parametrize(
-    ("keys", "value", "parts"),
+    ("key", "value", "message"),
     [
-        (("data", "img_size"), "8", ("data.img_size", "'8'", "integer")),
-        (("data", "img_size"), 8.0, ("data.img_size", "8.0", "integer")),
-        (("data", "img_size"), True, ("data.img_size", "True", "integer")),
-        (("data", "img_size"), None, ("data.img_size", "None", "integer")),
-        (("data", "img_size"), 0, ("data.img_size", "0", "greater than or equal to 1")),
-        (("data", "val_fraction"), 0, ("data.val_fraction", "0", "greater than 0")),
-        (("data", "val_fraction"), 1, ("data.val_fraction", "1", "less than 1")),
-        (("data", "split_seed"), -1, ("data.split_seed", "-1", "greater than or equal to 0")),
-        (("data", "flip"), 0, ("data.flip", "0", "boolean")),
-        (("data", "limit"), 0, ("data.limit", "0", "greater than or equal to 1")),
-        (("data", "root"), ["a", "b"], ("data.root", "['a', 'b']", "string")),
-        (("data", "sise"), 8, ("data", "'sise'", "allowed", "img_size")),
-        (("data", 8), 8, ("data", "unknown key 8", "allowed", "img_size")),
-        (("model", "cls_position"), "tail", ("model.cls_position", "'tail'", "'middle', 'head' or 'none'")),
-        (("model", "pool"), None, ("model.pool", "None", "'cls' or 'mean'")),
-        (("options", "order"), "sorted", ("options.order", "'sorted'", "'scan' or 'append'")),
-        (("options", "feature"), "b", ("options.feature", "'b'", "'normed', 'residual', 'delta', 'B' or 'C'")),
-        (("train", "lr"), "1e-3", ("train.lr", "'1e-3'", "number")),
-        (("train", "lr"), 0.0, ("train.lr", "0.0", "greater than 0")),
-        (("train", "lr"), float("nan"), ("train.lr", "nan", "finite")),
-        (("train", "lr"), float("inf"), ("train.lr", "inf", "finite")),
-        (("train", "min_lr"), 1.0, ("train.min_lr", "1.0", "at most train.lr")),
-        (("train", "warmup_epochs"), 999, ("train.warmup_epochs", "999", "at most train.epochs")),
-        (("train", "epochs"), 0, ("train.epochs", "0 trains nothing", "train.init_from")),
-        (("train", "epochs"), -1, ("train.epochs", "-1", "greater than or equal to 0")),
-        (("train", "init_from"), "", ("train.init_from", "''", "at least 1 character")),
-        (("train", "init_from"), 3, ("train.init_from", "3", "string")),
-        (("train", "betas"), [0.9], ("train.betas", "[0.9]", "too few")),
-        (("train", "betas"), [0.9, 0.9, 0.9], ("train.betas", "[0.9, 0.9, 0.9]", "at most 2")),
-        (("train", "betas"), [0.9, 1.0], ("train.betas", "[0.9, 1.0]", "less than 1")),
-        (("train", "betas"), "ab", ("train.betas", "'ab'", "tuple")),
-        (("train", "ema_decay"), 1.0, ("train.ema_decay", "1.0", "less than 1")),
-        (("train", "precision"), "fp16", ("train.precision", "'fp16'", "'fp32' or 'bf16'")),
-        (("train", "device_batch"), 5, ("train.batch_size", "32", "multiple", "5")),
-        (("train", "processes"), 3, ("train.batch_size", "32", "multiple", "train.processes", "3")),
-        (("train", "lr_batch"), 0, ("train.lr_batch", "0", "greater than or equal to 1")),
-        (("data", "erase"), 1.5, ("data.erase", "1.5", "less than or equal to 1")),
-        (("data", "mixup"), -0.1, ("data.mixup", "-0.1", "greater than or equal to 0")),
-        (("data", "augment"), "torchvision", ("data.augment", "'torchvision'", "'tensor' or 'timm'")),
-        (("data", "augment"), "timm", ("data.shift", "1", "must be 0")),
-        (("data", "rand_augment"), "rand-m9", ("data.rand_augment", "'rand-m9'", "data.augment: timm")),
-        (("data", "color_jitter"), 0.3, ("data.color_jitter", "0.3", "data.augment: timm")),
-        (("train", "threads"), 0, ("train.threads", "0", "greater than or equal to 1")),
-        (("train",), 3, ("train", "3", "section")),
-        (("train",), None, ("train", "None", "section")),
-        (("fusion", "all"), 4, ("fusion.all", "4", "section")),
-        (("fusion", "all"), {}, ("fusion.all", "nothing given", "r, total, schedule")),
-        (("fusion", "all"), {"r": 1, "total": 2}, ("fusion.all", "'r': 1, 'total': 2", "exactly one")),
-        (("fusion", "all"), {"r": -1}, ("fusion.all.r", "-1", "greater than or equal to 0")),
-        (("fusion", "all"), {"rr": 1}, ("fusion.all", "'rr'", "allowed", "total")),
-        (("fusion", "all"), {"schedule": [1, "x"]}, ("fusion.all.schedule", "[1, 'x']", "integer")),
-        (("fusion", "all"), {"r": 1, "first_layer": 0}, ("fusion.all.first_layer", "0", "equal to 1")),
-        (("fusion", "every"), {"r": 1}, ("fusion", "'every'", "interleaved")),
-        (("fusion",), [], ("fusion", "[]", "section")),
-        (("extra",), {}, ("'extra'", "allowed", "data, fusion, model")),
-        (("profile",), "huge", ("profile", "'huge'", *PROFILES)),
-        (("profile",), ["smoke"], ("profile", "['smoke']", *PROFILES)),
-        (("profile",), None, ("profile", "None", *PROFILES)),
-        (("profiles",), "smoke", ("profiles", "'smoke'", "section")),
-        (("profiles", 3), {}, ("profiles", "3", "string")),
-        (("profiles", "default"), None, ("profiles.default", "None", "section")),
-        (("profiles", "default"), {"dta": {}}, ("profiles.default", "'dta'", "data, fusion, model")),
-        (("profiles", "default"), {"sweep": {}}, ("profiles.default", "'sweep'", "data, fusion, model")),
-        (("profiles", "default"), {"data": None}, ("profiles.default.data", "None", "section")),
-        (("profiles", "default"), {"data": {"lmit": 1}}, ("profiles.default.data", "'lmit'", "limit")),
-        (("profiles", "default"), {"data": {"limit": "x"}}, ("profiles.default.data.limit", "'x'", "integer")),
-        (("profiles", "default"), {"fusion": {"all": {"r": "x"}}}, ("profiles.default.fusion.all.r", "'x'", "integer")),
-        (("profiles", "default"), {"fusion": {"most": {}}}, ("profiles.default.fusion", "'most'", "interleaved")),
+        ("data.img_size", "8", "data.img_size: '8': Input should be a valid integer"),
+        ("data.img_size", 8.0, "data.img_size: 8.0: Input should be a valid integer"),
+        ("data.img_size", True, "data.img_size: True: Input should be a valid integer"),
+        ("data.img_size", None, "data.img_size: None: Input should be a valid integer"),
+        ("data.img_size", 0, "data.img_size: 0: Input should be greater than or equal to 1"),
+        ("data.val_fraction", 1, "data.val_fraction: 1: Input should be less than 1"),
+        ("data.flip", 0, "data.flip: 0: Input should be a valid boolean"),
+        ("data.sise", 8, "data.sise: unknown key; allowed: augment, color_jitter, cutmix, dataset, "),
+        ("data.augment", "timm", "data.shift: 1: must be 0 with data.augment: timm, which crops by itself"),
+        ("data.rand_augment", "rand-m9", "data.rand_augment: 'rand-m9': only data.augment: timm does that"),
+        ("data.color_jitter", 0.3, "data.color_jitter: 0.3: only data.augment: timm does that"),
+        ("model.cls_position", "tail", "model.cls_position: 'tail': Input should be 'middle', 'head' or 'none'"),
+        ("options.order", "sorted", "options.order: 'sorted': Input should be 'scan' or 'append'"),
+        ("train.lr", "1e-3", "train.lr: '1e-3': Input should be a valid number"),
+        ("train.lr", float("nan"), "train.lr: nan: Input should be a finite number"),
+        ("train.min_lr", 1.0, "train.min_lr: 1.0: must be at most train.lr, which train.lr_batch may scale, 0.005"),
+        ("train.warmup_epochs", 999, "train.warmup_epochs: 999: must be at most train.epochs, 14"),
+        ("train.epochs", 0, "train.epochs: 0: trains nothing; give train.init_from, the weights to evaluate"),
+        ("train.init_from", "", "train.init_from: '': String should have at least 1 character"),
+        ("train.betas", [0.9], "train.betas.1: missing"),
+        ("train.betas", [0.9, 1.0], "train.betas.1: 1.0: Input should be less than 1"),
+        ("train.betas", "ab", "train.betas: 'ab': Input should be a valid tuple"),
+        (
+            "train.device_batch",
+            5,
+            "train.batch_size: 32: must be a multiple of train.processes times train.device_batch",
+        ),
+        ("train.processes", 3, "train.batch_size: 32: must be a multiple of train.processes times train.device_batch"),
+        ("train", 3, "train: 3 is not a section of `key: value` lines"),
+        ("fusion.all", 4, "fusion.all: 4 is not a section of `key: value` lines"),
+        ("fusion.all", {}, "fusion.all: {}: exactly one of r, total, schedule is allowed"),
+        ("fusion.all", {"r": 1, "total": 2}, "fusion.all: {'r': 1, 'total': 2}: exactly one of r, total, schedule is "),
+        ("fusion.all", {"rr": 1}, "fusion.all.rr: unknown key; allowed: first_layer, last_layer, r, schedule, total"),
+        ("fusion.all", {"schedule": [1, "x"]}, "fusion.all.schedule.1: 'x': Input should be a valid integer"),
+        ("fusion.A-b", {"r": 1}, "fusion.A-b: 'A-b': String should match pattern '^[a-z][a-z0-9_]{0,39}$'"),
+        ("fusion", [], "fusion: [] is not a section of `key: value` lines"),
+        ("extra", {}, "extra: unknown key; allowed: ablation, data, fusion, model, options, photographs, profile, "),
+        ("profile", "huge", "profile: 'huge' is not one of cifar10, "),
+        ("profiles.default", None, "profiles.default: None is not a section of `key: value` lines"),
+        ("profiles.default", {"dta": {}}, "profiles.default.dta: 'dta': Input should be 'data', 'model', 'options', "),
+        ("profiles.default", {"data": None}, "profiles.default.data: None is not a section of `key: value` lines"),
+        ("profiles.default", {"data": {"lmit": 1}}, "profiles.default.data.lmit: unknown key; allowed: augment, "),
+        ("profiles.default", {"data": {"limit": "x"}}, "profiles.default.data.limit: 'x': Input should be a valid in"),
+        ("profiles.default", {"fusion": {"all": {"r": "x"}}}, "profiles.default.fusion.all.r: 'x': Input should be a "),
+        ("profiles.default", {"fusion": {"most": {}}}, "profiles.default.fusion: 'most' is not one of fusion's: adap"),
+        # what would be ignored, crash, hang or exhaust the machine
+        ("data.root", "images", "data.root: 'images': must be null with data.dataset: digits"),
+        ("data.root", "a\0b", r"data.root: 'a\x00b': String should match pattern"),
+        ("data.img_size", 10**6, "data.img_size: 1000000: Input should be less than or equal to 4096"),
+        ("data.workers", 10**5, "data.workers: 100000: Input should be less than or equal to 256"),
+        ("data.mixup", 1e308, "data.mixup: 1e+308: Input should be less than or equal to 100"),
+        ("model.depth", 10**6, "model.depth: 1000000: Input should be less than or equal to 1000"),
+        ("model.d_model", 10**7, "model.d_model: 10000000: Input should be less than or equal to 8192"),
+        ("model.d_state", 10**6, "model.d_state: 1000000: Input should be less than or equal to 256"),
+        ("train.threads", 10**6, "train.threads: 1000000: Input should be less than or equal to 1024"),
+        ("train.device", "cpu:7", "train.device: 'cpu:7': String should match pattern"),
+        (
+            "train.lr_batch",
+            10**6,
+            "train.min_lr: 1e-05: must be at most train.lr, which train.lr_batch may scale, 1.6e-07",
+        ),
     ],
 )
 def test_a_bad_value_is_named_in_one_line_with_its_key_and_what_is_allowed(
-    edited: Callable[..., Path], keys: tuple[Any, ...], value: Any, parts: tuple[str, ...]
+    edited: Callable[..., Path], key: str, value: Any, message: str
 ):
-    path = edited(*keys, to=value)
-    message = said(lambda: config.load(strategy="all", path=path))
-    assert message.startswith("params.yaml: ")
-    for part in parts:
-        assert part in message
+    path = edited(*key.split("."), to=value)
+    assert refusal(lambda: config.load(strategy="all", path=path)).startswith(f"params.yaml: {message}")
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "parts"),
+    ("key", "value", "message"),
     [
-        ("seeds", [], ("sweep.seeds", "[]", "at least 1")),
-        ("seeds", 3, ("sweep.seeds", "3", "tuple")),
-        ("seeds", [0, "x"], ("sweep.seeds", "[0, 'x']", "integer")),
-        ("seeds", [-1], ("sweep.seeds", "[-1]", "greater than or equal to 0")),
-        ("seeds", [2**32], ("sweep.seeds", "[4294967296]", "less than 4294967296")),
-        ("seeds", [0, 1, 0], ("sweep.seeds", "[0, 1, 0]", "only once")),
-        ("strategies", [], ("sweep.strategies", "[]", "at least 1")),
-        ("strategies", ["none", "most"], ("sweep.strategies", "'most'", "'interleaved'")),
-        ("strategies", ["all", "all"], ("sweep.strategies", "['all', 'all']", "only once")),
-        ("seed", [0], ("sweep", "'seed'", "seeds, strategies")),
+        ("adaptive", {"memory": 0.5, "total": 3}, ": {'memory': 0.5, 'total': 3}: exactly one of total, memory, flops"),
+        ("adaptive", {"memory": 0}, ".memory: 0: Input should be greater than 0"),
+        ("adaptive", {"r": 3}, ".r: unknown key; allowed: flops, memory, total"),
+        ("sweep", {"seeds": []}, ".seeds: []: Tuple should have at least 1 item"),
+        ("sweep", {"seeds": 3}, ".seeds: 3: Input should be a valid tuple"),
+        ("sweep", {"seeds": [2**32]}, ".seeds.0: 4294967296: Input should be less than 4294967296"),
+        ("sweep", {"seeds": [0, 1, 0]}, ".seeds: [0, 1, 0]: each may be named only once"),
+        ("sweep", {"strategies": ["none", "most"]}, ": strategy 'most' is not one of fusion's: "),
+        ("sweep", {"seed": [0]}, ".seed: unknown key; allowed: seeds, strategies"),
+        ("ablation", {"strategy": "most"}, ": strategy 'most' is not one of fusion's: "),
+        ("ablation", {"strategy": "none"}, ".strategy: 'none': 'none' fuses nothing"),
+        ("ablation", {"strategies": ["all", "none"]}, ".strategies: ['all', 'none']: 'none' fuses nothing"),
+        ("ablation", {"strategies": ["upper"]}, ".strategies: ['upper']: 'upper' is ablation.strategy already"),
+        ("ablation", {"factors": ["colour"]}, ".factors.0: 'colour': Input should be 'order', 'weighting', "),
+        ("ablation", {"jobs": None}, ".jobs: None: Input should be a valid integer"),
+        ("photographs", {"seeds": [0, 0]}, ".seeds: [0, 0]: each may be named only once"),
     ],
 )
-def test_a_bad_sweep_is_named_in_one_line(edited: Callable[..., Path], key: str, value: Any, parts: tuple[str, ...]):
-    path = edited("sweep", key, to=value)
-    message = said(lambda: config.load_sweep(path))
-    assert all(part in message for part in ("params.yaml", *parts))
+def test_a_bad_section_of_several_runs_is_named_in_one_line(
+    edited: Callable[..., Path], key: str, value: Any, message: str
+):
+    path = edited("fusion", key, to=value) if key == "adaptive" else edited(key, to=document()[key] | value)
+    loading = {
+        "adaptive": config.load_adaptive,
+        "sweep": config.load_sweep,
+        "ablation": config.load_ablation,
+        "photographs": config.load_photographs,
+    }
+    section = "fusion.adaptive" if key == "adaptive" else key
+    assert refusal(lambda: loading[key](path=path)).startswith(f"params.yaml: {section}{message}")
 
 
 @pytest.mark.parametrize(
-    ("keys", "expected"),
-    [
-        (("data", "shift"), "params.yaml: data.shift: missing"),
-        (("train", "lr"), "params.yaml: train.lr: missing"),
-        (("model", "name"), "params.yaml: model.name: missing"),
-        (("fusion", "all"), "params.yaml: fusion.all: missing; give {r: ...} or {total: ...} or {schedule: ...}"),
-        (("data",), "params.yaml: data: None is not a section of `key: value` lines"),
-        (("profiles",), "params.yaml: profiles: None is not a section of `key: value` lines"),
-    ],
+    ("keys", "key"),
+    [(("data", "shift"), "data.shift"), (("data",), "data"), (("profiles",), "profiles"), (("sweep",), "sweep")],
 )
-def test_what_is_missing_is_named(edited: Callable[..., Path], keys: tuple[str, ...], expected: str):
+def test_what_is_missing_is_named(edited: Callable[..., Path], keys: tuple[str, ...], key: str):
     path = edited(*keys, delete=True)
-    assert said(lambda: config.load(strategy="all", path=path)) == expected
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "parts"),
-    [
-        ("strategy", "most", ("ablation.strategy", "'most'", "'interleaved'")),
-        ("strategy", "none", ("ablation.strategy", "'none' fuses nothing")),
-        ("strategies", ["all", "none"], ("ablation.strategies", "'none' fuses nothing")),
-        ("strategies", ["all", "all"], ("ablation.strategies", "only once")),
-        ("strategies", ["upper"], ("ablation.strategies", "'upper' is ablation.strategy already")),
-        ("factors", [], ("ablation.factors", "at least 1")),
-        ("factors", ["colour"], ("ablation.factors", "'colour'", "'weighting'")),
-        ("factors", ["order", "order"], ("ablation.factors", "only once")),
-        ("seeds", [], ("ablation.seeds", "at least 1")),
-        ("seeds", [3, 3], ("ablation.seeds", "only once")),
-        ("epochs", 0, ("ablation.epochs", "0", "greater than or equal to 1")),
-        ("jobs", None, ("ablation.jobs", "None", "integer")),
-        ("threads", 2, ("ablation", "'threads'", "epochs, factors, jobs")),
-    ],
-)
-def test_a_bad_ablation_is_named_in_one_line(edited: Callable[..., Path], key: str, value: Any, parts: tuple[str, ...]):
-    path = edited("ablation", key, to=value)
-    in_file = said(lambda: config.load_ablation(path))
-    assert all(part in in_file for part in ("params.yaml", *parts))
-    assert said(lambda: config.load_ablation(FILE, **{key: value})) == in_file
+    assert refusal(lambda: config.load(strategy="all", path=path)) == f"params.yaml: {key}: missing"
 
 
 def test_an_ablation_of_one_strategy_needs_no_others():
     assert config.load_ablation(FILE, strategies=[]).strategies == ()
 
 
-def test_a_missing_sweep_is_named(edited: Callable[..., Path]):
-    path = edited("sweep", delete=True)
-    assert said(lambda: config.load_sweep(path)).startswith("params.yaml: sweep: None")
-
-
 def test_an_unknown_strategy_or_profile_is_named_with_those_that_there_are():
-    assert said(lambda: config.load(strategy="most", path=FILE)) == (
+    assert refusal(lambda: config.load(strategy="most", path=FILE)) == (
         "strategy: 'most' is not one of none, all, interleaved, lower, upper"
     )
-    message = said(lambda: config.load("big", strategy="all", path=FILE))
+    message = refusal(lambda: config.load("big", strategy="all", path=FILE))
     assert message == f"params.yaml: profile: 'big' is not one of {', '.join(PROFILES)}"
 
 
@@ -494,17 +454,28 @@ def test_an_unknown_strategy_or_profile_is_named_with_those_that_there_are():
         b"data: !!python/object:os.system {}\n",
         b"data: 2026-13-01\n",
         b"\xff\xfe\x00",
+        b"data: &d {dataset: *d}\n",
+        b"data: " + b"[" * 5000,
+        b"data: " + b"9" * 5000,
+        TEXT.replace("img_size: 8 ", "img_size: 0x" + "f" * 5000).encode(),
+        b"a0: &a0 {k: 1}\n" + b"".join(b"a%d: &a%d {<<: [*a%d, *a%d]}\n" % (k, k, k - 1, k - 1) for k in range(1, 40)),
+        b"data: {dataset: " + b"x" * 10**6 + b"}\n",
     ],
+    ids=range(16),
 )
 def test_a_file_that_is_no_yaml_mapping_is_named_in_one_line(tmp_path: Path, raw: bytes):
     path = tmp_path / "params.yaml"
     path.write_bytes(raw)
-    assert said(lambda: config.load(strategy="all", path=path)).startswith("params.yaml: ")
+    message = refusal(lambda: config.load(strategy="all", path=path))
+    assert message.startswith("params.yaml: ")
+    assert len(message) < 400
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path):
     path = tmp_path / "none.yaml"
-    assert said(lambda: config.load(strategy="all", path=path)) == f"{path}: cannot be read (No such file or directory)"
+    assert (
+        refusal(lambda: config.load(strategy="all", path=path)) == f"{path}: cannot be read (No such file or directory)"
+    )
 
 
 # weights to start from
@@ -527,7 +498,7 @@ def test_the_weights_to_start_from_are_a_file_in_the_repository_known_by_its_con
     own = dataclasses.replace(p, train=dataclasses.replace(p.train, init_from="runs/of {seed}/{name}"))
     path = tmp_path / "runs" / "of 4" / "{name}"
     assert own.init_path(4) == path
-    assert said(lambda: own.init_sha256(4)) == f"{path}: cannot be read (No such file or directory)"
+    assert refusal(lambda: own.init_sha256(4)) == f"{path}: cannot be read (No such file or directory)"
     path.parent.mkdir(parents=True)
     for content in (b"weights", b"other weights"):
         path.write_bytes(content)
@@ -559,4 +530,4 @@ def test_outside_any_checkout_the_root_is_the_one_that_the_package_lies_in(
     monkeypatch.chdir(tmp_path)
     assert config.root() == FILE.parent
     monkeypatch.setattr(config, "__file__", str(tmp_path / "site-packages" / "famba" / "config.py"))
-    assert said(config.root).startswith(f"{tmp_path}: no params.yaml and dvc.yaml")
+    assert refusal(config.root).startswith(f"{tmp_path}: no params.yaml and dvc.yaml")

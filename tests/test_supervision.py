@@ -1,4 +1,4 @@
-"""Processes that end with what they work for, in families of real ones."""
+"""Processes that end with their supervisor, however that ends."""
 
 import os
 import signal
@@ -17,19 +17,19 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks i
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Says its number and "ready" in the file that is its argument, then in another why it ended.
+# Says its number and "ready" in the file that is its argument, then in another the reason why it ended.
 STAGE = """
 import os, sys, time
 from pathlib import Path
 from famba import supervision
 said = Path(sys.argv[1])
 try:
-    supervision.hold()
+    supervision.start()
     said.with_suffix(".new").write_text(str(os.getpid()))
     said.with_suffix(".new").replace(said)
     time.sleep(float(sys.argv[2]))
 except supervision.Terminated as end:
-    said.with_suffix(".why").write_text(end.why)
+    said.with_suffix(".reason").write_text(end.reason)
     raise
 """
 # Starts its arguments, as DVC starts a command, and waits; or does not wait, so that they are orphans at once.
@@ -72,10 +72,10 @@ def test_a_stage_ends_when_its_dvc_is_killed(tmp_path, between):
     dvc.kill()
     dvc.wait()
     wait_until(lambda: not is_there(pid))
-    assert (tmp_path / "said.why").read_text() == f"process {dvc.pid}, which this one works for, is gone"
+    assert (tmp_path / "said.reason").read_text() == f"the supervising process {dvc.pid} is gone"
 
 
-def test_a_stage_ends_when_anything_between_it_and_what_it_works_for_is_gone(tmp_path):
+def test_a_stage_ends_when_a_process_between_it_and_its_supervisor_is_gone(tmp_path):
     said = tmp_path / "said"
     xargs = 'FAMBA_ENDS_WITH=$$ sh -c \'"$0" "$@"; true\''  # a shell that stays, in another
     make = start(within(xargs, said), "plain")
@@ -84,26 +84,24 @@ def test_a_stage_ends_when_anything_between_it_and_what_it_works_for_is_gone(tmp
     assert middle != make.pid
     os.kill(middle, signal.SIGTERM)
     wait_until(lambda: not is_there(pid))
-    assert (tmp_path / "said.why").read_text() == f"process {middle}, which this one works for, is gone"
+    assert (tmp_path / "said.reason").read_text() == f"the supervising process {middle} is gone"
     make.wait()
 
 
 def test_a_stage_whose_dvc_is_gone_already_does_not_begin(tmp_path):
     said = tmp_path / "said"
     start(["sh", "-c", 'sleep 0.5; exec "$0" "$@"', *stage(said)], "leaves").wait()
-    assert wait_until(lambda: said.with_suffix(".why").exists() and said.with_suffix(".why").read_text()) == (
+    assert wait_until(lambda: said.with_suffix(".reason").exists() and said.with_suffix(".reason").read_text()) == (
         "the DVC that ran this stage is gone"
     )
     assert not said.exists()
 
 
-def test_what_works_for_a_process_that_is_no_ancestor_does_not_begin(tmp_path):
+def test_a_process_whose_supervisor_is_no_ancestor_does_not_begin(tmp_path):
     gone = subprocess.Popen(["true"])
     gone.wait()
     start(stage(tmp_path / "said"), "plain", **{supervision.ENDS_WITH: str(gone.pid)}).wait()
-    assert (tmp_path / "said.why").read_text() == (
-        f"process {gone.pid}, which this one works for (FAMBA_ENDS_WITH), is gone"
-    )
+    assert (tmp_path / "said.reason").read_text() == f"the supervising process {gone.pid} (FAMBA_ENDS_WITH) is gone"
     assert not (tmp_path / "said").exists()
 
 
@@ -116,18 +114,19 @@ def test_a_command_of_a_shell_outlives_the_shell(tmp_path):
     assert is_there(pid)
     os.kill(pid, signal.SIGTERM)
     wait_until(lambda: not is_there(pid))
-    assert (tmp_path / "said.why").read_text() == "terminated"
+    assert (tmp_path / "said.reason").read_text() == "terminated"
 
 
 @pytest.mark.parametrize(("how", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_what_must_be_done_at_the_stop_is_done_first_and_only_while_it_must(how, status):
+def test_what_must_be_done_before_the_exit_is_done_only_while_it_must(how, status):
     code = (
         "import os, signal, sys; from famba import supervision\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in a shell's background ignores it
-        "supervision.hold()\n"
-        "with supervision.at_stop(lambda: print('too late')): pass\n"
+        "supervision.start()\n"
+        "with supervision.before_exit(lambda: print('too late')): pass\n"
         "try:\n"
-        "    with supervision.at_stop(lambda: print('first')): os.kill(os.getpid(), int(sys.argv[1])); signal.pause()\n"
+        "    with supervision.before_exit(lambda: print('first')):\n"
+        "        os.kill(os.getpid(), int(sys.argv[1])); signal.pause()\n"
         "except KeyboardInterrupt: sys.exit(130)\n"
         "finally: print('then')"
     )
@@ -140,7 +139,7 @@ def test_a_number_that_is_none_is_refused(monkeypatch):
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         with pytest.raises(InputError, match=r"^FAMBA_ENDS_WITH: 'make' is not the number of a process$"):
-            supervision.hold()
+            supervision.start()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

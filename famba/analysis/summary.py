@@ -447,10 +447,6 @@ def cosine_similarity(tokens: Float[np.ndarray, "t d"]) -> Float[np.ndarray, "t 
 
 def _records(sweep: SweepParams, runs_dir: str | Path) -> list[runs.RunRecord]:
     """The sweep's runs, strategies in their fixed order, checked to be runs of one experiment."""
-    for key, values in {"strategies": sweep.strategies, "seeds": sweep.seeds}.items():
-        for value in values:
-            if values.count(value) > 1:
-                raise InputError(f"sweep.{key}: {value!r} is named twice, and would count twice")
     folder, found = config.root() / runs_dir, []
     for strategy in [name for name in STRATEGIES if name in sweep.strategies]:
         for seed in sweep.seeds:

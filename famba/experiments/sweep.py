@@ -12,7 +12,30 @@ from famba import config
 from famba.config import SweepParams
 from famba.errors import InputError
 from famba.experiments import launcher
+from famba.fusion import strategies
+from famba.models import presets
 from famba.storage import runs
+
+
+def resolve(profile: str | None) -> list[config.Params]:
+    """The parameters of each strategy of the sweep, whose schedules are checked to fit the model.
+
+    Raises:
+        InputError: as from `config.load`; or a layer that would remove more tokens than it can, by `fusion.<strategy>`.
+    """
+    found = []
+    for strategy in config.load_sweep().strategies:
+        p = config.load(profile, strategy=strategy)
+        given = {key: getattr(p.model, key) for key in ("patch_size", "stride", "depth")}
+        built = presets.sizes(p.model.name, img_size=p.data.img_size, **given)
+        has_cls = p.model.cls_position != "none"
+        schedule, tokens = p.schedule(built["depth"]), presets.grid(built) ** 2 + has_cls
+        try:
+            strategies.token_counts(schedule, tokens, protected=int(has_cls))
+        except InputError as error:
+            raise InputError(f"params.yaml: fusion.{strategy} under profile {p.profile}: {error}") from None
+        found.append(p)
+    return found
 
 
 def ensure_runs(

@@ -170,8 +170,8 @@ def _tabulate(
     for row, weight in zip(costs, weights, strict=True):
         following, take = best + row[0], np.zeros(best.shape, dtype=np.int32)
         for r in range(1, min(len(row) - 1, most // 2) + 1):
-            # r of t = tokens - removed fit where removed <= tokens - protected - 2 r
-            fits, shift = most - 2 * r + 1, r * weight
+            # r of t = tokens - removed fit where removed <= tokens - protected - 2 r, and t = 3 allows none
+            fits, shift = most - 2 * r + (r > 1 or protected != 1), r * weight
             candidate = best[:fits, : best.shape[1] - shift] + row[r]
             there = (slice(r, r + fits), slice(shift, None))
             better = candidate < following[there]
@@ -201,14 +201,15 @@ def token_counts(schedule: Sequence[int], tokens: int, *, protected: int = 1) ->
 
     Raises:
         InputError: a layer would remove more than (t - protected) // 2 tokens, or fewer than none; names the
-            layer, t and r. Never clamped: a clamped r is another experiment under the same name.
+            layer, t and r. Never clamped: a clamped r is another experiment under the same name. Of 3 tokens none can
+            go where one is protected: it may stand between the others, which leaves no pair of even and odd.
     """
     if not 0 <= protected <= tokens:
         raise InputError(f"protected: {protected}; must be in 0..{tokens}, the number of tokens")
     counts = [tokens]
     for layer, r in enumerate(schedule, start=1):
         t = counts[-1]
-        most = (t - protected) // 2
+        most = 0 if t == 3 and protected else (t - protected) // 2
         if not 0 <= r <= most:
             raise InputError(f"layer {layer}: r = {r} of t = {t} tokens; allowed: 0..{most}")
         counts.append(t - r)

@@ -22,17 +22,9 @@ from famba.kernels import dispatch, ops, scan
 from famba.kernels.cpu import runtime as native
 from famba.kernels.ops import add_rms_norm
 from famba.models.mixer import BidirectionalMixer, refuse_hooks
+from famba.models.presets import grid, sizes
 
 _NORM_EPS = 1e-5
-
-# What a name stands for; every value can be overridden in `create_model`.
-PRESETS: dict[str, dict[str, int]] = {
-    "vim_tiny": {"img_size": 224, "patch_size": 16, "stride": 16, "depth": 24, "d_model": 192, "d_state": 16},
-    "vim_small": {"img_size": 224, "patch_size": 16, "stride": 16, "depth": 24, "d_model": 384, "d_state": 16},
-    "vim_base": {"img_size": 224, "patch_size": 16, "stride": 16, "depth": 24, "d_model": 768, "d_state": 16},
-    "vim_micro": {"img_size": 32, "patch_size": 4, "stride": 4, "depth": 12, "d_model": 128, "d_state": 16},
-    "vim_nano": {"img_size": 8, "patch_size": 3, "stride": 1, "depth": 10, "d_model": 32, "d_state": 8},
-}
 
 
 def create_model(
@@ -82,17 +74,6 @@ def create_model(
     )
 
 
-def sizes(name: str, **given: int | None) -> dict[str, int]:
-    """The sizes of a model by name, in place of which come those that are given and not None.
-
-    Raises:
-        InputError: an unknown name.
-    """
-    if name not in PRESETS:
-        raise InputError(f"model: {name!r} is not one of {', '.join(PRESETS)}")
-    return PRESETS[name] | {key: value for key, value in given.items() if value is not None}
-
-
 def kernels(backend: str, device: torch.device, config: Mapping[str, Any], precision: str) -> dict[str, str]:
     """Which backend runs each function of a model, and `instruction_set`, what the native ones were compiled for.
 
@@ -113,7 +94,7 @@ def kernels(backend: str, device: torch.device, config: Mapping[str, Any], preci
 
     d, n = config["d_model"], config["d_state"]
     e, k = 2 * d, 4  # as the mixer has them
-    t = ((config["img_size"] - config["patch_size"]) // config["stride"] + 1) ** 2 + (config["cls_position"] != "none")
+    t = grid(config) ** 2 + (config["cls_position"] != "none")
     low = torch.bfloat16 if precision == "bf16" else torch.float32
     u, x, read, size = tensor(1, e, t, dtype=low), tensor(1, t, d), tensor(1, n, t, dtype=low), tensor(1, t)
     pairs = tensor(1, 1, dtype=torch.int64)
@@ -220,7 +201,7 @@ class VisionMamba(nn.Module):
             "pool": pool,
             "average_directions": average_directions,
         }
-        _check_sizes(self.config)
+        self.grid = grid(self.config)  # patches along one side
         if cls_position not in ("middle", "head", "none"):
             raise InputError(f"cls_position: {cls_position!r} is not one of middle, head, none")
         if pool not in (("mean",) if cls_position == "none" else ("cls", "mean")):
@@ -228,7 +209,6 @@ class VisionMamba(nn.Module):
                 f"pool: {pool!r} with cls_position {cls_position!r}; allowed: mean, or cls with a class token"
             )
 
-        self.grid = (img_size - patch_size) // stride + 1  # patches along one side
         self.img_size, self.depth = img_size, depth
         self.cls_position, self.pool = cls_position, pool
         patches = self.grid**2
@@ -252,11 +232,6 @@ class VisionMamba(nn.Module):
         if len(schedule) != self.depth:
             raise InputError(f"schedule: {len(schedule)} entries; must be one for each of {self.depth} layers")
         counts = strategies.token_counts(schedule, self.tokens, protected=int(self.cls_index is not None))
-        for layer, (t, r) in enumerate(zip(counts, schedule, strict=False), start=1):
-            if t == 3 and r and self.cls_position == "middle":
-                raise InputError(
-                    f"layer {layer}: r = {r} of t = 3 tokens; the class token may stand between the others"
-                )
         self.schedule, self.options, self.token_counts = schedule, options, counts
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b classes"]:
@@ -389,15 +364,3 @@ class _Block(nn.Module):
         if kind == "normed":
             return normed
         return residual if kind == "residual" else self.mixer.feature(normed, kind)
-
-
-def _check_sizes(config: dict[str, Any]) -> None:
-    for key in ("num_classes", "img_size", "patch_size", "stride", "depth", "d_model", "d_state"):
-        if not isinstance(config[key], int) or config[key] < 1:
-            raise InputError(f"{key}: {config[key]!r}; must be a whole number of 1 or more")
-    img_size, patch_size, stride = config["img_size"], config["patch_size"], config["stride"]
-    if patch_size > img_size or (img_size - patch_size) % stride:
-        raise InputError(
-            f"img_size: {img_size} pixels; patches of {patch_size} at stride {stride} do not tile it; allowed: "
-            f"{patch_size} plus a multiple of {stride}"
-        )

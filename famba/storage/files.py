@@ -1,12 +1,13 @@
 """Files that are either whole or not there: written under another name, flushed to the disk, then renamed."""
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from famba.errors import InputError
 
@@ -14,8 +15,8 @@ from famba.errors import InputError
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a file so that a reader, or a kill at any moment, sees the old content or the new one, never half.
 
-    A kill can leave a draft, `.<name>.tmp`, which the next writing of the same file takes over. Of several processes
-    that write one file, one goes after the other.
+    A kill can leave a draft, `.<name>.tmp`, and its lock, `.<name>.lock`; the next writing of the same file removes
+    them. Of several processes that write one file, one goes after the other.
 
     Args:
         path: its folder is made if need be.
@@ -23,35 +24,43 @@ def write_atomic(path: Path, content: bytes) -> None:
     Raises:
         InputError: it cannot be written there; what was there before is untouched, and no draft is left.
     """
+    draft = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_name(f".{path.name}.tmp"), wait=True) as (draft, handle):
-            os.ftruncate(handle, 0)
-            with open(handle, "wb", closefd=False) as file:
-                file.write(content)
-            os.fsync(handle)
-            draft.replace(path)
-        _sync_folder(path.parent)
+        with _locked(path.with_name(f".{path.name}.lock"), blocking=True):
+            try:
+                with draft.open("wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                draft.replace(path)
+            finally:
+                draft.unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # brings the rename itself to the disk
+        finally:
+            os.close(folder)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 @contextlib.contextmanager
 def claimed(lock: Path, refusal: str) -> Iterator[None]:
-    """Hold a lock file, and with it what it stands for. In the end it is removed; one that a kill left is free.
+    """Hold a lock file, which is removed in the end; one that a kill left is free. A thread may claim it again.
 
     Args:
         lock: its folder is made if need be.
-        refusal: the message, should another process hold it.
+        refusal: the message, should another process or thread hold it.
 
     Raises:
-        InputError: another process holds it, or it cannot be written there.
+        InputError: another holds it, or it cannot be written there.
     """
     with contextlib.ExitStack() as held:
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(_locked(lock, wait=False))
-        except BlockingIOError:
+            held.enter_context(_locked(lock, blocking=False))
+        except Timeout:
             raise InputError(refusal) from None
         except OSError as error:
             raise InputError(f"{lock}: cannot be written ({error.strerror})") from None
@@ -68,45 +77,12 @@ def json_bytes(value: Any) -> bytes:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, *, wait: bool) -> Iterator[tuple[Path, int]]:
-    """A file, made if need be, that one process at a time has open; in the end it is gone, unless it was renamed.
-
-    Raises:
-        BlockingIOError: another process has it, and is not to be waited for.
-    """
-    handle = _opened(path, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    try:
-        yield path, handle
-    finally:
-        if _is_at(path, handle):
-            path.unlink()
-        os.close(handle)  # last: the lock ends with it
-
-
-def _opened(path: Path, operation: int) -> int:
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+def _locked(path: Path, *, blocking: bool) -> Iterator[None]:
+    """Hold a lock file and remove it in the end. Who waited for the removed one finds that out and tries again."""
+    lock = FileLock(path, blocking=blocking, is_singleton=True)
+    with lock:
         try:
-            fcntl.flock(handle, operation)
-            if _is_at(path, handle):  # else the process that had it renamed or removed it meanwhile
-                return handle
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)
-
-
-def _is_at(path: Path, handle: int) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(handle))
-    except FileNotFoundError:
-        return False
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring the rename itself to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            yield
+        finally:
+            if lock.lock_counter == 1:
+                path.unlink(missing_ok=True)

@@ -13,48 +13,123 @@ Nothing here imports torch: results can be read where it is not installed.
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
 
 from famba import config
+from famba.config import Float, Int, validated
 from famba.errors import InputError
-from famba.fusion import strategies
 from famba.storage.files import claimed, json_bytes, write_atomic
 
-HISTORY_COLUMNS: tuple[str, ...] = (
-    "epoch",
-    "lr",
-    "train_loss",
-    "train_top1_percent",
-    "val_loss",
-    "val_top1_percent",
-    "val_top5_percent",
-    "ema_val_loss",
-    "ema_val_top1_percent",
-)
-# Empty in every line of a run that keeps no moving average of its weights.
-_EMA_COLUMNS = ("ema_val_loss", "ema_val_top1_percent")
-_NUMBERS_OF_COST = (
-    "train_time_s",
-    "step_time_ms",
-    "data_time_ms",
-    "peak_memory_mib",
-    "throughput_img_s",
-    "flops_per_image",
-    "flops_per_image_counted",
-    "params_count",
-    "threads",
-)
+# What is checked of a run's files; they may hold more.
+_CONFIG = ConfigDict(extra="ignore", allow_inf_nan=False)
+_Count = Annotated[Int, Field(ge=0)]
+_Measured = Annotated[Float, Field(ge=0)]
+_Percent = Annotated[Float, Field(ge=0, le=100)]
+
+
+@dataclass(config=_CONFIG)
+class _Scores:
+    top1_percent: _Percent
+    top5_percent: _Percent
+    loss: Float
+
+
+@dataclass(config=_CONFIG)
+class _EpochScores(_Scores):
+    epoch: Int
+
+
+@dataclass(config=_CONFIG)
+class _Validation:
+    last: _EpochScores
+    best: _EpochScores
+
+
+@dataclass(config=_CONFIG)
+class _Chosen:
+    weights: Literal["raw", "ema"]
+    epoch: Int
+
+
+@dataclass(config=_CONFIG)
+class _Metrics(_Scores):
+    strategy: str
+    seed: Int
+    profile: str
+    chosen: _Chosen
+    validation: dict[Literal["raw", "ema"], _Validation | None]  # null where no moving average is kept
+
+    @model_validator(mode="after")
+    def _check(self) -> "_Metrics":
+        if set(self.validation) != {"raw", "ema"} or self.validation[self.chosen.weights] is None:
+            raise ValueError(f"validation: must hold raw and ema, and scores of the chosen {self.chosen.weights}")
+        return self
+
+
+@dataclass(config=_CONFIG)
+class _Cost:
+    train_time_s: _Measured
+    step_time_ms: _Measured
+    data_time_ms: _Measured
+    peak_memory_mib: _Measured
+    throughput_img_s: _Measured
+    flops_per_image: _Measured
+    flops_per_image_counted: _Measured
+    params_count: _Count
+    threads: _Count
+    device: str
+    versions: dict[str, str]
+    command: str
+    kernels: dict[str, str]
+    nondeterministic: list[str]
+    epoch_time_s: list[_Measured]
+
+
+@dataclass(config=_CONFIG)
+class _Schedule:
+    strategy: str
+    schedule: list[_Count]
+    token_counts: list[_Count]
+
+    @model_validator(mode="after")
+    def _check(self) -> "_Schedule":
+        if len(self.token_counts) != len(self.schedule) + 1:
+            raise ValueError(f"token_counts: must be {len(self.schedule) + 1} numbers")
+        for layer, r in enumerate(self.schedule, start=1):
+            before, after = self.token_counts[layer - 1 : layer + 1]
+            if after != before - r:
+                raise ValueError(f"token_counts: layer {layer} made {after} of {before} tokens, though r = {r}")
+        return self
+
+
+@dataclass(config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class _Epoch:
+    """A line of history.csv; numbers may be text. The last two are empty in a run without a moving average."""
+
+    epoch: int
+    lr: float
+    train_loss: float
+    train_top1_percent: float
+    val_loss: float
+    val_top1_percent: float
+    val_top5_percent: float
+    ema_val_loss: float | None
+    ema_val_top1_percent: float | None
+
+
+HISTORY_COLUMNS = tuple(field.name for field in dataclasses.fields(_Epoch))
 MODEL_FILE = "model.safetensors"
-_held: set[Path] = set()  # by this process
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class RunRecord:
     """A finished run, without its weights.
 
@@ -86,7 +161,7 @@ class RunRecord:
     params: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Run(RunRecord):
     """A finished run with its weights, as training hands it over.
 
@@ -118,15 +193,16 @@ def write(run: Run, run_dir: str | Path) -> Path:
     folder = config.root() / run_dir
     identity = {"strategy": run.strategy, "seed": run.seed, "profile": run.profile}
     metrics = {**identity, **run.metrics}
-    _check_schedule(run.schedule, run.token_counts, folder / "schedule.json")
-    _check(run, metrics, folder)
+    fusion = {
+        "strategy": run.strategy,
+        "schedule": list(run.schedule),
+        "token_counts": list(run.token_counts),
+    }
+    _check(folder, metrics, fusion, run.cost, run.params, run.history)
     if not run.model_bytes:
         raise InputError(f"{folder / MODEL_FILE}: no weights given")
     contents = {
-        "schedule.json": _json(
-            {"strategy": run.strategy, "schedule": list(run.schedule), "token_counts": list(run.token_counts)},
-            folder / "schedule.json",
-        ),
+        "schedule.json": _json(fusion, folder / "schedule.json"),
         "params.json": _json(dict(run.params), folder / "params.json"),
         "cost.json": _json(dict(run.cost), folder / "cost.json"),
         "history.csv": history_bytes(run.history),
@@ -147,7 +223,7 @@ def write(run: Run, run_dir: str | Path) -> Path:
 def held(run_dir: str | Path) -> Iterator[Path]:
     """Hold a run's folder, so that no other process writes a run there: from before training, best.
 
-    A process that holds it may do so again. A killed one leaves nothing that is in the way.
+    A thread that holds it may do so again. A killed process leaves nothing that is in the way.
 
     Args:
         run_dir: if relative, from the repository root; made if need be.
@@ -156,16 +232,8 @@ def held(run_dir: str | Path) -> Iterator[Path]:
         InputError: another process holds it, or it cannot be written to.
     """
     folder = config.root() / run_dir
-    key = folder.resolve()
-    if key in _held:
-        yield folder
-        return
     with claimed(folder / ".lock", f"{folder}: another process is making a run there"):
-        _held.add(key)
-        try:
-            yield folder
-        finally:
-            _held.remove(key)
+        yield folder
 
 
 def read(run_dir: str | Path) -> RunRecord:
@@ -183,32 +251,22 @@ def read(run_dir: str | Path) -> RunRecord:
         raise InputError(f"{folder}: no such run")
     if not (folder / "metrics.json").is_file():
         raise InputError(f"{folder / 'metrics.json'}: missing, so the run is not complete")
-    metrics = _object(folder / "metrics.json")
-    fusion = _object(folder / "schedule.json")
-    identity = {
-        key: _value(metrics, key, kind, folder / "metrics.json")
-        for key, kind in {"strategy": str, "seed": int, "profile": str}.items()
-    }
-    schedule, token_counts = (
-        _value(fusion, key, list, folder / "schedule.json") for key in ("schedule", "token_counts")
+    metrics, fusion, cost, params = (
+        _object(folder / f"{name}.json") for name in ("metrics", "schedule", "cost", "params")
     )
-    _check_schedule(schedule, token_counts, folder / "schedule.json")
-    record = RunRecord(
-        **identity,
-        schedule=schedule,
-        token_counts=token_counts,
-        metrics={key: value for key, value in metrics.items() if key not in identity},
-        cost=_object(folder / "cost.json"),
-        history=read_history(folder / "history.csv"),
-        params=_object(folder / "params.json"),
-    )
-    _check(record, metrics, folder)
-    strategy = _value(fusion, "strategy", str, folder / "schedule.json")
-    if strategy != record.strategy:
-        raise InputError(f"{folder / 'schedule.json'}: strategy: {strategy!r}; metrics.json says {record.strategy!r}")
+    history = read_history(folder / "history.csv")
+    _check(folder, metrics, fusion, cost, params, history)
     if not (folder / MODEL_FILE).is_file():
         raise InputError(f"{folder / MODEL_FILE}: missing")
-    return record
+    return RunRecord(
+        **{key: metrics.pop(key) for key in ("strategy", "seed", "profile")},
+        schedule=fusion["schedule"],
+        token_counts=fusion["token_counts"],
+        metrics=metrics,
+        cost=cost,
+        history=history,
+        params=params,
+    )
 
 
 def history_bytes(history: Sequence[Mapping[str, Any]]) -> bytes:
@@ -220,106 +278,42 @@ def history_bytes(history: Sequence[Mapping[str, Any]]) -> bytes:
     return text.getvalue().encode()
 
 
-def _check(run: RunRecord, metrics: Mapping[str, Any], folder: Path) -> None:
-    """What must hold of a run, written or read; `metrics` is metrics.json whole."""
-    allowed = (*strategies.STRATEGIES, strategies.ADAPTIVE)
-    if run.strategy not in allowed:
-        raise InputError(f"{folder / 'metrics.json'}: strategy: {run.strategy!r} is not one of {', '.join(allowed)}")
-    _check_metrics(metrics, folder / "metrics.json")
-    _check_cost(run.cost, folder / "cost.json")
-    if run.history or not _trains_nothing(run):
-        _check_history(run.history, folder / "history.csv")
-    for key, value in {"strategy": run.strategy, "profile": run.profile}.items():
-        if _value(run.params, key, str, folder / "params.json") != value:
-            raise InputError(f"{folder / 'params.json'}: {key}: {run.params[key]!r}; metrics.json says {value!r}")
+def _check(
+    folder: Path,
+    metrics: Mapping[str, Any],
+    fusion: Mapping[str, Any],
+    cost: Mapping[str, Any],
+    params: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+) -> None:
+    """What must hold of a run's files, written or read."""
+    for file, kind, content in (
+        ("metrics.json", _Metrics, metrics),
+        ("schedule.json", _Schedule, fusion),
+        ("cost.json", _Cost, cost),
+    ):
+        validated(kind, content, str(folder / file))
+    for file, key, content in (
+        ("schedule.json", "strategy", fusion),
+        ("params.json", "strategy", params),
+        ("params.json", "profile", params),
+    ):
+        if content.get(key) != metrics[key]:
+            raise InputError(f"{folder / file}: {key}: {content.get(key)!r}; metrics.json says {metrics[key]!r}")
+    if not history and params.get("train", {}).get("epochs") != 0:
+        raise InputError(f"{folder / 'history.csv'}: no epochs")
+    _epochs(history, folder / "history.csv")
 
 
-def _trains_nothing(run: RunRecord) -> bool:
-    train = run.params.get("train")
-    return isinstance(train, Mapping) and train.get("epochs") == 0
-
-
-def _check_metrics(metrics: Mapping[str, Any], path: Path) -> None:
-    scores = ("top1_percent", "top5_percent", "loss")
-    for key in scores:
-        _number(metrics, key, path)
-    chosen = _value(metrics, "chosen", Mapping, path)
-    _value(chosen, "epoch", int, path, "chosen.")
-    weights = _value(chosen, "weights", str, path, "chosen.")
-    if weights not in ("raw", "ema"):
-        raise InputError(f"{path}: chosen.weights: {weights!r} is neither 'raw' nor 'ema'")
-    validation = _value(metrics, "validation", Mapping, path)
-    _value(validation, "raw", Mapping, path, "validation.")
-    if "ema" not in validation:
-        raise InputError(f"{path}: validation.ema: missing; null in a run that keeps no moving average")
-    for kind in [kind for kind in ("raw", "ema") if validation[kind] is not None]:
-        for which in ("last", "best"):
-            where = f"validation.{kind}."
-            entry = _value(_value(validation, kind, Mapping, path, "validation."), which, Mapping, path, where)
-            _value(entry, "epoch", int, path, f"{where}{which}.")
-            for key in scores:
-                _number(entry, key, path, f"{where}{which}.")
-    if validation[weights] is None:
-        raise InputError(f"{path}: chosen.weights: {weights!r}, but validation.{weights} is null")
-
-
-def _check_cost(cost: Mapping[str, Any], path: Path) -> None:
-    for key in _NUMBERS_OF_COST:
-        if _number(cost, key, path) < 0:
-            raise InputError(f"{path}: {key}: {cost[key]!r} is below 0")
-    kinds = {"device": str, "versions": Mapping, "command": str, "kernels": Mapping, "nondeterministic": list}
-    for key, kind in kinds.items():
-        _value(cost, key, kind, path)
-    for function in cost["kernels"]:
-        _value(cost["kernels"], function, str, path, "kernels.")
-    times = _value(cost, "epoch_time_s", list, path)
-    for epoch in range(len(times)):
-        _number(dict(enumerate(times)), epoch, path, "epoch_time_s.")
-
-
-def _check_history(history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    if not history:
-        raise InputError(f"{path}: no epochs")
-    for number, row in enumerate(history, start=1):
-        unknown = sorted(set(row) - set(HISTORY_COLUMNS))
-        if unknown:
-            raise InputError(f"{path}: unknown column {unknown[0]!r}; allowed: {', '.join(HISTORY_COLUMNS)}")
-        for key in HISTORY_COLUMNS:
-            if key not in _EMA_COLUMNS or row.get(key) is not None:
-                _number(row, key, path, f"epoch {number}: ")
-        if row["epoch"] != number:
-            raise InputError(f"{path}: epoch: {row['epoch']!r} in line {number} of the epochs; they count from 1")
-
-
-def _check_schedule(schedule: Sequence[Any], token_counts: Sequence[Any], path: Path) -> None:
-    for key, values in {"schedule": schedule, "token_counts": token_counts}.items():
-        if any(type(value) is not int or value < 0 for value in values):
-            raise InputError(f"{path}: {key}: {list(values)!r} must be whole numbers, none below 0")
-    if len(token_counts) != len(schedule) + 1:
-        raise InputError(f"{path}: token_counts: {len(token_counts)} numbers for {len(schedule)} layers; one more")
-    for layer, r in enumerate(schedule, start=1):
-        before, after = token_counts[layer - 1], token_counts[layer]
-        if after != before - r:
-            raise InputError(f"{path}: token_counts: layer {layer} made {after} of {before} tokens, though r = {r}")
-
-
-def _value(mapping: Mapping[Any, Any], key: Any, kind: Any, path: Path, prefix: str = "") -> Any:
-    if key not in mapping:
-        raise InputError(f"{path}: {prefix}{key}: missing")
-    value = mapping[key]
-    if not isinstance(value, kind) or isinstance(value, bool):
-        name = {Mapping: "an object", list: "a list", str: "text", int: "a whole number"}.get(kind, "a number")
-        raise InputError(f"{path}: {prefix}{key}: {value!r} is not {name}")
-    return value
-
-
-def _number(mapping: Mapping[Any, Any], key: Any, path: Path, prefix: str = "") -> int | float:
-    value = _value(mapping, key, (int, float), path, prefix)
-    if not math.isfinite(value):
-        raise InputError(f"{path}: {prefix}{key}: {value!r} is not finite")
-    if isinstance(key, str) and key.endswith("_percent") and not 0 <= value <= 100:
-        raise InputError(f"{path}: {prefix}{key}: {value!r} is not within 0..100")
-    return value
+def _epochs(history: Sequence[Mapping[str, Any]], path: Path) -> list[dict[str, Any]]:
+    epochs = [
+        validated(_Epoch, row, str(path), lambda *keys, number=number: (f"epoch {number}", *keys))
+        for number, row in enumerate(history, start=1)
+    ]
+    for number, row in enumerate(epochs, start=1):
+        if row.epoch != number:
+            raise InputError(f"{path}: epoch: {row.epoch} in line {number} of the epochs; they count from 1")
+    return [dataclasses.asdict(row) for row in epochs]
 
 
 def _json(value: Any, path: Path) -> bytes:
@@ -356,16 +350,9 @@ def read_history(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"{path}: not readable as CSV: {error}") from None
     if not lines or tuple(lines[0]) != HISTORY_COLUMNS:
         raise InputError(f"{path}: its first line must be {','.join(HISTORY_COLUMNS)}")
-    return [_history_row(line, number, path) for number, line in enumerate(lines[1:], start=1)]
-
-
-def _history_row(line: list[str], number: int, path: Path) -> dict[str, Any]:
-    if len(line) != len(HISTORY_COLUMNS):
-        raise InputError(f"{path}: epoch {number}: {len(line)} values; {len(HISTORY_COLUMNS)} columns")
-    row: dict[str, Any] = {}
-    for key, text in zip(HISTORY_COLUMNS, line, strict=True):
-        try:
-            row[key] = None if text == "" else int(text) if key == "epoch" else float(text)
-        except ValueError:
-            raise InputError(f"{path}: epoch {number}: {key}: {text!r} is not a number") from None
-    return row
+    for number, line in enumerate(lines[1:], start=1):
+        if len(line) != len(HISTORY_COLUMNS):
+            raise InputError(f"{path}: epoch {number}: {len(line)} values; {len(HISTORY_COLUMNS)} columns")
+    return _epochs(
+        [dict(zip(HISTORY_COLUMNS, (text or None for text in line), strict=True)) for line in lines[1:]], path
+    )

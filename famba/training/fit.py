@@ -20,7 +20,8 @@ from famba.errors import InputError
 from famba.kernels import precision
 from famba.kernels.triton import runtime
 from famba.models import pretrained
-from famba.models.vim import VisionMamba, create_model, kernels, sizes
+from famba.models.presets import sizes
+from famba.models.vim import VisionMamba, create_model, kernels
 from famba.profiling import environment
 from famba.storage import provenance, runs
 from famba.storage.files import claimed, json_bytes, write_atomic

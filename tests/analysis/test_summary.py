@@ -102,11 +102,6 @@ def test_runs_of_two_profiles_are_refused(tmp_path):
         summary.load_runs(SWEEP, tmp_path)
 
 
-def test_a_seed_that_would_count_twice_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"sweep\.seeds: 0 is named twice"):
-        summary.load_runs(SweepParams(strategies=("none",), seeds=(0, 0)), tmp_path)
-
-
 def test_history_has_a_row_per_epoch_and_empty_cells_without_ema(tmp_path):
     frame = summary.load_history(SWEEP, write_runs(tmp_path))
     assert len(frame) == 2 * 2 * 2

@@ -251,7 +251,7 @@ def wait_in_an_epoch(folder: str, said: str) -> None:  # noqa: F811
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks into /proc")
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_workers_end_with_the_process_that_started_them(folder: Path, how: int):  # noqa: F811
     said = folder.parent / "said"
     program = (

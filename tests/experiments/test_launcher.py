@@ -76,12 +76,14 @@ def test_an_error_keeps_its_kind_and_names_the_item():
 
 
 def test_a_defect_names_the_item_and_keeps_its_traceback():
-    with pytest.raises(RuntimeError, match=r"(?s)^nothing:\nTraceback.*return 1 / x.*ZeroDivisionError"):
+    with pytest.raises(ZeroDivisionError) as error:
         launcher.run(divide, {"one": 1, "nothing": 0}, jobs=2)
+    assert error.value.__notes__ == ["while working on nothing"]
+    assert "return 1 / x" in str(error.value.__cause__)
 
 
 def test_a_process_that_is_killed_is_an_error_that_names_its_item():
-    with pytest.raises(FambaError, match=r"second: its process was stopped \(exit status -9\)"):
+    with pytest.raises(FambaError, match=r"^second: a worker process was stopped; most often"):
         launcher.run(die_at_two, {"first": 1, "second": 2, "third": 3}, jobs=1)
 
 
@@ -94,7 +96,7 @@ def test_a_failure_ends_what_the_others_are_doing(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks into /proc")
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_nothing_goes_on_once_the_process_that_asked_for_it_is_gone(tmp_path, how):
     said = tmp_path / "pid"
     program = (

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from famba import config, training
+from famba.cli import main
 from famba.config import SweepParams
 from famba.errors import InputError
 from famba.experiments import sweep
@@ -138,6 +140,31 @@ def test_where_training_is_not_allowed_a_missing_run_is_an_error(tmp_path, train
         sweep.ensure_runs(SWEEP, profile="smoke", runs_dir=tmp_path / "runs", train_missing=False)
     assert not trained
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_strategy_of_any_name_is_resolved_and_one_that_asks_a_layer_for_too_much_is_refused(
+    tmp_path, monkeypatch, capsys
+):
+    text = (config.root() / "params.yaml").read_text().replace("[none, all, interleaved, lower, upper]", "[none, late]")
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for rule, expected in {
+        "{r: 4, first_layer: 5}": [0, 0, 0, 0, 4, 4, 4, 4, 4, 4],
+        "{schedule: [0, 0, 0, 0, 0, 0, 0, 0, 0, 18]}": [0] * 9 + [18],
+        "{r: 30, first_layer: 5}": "layer 5: r = 30 of t = 37 tokens; allowed: 0..18",
+        "{r: 2, first_layer: 11}": "strategy 'all': first_layer = 11; must be in 1..10",
+    }.items():
+        Path("params.yaml").write_text(text.replace("fusion:  ", f"fusion:\n  late: {rule}\n  #", 1))
+        status = main(["resolve", "--profile", "default", "--out", "resolved"])
+        if isinstance(expected, str):
+            error = capsys.readouterr().err
+            assert status == 1
+            assert "fusion.late" in error
+            assert error.endswith(f"{expected}\n")
+        else:
+            assert status == 0
+            assert config.read_resolved("resolved/params/late.json").schedule(10) == expected
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,9 @@ def test_an_r_that_is_too_large_names_layer_t_and_r():
     with pytest.raises(InputError, match=r"layer 2: r = 4 of t = 7 tokens; allowed: 0\.\.3"):
         token_counts([3, 4], 10)
     assert token_counts([3, 3], 10) == [10, 7, 4]
+    with pytest.raises(InputError, match=r"layer 1: r = 1 of t = 3 tokens; allowed: 0\.\.0"):
+        token_counts([1], 3)
+    assert token_counts([1], 3, protected=0) == [3, 2]
 
 
 def test_the_parameters_give_a_schedule_outright_by_layer_or_by_budget():

@@ -57,8 +57,10 @@ def child(*command, **environment):
 def test_every_kernel_agrees_under_the_interpreter():
     own = ["tests/kernels/test_triton.py"]
     others = ["kernels/test_derivatives", "fusion/test_fusion", "models/test_mixer", "profiling/test_profiling"]
-    others = [*(f"tests/{name}.py" for name in others), "-k", "triton and not fp32"]
-    for tests, least in ((own, 35), (others, 127)):
+    # Several blocks of tokens are 65 of them here; 197, chains and sums of directions are slow, and find no more.
+    slow = "fp32 or t197 or t64 or chain or nodiv"
+    others = [*(f"tests/{name}.py" for name in others), "-k", f"triton and not ({slow})"]
+    for tests, least in ((own, 35), (others, 135)):
         done = child("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, TRITON_INTERPRET="1")
         counted = re.search(r"(\d+) passed", done.stdout)
         assert done.returncode == 0, done.stdout[-5000:]

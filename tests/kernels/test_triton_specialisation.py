@@ -4,7 +4,6 @@ Triton compiles a kernel anew for every choice of what is absent, 1, or a multip
 type not fit: at the first such call, which may be a run's last.
 """
 
-import functools
 import itertools
 import random
 
@@ -112,35 +111,32 @@ def draw(factors, count):
     return [dict(zip(factors, case, strict=True)) for case in zip(*columns, strict=True)]
 
 
-@functools.cache
-def started(models, operators):
-    """What so many calls of models, and of all operators, are specialised to."""
-    with specialised() as kernels:
-        for start, cases in ((start_model, draw(MODELS, models)), (start_operators, draw(OPERATORS, operators))):
-            for case in cases:
+COUNTS = (14, 20)  # of models and of calls of all operators
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """What so many calls are specialised to."""
+    with specialised() as found:
+        for start, factors, count in zip((start_model, start_operators), (MODELS, OPERATORS), COUNTS, strict=True):
+            for case in draw(factors, count):
                 try:
                     start(**case)
                 except Exception as error:
                     error.add_note(str(case))
                     raise
-    return kernels
+    return found
 
 
-few = functools.partial(started, 7, 10)
-many = functools.partial(started, 150, 100)
-on_few_and_many = pytest.mark.parametrize("kernels", [few, pytest.param(many, marks=pytest.mark.slow)])
-
-
-@pytest.mark.parametrize(("factors", "count"), [(MODELS, 7), (OPERATORS, 10)])
+@pytest.mark.parametrize(("factors", "count"), [(MODELS, COUNTS[0]), (OPERATORS, COUNTS[1])])
 def test_every_value_is_drawn(factors, count):
     cases = draw(factors, count)
     assert all({case[name] for case in cases} == set(values) for name, values in factors.items())
 
 
-@on_few_and_many
 def test_every_kernel_that_models_and_operators_start_compiles(kernels):
-    assert len({kernel.name for kernel in kernels()}) == 11
-    assert len(kernels()) >= (1000 if kernels is many else 130)
+    assert len({kernel.name for kernel in kernels}) == 11
+    assert len(kernels) >= 250
 
 
 def test_one_image_is_a_call_like_any_other():
@@ -156,11 +152,10 @@ def test_tokens_are_fused_without_a_class_token():
     assert [kernel.name for kernel in kernels] == ["match._best_kernel", "match._rank_kernel"]
 
 
-@on_few_and_many
 def test_threads_wait_before_they_read_what_others_may_have_written(kernels):
     """And before they overwrite what others may have yet to read. Layouts differ at n = 1; they may at any."""
-    seen = {kernel.name: 0 for kernel in kernels()}
-    for kernel in kernels():
+    seen = {kernel.name: 0 for kernel in kernels}
+    for kernel in kernels:
         seen[kernel.name] += 1
         both = {name: found for name, found in kernel.accesses().items() if {"load", "store"} <= set(found)}
         if kernel.name == "scan._backward_kernel":
@@ -173,10 +168,9 @@ def test_threads_wait_before_they_read_what_others_may_have_written(kernels):
     assert seen["scan._backward_kernel"] >= len(OPERATORS["n"])
 
 
-@on_few_and_many
 def test_weights_of_means_are_rounded_to_nearest(kernels):
     """An approximate x / x is not 1 for all sizes, and an unmerged token would not come through bit for bit."""
-    plans = [kernel.ttir for kernel in kernels() if kernel.name == "fuse._plan_kernel"]
+    plans = [kernel.ttir for kernel in kernels if kernel.name == "fuse._plan_kernel"]
     assert len(plans) >= 4
     assert all("tt.precise_divf" in ttir and "arith.divf" not in ttir for ttir in plans)
 
@@ -184,13 +178,12 @@ def test_weights_of_means_are_rounded_to_nearest(kernels):
 CAPABILITIES = (80, 90, 100, 120)
 
 
-@pytest.mark.parametrize("each", [1, pytest.param(4, marks=pytest.mark.slow)])
-def test_a_sample_of_every_kernel_is_assembled_for_each_compute_capability(each):
+def test_a_sample_of_every_kernel_is_assembled_for_each_compute_capability(kernels):
     generator, capabilities = random.Random(0), itertools.cycle(CAPABILITIES)
-    by_name = itertools.groupby(sorted(few(), key=lambda kernel: kernel.name), key=lambda kernel: kernel.name)
+    by_name = itertools.groupby(sorted(kernels, key=lambda kernel: kernel.name), key=lambda kernel: kernel.name)
     seen = set()
-    for name, kernels in by_name:
-        for kernel in generator.choices(list(kernels), k=each):
+    for name, those in by_name:
+        for kernel in generator.choices(list(those), k=2):
             capability = next(capabilities)
             assert kernel.code("cubin", capability)[:4] == b"\x7fELF"
             seen.add((name, capability))

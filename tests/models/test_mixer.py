@@ -16,7 +16,7 @@ TENSORS = load_file(GOLDEN / "components.safetensors")
 BACKENDS = [
     "torch",
     *([] if backends()["native"] else ["native"]),
-    # On a GPU, or where test_gpu.py has Triton's interpreter run these tests.
+    # On a GPU, or where test_triton.py has Triton's interpreter run these tests.
     *([] if runtime.unavailable() else [pytest.param("triton", marks=pytest.mark.gpu)]),
 ]
 

@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import os
 import shutil
@@ -5,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ def test_the_folder_is_made_and_the_content_arrives(tmp_path):
     assert (tmp_path / "a" / "b" / "c.bin").read_bytes() == b"\x00\n"
 
 
-@pytest.mark.parametrize(("module", "step"), [(os, "ftruncate"), (os, "fsync"), (Path, "replace")])
+@pytest.mark.parametrize(("module", "step"), [(os, "open"), (os, "fsync"), (Path, "replace")])
 def test_a_disk_that_is_full_at_any_step_leaves_the_old_content_and_nothing_else(tmp_path, monkeypatch, module, step):
     path = tmp_path / "c.bin"
     path.write_bytes(b"old")
@@ -110,6 +112,7 @@ def test_the_draft_that_a_kill_left_is_taken_over_by_the_next_writing(tmp_path):
     path.write_bytes(b"old")
     assert write_with_a_limit(path, "SIG_DFL").returncode == -signal.SIGXFSZ
     draft = tmp_path / ".c.bin.tmp"
+    assert (tmp_path / ".c.bin.lock").exists()
     assert draft.stat().st_size == 5000
     assert path.read_bytes() == b"old"
     write_atomic(path, b"newer")
@@ -134,15 +137,38 @@ def test_writers_of_one_file_go_one_after_the_other(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_is_claimed_is_refused_to_others_and_free_again_afterwards(tmp_path):
+def test_what_is_claimed_is_refused_to_other_threads_and_free_again_afterwards(tmp_path):
     lock = tmp_path / "new" / "lock"
-    with claimed(lock, "x: taken"):
-        with pytest.raises(InputError, match=r"^x: taken$"), claimed(lock, "x: taken"):
-            pass
-        assert lock.exists()
-    assert not lock.exists()
-    with claimed(lock, "x: taken"):
-        pass
+
+    def claim():
+        with claimed(lock, "x: taken"):
+            return lock.exists()
+
+    with ThreadPoolExecutor(1) as other:
+        with claimed(lock, "x: taken"):
+            assert claim()  # again by the thread that has it
+            with pytest.raises(InputError, match=r"^x: taken$"):
+                other.submit(claim).result()
+            assert lock.exists()
+        assert not lock.exists()
+        assert other.submit(claim).result()
+
+
+def test_two_holders_are_never_in_at_once(tmp_path):
+    inside, most = [], []
+
+    def claim_often():
+        for _ in range(100):
+            with contextlib.suppress(InputError), claimed(tmp_path / "lock", "taken"):
+                inside.append(1)
+                most.append(len(inside))
+                inside.pop()
+
+    with ThreadPoolExecutor(4) as threads:
+        for done in [threads.submit(claim_often) for _ in range(4)]:
+            done.result()
+    assert most
+    assert max(most) == 1
 
 
 def test_a_claim_that_a_kill_left_is_free(tmp_path):

@@ -18,20 +18,16 @@ from famba.config import Params
 from famba.errors import TrainingError
 from famba.storage import runs
 from famba.training import distributed, fit
-from famba.training.trainer import Session, evaluate
+from famba.training.trainer import evaluate
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
-def repository(tmp_path, monkeypatch):
-    for name in ("params.yaml", "dvc.yaml"):
-        shutil.copy(ROOT / name, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    # What torchrun starts finds this copy of famba, and its threads do not spin on cores that they share.
+def processes(repository, monkeypatch):
+    """What torchrun starts finds this copy of famba, and its threads do not spin on cores that they share."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
-    return tmp_path
 
 
 def test_a_process_by_itself_takes_its_cuda_device_as_the_current_one(monkeypatch):
@@ -58,10 +54,9 @@ def numbers(run: runs.Run) -> list[float]:
     return [row[key] for row in run.history for key in keys] + [run.metrics["loss"]]
 
 
-@pytest.mark.parametrize("varied", [{}, MIXED], ids=["plain", "mixed"])
-def test_a_step_in_parts_is_the_step_at_once(varied):
-    whole = fit.fit(smoke(varied), seed=3)
-    parts = fit.fit(smoke(varied, device_batch=4), seed=3)
+def test_a_step_in_parts_is_the_step_at_once():
+    whole = fit.fit(smoke(MIXED), seed=3)
+    parts = fit.fit(smoke(MIXED, device_batch=4), seed=3)
     assert numbers(parts) == pytest.approx(numbers(whole), rel=1e-5)
     assert parts.history[0]["train_top1_percent"] == whole.history[0]["train_top1_percent"]
     assert parts.cost["peak_memory_mib"] < 0.9 * whole.cost["peak_memory_mib"]
@@ -78,37 +73,20 @@ def test_parts_of_an_odd_number_of_images_cannot_be_mixed():
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one_at_the_same_batch():
-    one = fit.fit(smoke(MIXED), seed=3)
+def test_a_run_of_one_process_goes_on_with_two_that_give_the_same_losses(interrupt):
+    undisturbed = fit.fit(smoke(MIXED), seed=4)
     shutil.rmtree("build")
-    two = fit.fit(smoke(MIXED, processes=2, device_batch=4), seed=3)
-    assert numbers(two) == pytest.approx(numbers(one), rel=1e-5)
-    assert [row["train_top1_percent"] for row in two.history] == [row["train_top1_percent"] for row in one.history]
-    assert two.metrics["top1_percent"] == one.metrics["top1_percent"]
-    assert (one.cost["processes"], two.cost["processes"]) == (1, 2)
-    assert two.cost["command"].startswith("torchrun --nproc-per-node 2 -m famba train --profile smoke")
-
-
-@pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_processes(monkeypatch):
-    undisturbed = fit.fit(smoke(epochs=2), seed=4)
-    shutil.rmtree("build")
-    save = Session._save
-
-    def stop(session):
-        save(session)
-        if session.epoch == 1:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Session, "_save", stop)
-        with pytest.raises(KeyboardInterrupt):
-            fit.fit(smoke(epochs=2), seed=4)
+    interrupt(smoke(MIXED), seed=4)
     told: list[int] = []
-    run = fit.fit(smoke(epochs=2, processes=2), seed=4, watch=[lambda history, cost: told.append(len(history))])
+    p = smoke(MIXED, processes=2)
+    run = fit.fit(p, seed=4, watch=[lambda history, cost: told.append(len(history))])
     assert numbers(run) == pytest.approx(numbers(undisturbed), rel=1e-5)
     assert run.history[0] == undisturbed.history[0]  # that epoch was not trained again
+    assert run.history[1]["train_top1_percent"] == undisturbed.history[1]["train_top1_percent"]
+    assert run.metrics["top1_percent"] == undisturbed.metrics["top1_percent"]
     assert told[-1] == 2
+    assert (undisturbed.cost["processes"], run.cost["processes"]) == (1, 2)
+    assert run.cost["command"].startswith("torchrun --nproc-per-node 2 -m famba train --profile smoke")
 
 
 @pytest.mark.slow
@@ -145,15 +123,10 @@ def environment(pid: int) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
 
 
-@pytest.mark.slow
 def test_what_a_process_refuses_is_said_in_one_line():
-    p = smoke(processes=2)
-    p = dataclasses.replace(p, data=dataclasses.replace(p.data, limit=8))
-    with pytest.raises(
-        TrainingError,
-        match=r"^data\.val_fraction 0\.1 and data\.limit 8 .* without a training image; at least 1 needed$",
-    ):
-        fit.fit(p, seed=0)
+    with pytest.raises(TrainingError, match=r"^strategy: 'uper' .*$") as error:
+        distributed.launch(["train", "--strategy", "uper"], 2, quiet=True)
+    assert "\n" not in str(error.value)
 
 
 def test_more_processes_than_torchrun_has_started_are_refused(monkeypatch):
@@ -162,11 +135,10 @@ def test_more_processes_than_torchrun_has_started_are_refused(monkeypatch):
         fit.fit(smoke(processes=2), seed=0)
 
 
-@pytest.mark.parametrize("start", [lambda: distributed.launch([], 2, quiet=True)])
-def test_several_processes_need_accelerate(monkeypatch, start):
+def test_several_processes_need_accelerate(monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(InputError, match=r"need Accelerate, which is not installed: pip install 'famba\[paper\]'"):
-        start()
+        distributed.launch([], 2, quiet=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="need Accelerate"):
         distributed.join(torch.device("cpu"))
@@ -200,6 +172,7 @@ def test_every_image_of_an_evaluation_counts_once_however_many_share_it(count):
     assert loss / n == pytest.approx(alone["loss"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_torchrun_in_a_shell_does_the_same_and_states_batch_and_rate(repository):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "famba"]
     given = ["train", "--profile", "smoke", "--strategy", "upper", "--seed", "1", "--out", "run"]

@@ -5,11 +5,11 @@ import dataclasses
 import fcntl
 import hashlib
 import math
-import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import jaxtyping
 import pytest
 import torch
 
@@ -26,15 +26,7 @@ from famba.training.distributed import Processes
 from famba.training.trainer import Session, evaluate
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(autouse=True)
-def repository(tmp_path, monkeypatch):
-    """A repository of its own, so that no test sees another's checkpoints."""
-    for name in ("params.yaml", "dvc.yaml"):
-        shutil.copy(ROOT / name, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("repository")
 
 
 def smoke(strategy: str = "upper", **changes) -> Params:
@@ -49,16 +41,16 @@ def deterministic(run: runs.Run) -> tuple:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """One finished run that others are compared with; trained once."""
+    """One finished run that others are compared with; trained once, with its shapes checked."""
     folder = tmp_path_factory.mktemp("undisturbed")
     for name in ("params.yaml", "dvc.yaml"):
         shutil.copy(ROOT / name, folder)
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        return fit.fit(smoke(epochs=3, choose="best"), seed=1)
-    finally:
-        os.chdir(before)
+    with contextlib.chdir(folder):
+        jaxtyping.config.update("jaxtyping_disable", False)
+        try:
+            return fit.fit(smoke(epochs=3, choose="best"), seed=1)
+        finally:
+            jaxtyping.config.update("jaxtyping_disable", True)
 
 
 def test_a_run_learns_fuses_as_promised_and_reports_it(undisturbed):
@@ -92,21 +84,9 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(undisturbed)
 
 
 @pytest.mark.parametrize("stopped_after", [1, 2])
-def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(undisturbed, monkeypatch, stopped_after):
-    save = Session._save
-
-    def stop(session):
-        save(session)
-        if session.epoch == stopped_after:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Session, "_save", stop)
-        with pytest.raises(KeyboardInterrupt):
-            fit.fit(smoke(epochs=3), seed=1)
-    epochs: list[int] = []
-    run_epoch = Session.run_epoch
-    monkeypatch.setattr(Session, "run_epoch", lambda s: (run_epoch(s), epochs.append(s.epoch)))
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(undisturbed, interrupt, epochs, stopped_after):
+    interrupt(smoke(epochs=3), seed=1, epoch=stopped_after)
+    epochs.clear()
     assert deterministic(fit.fit(smoke(epochs=3), seed=1)) == deterministic(undisturbed)
     assert epochs == list(range(stopped_after + 1, 4))
 
@@ -461,27 +441,13 @@ def test_a_seed_in_the_name_of_the_weights_is_the_runs_own(weights):
         fit.fit(p, seed=2)
 
 
-def test_a_run_is_never_continued_from_one_that_started_from_other_weights(weights, monkeypatch):
+def test_a_run_is_never_continued_from_one_that_started_from_other_weights(weights, interrupt, epochs):
     p = smoke(init_from="weights.safetensors", epochs=2)
-    save, run_epoch = Session._save, Session.run_epoch
-    epochs: list[int] = []
-
-    def stop(session):
-        save(session)
-        if session.epoch == 1:
-            raise KeyboardInterrupt
-
-    def interrupted() -> Path:
-        with monkeypatch.context() as patched:
-            patched.setattr(Session, "_save", stop)
-            with pytest.raises(KeyboardInterrupt):
-                fit.fit(p, seed=1)
-        return fit.folder(p, seed=1)
-
-    before, content = interrupted(), weights.read_bytes()
+    interrupt(p, seed=1)
+    before, content = fit.folder(p, seed=1), weights.read_bytes()
     model, described = saved.load_model(weights)
     weights.write_bytes(saved.model_bytes(model, {k: t + 0.01 for k, t in model.state_dict().items()}, described))
-    monkeypatch.setattr(Session, "run_epoch", lambda s: (run_epoch(s), epochs.append(s.epoch)))
+    epochs.clear()
     other = fit.fit(p, seed=1)
     assert fit.folder(p, seed=1) != before
     weights.write_bytes(content)

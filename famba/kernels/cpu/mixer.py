@@ -209,7 +209,9 @@ def _conv_flops(xz, parameters, **_) -> int:
     return 2 * math.prod(xz) * parameters[0][-1]
 
 
-register_flop_formula(torch.ops.aten.baddbmm_, get_raw=True)(baddbmm_flop)  # torch counts it only where it is not in place
+register_flop_formula(torch.ops.aten.baddbmm_, get_raw=True)(
+    baddbmm_flop
+)  # torch counts it only where it is not in place
 
 
 @register_flop_formula(torch.ops.famba.scans)
