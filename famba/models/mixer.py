@@ -103,11 +103,11 @@ class BidirectionalMixer(nn.Module):
         if chosen.run_mixer is not None and plain:
             return chosen.run_mixer(xz, left, right, scale)
         u, gate = xz.chunk(2, dim=-1)
-        sides = [
+        one, other = (
             Side(s.u, s.step, d.dt_proj, d.A, s.B, s.C, d.D, d.dt_bias)
             for s, d in zip(self._select(u), (left, right), strict=True)
-        ]
-        return bidirectional_scan(*sides, gate.mT, scale=scale, backend=self.backend).mT
+        )
+        return bidirectional_scan(one, other, gate.mT, scale=scale, backend=self.backend).mT
 
     def feature(self, x: Float[Tensor, "b t d"], kind: str) -> Float[Tensor, "b t c"]:
         """What of the selection fusion may compare, both directions side by side: the step `delta`, `B` or `C`."""
@@ -122,11 +122,11 @@ class BidirectionalMixer(nn.Module):
         """What each direction scans."""
         weights = [(conv.weight[:, 0], conv.bias) for conv in (self.conv1d, self.conv1d_b)]
         inputs = bidirectional_conv1d_silu(x.mT, *weights, backend=self.backend)
-        split = [self.dt_rank, self.d_state, self.d_state]
-        return [
-            Selection(u, *(part.mT for part in x_proj(u.mT).split(split, dim=-1)))
-            for u, x_proj in zip(inputs, (self.x_proj, self.x_proj_b), strict=True)
-        ]
+        found = []
+        for u, x_proj in zip(inputs, (self.x_proj, self.x_proj_b), strict=True):
+            step, B, C = x_proj(u.mT).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+            found.append(Selection(u, step.mT, B.mT, C.mT))
+        return found
 
     def _direction(self, conv: nn.Conv1d, x_proj: nn.Linear, A_log: Tensor, D: Tensor, dt_proj: nn.Linear) -> Direction:
         A = -torch.exp(A_log.float() if A_log.dtype != torch.float64 else A_log)

@@ -116,7 +116,7 @@ def _view(x: Tensor, direction: int = 0, channel: int = 0) -> View:
     return View(x.data_ptr() + offset * x.element_size(), batch, row, token, runtime.DTYPES.index(x.dtype))
 
 
-def _conv_jobs(xz: Tensor, parameters: list[Tensor | None]):
+def _conv_jobs(xz: Tensor, parameters: list[Tensor]):
     b, t, e2 = xz.shape
     k = parameters[0].shape[1]
     jobs = (conv._Job * 2)()

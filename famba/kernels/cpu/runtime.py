@@ -3,6 +3,7 @@
 import ctypes
 import functools
 from pathlib import Path
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -40,6 +41,10 @@ def like(x: Tensor) -> Tensor:
     return x.new_empty(b, e, t)
 
 
+@overload
+def float32(x: Tensor) -> Tensor: ...
+@overload
+def float32(x: None) -> None: ...
 def float32(x: Tensor | None) -> Tensor | None:
     """A small parameter as the kernels take it."""
     if x is None or (x.dtype is torch.float32 and x.is_contiguous()):
