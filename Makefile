@@ -21,6 +21,8 @@ repro ablation adaptive photographs: export FAMBA_ENDS_WITH := $(shell echo $$PP
 
 # Spinning OpenMP threads make a step several times slower when something else runs on the same cores.
 export OMP_WAIT_POLICY := passive
+# Else every stage would compile torch anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 # What a machine with torch, triton and NumPy alone lacks, and its Python.
 WHEELS        := pydantic jaxtyping ruamel.yaml safetensors pandas pillow tqdm pytest hypothesis beartype
@@ -28,9 +30,8 @@ WHEELS_PYTHON ?= 3.12
 
 IN_VENV := . $(VENV)/bin/activate &&
 
-# DVC runs one stage after the other; several DVCs share a pipeline well. A run of the default takes one core.
+# Stages that `make repro` runs at the same time. A run of the default takes one core.
 JOBS ?= 2
-at_once = dvc stage list --name-only | grep -E '$(1)' | xargs -r -P $(JOBS) -n 4 dvc --wait-for-lock repro -s
 
 # A file is one process's, for what its tests share; slow files come first (tests/conftest.py).
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
@@ -47,10 +48,7 @@ env: $(READY)  ## set up .venv: a virtual environment with everything pinned (TO
 $(READY): ; .ci/setup $(VENV) $(READY)
 
 repro: env  ## train every strategy and draw the answer: what `dvc repro` does, JOBS stages at a time
-	$(IN_VENV) dvc repro resolve
-	$(IN_VENV) $(call at_once,^train@)
-	$(IN_VENV) $(call at_once,^(compare$$|similarity$$|tokens@))
-	$(IN_VENV) dvc repro
+	$(IN_VENV) .ci/repro $(JOBS)
 
 ablation: env  ## train every option of fusion with several seeds: results/ablation.md, some twenty minutes
 
@@ -59,7 +57,7 @@ adaptive: env  ## make schedules from what fusing costs, train them, compare: re
 photographs: env  ## the strategies on real photographs (params.yaml: photographs), some forty minutes on two cores
 
 ablation adaptive photographs:
-	$(IN_VENV) dvc repro experiments/dvc.yaml:$@
+	$(IN_VENV) dvc --wait-for-lock repro experiments/dvc.yaml:$@
 
 readme: env  ## write the tables of README.md and docs/results.md from results/
 	$(IN_VENV) python -m famba readme

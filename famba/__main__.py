@@ -2,4 +2,4 @@ import sys
 
 from famba.cli import main
 
-sys.exit(main(hold=True))
+sys.exit(main())

@@ -1,4 +1,4 @@
-"""The command line: `python -m famba <command>`; `--help` lists the commands, `<command> --help` its options.
+"""The command line: `famba <command>`; `--help` lists the commands, `<command> --help` its options.
 
 An error that a user can mend is one line on stderr and exit status 1. Anything else is a defect and keeps its
 traceback. Each command imports what it needs, so that reading parameters does not wait for torch, and
@@ -9,29 +9,30 @@ import argparse
 import contextlib
 import logging
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import famba
 from famba import gpu_check, supervision
 from famba.errors import FambaError, InputError
 from famba.storage import provenance
 from famba.storage.files import json_bytes, write_atomic
 
 
-def main(arguments: Sequence[str] | None = None, *, hold: bool = False) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status.
 
     Args:
-        hold: answer SIGTERM, and exit when a supervising process dies (`supervision.start`).
+        arguments: None takes those of this process, which then answers SIGTERM, and exits when a supervising
+            process dies (`supervision.start`).
     """
     options = _parser().parse_args(arguments)
     # Spinning OpenMP threads make a step several times slower when something else runs on the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        if hold:
+        if arguments is None:
             supervision.start()
         return options.run(options)
     except FambaError as error:
@@ -45,68 +46,9 @@ def main(arguments: Sequence[str] | None = None, *, hold: bool = False) -> int:
         return 143
 
 
-def run_notebook(notebook: Path, output: Path, given: dict[str, str]) -> None:
-    """Execute a notebook with parameters, in the repository root, and keep the executed copy.
-
-    Args:
-        given: parameter name -> value, read as a YAML scalar: `0` is a number, `none` a string, `null` is None.
-
-    Raises:
-        InputError: no such notebook, or a parameter that its `parameters` cell does not have. Papermill itself would
-            only warn, and run the default instead.
-        FambaError: raised inside the notebook: the same message.
-        PapermillExecutionError: any other error inside the notebook.
-    """
-    import papermill
-    from jupyter_client.manager import AsyncKernelManager
-    from nbclient.exceptions import DeadKernelError
-    from papermill.exceptions import PapermillExecutionError
-
-    from famba import config
-
-    if not notebook.is_file():
-        raise InputError(f"{notebook}: no such notebook")
-    allowed = papermill.inspect_notebook(str(notebook)) if given else {}
-    for name in given:
-        if name not in allowed:
-            raise InputError(f"{notebook}: parameter {name!r} is unknown; allowed: {', '.join(allowed) or 'none'}")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    kernels: list[AsyncKernelManager] = []
-
-    class Kernel(AsyncKernelManager):
-        def __init__(self, **traits: Any) -> None:
-            super().__init__(**traits)
-            kernels.append(self)
-
-    def kill() -> None:
-        """Asked to end, a kernel at work takes seconds and prints a traceback; its checkpoints survive this as well."""
-        for kernel in kernels:
-            if kernel.has_kernel:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(getattr(kernel.provisioner, "pid"), signal.SIGKILL)  # noqa: B009 (only a local one has it)
-
-    try:
-        with supervision.before_exit(kill):
-            papermill.execute_notebook(
-                str(notebook),
-                str(output),
-                parameters={name: _scalar(name, value) for name, value in given.items()},
-                kernel_name="python3",
-                kernel_manager_class=Kernel,
-                progress_bar=False,
-                cwd=str(config.root()),
-                extra_arguments=["--IPKernelApp.log_level=40"],  # a warning about local sockets, for every notebook
-            )
-    except PapermillExecutionError as error:
-        if error.ename in _user_errors():
-            raise FambaError(f"{notebook}: {error.evalue}") from None
-        raise
-    except DeadKernelError:
-        raise FambaError(f"{notebook}: its kernel was killed; most often the machine ran out of memory") from None
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m famba", description="Vision Mamba with token fusion.")
+    parser = argparse.ArgumentParser(prog="famba", description="Vision Mamba with token fusion.")
+    parser.add_argument("--version", action="version", version=f"famba {famba.__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     def command(name: str, run: Any, summary: str, **more: Any) -> argparse.ArgumentParser:
@@ -115,15 +57,19 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("train", _train, "train one strategy with one seed, and write the run")
-    what = sub.add_mutually_exclusive_group(required=True)
-    what.add_argument("--strategy", help="one of params.yaml's, under fusion")
+    what = sub.add_mutually_exclusive_group()
+    what.add_argument("--strategy", help="one of params.yaml's, under fusion; the one that --set gives, or none")
     what.add_argument(
         "--resolved", type=Path, metavar="FILE", help="or all parameters, as a run's params.json has them"
     )
     sub.add_argument("--profile", help="one of params.yaml's; the one that it names itself if not given")
     sub.add_argument("--processes", type=int, help="train together, each on its device; instead of train.processes")
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="instead of params.yaml's: train.epochs=3"
+    )
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--out", type=Path, help="folder of the run; build/runs/<strategy>-<seed> if not given")
+    sub.add_argument("--force", action="store_true", help="replace a run that is in that folder")
     sub.add_argument("--keep-checkpoints", action="store_true", help="do not remove them when the run is written")
 
     sub = command("params", _params, "print the parameters that a run gets, its profile applied, as JSON")
@@ -173,22 +119,32 @@ def _train(options: argparse.Namespace) -> int:
     from famba import config
 
     if options.resolved is not None:
-        for name in ("profile", "processes"):
-            if (value := getattr(options, name)) is not None:
+        for name in ("profile", "processes", "set"):
+            if value := getattr(options, name):
                 raise InputError(f"--{name}: {value!r}: not allowed with --resolved, which says it already")
         p = config.read_resolved(options.resolved.absolute())
     else:
-        p = config.load(options.profile, strategy=options.strategy, processes=options.processes)
+        given = config.parse_settings(options.set)
+        named = [key.split(".")[1] for key in given if key.startswith("fusion.")]
+        strategy = options.strategy or (named or ["none"])[0]
+        p = config.load(options.profile, strategy=strategy, processes=options.processes, given=given)
     from famba.storage import runs
+
+    out = (options.out or config.root() / "build" / "runs" / runs.run_name(p.strategy, options.seed)).absolute()
+    if not options.force and out.exists() and not (out.is_dir() and set(os.listdir(out)) <= {".lock"}):
+        raise InputError(f"--out: {out} exists; name another folder, or --force to replace the run in it")
     from famba.training import distributed, fit
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("famba").setLevel(logging.INFO)
-    out = options.out or config.root() / "build" / "runs" / runs.run_name(p.strategy, options.seed)
-    with runs.held(out.absolute()) if distributed.writes() else contextlib.nullcontext():
+    with runs.held(out) if distributed.writes() else contextlib.nullcontext():
         run = fit.fit(p, seed=options.seed, progress=sys.stderr.isatty())
         if distributed.writes():
-            print(runs.write(run, out.absolute()))
+            folder, cost = runs.write(run, out), run.cost
+            print(
+                f"{folder}: top-1 {run.metrics['top1_percent']:.1f} %, training {cost['train_time_s']:.1f} s, "
+                f"peak memory {cost['peak_memory_mib']:.1f} MiB"
+            )
     if distributed.writes() and not options.keep_checkpoints:
         fit.forget(p, seed=options.seed)
     return 0
@@ -217,13 +173,9 @@ def _resolve(options: argparse.Namespace) -> int:
 
 
 def _notebook(options: argparse.Namespace) -> int:
-    from papermill.exceptions import PapermillExecutionError
+    from famba import notebook
 
-    try:
-        run_notebook(options.notebook, options.output, dict(options.given))
-    except PapermillExecutionError as error:
-        print(f"famba: {options.notebook}: cell {error.exec_count} failed\n{error}", file=sys.stderr)
-        return 1
+    notebook.execute(options.notebook, options.output, dict(options.given))
     return 0
 
 
@@ -284,25 +236,5 @@ def _say(why: str) -> None:
         print(f"famba: {why}", file=sys.stderr)
 
 
-def _scalar(name: str, text: str) -> Any:
-    """Read with a YAML 1.2 reader, as params.yaml is: `no` and `1e-3` mean what they mean there."""
-    from ruamel.yaml import YAML, YAMLError
-
-    try:
-        return YAML(typ="safe", pure=True).load(text)
-    except YAMLError as error:
-        raise InputError(f"parameter {name} = {text!r}: not readable as YAML: {' '.join(str(error).split())}") from None
-
-
-def _user_errors() -> set[str]:
-    """Names of FambaError and all that derive from it: the notebook's kernel tells the class by its name only."""
-    names, found = set(), [FambaError]
-    while found:
-        kind = found.pop()
-        names.add(kind.__name__)
-        found += kind.__subclasses__()
-    return names
-
-
 if __name__ == "__main__":
-    sys.exit(main(hold=True))
+    sys.exit(main())

@@ -11,10 +11,12 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_type_hints
 
 from pydantic import AfterValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
@@ -57,10 +59,33 @@ Seeds = Annotated[tuple[Seed, ...], Field(min_length=1, max_length=1000), AfterV
 Strategy = Annotated[str, Field(pattern="^[a-z][a-z0-9_]{0,39}$")]  # part of the names of folders
 Strategies = Annotated[tuple[Strategy, ...], Field(max_length=100), AfterValidator(_unique)]
 
-_CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+def _is_device(name: str) -> str:
+    if not re.fullmatch("auto|cpu|cuda(:[0-9]{1,2})?", name):
+        raise ValueError("must be auto, cpu, cuda or cuda:N")
+    return name
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def section(cls: type[T]) -> type[T]:
+    """A frozen dataclass of validated values; one made or changed by code raises InputError, as params.yaml does."""
+    made: Any = dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))(cls)
+    init = made.__init__
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            init(self, *args, **kwargs)
+        except ValidationError as error:
+            raise _refusal(
+                error, made, "", lambda *keys: (cls.__name__.removesuffix("Params").lower(), *keys)
+            ) from None
+
+    made.__init__ = checked
+    return made
+
+
+@section
 class DataParams:
     """Which images, and how they are split and varied."""
 
@@ -98,7 +123,7 @@ class DataParams:
         return self
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@section
 class ModelParams:
     """The Vision Mamba; null takes the value of the named model."""
 
@@ -113,7 +138,7 @@ class ModelParams:
     average_directions: Bool  # of the scan, as released; false sums them
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@section
 class FusionRule:
     """How many tokens one strategy removes: exactly one of r, total and schedule. Layers count from 1."""
 
@@ -128,7 +153,7 @@ class FusionRule:
         return _check_one_given(self, "r", "total", "schedule")
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@section
 class AdaptiveRule:
     """The budget of the schedule that calibration makes: exactly one of the three."""
 
@@ -147,7 +172,7 @@ def _check_one_given(rule: T, *keys: str) -> T:
     return rule
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@section
 class TrainParams:
     """The optimisation."""
 
@@ -172,7 +197,7 @@ class TrainParams:
     # their moving average, validation decides in either.
     choose: Literal["best", "last"]
     precision: Literal["fp32", "bf16"]  # bf16 for the matrix products; SSM parameters and states stay fp32
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,2})?)$")]  # auto: CUDA where it is, else the CPU
+    device: Annotated[str, AfterValidator(_is_device)]  # auto: CUDA where it is, else the CPU
     backend: Text  # of the selective scan; auto takes the fastest that runs
     cuda_graph: Bool  # replay a step's forward and backward pass as one CUDA graph: faster for small models
     threads: Annotated[Int, Field(ge=1, le=1024)] | None  # of the CPU; part of what makes a run repeatable bit for bit
@@ -192,7 +217,7 @@ class TrainParams:
         return self
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@section
 class SweepParams:
     """The runs of the pipeline: every strategy with every seed."""
 
@@ -200,7 +225,7 @@ class SweepParams:
     seeds: Seeds
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@section
 class AblationParams:
     """Which options of fusion are varied, and for whom; what is not varied stays as the profile has it."""
 
@@ -221,7 +246,7 @@ class AblationParams:
         return self
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@section
 class PhotographsParams:
     """The sweep's strategies once more, on other images."""
 
@@ -234,7 +259,7 @@ class PhotographsParams:
 EXECUTION: dict[str, tuple[str, ...]] = {"data": ("workers", "memory_mib"), "train": ("processes", "tensorboard")}
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@section
 class Params:
     """Everything that determines one run but its seed."""
 
@@ -304,23 +329,21 @@ def root() -> Path:
     """The repository root: the nearest folder above the working directory that holds params.yaml and dvc.yaml.
 
     Papermill runs a notebook in the caller's folder, nbval and JupyterLab in the notebook's own, so no path may be
-    relative to the working directory. From anywhere else, the root is the checkout that this package lies in.
-
-    Raises:
-        InputError: there is neither.
+    relative to the working directory. From anywhere else, the root is the checkout that this package lies in; installed
+    without one, the working directory.
     """
     here = Path.cwd()
     for folder in (here, *here.parents, Path(__file__).resolve().parent.parent):
         if (folder / "params.yaml").is_file() and (folder / "dvc.yaml").is_file():
             return folder
-    raise InputError(f"{here}: no params.yaml and dvc.yaml here or above; run inside a checkout of famba")
+    return here
 
 
 Section = dict[str, Any]
 Profile = dict[Literal["data", "model", "options", "fusion", "train"], Section]
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@section
 class _File:
     """params.yaml, whose sections are checked when they are asked for; `fusion` has one rule for each strategy."""
 
@@ -342,7 +365,12 @@ class _File:
 
 
 def load(
-    profile: str | None = None, *, strategy: str, processes: int | None = None, path: Path | None = None
+    profile: str | None = None,
+    *,
+    strategy: str,
+    processes: int | None = None,
+    given: Mapping[str, Any] = MappingProxyType({}),
+    path: Path | None = None,
 ) -> Params:
     """The parameters of one strategy under a profile.
 
@@ -350,12 +378,23 @@ def load(
         profile: a key of `profiles`; None is the one that the file names itself.
         strategy: a key of `fusion`; `none`, `all`, `interleaved`, `lower` and `upper` are the paper's.
         processes: instead of train.processes, which does not change what a run is; None keeps it.
-        path: the file; None is params.yaml at the repository root.
+        given: values instead of the file's and the profile's, such as {"train.epochs": 3}; `fusion.<name>.<key>` may
+            make a new strategy.
+        path: the file; None is params.yaml at the repository root, or the package's where there is none.
 
     Raises:
         InputError: an unknown key, a wrong type or value, an unknown profile or strategy; names it and what is allowed.
     """
     file, name, chosen, place = _under_profile(profile, path)
+    for key, value in given.items():
+        section, *keys = key.split(".")
+        if (section, len(keys)) not in {("data", 1), ("model", 1), ("options", 1), ("train", 1), ("fusion", 2)}:
+            allowed = "data, model, options or train and a key; fusion, a strategy and a key"
+            raise InputError(f"--set: {_short(key)} is not {allowed}, with dots between")
+        if section == "fusion":
+            ways = {way: None for way in ("r", "total", "schedule") if keys[1] in ("r", "total", "schedule")}
+            value = (file.fusion.get(keys[0]) or {}) | ways | {keys[1]: value}
+        file = dataclasses.replace(file, **{section: getattr(file, section) | {keys[0]: value}})
     if strategy not in file.strategies:
         raise InputError(f"strategy: {_short(strategy)} is not one of {', '.join(file.strategies)}")
     train = file.train if processes is None else file.train | {"processes": processes}
@@ -366,6 +405,25 @@ def load(
         name,
         lambda section, *keys: place(section, strategy, *keys) if section == "fusion" else place(section, *keys),
     )
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """`KEY=VALUE` as the `given` of `load`."""
+    found = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise InputError(f"--set: {_short(setting)} is not KEY=VALUE")
+        found[key] = parse_value(key, text)
+    return found
+
+
+def parse_value(name: str, text: str) -> Any:
+    """A value given on the command line as YAML 1.2, so that `no` and `1e-3` mean what they mean in params.yaml."""
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{name} = {_short(text)}: not readable as YAML: {' '.join(str(error).split())}") from None
 
 
 def read_resolved(path: str | Path) -> Params:
@@ -451,7 +509,8 @@ def _under_profile(profile: str | None, path: Path | None) -> tuple[_File, str, 
 
 def _read(path: Path | None) -> tuple[_File, str]:
     """The file's content and name."""
-    path = root() / "params.yaml" if path is None else path
+    if path is None and not (path := root() / "params.yaml").is_file():
+        path = Path(__file__).with_name("params.yaml")  # a wheel's copy
     return _parse(path, *_version(path)), path.name
 
 
@@ -529,14 +588,18 @@ def validated(kind: type[T], values: Any, name: str, place: Callable[..., tuple[
     try:
         return _adapter(kind).validate_python(values)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        raise _refusal(error, kind, name, place) from None
+
+
+def _refusal(error: ValidationError, kind: type, name: str, place: Callable[..., tuple[Any, ...]]) -> InputError:
+    first = error.errors(include_url=False)[0]
     keys = [key for key in first["loc"] if key != "[key]"]
     value, reason = first["input"], first["msg"]
     if first["type"] == "value_error":
         reason = str(first.get("ctx", {})["error"])
         if ": " in reason:
             key, _, reason = reason.partition(": ")
-            keys, value = [*keys, key], value[key]
+            keys, value = [*keys, key], getattr(value, "kwargs", value)[key]
     where = [name, ".".join(map(_plain, place(*keys)))]
     if first["type"] in ("unexpected_keyword_argument", "invalid_key"):
         owner: Any = kind
@@ -549,7 +612,7 @@ def validated(kind: type[T], values: Any, name: str, place: Callable[..., tuple[
         reason = f"{_short(value)} is not a section of `key: value` lines"
     else:
         reason = f"{_short(value)}: {reason}"
-    raise InputError(": ".join([part for part in where if part] + [reason]))
+    return InputError(": ".join([part for part in where if part] + [reason]))
 
 
 def _plain(key: Any) -> str:

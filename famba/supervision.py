@@ -6,12 +6,10 @@ it started with, up to its supervisor: the DVC that runs it as a stage, and the 
 `FAMBA_ENDS_WITH`, as the Makefile gives make's. A command that a shell started has no supervisor.
 """
 
-import contextlib
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
@@ -22,7 +20,6 @@ ENDS_WITH = "FAMBA_ENDS_WITH"
 TERMINATED = "terminated"  # where there is no other reason
 _POLL_S = 0.5
 _GRACE_S = 20.0  # for what must be tidied up
-_before_exit: list[Callable[[], None]] = []
 _reason = TERMINATED
 
 
@@ -62,19 +59,7 @@ def start() -> None:
         threading.Thread(target=_poll, args=(pids[:length],), name="supervision", daemon=True).start()
 
 
-@contextlib.contextmanager
-def before_exit(act: Callable[[], None]) -> Iterator[None]:
-    """While this lasts, do that first when SIGTERM or SIGINT comes."""
-    _before_exit.append(act)
-    try:
-        yield
-    finally:
-        _before_exit.remove(act)
-
-
 def _exit(number: int, frame: Any) -> None:
-    for act in _before_exit:
-        act()
     raise Terminated(_reason) if number == signal.SIGTERM else KeyboardInterrupt
 
 

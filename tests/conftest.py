@@ -24,8 +24,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="module")
 def check_shapes(request):
-    """Except where whole runs are trained, which takes twice as long with it; one run of test_fit.py is checked."""
-    jaxtyping.config.update("jaxtyping_disable", request.path.parent.name in ("training", "experiments"))
+    """Except where much is trained, which takes twice as long with it; one run of test_fit.py is checked."""
+    jaxtyping.config.update("jaxtyping_disable", request.path.parent.name in ("bench", "experiments", "training"))
 
 
 @pytest.fixture

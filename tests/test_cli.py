@@ -1,7 +1,9 @@
 """The command line: what it prints, what it leaves, and how it says no."""
 
+import base64
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+import famba
 from famba import config
 from famba.cli import main
 
@@ -57,12 +60,34 @@ def test_bad_input_is_one_line_that_names_it_and_status_1(arguments, named, caps
     assert all(word in printed.err for word in named)
 
 
-@pytest.mark.parametrize("also", [("--profile", "smoke"), ("--processes", "2")])
+@pytest.mark.parametrize("also", [("--profile", "smoke"), ("--processes", "2"), ("--set", "train.epochs=3")])
 def test_what_resolved_parameters_say_already_is_not_said_twice(also, capsys):
     assert main(["train", "--resolved", "params.json", *also]) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"famba: {also[0]}: ")
     assert said.endswith(": not allowed with --resolved, which says it already\n")
+
+
+def test_train_says_what_the_run_reached_and_replaces_it_only_when_forced(tmp_path, capsys):
+    train = ["train", "--profile", "smoke", "--set", "train.epochs=1", "--out", str(tmp_path / "run")]
+    assert main(train) == 0
+    line = rf"{tmp_path}/run: top-1 [0-9.]+ %, training [0-9.]+ s, peak memory [0-9.]+ MiB"
+    assert re.fullmatch(line, capsys.readouterr().out.splitlines()[-1])
+    assert len((tmp_path / "run" / "history.csv").read_text().splitlines()) == 2
+    before = (tmp_path / "run" / "cost.json").stat().st_mtime_ns
+    assert main(train) == 1
+    assert capsys.readouterr().err == (
+        f"famba: --out: {tmp_path}/run exists; name another folder, or --force to replace the run in it\n"
+    )
+    assert (tmp_path / "run" / "cost.json").stat().st_mtime_ns == before
+    assert main([*train, "--force"]) == 0
+    assert (tmp_path / "run" / "cost.json").stat().st_mtime_ns > before
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"famba {famba.__version__}\n"
 
 
 def test_the_command_line_starts_without_torch():
@@ -112,8 +137,24 @@ def test_a_defect_inside_a_notebook_keeps_its_traceback(notebook, tmp_path, caps
     assert "1 / x" in printed
 
 
-def test_a_killed_kernel_is_said(notebook, tmp_path, capsys):
-    path = notebook("x = 9", "import os, signal\nos.kill(os.getpid(), x)")
-    assert main(["notebook", str(path), str(tmp_path / "out.ipynb")]) == 1
-    printed = capsys.readouterr().err
-    assert "kernel was killed" in printed.splitlines()[-1]
+def test_an_executed_notebook_holds_what_its_cells_print_show_and_return(notebook, tmp_path):
+    path = notebook(
+        "x = 1",
+        "import sys\nfrom IPython.display import display\nfrom matplotlib.figure import Figure\n"
+        "print('a', end=''); print('b'); print('c', file=sys.stderr)\n"
+        "shown = display('first', display_id=True); shown.update('second')\nFigure().subplots().figure",
+    )
+    assert main(["notebook", str(path), str(tmp_path / "out.ipynb")]) == 0
+    executed = nbformat.read(tmp_path / "out.ipynb", as_version=4)
+    nbformat.validate(executed)
+    printed, warned, shown, figure = executed.cells[-1].outputs
+    assert (printed.name, printed.text, warned.name, warned.text) == ("stdout", "ab\n", "stderr", "c\n")
+    assert shown.data == {"text/plain": "'second'"}
+    assert figure.execution_count == executed.cells[-1].execution_count == 2
+    assert base64.b64decode(figure.data["image/png"]).startswith(b"\x89PNG")
+
+
+def test_a_notebook_sees_nothing_of_the_one_before(notebook, tmp_path, capsys):
+    assert main(["notebook", str(notebook("x = 1", "left = 1")), str(tmp_path / "out.ipynb")]) == 0
+    assert main(["notebook", str(notebook("x = 1", "left")), str(tmp_path / "out.ipynb")]) == 1
+    assert "name 'left' is not defined" in capsys.readouterr().err

@@ -370,7 +370,7 @@ def test_dvc_rewrites_the_file_with_the_changed_line_alone(tmp_path: Path):
         ("model.d_model", 10**7, "model.d_model: 10000000: Input should be less than or equal to 8192"),
         ("model.d_state", 10**6, "model.d_state: 1000000: Input should be less than or equal to 256"),
         ("train.threads", 10**6, "train.threads: 1000000: Input should be less than or equal to 1024"),
-        ("train.device", "cpu:7", "train.device: 'cpu:7': String should match pattern"),
+        ("train.device", "cpu:7", "train.device: 'cpu:7': must be auto, cpu, cuda or cuda:N"),
         (
             "train.lr_batch",
             10**6,
@@ -509,6 +509,14 @@ def test_the_weights_to_start_from_are_a_file_in_the_repository_known_by_its_con
 # dataclasses and the root
 
 
+def test_values_that_code_changes_are_checked_in_the_same_words():
+    train = config.load("default", strategy="all", path=FILE).train
+    assert refusal(lambda: dataclasses.replace(train, device="tpu")) == (
+        "train.device: 'tpu': must be auto, cpu, cuda or cuda:N"
+    )
+    assert refusal(lambda: dataclasses.replace(train, device_batch=5)).startswith("train.batch_size: 32: must be a mul")
+
+
 @pytest.mark.parametrize("kind", [*SECTIONS.values(), FusionRule, SweepParams, Params])
 def test_parameters_cannot_be_changed_after_they_are_made(kind: type):
     assert kind.__dataclass_params__.frozen
@@ -530,4 +538,42 @@ def test_outside_any_checkout_the_root_is_the_one_that_the_package_lies_in(
     monkeypatch.chdir(tmp_path)
     assert config.root() == FILE.parent
     monkeypatch.setattr(config, "__file__", str(tmp_path / "site-packages" / "famba" / "config.py"))
-    assert refusal(config.root).startswith(f"{tmp_path}: no params.yaml and dvc.yaml")
+    assert config.root() == tmp_path
+    (tmp_path / "site-packages" / "famba").mkdir(parents=True)
+    (tmp_path / "site-packages" / "famba" / "params.yaml").write_bytes(FILE.read_bytes())  # as a wheel has it
+    assert config.load_sweep() == config.load_sweep(FILE)
+
+
+@pytest.mark.parametrize(
+    ("setting", "section", "field", "value"),
+    [
+        ("train.lr=1e-3", "train", "lr", 0.001),
+        ("data.limit=null", "data", "limit", None),
+        ("fusion.upper.first_layer=3", "fusion", "r", 8),
+        ("fusion.upper.total=9", "fusion", "r", None),
+        ("fusion.upper.schedule=[0,1]", "fusion", "schedule", (0, 1)),
+    ],
+)
+def test_a_setting_replaces_one_value_of_the_profile(setting: str, section: str, field: str, value: object):
+    p = config.load("smoke", strategy="upper", given=config.parse_settings([setting]))
+    assert getattr(getattr(p, section), field) == value
+
+
+def test_a_setting_can_make_a_strategy():
+    p = config.load(strategy="mine", given={"fusion.mine.schedule": [0] * 9 + [5]})
+    assert p.schedule(10) == [0] * 9 + [5]
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("train.epochs", "--set: 'train.epochs' is not KEY=VALUE"),
+        ("epochs=3", "--set: 'epochs' is not data, model, options or train and a key"),
+        ("fusion.upper=3", "--set: 'fusion.upper' is not "),
+        ("train.epochz=3", "params.yaml: train.epochz: unknown key"),
+        ("train.epochs=[", "train.epochs = '[': not readable as YAML"),
+    ],
+)
+def test_a_setting_that_says_nothing_is_refused(setting: str, said: str):
+    message = refusal(lambda: config.load(strategy="upper", given=config.parse_settings([setting])))
+    assert message.startswith(said)

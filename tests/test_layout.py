@@ -33,7 +33,7 @@ STAGE_NOTEBOOKS = ("train", "compare", "tokens", "similarity", "ablation", "adap
 PACKAGES = (
     *("errors", "fusion.options", "fusion.strategies", "config", "storage", "supervision", "kernels", "fusion"),
     *("models", "data", "profiling", "training", "analysis", "experiments", "plots", "bench", "diagnostics"),
-    *("gpu_check", "cli", "__main__"),
+    *("gpu_check", "notebook", "cli", "__main__"),
 )
 # What reads parameters and results, and draws them.
 NO_TORCH = (
@@ -253,14 +253,18 @@ def test_a_wheel_made_of_the_sdist_carries_all_that_it_reads_and_its_kernels_run
     wanted = {name for name in tracked() if name.startswith("famba/")}
     table = "famba/analysis/paper/famba_v_results.csv"
     assert {"famba/kernels/cpu/scan.cpp", "famba/kernels/cpu/scan.h", table, "famba/py.typed"} <= wanted
-    assert packed == wanted
+    assert packed == wanted | {"famba/params.yaml"}
+    command = [sys.executable, "-m", "famba", "train", "--profile", "smoke", "--set", "train.epochs=1", "--out", "run"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed"), "XDG_CACHE_HOME": str(tmp_path)}
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment)
+    assert (tmp_path / "run" / "metrics.json").is_file()
     code = "from famba import backends; from famba.kernels.cpu import build; print(build.SOURCES, backends()['native'])"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed"), "XDG_CACHE_HOME": str(tmp_path)},
+        env=environment,
     )
     sources, reason = done.stdout.strip("\n").split(" ", 1)
     assert Path(sources) == tmp_path / "installed" / "famba" / "kernels" / "cpu"

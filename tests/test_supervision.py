@@ -117,23 +117,6 @@ def test_a_command_of_a_shell_outlives_the_shell(tmp_path):
     assert (tmp_path / "said.reason").read_text() == "terminated"
 
 
-@pytest.mark.parametrize(("how", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_what_must_be_done_before_the_exit_is_done_only_while_it_must(how, status):
-    code = (
-        "import os, signal, sys; from famba import supervision\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in a shell's background ignores it
-        "supervision.start()\n"
-        "with supervision.before_exit(lambda: print('too late')): pass\n"
-        "try:\n"
-        "    with supervision.before_exit(lambda: print('first')):\n"
-        "        os.kill(os.getpid(), int(sys.argv[1])); signal.pause()\n"
-        "except KeyboardInterrupt: sys.exit(130)\n"
-        "finally: print('then')"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(int(how))], capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stdout, done.stderr) == (status, "first\nthen\n", "")
-
-
 def test_a_number_that_is_none_is_refused(monkeypatch):
     monkeypatch.setenv(supervision.ENDS_WITH, "make")
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}

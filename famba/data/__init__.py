@@ -1,6 +1,6 @@
 """Images: where they come from, how they are split and varied, and the batches that training takes."""
 
-from famba.data.datasets import DATASETS
+from famba.data.datasets import DATASETS, shipped
 from famba.data.loader import Streamed
 from famba.data.splits import (
     Dataset,
@@ -25,5 +25,6 @@ __all__ = [
     "pictures",
     "read_image",
     "renormalised",
+    "shipped",
     "to_device",
 ]

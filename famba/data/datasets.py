@@ -7,6 +7,7 @@ Handwritten Digits" (UCI, 1998), which ship with scikit-learn. Nothing is decode
 
 import contextlib
 import hashlib
+import importlib.util
 import io
 import os
 import random
@@ -238,13 +239,19 @@ def _top(p: DataParams, needed: str) -> Path:
 
 def _digits() -> Found:
     """1,797 handwritten digits; 500 of them, the same whatever the parameters, are the test split."""
-    from sklearn.datasets import load_digits  # a second to import, and only needed here
-
-    ink, target = load_digits(return_X_y=True)
-    grey = np.rint(np.asarray(ink) * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)  # ink from 0 to 16
-    labels = torch.from_numpy(np.asarray(target, dtype=np.int64))
+    table = np.loadtxt(shipped("data/digits.csv.gz"), delimiter=",")
+    grey = np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)  # ink from 0 to 16
+    labels = torch.from_numpy(table[:, -1].astype(np.int64))
     test = stratified(labels, 500, random.Random(0))
     return Found(Grey(grey), labels, test, tuple("0123456789"), "digits", None)
+
+
+def shipped(name: str) -> Path:
+    """A file of scikit-learn's data sets; to import that package takes more than a second."""
+    package = importlib.util.find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise InputError(f"{name}: ships with scikit-learn, which is not installed: pip install scikit-learn")
+    return Path(package.origin).parent / "datasets" / name
 
 
 def _folder(top: Path) -> Found:

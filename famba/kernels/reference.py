@@ -1,5 +1,4 @@
-"""Every function of these kernels by torch's own operations: what kernels are tested against, and what is
-differentiated where a kernel cannot be.
+"""The functions of these kernels by torch's own operations: the reference in tests, and the path of other derivatives.
 
 A kernel has its first derivatives, for backward. A gradient that is itself to be differentiated (create_graph), and
 everything inside torch.func's transforms or forward-mode differentiation, is computed by these functions instead.

@@ -2,7 +2,8 @@
 
 The digest covers every module that is imported, directly or not, by a notebook or by another module. Python counts by
 its syntax tree without docstrings, so that comments, docstrings and formatting change nothing; the kernels' C++ counts
-by its bytes. It names checkpoints, and a pipeline stage depends on it instead of on the files. No torch.
+by its bytes. It names checkpoints, and a pipeline stage depends on it instead of on the files. What was parsed once is
+read again from build/cache. No torch.
 """
 
 import ast
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import famba
+from famba import config
 from famba.errors import InputError
+from famba.storage.files import json_bytes, write_atomic
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # Libraries that compute or draw what is published: another version may give other numbers. Others only carry them.
@@ -24,7 +27,7 @@ _LIBRARIES = ("matplotlib", "numpy", "pandas", "scipy", "seaborn", "timm", "torc
 
 def of_module(name: str) -> str:
     """The digest of a module of famba, such as `famba.training.fit`, and of all that it imports: 16 hex digits."""
-    return _digest(_closure([name]), [])
+    return _digest(_closure([name]))
 
 
 def of_notebook(path: Path) -> dict[str, Any]:
@@ -39,35 +42,35 @@ def of_notebook(path: Path) -> dict[str, Any]:
     """
     try:
         cells = json.loads(path.read_bytes())["cells"]
-        sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-        trees = [ast.parse(source) for source in sources]
+        source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+        own, others, code = _parsed(source.encode())
     except (OSError, ValueError, KeyError, TypeError, SyntaxError) as error:
         raise InputError(f"{path}: not a readable notebook: {error}") from None
-    modules = _closure(name for tree in trees for name in _imported(tree)[0])
-    return {"digest": _digest(modules, trees), "versions": _versions(modules, trees)}
+    modules = _closure(own)
+    return {"digest": _digest(modules, others, code), "versions": _versions(modules, others)}
 
 
-def _digest(modules: list[str], trees: list[ast.Module]) -> str:
-    content = hashlib.sha256(json.dumps(_versions(modules, trees)).encode())
+def _digest(modules: list[str], others: Iterable[str] = (), code: str = "") -> str:
+    content = hashlib.sha256(json.dumps([_versions(modules, others), code]).encode())
     for name in modules:
         content.update(f"\n{name} {_module(name)[2]}".encode())
         for source in sorted(_file(name).parent.glob("*.[ch]*")) if name.endswith(".build") else ():
             content.update(f"\n{source.name} ".encode() + source.read_bytes())
-    for tree in trees:
-        content.update(f"\n{_plain(tree)}".encode())
     return content.hexdigest()[:16]
 
 
-def _versions(modules: Iterable[str], trees: Iterable[ast.Module]) -> dict[str, str]:
+def _versions(modules: Iterable[str], others: Iterable[str]) -> dict[str, str]:
     """Installed versions of the libraries imported there, without the part that names a build (+cpu, +cu130)."""
-    used = set[str]().union(*(_module(name)[1] for name in modules), *(_imported(tree)[1] for tree in trees))
-    found = {}
-    for name in sorted(used.intersection(_LIBRARIES)):
-        try:
-            found[name] = importlib.metadata.version(name).split("+")[0]
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
+    used = set(others).union(*(_module(name)[1] for name in modules))
+    return {name: _version(name) for name in sorted(used.intersection(_LIBRARIES))}
+
+
+@functools.cache
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name).split("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
 
 
 def _closure(names: Iterable[str]) -> list[str]:
@@ -80,19 +83,6 @@ def _closure(names: Iterable[str]) -> list[str]:
         packages = {".".join(name.split(".")[:end]) for end in range(2, name.count(".") + 1)}
         todo |= (_module(name)[0] | packages) - found
     return sorted(found)
-
-
-def _imported(tree: ast.Module) -> tuple[set[str], set[str]]:
-    """The modules of famba, and the top-level names of other packages, that are imported anywhere in a syntax tree."""
-    own, others = set[str](), set[str]()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            others |= {alias.name.split(".")[0] for alias in node.names}
-            own |= {alias.name for alias in node.names if alias.name.startswith("famba.")}
-        elif isinstance(node, ast.ImportFrom):
-            others.add(str(node.module).split(".")[0])
-            own |= {_home(str(node.module), alias.name) for alias in node.names}
-    return own - {""}, others
 
 
 def _home(module: str, name: str) -> str:
@@ -111,9 +101,27 @@ def _file(name: str) -> Path:
 
 @functools.cache
 def _module(name: str) -> tuple[set[str], set[str], str]:
-    """What `_imported` finds in a module, and its code as text."""
-    tree = ast.parse(_file(name).read_bytes())
-    return *_imported(tree), _plain(tree)
+    """Of a module's file, what `_parsed` gives."""
+    return _parsed(_file(name).read_bytes())
+
+
+def _parsed(source: bytes) -> tuple[set[str], set[str], str]:
+    """The modules of famba and the other packages that are imported anywhere in a source, and its code's digest."""
+    key = hashlib.sha256(Path(__file__).read_bytes() + source).hexdigest()  # this module makes the rules
+    cache = config.root() / "build" / "cache" / "code" / f"{key}.json"
+    if not cache.exists():
+        tree = ast.parse(source)
+        imports = {("", x.name) for node in ast.walk(tree) if isinstance(node, ast.Import) for x in node.names}
+        froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        imports |= {(str(node.module), x.name) for node in froms for x in node.names}
+        write_atomic(cache, json_bytes([sorted(imports), hashlib.sha256(_plain(tree).encode()).hexdigest()]))
+    imports, code = json.loads(cache.read_bytes())
+    own = {_home(module, name) if module else name for module, name in imports}
+    return (
+        {x for x in own if x.startswith("famba.")},
+        {(module or name).split(".")[0] for module, name in imports},
+        code,
+    )
 
 
 def _plain(node: Any) -> str:

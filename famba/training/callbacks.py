@@ -1,4 +1,4 @@
-"""A run as others can watch it: curves in its notebook, events for TensorBoard, and its history so far as a table.
+"""Callbacks of a run: curves in its notebook, events for TensorBoard, and its history so far as a table.
 
 Each is called after every epoch with the run's history, a list of dicts of `runs.HISTORY_COLUMNS`, and with what
 the epoch cost. None has any effect on the run's numbers.
@@ -120,12 +120,13 @@ class Rows:
 
 
 def _in_notebook() -> bool:
-    """Whether a kernel runs this, so that somebody can be shown a picture."""
+    """Whether an IPython that shows more than text runs this."""
     if "IPython" not in sys.modules:
         return False
     from IPython.core.getipython import get_ipython
 
-    return hasattr(get_ipython(), "kernel")
+    shell: Any = get_ipython()
+    return shell is not None and "image/png" in shell.display_formatter.active_types
 
 
 def _png(history: Sequence[Mapping[str, Any]], epochs: int | None) -> bytes:

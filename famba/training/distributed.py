@@ -107,12 +107,12 @@ def join(device: torch.device) -> Processes:
     return Processes(accelerator.device, accelerator)
 
 
-def launch(arguments: Sequence[str], count: int, *, quiet: bool, meanwhile: Callable[[], None] = lambda: None) -> None:
+def launch(arguments: Sequence[str], count: int, *, quiet: bool, on_poll: Callable[[], None] = lambda: None) -> None:
     """Run `python -m famba` with these arguments in so many processes on this machine, and wait for them.
 
     Args:
         quiet: keep what they write to stderr.
-        meanwhile: called a few times a second.
+        on_poll: called a few times a second.
 
     Raises:
         InputError: Accelerate is missing.
@@ -143,30 +143,30 @@ def launch(arguments: Sequence[str], count: int, *, quiet: bool, meanwhile: Call
         },
     )
     try:
-        said = _wait(process, meanwhile)
+        stderr = _wait(process, on_poll)
     finally:
         if process.poll() is None:
             process.terminate()  # it stops the others
             process.wait()
     if process.returncode:
-        raise TrainingError(_reason(said, process.returncode))
+        raise TrainingError(_reason(stderr, process.returncode))
 
 
-def _wait(process: subprocess.Popen, meanwhile: Callable[[], None]) -> str:
+def _wait(process: subprocess.Popen, on_poll: Callable[[], None]) -> str:
     while True:
         try:
             return process.communicate(timeout=_POLL_S)[1] or ""
         except subprocess.TimeoutExpired:
-            meanwhile()
+            on_poll()
 
 
-def _reason(said: str, status: int) -> str:
-    """One line: what a process of famba said, else which one was stopped, else torchrun's own status."""
-    lines = [line.partition("famba: ")[2] for line in said.splitlines() if "famba: " in line]
+def _reason(stderr: str, status: int) -> str:
+    """One line: the error of a process of famba, else which one was stopped, else torchrun's own status."""
+    lines = [line.partition("famba: ")[2] for line in stderr.splitlines() if "famba: " in line]
     lines = [line for line in lines if line != supervision.TERMINATED]  # those that were stopped because of another
     if lines:
         return lines[0]
-    if found := re.search(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", said, re.DOTALL):
+    if found := re.search(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", stderr, re.DOTALL):
         rank, code = map(int, found.groups())
         how = f"was stopped by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
         return f"rank {rank} {how}, and all others with it; run it again to go on from the last checkpoint"

@@ -86,7 +86,7 @@ def fit(p: Params, *, seed: int, progress: bool = False, watch: Sequence[Watcher
         session.restore()
         if processes.rank == 0:
             _log.info("%s; its history so far: %s", session.describe(), checkpoints / LIVE_HISTORY)
-        with _watchers(p, seed, session, watch) as session.watch:
+        with _callbacks(p, seed, session, watch) as session.watch:
             if p.train.epochs:
                 session.measure_memory()
             else:
@@ -141,33 +141,35 @@ def forget(p: Params, *, seed: int) -> None:
 def _fit_in_processes(p: Params, seed: int, progress: bool, watch: Sequence[Watcher]) -> Run:
     """The run as `train.processes` processes make it, each by `fit`, and as the first of them writes it."""
     checkpoints = folder(p, seed=seed)
-    live, out, told = checkpoints / LIVE_HISTORY, checkpoints / "run", 0
+    live, out, last_ns = checkpoints / LIVE_HISTORY, checkpoints / "run", 0
 
-    def tell() -> None:
-        nonlocal told
-        if watch and live.exists() and (changed := live.stat().st_mtime_ns) != told:
-            told, history = changed, runs.read_history(live)
+    def run_callbacks() -> None:
+        nonlocal last_ns
+        if watch and live.exists() and (changed_ns := live.stat().st_mtime_ns) != last_ns:
+            last_ns, history = changed_ns, runs.read_history(live)
             for watcher in watch:
                 watcher(history, {})
 
     write_atomic(checkpoints / "asked.json", json_bytes(p.as_dict()))
     arguments = ["train", "--resolved", str(checkpoints / "asked.json"), "--seed", str(seed), "--out", str(out)]
-    distributed.launch([*arguments, "--keep-checkpoints"], p.train.processes, quiet=not progress, meanwhile=tell)
-    tell()
+    distributed.launch(
+        [*arguments, "--keep-checkpoints", "--force"], p.train.processes, quiet=not progress, on_poll=run_callbacks
+    )
+    run_callbacks()
     return Run(**vars(runs.read(out)), model_bytes=(out / runs.MODEL_FILE).read_bytes())
 
 
 @contextlib.contextmanager
-def _watchers(p: Params, seed: int, session: Session, given: Sequence[Watcher]) -> Iterator[list[Watcher]]:
-    """Who is told how a run goes while it goes: what writes it down, and those that were given."""
-    watchers: list[Watcher] = [Rows(session.folder / LIVE_HISTORY), *given]
+def _callbacks(p: Params, seed: int, session: Session, given: Sequence[Watcher]) -> Iterator[list[Watcher]]:
+    """What is called after each epoch: history.csv beside the checkpoints, the given ones, TensorBoard's events."""
+    callbacks: list[Watcher] = [Rows(session.folder / LIVE_HISTORY), *given]
     with contextlib.ExitStack() as closing:
         if p.train.tensorboard and session.processes.rank == 0:
             name = f"{p.profile}-{runs.run_name(p.strategy, seed)}-{session.folder.name}"
             events = Events(config.root() / "build" / "tensorboard" / name, start_epoch=session.epoch)
             closing.callback(events.close)
-            watchers.append(events)
-        yield watchers
+            callbacks.append(events)
+        yield callbacks
 
 
 def _start(p: Params, seed: int, model: VisionMamba, images: Dataset) -> Dataset:
@@ -202,12 +204,7 @@ def _kernel_digest(p: Params) -> str:
 
 def _device(t: TrainParams) -> torch.device:
     name = t.device if t.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"train.device: {t.device!r} is not one of auto, cpu, cuda, cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"train.device: {t.device!r} is not one of auto, cpu, cuda, cuda:N")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"train.device: {t.device!r}; torch sees {torch.cuda.device_count()} CUDA devices here")
     return device

@@ -85,7 +85,7 @@ def test_the_papers_recipe_is_timed_without_timm_in_its_parts_and_with_mixed_lab
     ("options", "said"),
     [
         (["--profile", "paper", "--device", "cuda:99"], "'cuda:99'; torch sees"),
-        (["--profile", "paper", "--device", "tpu"], "'tpu' is not one of auto, cpu, cuda, cuda:N; to try"),
+        (["--profile", "paper", "--device", "tpu"], "'tpu': must be auto, cpu, cuda or cuda:N; to try"),
         (["--profile", "smoke", "--images", "3"], "images: 3: must be at least train.batch_size, 32"),
         (["--profile", "smoke", "--steps", "0"], "steps: 0: must be at least 1"),
         (["--profile", "evaluate"], "train.epochs: 0: profile 'evaluate' trains nothing"),

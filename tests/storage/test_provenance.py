@@ -1,11 +1,13 @@
 """The digest of code: what changes it and what does not, on a small package that stands in for famba."""
 
+import ast
 import importlib.metadata
 import json
 
 import pytest
 
 import famba
+from famba import config
 from famba.errors import InputError
 from famba.storage import provenance
 
@@ -28,6 +30,8 @@ def package(tmp_path, monkeypatch):
     """Where that package lies; a change there is seen by the next digest."""
     monkeypatch.setattr(provenance, "_PACKAGE", tmp_path)
     monkeypatch.setattr(provenance, "_module", provenance._module.__wrapped__)
+    monkeypatch.setattr(provenance, "_version", provenance._version.__wrapped__)
+    monkeypatch.setattr(config, "root", lambda: tmp_path)
     monkeypatch.setattr(famba, "_MODULE", {"f": "b"})
     monkeypatch.setattr(importlib.metadata, "version", {"numpy": "2.4", "torch": "2.13.0+cpu"}.get)
     for name, text in MODULES.items():
@@ -67,6 +71,12 @@ def test_only_code_that_is_imported_changes_the_digest(package, name, old, new, 
     assert old in text
     (package / name).write_text(text.replace(old, new))
     assert (provenance.of_module("famba.a.first") != before) == changes
+
+
+def test_a_source_is_parsed_once(package, monkeypatch):
+    first = provenance.of_module("famba.a.first")
+    monkeypatch.setattr(ast, "parse", lambda _: pytest.fail("parsed again"))
+    assert provenance.of_module("famba.a.first") == first
 
 
 def test_the_sources_of_the_kernels_count_by_their_bytes(package):

@@ -63,7 +63,7 @@ def test_a_step_in_parts_is_the_step_at_once():
 
 
 def test_a_batch_that_the_parts_do_not_divide_is_refused():
-    with pytest.raises(InputError, match=r"batch_size: 16: must be a multiple of 1 processes times .*, 5"):
+    with pytest.raises(InputError, match=r"batch_size: 16: must be a multiple of train\.processes times .*, 5"):
         fit.fit(smoke(device_batch=5), seed=0)
 
 

@@ -325,7 +325,7 @@ def test_bf16_trains_and_stays_near_fp32(undisturbed):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"device": "tpu"}, "train.device: 'tpu' is not one of auto, cpu, cuda"),
+        ({"device": "tpu"}, "train.device: 'tpu': must be auto, cpu, cuda or cuda:N"),
         ({"device": "cuda:99"}, "train.device: 'cuda:99'; torch sees"),
         ({"batch_size": 10_000}, "train.batch_size: 10000; there are 64 training images"),
         ({"backend": "fast"}, "'fast'"),
