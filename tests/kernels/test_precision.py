@@ -1,5 +1,6 @@
 """Precision: what stays float32 under autocast, and where values stop being finite."""
 
+import dataclasses
 import math
 import os
 import subprocess
@@ -69,6 +70,20 @@ def test_under_autocast_the_scans_parameters_and_the_residual_stream_stay_float3
             given.append({key: getattr(side, key).dtype for key in ("u", "A", "D", "delta_bias")})
         return scan(forward, backward, gate, **options)
 
+    def choose(*arguments):
+        backend = chosen(*arguments)
+        if backend.run_mixer is None:
+            return backend
+
+        def watched_mixer(xz, forward, backward, scale):
+            for side in (forward, backward):
+                given.append({"u": xz.dtype, **{key: getattr(side, key).dtype for key in ("A", "D", "dt_bias")}})
+            return backend.run_mixer(xz, forward, backward, scale)
+
+        return dataclasses.replace(backend, run_mixer=watched_mixer)
+
+    chosen = mixer.choose
+    monkeypatch.setattr(mixer, "choose", choose)
     monkeypatch.setattr(mixer, "bidirectional_scan", watched)
     model = small(backend=backend)
     with precision.autocast(torch.device("cpu"), "bf16"):
