@@ -140,7 +140,9 @@ def _outputs(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     return like(u), kept_states(u, b, e=e, t=t, n=A.shape[1]) if keep else u.new_empty(0, dtype=torch.float32)
 
 
-def kept_states(x: Tensor, *leading: int, e: int, t: int, n: int) -> Tensor:
+def kept_states(
+    x: Tensor, *leading: int | torch.SymInt, e: int | torch.SymInt, t: int | torch.SymInt, n: int | torch.SymInt
+) -> Tensor:
     """Room for the states before each chunk of tokens."""
     # Channels that only fill up a vector may not be written; what an operator gives must follow from what it is given.
     make = x.new_zeros if e % _PAD else x.new_empty
