@@ -4,6 +4,8 @@ The public names are imported when they are first used, so that reading results 
 """
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,6 +19,11 @@ if TYPE_CHECKING:
     from famba.models.pretrained import load_vim, set_schedule
     from famba.models.vim import VisionMamba, create_model
     from famba.training.fit import fit
+
+# Idle threads of OpenMP, which torch runs on, would spin on cores that other processes could use. It is read when torch
+# is loaded; where torch came first, `famba.kernels.precision.configure` warns.
+if "torch" not in sys.modules:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
 __all__ = [

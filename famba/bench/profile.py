@@ -21,7 +21,16 @@ from famba.profiling import memory
 PARTS = ("matrix products", "scan", "convolution", "norm", "gate", "fusion", "elementwise", "optimiser", "Python")
 _MARK = "part: "
 _BACKWARD = "autograd::engine::evaluate_function: "
-_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::convolution", "aten::convolution_backward")
+_PRODUCTS = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::baddbmm_",
+    "aten::convolution",
+    "aten::convolution_backward",
+)
+# Operators of the native mixer, whose scans include the projection of dt and the gate.
+_NATIVE = {"famba::scans": "scan", "famba::convs": "convolution"}
 _FUNCTIONS = (
     ("scan", ops, "projected_scan"),
     ("convolution", ops, "causal_conv1d_silu"),
@@ -76,7 +85,9 @@ def own_times(events: Any) -> dict[str, float]:
             continue  # outside the step
         part = parts.get(around, "Python")
         is_gradient = event.name.startswith(_BACKWARD)
-        if part in ("Python", "elementwise"):
+        if native := _NATIVE.get(event.name.removesuffix("_backward")):
+            part = native
+        elif part in ("Python", "elementwise"):
             part = of_node.get(event.sequence_nr, "elementwise") if is_gradient else _part(event.name)
         if is_gradient or around in in_backward:
             in_backward.add(id(event))

@@ -5,6 +5,10 @@ the scan's parameters and states, the residual stream, norms and losses stay flo
 """
 
 import contextlib
+import ctypes
+import logging
+import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,12 +17,24 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
+_log = logging.getLogger(__name__)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+
 
 def configure() -> None:
-    """Set what torch is to do with numbers in all of this process."""
+    """Set what torch is to do with numbers, and the C library with memory, in all of this process."""
+    if torch.get_num_threads() > 1 and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+        _log.warning(
+            "torch was imported before famba: its idle threads spin, which slows down other processes on these cores; "
+            "import famba first, or set OMP_WAIT_POLICY=PASSIVE"
+        )
     torch.set_flush_denormal(True)  # a decaying scan makes denormals, which a CPU is slow at
     # fp32 means fp32: by default cuDNN's convolutions would round their inputs to 10 bits.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        # A step frees what the next one allocates. By default it goes back to the system, which zeroes it page by page.
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most there is; torch's larger tensors are few
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from torch import Tensor
 from famba.errors import InputError
 from famba.kernels import dispatch, mamba_ssm
 from famba.kernels.cpu import scan as native
+from famba.kernels.cpu.mixer import mix
 from famba.kernels.reference import gradients, selective_scan_ref, state_dtype, token_order
 from famba.kernels.triton import runtime as gpu
 from famba.kernels.triton import scan as triton
@@ -288,18 +289,22 @@ class _Backend(dispatch.Backend):
     """A backend of the scan, whose `run` takes the arguments of `selective_scan_ref`.
 
     `run_projected`, if there is one, takes those of `famba.kernels.ops.projected_scan`, and keeps no delta for
-    backward; `run_both` those of `famba.kernels.ops.bidirectional_scan`, both directions and the gate in one.
+    backward; `run_both` those of `famba.kernels.ops.bidirectional_scan`, both directions and the gate in one;
+    `run_mixer` those of `famba.kernels.cpu.mixer.mix`, the convolutions and selections as well.
     """
 
     run_projected: Callable[..., Tensor] | None = None
     run_both: Callable[..., Tensor] | None = None
+    run_mixer: Callable[..., Tensor] | None = None
 
 
 # Slowest first. A new backend is one more entry, and a name in famba.kernels.dispatch.
 _BACKENDS: dict[str, _Backend] = {
     "reference": _Backend(selective_scan_ref),
     "torch": _Backend(_chunked_scan),
-    "native": _Backend(native.selective_scan, native.unavailable, native.unsuited, native.projected_scan),
+    "native": _Backend(
+        native.selective_scan, native.unavailable, native.unsuited, native.projected_scan, run_mixer=mix
+    ),
     "mamba_ssm": _Backend(mamba_ssm.selective_scan, mamba_ssm.unavailable, mamba_ssm.unsuited),
     "hub": _Backend(partial(mamba_ssm.selective_scan, hub=True), mamba_ssm.hub_unavailable, mamba_ssm.unsuited),
     "triton": _Backend(

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from famba.errors import InputError
+from famba.kernels.cpu.mixer import Direction
 from famba.kernels.ops import Side, bidirectional_conv1d_silu, bidirectional_scan
+from famba.kernels.scan import choose
 
 _STEP_RANGE = (1e-3, 1e-1)  # initial steps are drawn log-uniformly from this range
 _STEP_FLOOR = 1e-4
@@ -86,45 +88,67 @@ class BidirectionalMixer(nn.Module):
 
     def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
         """The mixed tokens."""
-        return self.out_proj(self.scan(*self.select(x)))
+        return self.out_proj(self.mix(x))
 
-    def select(self, x: Float[Tensor, "b t d"]) -> tuple[Selection, Selection, Float[Tensor, "b t e"]]:
-        """Both directions' input and selection, and the gate."""
+    def mix(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t e"]:
+        """Both scans, joined and gated: what the output projection sees."""
         for name in ("conv1d", "conv1d_b", "dt_proj", "dt_proj_b"):
             refuse_hooks(name, getattr(self, name))
-        u, gate = self.in_proj(x).chunk(2, dim=-1)
-        weights = [(conv.weight[:, 0], conv.bias) for conv in (self.conv1d, self.conv1d_b)]
-        left, right = bidirectional_conv1d_silu(u.mT, *weights, backend=self.backend)
-        return self._select(left, self.x_proj), self._select(right, self.x_proj_b), gate
-
-    def scan(self, forward: Selection, backward: Selection, gate: Float[Tensor, "b t e"]) -> Float[Tensor, "b t e"]:
-        """Both scans, joined and gated: what the output projection sees."""
-        left = self._side(forward, self.A_log, self.D, self.dt_proj)
-        right = self._side(backward, self.A_b_log, self.D_b, self.dt_proj_b)
+        xz = self.in_proj(x)
         scale = 0.5 if self.average_directions else 1.0
-        return bidirectional_scan(left, right, gate.mT, scale=scale, backend=self.backend).mT
+        left = self._direction(self.conv1d, self.x_proj, self.A_log, self.D, self.dt_proj)
+        right = self._direction(self.conv1d_b, self.x_proj_b, self.A_b_log, self.D_b, self.dt_proj_b)
+        chosen = choose(self.backend, xz, xz, left.A, xz, xz, left.D, None, left.dt_bias)
+        plain = _is_plain(self.x_proj) and _is_plain(self.x_proj_b)
+        if chosen.run_mixer is not None and plain:
+            return chosen.run_mixer(xz, left, right, scale)
+        u, gate = xz.chunk(2, dim=-1)
+        one, other = (
+            Side(s.u, s.step, d.dt_proj, d.A, s.B, s.C, d.D, d.dt_bias)
+            for s, d in zip(self._select(u), (left, right), strict=True)
+        )
+        return bidirectional_scan(one, other, gate.mT, scale=scale, backend=self.backend).mT
 
-    def feature(self, forward: Selection, backward: Selection, kind: str) -> Float[Tensor, "b t c"]:
+    def feature(self, x: Float[Tensor, "b t d"], kind: str) -> Float[Tensor, "b t c"]:
         """What of the selection fusion may compare, both directions side by side: the step `delta`, `B` or `C`."""
+        forward, backward = self._select(self.in_proj(x).chunk(2, dim=-1)[0])
         if kind == "delta":
             made = ((forward.step.mT, self.dt_proj), (backward.step.mT, self.dt_proj_b))
             deltas = [functional.linear(step, proj.weight) + proj.bias for step, proj in made]
             return functional.softplus(torch.cat(deltas, dim=-1))
         return torch.cat([getattr(forward, kind).mT, getattr(backward, kind).mT], dim=-1)
 
-    def _select(self, u: Float[Tensor, "b e t"], x_proj: nn.Linear) -> Selection:
-        step, B, C = x_proj(u.mT).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        return Selection(u, step.mT, B.mT, C.mT)
+    def _select(self, x: Float[Tensor, "b t e"]) -> list[Selection]:
+        """What each direction scans."""
+        weights = [(conv.weight[:, 0], conv.bias) for conv in (self.conv1d, self.conv1d_b)]
+        inputs = bidirectional_conv1d_silu(x.mT, *weights, backend=self.backend)
+        found = []
+        for u, x_proj in zip(inputs, (self.x_proj, self.x_proj_b), strict=True):
+            step, B, C = x_proj(u.mT).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+            found.append(Selection(u, step.mT, B.mT, C.mT))
+        return found
 
-    def _side(self, s: Selection, A_log: Tensor, D: Tensor, dt_proj: nn.Linear) -> Side:
+    def _direction(self, conv: nn.Conv1d, x_proj: nn.Linear, A_log: Tensor, D: Tensor, dt_proj: nn.Linear) -> Direction:
         A = -torch.exp(A_log.float() if A_log.dtype != torch.float64 else A_log)
-        return Side(s.u, s.step, dt_proj.weight, A, s.B, s.C, D, dt_proj.bias)
+        assert conv.bias is not None
+        return Direction(conv.weight[:, 0], conv.bias, x_proj.weight, A, D, dt_proj.bias, dt_proj.weight)
 
 
 def refuse_hooks(name: str, module: nn.Module) -> None:
     """Raise InputError where a module has hooks: it is not called, and they would not run."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if _has_hooks(module):
         raise InputError(
             f"{name}: a hook on it would never run: kernels compute with its weights; allowed: hooks on blocks, norm, "
             "in_proj, x_proj, out_proj, and on mixer where fusion's position is before_mixer"
         )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether a product with its weight is all that it does: no hook, and no adapter in its place."""
+    return type(linear) is nn.Linear and not _has_hooks(linear)

@@ -388,20 +388,19 @@ class _Block(nn.Module):
         if late:
             refuse_hooks("mixer", mixer)
         feature = pairs = plan = None
-        selected = mixer.select(normed) if late else None
         if r:
             compared = options.feature if options.matching == "similarity" else "normed"
-            feature = self._feature(compared, normed, residual, selected)
+            feature = self._feature(compared, normed, residual)
             guard, backend = () if cls_index is None else cls_index, self._backend
             pairs = matching.match_tokens(feature, r, protected=guard, kind=options.matching, backend=backend)
             how = {"order": options.order, "weighting": options.weighting, "reduction": options.reduction}
             plan = merge.plan(pairs, size, **how, backend=backend)
             size = plan.size
             cls_index = None if cls_index is None else plan.destination.gather(1, cls_index[:, None])[:, 0]
-        mixed = normed if selected is None else mixer.scan(*selected)
+        mixed = mixer.mix(normed) if late else normed
         if plan is not None:
             mixed, residual = merge.apply_both(plan, mixed, residual, backend=self._backend)
-        hidden = mixer(mixed) if selected is None else mixer.out_proj(mixed)
+        hidden = mixer.out_proj(mixed) if late else mixer(mixed)
         if self.training and self.drop_path_rate:
             hidden = hidden * functional.dropout(hidden.new_ones(hidden.shape[0], 1, 1), self.drop_path_rate)
 
@@ -419,11 +418,8 @@ class _Block(nn.Module):
         return _Stream(hidden, residual, size, cls_index)
 
     @torch.no_grad()
-    def _feature(self, kind: str, normed: Tensor, residual: Tensor, selected: tuple | None) -> Float[Tensor, "b t c"]:
+    def _feature(self, kind: str, normed: Tensor, residual: Tensor) -> Float[Tensor, "b t c"]:
         """What similarity compares, (b, t, c). The selection is that of the tokens before they are fused."""
         if kind == "normed":
             return normed
-        if kind == "residual":
-            return residual
-        forward, backward, _ = self.mixer.select(normed) if selected is None else selected
-        return self.mixer.feature(forward, backward, kind)
+        return residual if kind == "residual" else self.mixer.feature(normed, kind)

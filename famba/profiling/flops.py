@@ -250,8 +250,8 @@ def _layer(w: _Width, t: int, s: int, options: FusionOptions, scans: _ScanMemory
     if s < t and options.matching == "similarity":
         compared = {"normed": w.d, "residual": w.d, "delta": 2 * w.e, "B": 2 * w.n, "C": 2 * w.n}[options.feature]
         flops += 2 * w.b * ((t + 1) // 2) * (t // 2) * compared
-        if not late and options.feature not in ("normed", "residual"):
-            flops += _select_flops(w, t)  # the selection before fusion, made for the comparison alone
+        if options.feature not in ("normed", "residual"):
+            flops += _select_flops(w, t)  # a selection made for the comparison alone
         if options.feature == "delta":
             flops += _project_flops(w, t)
     return Part(
@@ -319,7 +319,7 @@ def _kept(w: _Width, t: int, s: int, m: int, scans: _ScanMemory, *, late: bool) 
     if scans.fused:
         kept["norm"] = _FLOAT * w.b * t * (w.d + 1)  # the sum, and its scale
         kept["convolution"] = 0  # its input is in_proj's output
-        kept["selection"] = 2 * (wide + selected + w.copied(w.e * w.selected))  # the step's factor, but not the step
+        kept["selection"] = 2 * (wide + selected)  # dt, but not delta
         kept["gate"] = wide  # the scans' sum
     if s < t:
         kept["fusion"] = w.b * t * (_INDEX + _FLOAT)  # each token's destination and weight

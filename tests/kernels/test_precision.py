@@ -1,6 +1,10 @@
 """Precision: what stays float32 under autocast, and where values stop being finite."""
 
+import dataclasses
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -66,6 +70,20 @@ def test_under_autocast_the_scans_parameters_and_the_residual_stream_stay_float3
             given.append({key: getattr(side, key).dtype for key in ("u", "A", "D", "delta_bias")})
         return scan(forward, backward, gate, **options)
 
+    def choose(*arguments):
+        backend = chosen(*arguments)
+        if backend.run_mixer is None:
+            return backend
+
+        def watched_mixer(xz, forward, backward, scale):
+            for side in (forward, backward):
+                given.append({"u": xz.dtype, **{key: getattr(side, key).dtype for key in ("A", "D", "dt_bias")}})
+            return backend.run_mixer(xz, forward, backward, scale)
+
+        return dataclasses.replace(backend, run_mixer=watched_mixer)
+
+    chosen = mixer.choose
+    monkeypatch.setattr(mixer, "choose", choose)
     monkeypatch.setattr(mixer, "bidirectional_scan", watched)
     model = small(backend=backend)
     with precision.autocast(torch.device("cpu"), "bf16"):
@@ -89,3 +107,28 @@ def test_under_autocast_the_scans_states_are_float32_however_long_the_sequence(b
         )
     assert out.dtype == torch.bfloat16
     assert out[0, 0, -1].item() == pytest.approx(8, rel=0.01)
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_idle_threads_wait_passively_unless_the_user_sets_it(given, found):
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    code = "import famba, os, sys; assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+    environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == found
+
+
+@pytest.mark.parametrize(("variable", "threads"), [(None, 2), ("OMP_WAIT_POLICY", 2), ("GOMP_SPINCOUNT", 2), (None, 1)])
+def test_threads_that_spin_because_torch_was_imported_first_are_warned_of(variable, threads, monkeypatch, caplog):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(variable, "0")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    precision.configure()
+    lines = [record.getMessage() for record in caplog.records]
+    if variable is None and threads == 2:
+        (line,) = lines
+        assert "OMP_WAIT_POLICY=PASSIVE" in line
+    else:
+        assert not lines

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from famba import backends
@@ -44,3 +45,23 @@ def test_the_mixer_is_the_independent_one(case, backend):
         want = stored[name].double()
         error = (value.double() - want).abs().max()
         assert error <= 1e-5 * want.abs().max().clamp_min(1e-30) or not (value.any() or want.any()), name
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="cannot run")
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_fused_mixer_has_torchs_gradients_and_gradients_of_gradients(adapted):
+    torch.manual_seed(0)
+    mixer, x = BidirectionalMixer(16, 4), torch.randn(2, 7, 16, requires_grad=True)
+    if adapted:  # the kernels must not read x_proj's weight past what stands in its place
+        mixer.x_proj = torch.nn.utils.parametrizations.weight_norm(mixer.x_proj)
+        mixer.x_proj_b.register_forward_hook(lambda module, inputs, output: 2 * output)
+    found = {}
+    for backend in ("torch", "native"):
+        mixer.backend = backend
+        weights = [x, *mixer.parameters()]
+        once = torch.autograd.grad(mixer(x).square().sum(), weights, create_graph=True)
+        plain = torch.autograd.grad(mixer(x).square().sum(), weights)
+        twice = torch.autograd.grad(sum(g.square().sum() for g in once), weights)
+        found[backend] = [*once, *plain, *twice]
+    for expected, native in zip(found["torch"], found["native"], strict=True):
+        torch.testing.assert_close(native, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())

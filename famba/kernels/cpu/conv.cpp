@@ -2,7 +2,8 @@
 //
 // Each channel's token sees itself and the k - 1 before it (reversed: after it). Tiles, lanes and units of work are those
 // of scan.cpp. A reversed convolution is the forward one with its taps in the other order and its window on the other
-// side. Nothing is kept for backward but the input: the sums before silu are cheaper to recompute than to store.
+// side. Nothing is kept for backward but the input: the sums before silu are cheaper to recompute than to store. Two
+// directions of one input are two jobs in the same unit of work, whose gradients the second one adds up.
 
 #include "conv.h"
 
@@ -10,12 +11,15 @@
 
 namespace {
 
-constexpr int TOKENS = 32;
+constexpr int TOKENS = 64;
 constexpr int MOST_TAPS = 8;
 
 struct ConvTiles {
     float x[(TOKENS + 2 * MOST_TAPS) * W], grad[(TOKENS + MOST_TAPS) * W], out[TOKENS * W];
 };
+
+// Tokens of one tile: few enough, and in chunks of about the same length
+INLINE int64_t tokens_of(int64_t t) { return ceil_div(t, ceil_div(t, TOKENS)); }
 
 // The sum before silu at the token whose window begins at x
 template <int K>
@@ -36,9 +40,9 @@ void forward(const Conv& p, int64_t unit, float* memory) {
     Group at = group_of(p.e, p.groups, unit);
     ConvTiles& s = *(ConvTiles*)take(memory, sizeof(ConvTiles) / 4);
     int k = K ? K : (int)p.k;
-    int64_t before = p.reverse ? 0 : k - 1;
-    for (int64_t t0 = 0; t0 < p.t; t0 += TOKENS) {
-        int tokens = (int)least(TOKENS, p.t - t0);
+    int64_t before = p.reverse ? 0 : k - 1, most = tokens_of(p.t);
+    for (int64_t t0 = 0; t0 < p.t; t0 += most) {
+        int tokens = (int)least(most, p.t - t0);
         for (int64_t v = at.first; v < at.last; v++) {
             int64_t e0 = v * W;
             int lanes = (int)least(W, p.e - e0);
@@ -59,11 +63,11 @@ void backward(const Conv& p, int64_t unit, float* memory) {
     Group at = group_of(p.e, p.groups, unit);
     ConvTiles& s = *(ConvTiles*)take(memory, sizeof(ConvTiles) / 4);
     int k = K ? K : (int)p.k, around = k - 1;
-    int64_t per_vector = (k + 1) * W;
+    int64_t per_vector = (k + 1) * W, most = tokens_of(p.t);
     float* part = p.part + at.b * padded(p.e) * (k + 1);
     for (int64_t i = at.first * (k + 1); i < at.last * (k + 1); i++) store(part + i * W, vf{});
-    for (int64_t t0 = 0; t0 < p.t; t0 += TOKENS) {
-        int tokens = (int)least(TOKENS, p.t - t0);
+    for (int64_t t0 = 0; t0 < p.t; t0 += most) {
+        int tokens = (int)least(most, p.t - t0);
         // outputs that see this chunk's inputs, and where this chunk's own begin among them
         int64_t first = p.reverse ? t0 - around : t0;
         int own = (int)(t0 - first);
@@ -81,8 +85,9 @@ void backward(const Conv& p, int64_t unit, float* memory) {
                 vf sum = window<K>(s.x + i * W, w, k), gate = sigmoid_(sum);
                 store(s.grad + i * W, load(s.grad + i * W) * gate * (1.0f + sum * (1.0f - gate)));
             }
+            if (p.add) load_tile(s.out, p.grad_x, at.b, e0, lanes, t0, tokens);
             for (int i = 0; i < tokens; i++) {
-                vf g = load(s.grad + (own + i) * W), to_x = {};
+                vf g = load(s.grad + (own + i) * W), to_x = p.add ? load(s.out + i * W) : vf{};
                 for (int j = 0; j < k; j++) {
                     to_w[j] += g * load(s.x + (own + i + j) * W);
                     to_x += w[j] * load(s.grad + (i + around - j) * W);
@@ -111,24 +116,25 @@ KERNEL(void conv_lanes)(const Conv* p, float* lanes) {
 }
 
 KERNEL(void conv_forward)(const void* given, int64_t unit, float* memory) {
-    const Conv& p = *(const Conv*)given;
-    p.k == 4 ? forward<4>(p, unit, memory) : forward<0>(p, unit, memory);
+    const Conv* p = (const Conv*)given;
+    for (int64_t i = 0; i < p->directions; i++) p->k == 4 ? forward<4>(p[i], unit, memory) : forward<0>(p[i], unit, memory);
 }
 
 KERNEL(void conv_backward)(const void* given, int64_t unit, float* memory) {
-    const Conv& p = *(const Conv*)given;
-    p.k == 4 ? backward<4>(p, unit, memory) : backward<0>(p, unit, memory);
+    const Conv* p = (const Conv*)given;
+    for (int64_t i = 0; i < p->directions; i++) p->k == 4 ? backward<4>(p[i], unit, memory) : backward<0>(p[i], unit, memory);
 }
 
 // Sums over sequences, first to last, of one vector of channels
-KERNEL(void conv_sum_sequences)(const void* given, int64_t v, float*) {
-    const Conv& p = *(const Conv*)given;
-    int64_t e0 = v * W, each = p.k + 1;
+KERNEL(void conv_sum_sequences)(const void* given, int64_t unit, float*) {
+    const Conv& p = ((const Conv*)given)[unit / ceil_div(((const Conv*)given)->e, W)];
+    int64_t e0 = unit % ceil_div(p.e, W) * W, each = p.k + 1;
     int lanes = (int)least(W, p.e - e0);
     for (int64_t j = 0; j < each; j++) {
+        float* to = j < p.k ? p.grad_weight + (p.reverse ? p.k - 1 - j : j) : p.grad_bias;
+        if (!to) continue;
         vf sum = {};
         for (int64_t b = 0; b < p.b; b++) sum += load(p.part + (b * padded(p.e) + e0) * each + j * W);
-        int64_t tap = j < p.k && p.reverse ? p.k - 1 - j : j;
-        for (int l = 0; l < lanes; l++) p.grad[(e0 + l) * each + tap] = sum[l];
+        for (int l = 0; l < lanes; l++) to[(e0 + l) * (j < p.k ? p.k : 1)] = sum[l];
     }
 }

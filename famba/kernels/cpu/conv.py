@@ -20,11 +20,11 @@ class _Job(ctypes.Structure):
     """conv.h's Conv."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("b", "e", "t", "k", "reverse", "groups")),
+        *((name, ctypes.c_int64) for name in ("b", "e", "t", "k", "reverse", "groups", "directions", "add")),
         *((name, View) for name in ("x", "out")),
         *((name, ctypes.c_void_p) for name in ("weight", "bias")),
         *((name, View) for name in ("grad_out", "grad_x")),
-        *((name, ctypes.c_void_p) for name in ("grad", "part", "lanes")),
+        *((name, ctypes.c_void_p) for name in ("grad_weight", "grad_bias", "part", "lanes")),
     )
 
 
@@ -55,7 +55,7 @@ _library.define(
 
 def _job(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, **views: Tensor) -> _Job:
     return _Job(
-        *x.shape, weight.shape[1], reverse, 0, View.of(x),
+        *x.shape, weight.shape[1], reverse, 0, 1, 0, View.of(x),
         weight=weight.data_ptr(),
         bias=None if bias is None else bias.data_ptr(),
         **{name: View.of(tensor) for name, tensor in views.items()},
@@ -71,15 +71,12 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tens
 
 def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool):
     to_x, to_weight, to_bias = _conv_backward_fake(grad, x, weight, bias, reverse)
-    to_both = x.new_empty(weight.shape[0], weight.shape[1] + 1, dtype=torch.float32)
     taps, shift = weight.detach().float().contiguous(), float32(bias)  # the job has their addresses alone
     job = _job(x, taps, shift, reverse, grad_out=grad, grad_x=to_x)
-    job.grad = to_both.data_ptr()
+    found = [torch.empty_like(x, dtype=torch.float32) for x in (to_weight, to_bias)]
+    job.grad_weight, job.grad_bias = (x.data_ptr() or None for x in found)
     runtime.call("famba_conv_backward", job)
-    to_weight.copy_(to_both[:, :-1])
-    if bias is not None:
-        to_bias.copy_(to_both[:, -1])
-    return to_x, to_weight, to_bias
+    return to_x, *(g.to(x.dtype) for g, x in zip(found, (to_weight, to_bias), strict=True))
 
 
 def _conv_backward_fake(grad, x, weight, bias, reverse):

@@ -215,6 +215,25 @@ int64_t groups(int64_t b, int64_t e) {
     int64_t wanted = (32 + b - 1) / b, most = (vectors(e) + 1) / 2;
     return wanted < most ? wanted : most;
 }
+
+// Parameters in lanes, into memory of as many floats as they are, padded; and the groups that channels go in
+void scan_in_lanes(Scan* p, float* memory) {
+    for (int64_t i = 0; i < p->directions; i++) {
+        p[i].lanes_A = memory + i * padded(p->e) * (p->n + p->m);
+        p[i].lanes_weight = p[i].lanes_A + padded(p->e) * p->n;
+        p[i].groups = groups(p->b, p->e);
+        scan_lanes[instruction_set()](p + i, memory + i * padded(p->e) * (p->n + p->m));
+    }
+}
+
+void conv_in_lanes(Conv* p, float* memory) {
+    for (int64_t i = 0; i < p->directions; i++) {
+        float* lanes = memory + i * padded(p->e) * (p->k + 1);
+        conv_lanes[instruction_set()](p + i, lanes);
+        p[i].lanes = lanes;
+        p[i].groups = groups(p->b, p->e);
+    }
+}
 }  // namespace
 
 // What the kernels in use were compiled for, as their own compiler saw it
@@ -240,54 +259,46 @@ extern "C" int famba_use_instruction_set(const char* name) {
 // All of these return 0 when there was no memory.
 extern "C" int famba_scan_forward(Scan* p, int64_t threads, Parallel parallel) {
     int set = instruction_set();
-    Aligned lanes(padded(p->e) * p->n);
+    Aligned lanes(p->directions * padded(p->e) * (p->n + p->m));
     if (!lanes.memory) return 0;
-    scan_lanes[set](p, lanes.memory);
-    p->lanes_A = lanes.memory;
-    p->groups = groups(p->b, p->e);
+    scan_in_lanes(p, lanes.memory);
     return share_out(scan_forward[set], p, p->b * p->groups, scan_scratch[set](p), threads, parallel);
 }
 
 extern "C" int famba_scan_backward(Scan* p, int64_t threads, Parallel parallel) {
     int set = instruction_set();
-    int64_t lanes_each = padded(p->e) * p->n;
-    p->groups = groups(p->b, p->e);
-    int64_t per_group = p->groups > 1 ? p->groups * p->b * p->t * p->n : 0;
-    Aligned lanes(lanes_each), part_A(p->b * lanes_each), part_e(2 * p->b * padded(p->e)), part_BC(2 * per_group);
-    if (!lanes.memory || !part_A.memory || !part_e.memory || !part_BC.memory) return 0;
-    scan_lanes[set](p, lanes.memory);
-    p->lanes_A = lanes.memory;
-    p->part_A = part_A.memory;
-    p->part_D = p->D ? part_e.memory : nullptr;
-    p->part_bias = p->bias ? part_e.memory + p->b * padded(p->e) : nullptr;
-    p->part_B = part_BC.memory;
-    p->part_C = part_BC.memory + per_group;
+    int64_t part_each = p->b * padded(p->e) * (p->n + 2 + p->m), groups_all = groups(p->b, p->e);
+    int64_t rows_each = groups_all > 1 ? groups_all * p->b * p->t * (2 * p->n + p->m) : 0;
+    Aligned lanes(p->directions * padded(p->e) * (p->n + p->m));
+    Aligned part(p->directions * part_each), rows(p->directions * rows_each);
+    if (!lanes.memory || !part.memory || !rows.memory) return 0;
+    scan_in_lanes(p, lanes.memory);
+    for (int64_t i = 0; i < p->directions; i++) {
+        p[i].part = part.memory + i * part_each;
+        p[i].part_rows = rows.memory + i * rows_each;
+    }
     return share_out(scan_backward[set], p, p->b * p->groups, scan_scratch[set](p), threads, parallel) &&
-           share_out(scan_sum_sequences[set], p, vectors(p->e), 16, threads, parallel) &&
-           (p->groups == 1 || share_out(scan_sum_groups[set], p, p->b, 16, threads, parallel));
+           share_out(scan_sum_sequences[set], p, p->directions * vectors(p->e), 16, threads, parallel) &&
+           (p->groups == 1 || share_out(scan_sum_groups[set], p, p->directions * p->b, 16, threads, parallel));
 }
 
 extern "C" int famba_conv_forward(Conv* p, int64_t threads, Parallel parallel) {
     int set = instruction_set();
-    Aligned lanes(padded(p->e) * (p->k + 1));
+    Aligned lanes(p->directions * padded(p->e) * (p->k + 1));
     if (!lanes.memory) return 0;
-    conv_lanes[set](p, lanes.memory);
-    p->lanes = lanes.memory;
-    p->groups = groups(p->b, p->e);
+    conv_in_lanes(p, lanes.memory);
     return share_out(conv_forward[set], p, p->b * p->groups, conv_scratch[set](p), threads, parallel);
 }
 
 extern "C" int famba_conv_backward(Conv* p, int64_t threads, Parallel parallel) {
     int set = instruction_set();
     int64_t each = padded(p->e) * (p->k + 1);
-    Aligned lanes(each), part(p->b * each);
+    Aligned lanes(p->directions * each), part(p->directions * p->b * each);
     if (!lanes.memory || !part.memory) return 0;
-    conv_lanes[set](p, lanes.memory);
-    p->lanes = lanes.memory;
-    p->part = part.memory;
-    p->groups = groups(p->b, p->e);
+    conv_in_lanes(p, lanes.memory);
+    for (int64_t i = 0; i < p->directions; i++) p[i].part = part.memory + i * p->b * each;
     return share_out(conv_backward[set], p, p->b * p->groups, conv_scratch[set](p), threads, parallel) &&
-           share_out(conv_sum_sequences[set], p, vectors(p->e), 16, threads, parallel);
+           share_out(conv_sum_sequences[set], p, p->directions * vectors(p->e), 16, threads, parallel);
 }
 
 extern "C" int famba_gate_forward(Gate* p, int64_t threads, Parallel parallel) {

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 from pathlib import Path
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -40,9 +41,15 @@ def like(x: Tensor) -> Tensor:
     return x.new_empty(b, e, t)
 
 
+@overload
+def float32(x: Tensor) -> Tensor: ...
+@overload
+def float32(x: None) -> None: ...
 def float32(x: Tensor | None) -> Tensor | None:
     """A small parameter as the kernels take it."""
-    return None if x is None else x.detach().to(torch.float32).contiguous()
+    if x is None or (x.dtype is torch.float32 and x.is_contiguous()):
+        return x
+    return x.detach().to(torch.float32).contiguous()
 
 
 def instruction_set() -> str:
@@ -72,8 +79,8 @@ def use_instruction_set(name: str) -> None:
         raise BackendError(f"instruction set {name!r} cannot run here: this processor lacks it")
 
 
-def call(name: str, job: ctypes.Structure) -> None:
-    """Run one of the library's jobs on torch's threads.
+def call(name: str, job: ctypes.Structure | ctypes.Array) -> None:
+    """Run one of the library's jobs, or two directions of one, on torch's threads.
 
     Raises:
         MemoryError: no room for scratch memory.

@@ -8,6 +8,9 @@
 // Forward keeps the state before every chunk. Backward goes through the chunks the other way; in each it recomputes
 // decays and states from the kept one, eight states at a time, then runs the adjoint recurrence over them.
 //
+// A job may project delta from dt, m numbers of a token, and may be two: a second direction in the same unit of work,
+// which adds the first one's output to its own before the gate.
+//
 // "In lanes" means [vector of channels][state][lane]. Nothing depends on how units fall on threads, and sums over
 // sequences and groups run in one fixed order, so results are the same bit for bit at any thread count.
 
@@ -20,11 +23,17 @@ namespace {
 constexpr int CHUNK = 16;
 constexpr float LOG2E = 0x1.715476p+0f, LN2 = 0x1.62e430p-1f;
 
-// (token, state) of one sequence's B or C
-INLINE void load_states(float* tile, const View& x, int64_t b, int64_t n, int64_t t0, int tokens) {
+// (token, row) of one sequence's dt, B or C
+INLINE void load_rows(float* tile, const View& x, int64_t b, int64_t n, int64_t t0, int tokens) {
     int64_t base = b * x.batch + t0 * x.token;
     for (int i = 0; i < tokens; i++)
         for (int64_t k = 0; k < n; k++) tile[i * n + k] = scalar_at(x.data, base + i * x.token + k * x.row, x.type);
+}
+
+INLINE void store_rows(const float* tile, const View& x, int64_t b, int64_t n, int64_t t0, int tokens) {
+    int64_t base = b * x.batch + t0 * x.token;
+    for (int i = 0; i < tokens; i++)
+        for (int64_t k = 0; k < n; k++) scalar_to(x.data, base + i * x.token + k * x.row, x.type, tile[i * n + k]);
 }
 
 struct Tiles {
@@ -33,12 +42,14 @@ struct Tiles {
 };
 
 // u, the finished step, its slope by delta, and step times u
-INLINE void prepare(Tiles& s, const Scan& p, int64_t b, int64_t e0, int lanes, int64_t t0, int tokens) {
+INLINE void prepare(Tiles& s, const Scan& p, const float* dt, int64_t b, int64_t e0, int lanes, int64_t t0, int tokens) {
     load_tile(s.u, p.u, b, e0, lanes, t0, tokens);
-    load_tile(s.step, p.delta, b, e0, lanes, t0, tokens);
+    if (!p.m) load_tile(s.step, p.delta, b, e0, lanes, t0, tokens);
     vf bias = p.bias ? load_lanes(p.bias, e0, lanes) : vf{};
+    const float* weight = p.lanes_weight + e0 * p.m;
     for (int i = 0; i < tokens; i++) {
-        vf slope = all(1.0f), step = load(s.step + i * W) + bias;
+        vf slope = all(1.0f), step = p.m ? bias : load(s.step + i * W) + bias;
+        for (int64_t j = 0; j < p.m; j++) step += load(weight + j * W) * dt[i * p.m + j];
         if (p.softplus) step = softplus_(step, &slope);
         store(s.step + i * W, step);
         store(s.slope + i * W, slope);
@@ -147,32 +158,38 @@ KERNEL(int64_t scan_width)() { return W; }
 
 // Floats of scratch memory that one thread needs
 KERNEL(int64_t scan_scratch)(const Scan* p) {
-    int64_t vectors = ceil_div(p->e, W);
-    return (sizeof(Tiles) + sizeof(Recomputed)) / 4 + 2 * vectors * p->n * W + 2 * CHUNK * p->n + 2 * CHUNK * p->n * W + 256;
+    int64_t vectors = ceil_div(p->e, W), rows = 2 * p->n + p->m;
+    return (sizeof(Tiles) + sizeof(Recomputed)) / 4 + vectors * p->n * W + CHUNK * rows * (W + 2) + 512;
 }
 
-// A times log2(e), in lanes
+// A times log2(e), then the projection's weight, in lanes
 KERNEL(void scan_lanes)(const Scan* p, float* lanes) {
-    int64_t lanes_all = padded(p->e);
-    for (int64_t e = 0; e < lanes_all; e++)
+    float* weight = lanes + padded(p->e) * p->n;
+    for (int64_t e = 0; e < padded(p->e); e++) {
         for (int64_t k = 0; k < p->n; k++)
             lanes[(e / W * p->n + k) * W + e % W] = e < p->e ? p->A[e * p->n + k] * LOG2E : 0.0f;
+        for (int64_t j = 0; j < p->m; j++)
+            weight[(e / W * p->m + j) * W + e % W] = e < p->e ? p->weight[e * p->m + j] : 0.0f;
+    }
 }
 
-KERNEL(void scan_forward)(const void* given, int64_t unit, float* memory) {
-    const Scan& p = *(const Scan*)given;
+namespace {
+
+void forward(const Scan& p, int64_t unit, float* memory) {
     Group at = group_of(p.e, p.groups, unit);
     int64_t n = p.n, chunks = ceil_div(p.t, CHUNK), lanes_all = padded(p.e);
     Tiles& s = *(Tiles*)take(memory, sizeof(Tiles) / 4);
-    float *B = take(memory, CHUNK * n), *C = take(memory, CHUNK * n);
+    float *B = take(memory, CHUNK * n), *C = take(memory, CHUNK * n), *dt = take(memory, CHUNK * p.m);
     float* state = take(memory, (at.last - at.first) * n * W);
+    vf scale = all((float)p.scale);
     for (int64_t i = 0; i < (at.last - at.first) * n; i++) store(state + i * W, vf{});
 
     for (int64_t c = 0; c < chunks; c++) {
         int64_t chunk = p.reverse ? chunks - 1 - c : c, t0 = chunk * CHUNK;
         int tokens = (int)least(CHUNK, p.t - t0);
-        load_states(B, p.B, at.b, n, t0, tokens);
-        load_states(C, p.C, at.b, n, t0, tokens);
+        load_rows(B, p.B, at.b, n, t0, tokens);
+        load_rows(C, p.C, at.b, n, t0, tokens);
+        load_rows(dt, p.delta, at.b, p.m, t0, tokens);
         for (int64_t v = at.first; v < at.last; v++) {
             int64_t e0 = v * W;
             int lanes = (int)least(W, p.e - e0);
@@ -181,23 +198,28 @@ KERNEL(void scan_forward)(const void* given, int64_t unit, float* memory) {
                 float* kept = p.states + (at.b * chunks + chunk) * lanes_all * n + e0 * n;
                 for (int64_t k = 0; k < n; k++) store(kept + k * W, load(h + k * W));
             }
-            prepare(s, p, at.b, e0, lanes, t0, tokens);
+            prepare(s, p, dt, at.b, e0, lanes, t0, tokens);
             const float* A = p.lanes_A + e0 * n;
             int64_t k = 0;
             for (; k + 16 <= n; k += 16)
                 forward_states<16>(s, A + k * W, B + k, C + k, n, tokens, p.reverse, h + k * W, h + k * W);
-            for (; k + 4 <= n; k += 4)
-                forward_states<4>(s, A + k * W, B + k, C + k, n, tokens, p.reverse, h + k * W, h + k * W);
+            for (; k + 8 <= n; k += 8)
+                forward_states<8>(s, A + k * W, B + k, C + k, n, tokens, p.reverse, h + k * W, h + k * W);
             for (; k < n; k++)
                 forward_states<1>(s, A + k * W, B + k, C + k, n, tokens, p.reverse, h + k * W, h + k * W);
             vf D = p.D ? load_lanes(p.D, e0, lanes) : vf{};
             if (p.D)
                 for (int i = 0; i < tokens; i++) store(s.y + i * W, load(s.y + i * W) + D * load(s.u + i * W));
+            if (p.other.data) {
+                load_tile(s.grad, p.other, at.b, e0, lanes, t0, tokens);
+                for (int i = 0; i < tokens; i++) store(s.y + i * W, load(s.y + i * W) + load(s.grad + i * W));
+            }
+            if (p.sum.data) store_tile(s.y, p.sum, at.b, e0, lanes, t0, tokens);
             if (p.z.data) {
                 load_tile(s.z, p.z, at.b, e0, lanes, t0, tokens);
                 for (int i = 0; i < tokens; i++) {
                     vf z = load(s.z + i * W);
-                    store(s.y + i * W, load(s.y + i * W) * z * sigmoid_(z));
+                    store(s.y + i * W, load(s.y + i * W) * z * sigmoid_(z) * scale);
                 }
             }
             store_tile(s.y, p.out, at.b, e0, lanes, t0, tokens);
@@ -205,40 +227,45 @@ KERNEL(void scan_forward)(const void* given, int64_t unit, float* memory) {
     }
 }
 
-KERNEL(void scan_backward)(const void* given, int64_t unit, float* memory) {
-    const Scan& p = *(const Scan*)given;
+void backward(const Scan& p, int64_t unit, float* memory) {
     Group at = group_of(p.e, p.groups, unit);
-    int64_t n = p.n, chunks = ceil_div(p.t, CHUNK), lanes_all = padded(p.e);
+    int64_t n = p.n, m = p.m, chunks = ceil_div(p.t, CHUNK), lanes_all = padded(p.e), rows = n + 2 + m, sums = 2 * n + m;
     Tiles& s = *(Tiles*)take(memory, sizeof(Tiles) / 4);
     Recomputed& r = *(Recomputed*)take(memory, sizeof(Recomputed) / 4);
-    float *B = take(memory, CHUNK * n), *C = take(memory, CHUNK * n);
-    float *sum_B = take(memory, CHUNK * n * W), *sum_C = take(memory, CHUNK * n * W);
+    float *B = take(memory, CHUNK * n), *C = take(memory, CHUNK * n), *dt = take(memory, CHUNK * m);
+    // over lanes, of the gradients of B, C and dt of a chunk, one after another; first by lane
+    float *sum = take(memory, CHUNK * sums), *by_lane = take(memory, CHUNK * sums * W);
     float* carries = take(memory, (at.last - at.first) * n * W);
+    float* part = p.part + at.b * lanes_all * rows;
+    vf scale = all((float)p.scale);
     for (int64_t i = 0; i < (at.last - at.first) * n; i++) store(carries + i * W, vf{});
-    for (int64_t i = at.first * n; i < at.last * n; i++) store(p.part_A + at.b * lanes_all * n + i * W, vf{});
-    for (int64_t v = at.first; v < at.last; v++) {
-        if (p.part_D) store(p.part_D + at.b * lanes_all + v * W, vf{});
-        if (p.part_bias) store(p.part_bias + at.b * lanes_all + v * W, vf{});
-    }
+    for (int64_t i = at.first * rows; i < at.last * rows; i++) store(part + i * W, vf{});
 
     for (int64_t c = 0; c < chunks; c++) {
         int64_t chunk = p.reverse ? c : chunks - 1 - c, t0 = chunk * CHUNK;
         int tokens = (int)least(CHUNK, p.t - t0);
-        load_states(B, p.B, at.b, n, t0, tokens);
-        load_states(C, p.C, at.b, n, t0, tokens);
-        for (int64_t i = 0; i < tokens * n; i++) store(sum_B + i * W, vf{}), store(sum_C + i * W, vf{});
+        load_rows(B, p.B, at.b, n, t0, tokens);
+        load_rows(C, p.C, at.b, n, t0, tokens);
+        load_rows(dt, p.delta, at.b, m, t0, tokens);
+        float *sum_B = by_lane, *sum_C = sum_B + tokens * n * W, *sum_dt = sum_C + tokens * n * W;
+        for (int64_t i = 0; i < tokens * sums; i++) store(by_lane + i * W, vf{});
         for (int64_t v = at.first; v < at.last; v++) {
             int64_t e0 = v * W;
             int lanes = (int)least(W, p.e - e0);
             const float* before = p.states + (at.b * chunks + chunk) * lanes_all * n + e0 * n;
-            float* carry = carries + (v - at.first) * n * W;
-            float* grad_A = p.part_A + at.b * lanes_all * n + e0 * n;
-            prepare(s, p, at.b, e0, lanes, t0, tokens);
+            float *carry = carries + (v - at.first) * n * W, *grad_A = part + e0 * rows, *others = grad_A + n * W;
+            prepare(s, p, dt, at.b, e0, lanes, t0, tokens);
             load_tile(s.grad, p.grad_out, at.b, e0, lanes, t0, tokens);
             if (p.z.data) load_tile(s.z, p.z, at.b, e0, lanes, t0, tokens);
             for (int i = 0; i < tokens; i++) {
-                vf z = load(s.z + i * W);
-                store(s.grad_y + i * W, load(s.grad + i * W) * (p.z.data ? z * sigmoid_(z) : all(1.0f)));
+                vf grad = load(s.grad + i * W), z = load(s.z + i * W);
+                if (p.z.data) {
+                    vf gate = sigmoid_(z);
+                    grad *= scale;
+                    store(s.z + i * W, grad * gate * (1.0f + z * (1.0f - gate)));
+                    grad *= z * gate;
+                }
+                store(s.grad_y + i * W, grad);
                 store(s.grad_entry + i * W, vf{});
                 store(s.grad_step + i * W, vf{});
             }
@@ -251,75 +278,89 @@ KERNEL(void scan_backward)(const void* given, int64_t unit, float* memory) {
                 backward_states<1>(s, r, A + k * W, B + k, C + k, n, tokens, p.reverse, before + k * W, carry + k * W,
                                    grad_A + k * W, sum_B + k * W, sum_C + k * W);
 
-            vf D = p.D ? load_lanes(p.D, e0, lanes) : vf{}, to_D = {}, to_bias = {};
+            vf D = p.D ? load_lanes(p.D, e0, lanes) : vf{}, to_D = load(others), to_bias = load(others + W);
+            if (p.grad_z.data) {
+                if (p.sum.data) load_tile(s.y, p.sum, at.b, e0, lanes, t0, tokens);
+                for (int i = 0; i < tokens; i++) {
+                    vf y = load(s.y + i * W);
+                    if (!p.sum.data) y += D * load(s.u + i * W);
+                    store(s.z + i * W, load(s.z + i * W) * y);
+                }
+                store_tile(s.z, p.grad_z, at.b, e0, lanes, t0, tokens);
+            }
             for (int i = 0; i < tokens; i++) {
                 vf u = load(s.u + i * W), grad_y = load(s.grad_y + i * W), to_entry = load(s.grad_entry + i * W);
-                if (p.z.data) {
-                    vf z = load(s.z + i * W), gate = sigmoid_(z), y = load(s.y + i * W) + D * u;
-                    store(s.z + i * W, load(s.grad + i * W) * y * gate * (1.0f + z * (1.0f - gate)));
-                }
                 vf step = (to_entry * u + load(s.grad_step + i * W) * LN2) * load(s.slope + i * W);
                 store(s.grad_step + i * W, step);
                 store(s.grad_entry + i * W, to_entry * load(s.step + i * W) + grad_y * D);
                 to_D += grad_y * u;
                 to_bias += step;
             }
-            store_tile(s.grad_entry, p.grad_u, at.b, e0, lanes, t0, tokens);
-            store_tile(s.grad_step, p.grad_delta, at.b, e0, lanes, t0, tokens);
-            if (p.z.data) store_tile(s.z, p.grad_z, at.b, e0, lanes, t0, tokens);
-            float *D_part = p.part_D + at.b * lanes_all + e0, *bias_part = p.part_bias + at.b * lanes_all + e0;
-            if (p.part_D) store(D_part, load(D_part) + to_D);
-            if (p.part_bias) store(bias_part, load(bias_part) + to_bias);
-        }
-        for (int i = 0; i < tokens; i++)
-            for (int64_t k = 0; k < n; k++) {
-                float to_B = sum_lanes(load(sum_B + (i * n + k) * W)), to_C = sum_lanes(load(sum_C + (i * n + k) * W));
-                if (p.groups > 1) {
-                    int64_t place = ((at.group * p.b + at.b) * p.t + t0 + i) * n + k;
-                    p.part_B[place] = to_B;
-                    p.part_C[place] = to_C;
-                } else {
-                    int64_t place = at.b * p.grad_B.batch + (t0 + i) * p.grad_B.token + k * p.grad_B.row;
-                    scalar_to(p.grad_B.data, place, p.grad_B.type, to_B);
-                    place = at.b * p.grad_C.batch + (t0 + i) * p.grad_C.token + k * p.grad_C.row;
-                    scalar_to(p.grad_C.data, place, p.grad_C.type, to_C);
+            store(others, to_D);
+            store(others + W, to_bias);
+            for (int64_t j = 0; j < m; j++) {
+                vf weight = load(p.lanes_weight + (e0 * m + j * W)), to_weight = load(others + (2 + j) * W);
+                for (int i = 0; i < tokens; i++) {
+                    vf step = load(s.grad_step + i * W);
+                    float* to_dt = sum_dt + (i * m + j) * W;
+                    to_weight += step * dt[i * m + j];
+                    store(to_dt, load(to_dt) + step * weight);
                 }
+                store(others + (2 + j) * W, to_weight);
             }
-    }
-}
-
-// Sums over sequences, first to last: grad_A, grad_D and grad_bias of one vector of channels
-KERNEL(void scan_sum_sequences)(const void* given, int64_t v, float*) {
-    const Scan& p = *(const Scan*)given;
-    int64_t n = p.n, lanes_all = padded(p.e), e0 = v * W;
-    int lanes = (int)least(W, p.e - e0);
-    for (int64_t k = 0; k < n; k++) {
-        vf sum = {};
-        for (int64_t b = 0; b < p.b; b++) sum += load(p.part_A + b * lanes_all * n + e0 * n + k * W);
-        for (int l = 0; l < lanes; l++) p.grad_A[(e0 + l) * n + k] = sum[l];
-    }
-    for (int which = 0; which < 2; which++) {
-        const float* part = which ? p.part_bias : p.part_D;
-        float* to = which ? p.grad_bias : p.grad_D;
-        if (!part) continue;
-        vf sum = {};
-        for (int64_t b = 0; b < p.b; b++) sum += load(part + b * lanes_all + e0);
-        for (int l = 0; l < lanes; l++) to[e0 + l] = sum[l];
-    }
-}
-
-// Sums over groups of channels, first to last: grad_B and grad_C of one sequence
-KERNEL(void scan_sum_groups)(const void* given, int64_t b, float*) {
-    const Scan& p = *(const Scan*)given;
-    for (int64_t t = 0; t < p.t; t++)
-        for (int64_t k = 0; k < p.n; k++) {
-            float to_B = 0.0f, to_C = 0.0f;
-            for (int64_t g = 0; g < p.groups; g++) {
-                int64_t place = ((g * p.b + b) * p.t + t) * p.n + k;
-                to_B += p.part_B[place];
-                to_C += p.part_C[place];
-            }
-            scalar_to(p.grad_B.data, b * p.grad_B.batch + t * p.grad_B.token + k * p.grad_B.row, p.grad_B.type, to_B);
-            scalar_to(p.grad_C.data, b * p.grad_C.batch + t * p.grad_C.token + k * p.grad_C.row, p.grad_C.type, to_C);
+            store_tile(s.grad_entry, p.grad_u, at.b, e0, lanes, t0, tokens);
+            if (!m) store_tile(s.grad_step, p.grad_delta, at.b, e0, lanes, t0, tokens);
         }
+        sum_lanes_of(by_lane, tokens * sums, sum);
+        if (p.groups > 1) {
+            float* to = p.part_rows + ((at.group * p.b + at.b) * p.t + t0) * sums;
+            for (int64_t i = 0; i < tokens * sums; i++) to[i] = sum[i];
+        } else {
+            store_rows(sum, p.grad_B, at.b, n, t0, tokens);
+            store_rows(sum + tokens * n, p.grad_C, at.b, n, t0, tokens);
+            store_rows(sum + 2 * tokens * n, p.grad_delta, at.b, m, t0, tokens);
+        }
+    }
+}
+
+}  // namespace
+
+KERNEL(void scan_forward)(const void* given, int64_t unit, float* memory) {
+    const Scan* p = (const Scan*)given;
+    for (int64_t i = 0; i < p->directions; i++) forward(p[i], unit, memory);
+}
+
+KERNEL(void scan_backward)(const void* given, int64_t unit, float* memory) {
+    const Scan* p = (const Scan*)given;
+    for (int64_t i = 0; i < p->directions; i++) backward(p[i], unit, memory);
+}
+
+// Sums over sequences, first to last: grad_A, grad_D, grad_bias and grad_weight of one vector of channels
+KERNEL(void scan_sum_sequences)(const void* given, int64_t unit, float*) {
+    const Scan& p = ((const Scan*)given)[unit / ceil_div(((const Scan*)given)->e, W)];
+    int64_t n = p.n, rows = n + 2 + p.m, e0 = unit % ceil_div(p.e, W) * W;
+    int lanes = (int)least(W, p.e - e0);
+    for (int64_t row = 0; row < rows; row++) {
+        float* to = row < n ? p.grad_A + row : row == n ? p.grad_D : row == n + 1 ? p.grad_bias : p.grad_weight + row - n - 2;
+        if (!to) continue;
+        int64_t each = row < n ? n : row < n + 2 ? 1 : p.m;
+        vf sum = {};
+        for (int64_t b = 0; b < p.b; b++) sum += load(p.part + (b * padded(p.e) + e0) * rows + row * W);
+        for (int l = 0; l < lanes; l++) to[(e0 + l) * each] = sum[l];
+    }
+}
+
+// Sums over groups of channels, first to last: grad_B, grad_C and that of dt, of one sequence
+KERNEL(void scan_sum_groups)(const void* given, int64_t unit, float*) {
+    const Scan& p = ((const Scan*)given)[unit / ((const Scan*)given)->b];
+    int64_t b = unit % p.b, n = p.n, sums = 2 * n + p.m;
+    for (int64_t t0 = 0; t0 < p.t; t0 += CHUNK) {
+        int64_t tokens = least(CHUNK, p.t - t0), length = tokens * sums;
+        float* first = p.part_rows + (b * p.t + t0) * sums;
+        for (int64_t g = 1; g < p.groups; g++)
+            for (int64_t i = 0; i < length; i++) first[i] += first[g * p.b * p.t * sums + i];
+        store_rows(first, p.grad_B, b, n, t0, (int)tokens);
+        store_rows(first + tokens * n, p.grad_C, b, n, t0, (int)tokens);
+        store_rows(first + 2 * tokens * n, p.grad_delta, b, p.m, t0, (int)tokens);
+    }
 }

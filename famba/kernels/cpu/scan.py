@@ -25,12 +25,14 @@ class _Job(ctypes.Structure):
     """scan.h's Scan."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("b", "e", "t", "n", "softplus", "reverse", "groups", "keep")),
-        *((name, View) for name in ("u", "delta", "z", "B", "C", "out")),
-        *((name, ctypes.c_void_p) for name in ("A", "D", "bias", "states")),
+        *((name, ctypes.c_int64) for name in ("b", "e", "t", "n", "m", "softplus", "reverse")),
+        *((name, ctypes.c_int64) for name in ("groups", "keep", "directions")),
+        ("scale", ctypes.c_double),
+        *((name, View) for name in ("u", "delta", "z", "B", "C", "out", "other", "sum")),
+        *((name, ctypes.c_void_p) for name in ("A", "D", "bias", "weight", "states")),
         *((name, View) for name in ("grad_out", "grad_u", "grad_delta", "grad_z", "grad_B", "grad_C")),
-        *((name, ctypes.c_void_p) for name in ("grad_A", "grad_D", "grad_bias")),
-        *((name, ctypes.c_void_p) for name in ("part_A", "part_D", "part_bias", "part_B", "part_C", "lanes_A")),
+        *((name, ctypes.c_void_p) for name in ("grad_A", "grad_D", "grad_bias", "grad_weight")),
+        *((name, ctypes.c_void_p) for name in ("part", "part_rows", "lanes_A", "lanes_weight")),
     )
 
 
@@ -135,10 +137,16 @@ _library.define(
 
 def _outputs(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     b, e, t = u.shape
-    shape = (b, -(-t // _CHUNK), -(-e // _PAD) * _PAD, A.shape[1]) if keep else (0,)
+    return like(u), kept_states(u, b, e=e, t=t, n=A.shape[1]) if keep else u.new_empty(0, dtype=torch.float32)
+
+
+def kept_states(
+    x: Tensor, *leading: int | torch.SymInt, e: int | torch.SymInt, t: int | torch.SymInt, n: int | torch.SymInt
+) -> Tensor:
+    """Room for the states before each chunk of tokens."""
     # Channels that only fill up a vector may not be written; what an operator gives must follow from what it is given.
-    make = u.new_zeros if e % _PAD else u.new_empty
-    return like(u), make(shape, dtype=torch.float32)
+    make = x.new_zeros if e % _PAD else x.new_empty
+    return make((*leading, -(-t // _CHUNK), -(-e // _PAD) * _PAD, n), dtype=torch.float32)
 
 
 def _gradients(u, delta, A, B, C, D, z, delta_bias) -> tuple[Tensor, ...]:
@@ -152,7 +160,7 @@ def _gradients(u, delta, A, B, C, D, z, delta_bias) -> tuple[Tensor, ...]:
 def _job(u, delta, A, B, C, D, z, delta_bias, softplus: bool, reverse: bool, states: Tensor, **views: Tensor | None):
     (b, e, t), n = u.shape, A.shape[1]
     return _Job(
-        b, e, t, n, softplus, reverse, 0, states.numel() > 0,
+        b, e, t, n, 0, softplus, reverse, 0, states.numel() > 0, 1, 1.0,
         *(View.of(x) for x in (u, delta, z, B, C)),
         A=A.data_ptr(),
         D=None if D is None else D.data_ptr(),
@@ -178,7 +186,7 @@ def _scan_backward(grad, u, delta, A, B, C, D, z, delta_bias, states, softplus: 
         u, delta, A, B, C, D, z, delta_bias, softplus, reverse, states, grad_out=grad, grad_u=to_u, grad_delta=to_delta,
         grad_B=to_B, grad_C=to_C, grad_z=None if z is None else to_z,
     )  # fmt: skip
-    job.grad_A, job.grad_D, job.grad_bias = (x.data_ptr() for x in (to_A, to_D, to_bias))
+    job.grad_A, job.grad_D, job.grad_bias = (x.data_ptr() if x.numel() else None for x in (to_A, to_D, to_bias))
     runtime.call("famba_scan_backward", job)
     to_A, to_D, to_bias = (
         x if kind is None else x.to(kind) for x, kind in zip((to_A, to_D, to_bias), kinds, strict=True)
