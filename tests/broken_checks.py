@@ -41,7 +41,7 @@ def forgets_its_optimiser(setting, say):
     from famba.gpu_check import checks
     from famba.training import trainer
 
-    restore, folders = trainer.Session.restore, []
+    restore, folders = trainer.Trainer.restore, []
 
     def forgetful(self):
         restore(self)
@@ -49,7 +49,7 @@ def forgets_its_optimiser(setting, say):
         folders.append(self.folder)
 
     try:
-        with mock.patch.object(trainer.Session, "restore", forgetful):
+        with mock.patch.object(trainer.Trainer, "restore", forgetful):
             return checks.training(setting, say)
     finally:
         assert len(folders) == 2

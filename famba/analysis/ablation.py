@@ -22,7 +22,7 @@ from famba import config
 from famba.analysis import intervals
 from famba.errors import InputError
 from famba.fusion.options import FusionOptions
-from famba.fusion.strategies import STRATEGIES
+from famba.fusion.strategies import ordered
 from famba.storage.files import write_atomic
 
 FACTORS: tuple[str, ...] = tuple(asdict(FusionOptions()))
@@ -70,7 +70,7 @@ def effects(runs: pd.DataFrame, *, grid: str, reference: FusionOptions, controls
         raise InputError(f"strategy: {grid!r} has no runs; there are runs of {', '.join(runs['strategy'].unique())}")
     runs = runs.assign(answers=list(100 * intervals.answers(runs["correct"])))
     rows = []
-    for strategy in [grid, *(name for name in STRATEGIES if name in set(runs["strategy"]) and name != grid)]:
+    for strategy in [grid, *(name for name in ordered(list(runs["strategy"])) if name != grid)]:
         own = runs.loc[runs["strategy"] == strategy]
         for over in ("grid", "reference") if strategy == grid else ("reference",):
             for factor in FACTORS if over == "reference" else [x for x in FACTORS if x not in controls]:

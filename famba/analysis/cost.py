@@ -14,7 +14,7 @@ from scipy import stats
 
 from famba import config
 from famba.errors import InputError
-from famba.fusion.strategies import STRATEGIES
+from famba.fusion.strategies import ordered
 from famba.storage.files import write_atomic
 
 BASELINE = "none"
@@ -38,7 +38,7 @@ def table(steps: pd.DataFrame) -> pd.DataFrame:
     if BASELINE not in times:
         raise InputError(f"steps: of {', '.join(times)}; those of {BASELINE!r} are needed")
     rows = steps.drop(columns="round").groupby("strategy", sort=False).first()
-    rows = rows.loc[[name for name in STRATEGIES if name in rows.index]]
+    rows = rows.loc[ordered(list(rows.index))]
     for name in rows.index:
         ratios = (times[name] / times[BASELINE]).to_numpy()
         low = high = math.nan

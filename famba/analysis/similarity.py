@@ -18,7 +18,7 @@ from scipy import stats
 from famba import config
 from famba.analysis.summary import BASELINE
 from famba.errors import InputError
-from famba.fusion.strategies import STRATEGIES
+from famba.fusion.strategies import ordered
 from famba.storage.files import write_atomic
 
 QUANTITIES = ("similarity", "distance", "size")
@@ -29,7 +29,8 @@ _RESAMPLES = 2000
 
 def quantiles(frame: pd.DataFrame) -> pd.DataFrame:
     """Five quantiles over images and tokens, one row for each quantity, strategy, weights and layer."""
-    order = {name: place for place, name in enumerate((*QUANTITIES, *STRATEGIES, *WEIGHTS))}
+    names = ordered(list(frame["strategy"]))
+    order = {name: place for place, name in enumerate((*QUANTITIES, *names, *WEIGHTS))}
     by = ["quantity", "strategy", "weights", "layer"]
     values = frame.groupby(by)["value"]
     columns = {"n": values.size()} | {name: values.quantile(level) for name, level in QUANTILES.items()}
@@ -109,7 +110,12 @@ def text(frame: pd.DataFrame) -> str:
         for name, values in shown.items()
         for weights in WEIGHTS
     }
-    table = pd.DataFrame(columns).dropna().reindex([name for name in STRATEGIES if name != BASELINE]).dropna()
+    table = (
+        pd.DataFrame(columns)
+        .dropna()
+        .reindex([name for name in ordered(list(frame["strategy"])) if name != BASELINE])
+        .dropna()
+    )
     return "\n".join(
         [
             _verdict(*intervals["trained"][1:], *intervals["trained minus untrained"][1:]),

@@ -1,7 +1,7 @@
 """From finished runs to the numbers that are reported: exactly the runs a sweep names, their spread and differences.
 
 Frames are tidy: one row is one run, one epoch of a run, or one layer of a strategy. Strategies always come in the
-order of `STRATEGIES`. A number that does not exist (the spread of one run) is an empty cell, never a zero.
+order of `strategies.ordered`. A number that does not exist (the spread of one run) is an empty cell, never a zero.
 
 Accuracy is the runs'; what a step costs is measured apart (`training.cost`), since a run's own wall-clock depends on
 what ran beside it. Source of the paper's tables: arXiv:2409.09808.
@@ -24,7 +24,7 @@ from famba.analysis.cost import BASELINE
 from famba.config import SweepParams
 from famba.errors import InputError
 from famba.fusion import strategies
-from famba.fusion.strategies import STRATEGIES
+from famba.fusion.strategies import STRATEGIES, ordered
 from famba.storage import runs
 from famba.storage.files import json_bytes, write_atomic
 
@@ -131,7 +131,7 @@ def summary(frame: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     baseline = frame[frame["strategy"] == BASELINE].set_index("seed")
     measured = costs.set_index("strategy")
-    for strategy in [name for name in STRATEGIES if name in set(frame["strategy"])]:
+    for strategy in ordered(list(frame["strategy"])):
         own = frame[frame["strategy"] == strategy].set_index("seed")
         if not own.index.is_unique or set(own.index) != set(baseline.index):
             raise InputError(
@@ -360,7 +360,7 @@ def cosine_similarity(tokens: Float[np.ndarray, "t d"]) -> Float[np.ndarray, "t 
 def _records(sweep: SweepParams, runs_dir: str | Path) -> list[runs.RunRecord]:
     """The sweep's runs, strategies in their fixed order, checked to be runs of one experiment."""
     folder, found = config.root() / runs_dir, []
-    for strategy in [name for name in STRATEGIES if name in sweep.strategies]:
+    for strategy in ordered(sweep.strategies):
         for seed in sweep.seeds:
             name = runs.run_name(strategy, seed)
             record = runs.read(folder / name)
@@ -393,13 +393,9 @@ def _flat(tree: Mapping[str, Any], but: tuple[str, ...]) -> dict[str, Any]:
 def _layers(plans: Mapping[str, tuple[Sequence[int], Sequence[int]]]) -> pd.DataFrame:
     rows = [
         {"strategy": name, "layer": layer, "removed": removed, "tokens": tokens}
-        for name in STRATEGIES
-        if name in plans
+        for name in ordered(plans)
         for layer, (removed, tokens) in enumerate(zip([0, *plans[name][0]], plans[name][1], strict=True))
     ]
-    unknown = [name for name in plans if name not in STRATEGIES]
-    if unknown:
-        raise InputError(f"strategy: {unknown[0]!r} is not one of {', '.join(STRATEGIES)}")
     return pd.DataFrame(rows, columns=["strategy", "layer", "removed", "tokens"])
 
 

@@ -22,7 +22,7 @@ from famba.kernels import precision
 from famba.profiling import environment, timing
 from famba.training import fit
 from famba.training.distributed import Processes
-from famba.training.trainer import Session
+from famba.training.trainer import Trainer
 
 MODELS = ("vim_tiny", "vim_small")  # of the paper's Table 1, each with the same strategies
 IMAGES = 45_000  # of CIFAR's 50,000, with a tenth held out
@@ -136,7 +136,7 @@ def _row(p: Params, steps: int, images: int) -> dict[str, Any]:
     }
 
 
-def _trainer(p: Params, device: torch.device) -> tuple[Session, list[Any]]:
+def _trainer(p: Params, device: torch.device) -> tuple[Trainer, list[Any]]:
     """A trainer and the batch of its steps, noise that needs no augmentation."""
     size, side = p.train.batch_size, p.data.img_size
     generator = torch.Generator().manual_seed(0)
@@ -145,7 +145,7 @@ def _trainer(p: Params, device: torch.device) -> tuple[Session, list[Any]]:
     noise = Dataset(split, split, split, tuple(map(str, range(_CLASSES))), (0.5,) * 3, (0.25,) * 3)
     plain = dataclasses.replace(p, data=dataclasses.replace(p.data, **_NO_AUGMENTATION))
     model = fit.build(p, classes=_CLASSES, seed=0).to(device)
-    trainer = Session(plain, 0, model, noise, Processes(device), config.root() / "build" / "estimate")
+    trainer = Trainer(plain, 0, model, noise, Processes(device), config.root() / "build" / "estimate")
     images, labels = trainer._blank(size), split.labels
     if p.data.mixup or p.data.cutmix:
         labels = functional.one_hot(labels, _CLASSES).float()

@@ -9,7 +9,7 @@ r tokens there costs.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -24,6 +24,12 @@ ADAPTIVE = "adaptive"  # made from calibration data, so no strategy that a name 
 Costs = Sequence[Sequence[float | int]]
 # The paper's lower and upper strategies fuse in 19 of 24 layers; at another depth the same share is the default.
 _FUSED_SHARE = 19 / 24
+
+
+def ordered(names: Collection[str]) -> list[str]:
+    """Each name once: the paper's strategies in their fixed order, then a user's own as they come."""
+    own = [name for name in dict.fromkeys(names) if name not in STRATEGIES]
+    return [*(name for name in STRATEGIES if name in set(names)), *own]
 
 
 def schedule(

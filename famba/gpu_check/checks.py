@@ -143,7 +143,7 @@ def training(setting: Setting, say: Say) -> Outcome:
         say("the same run, resumed")
         _begin(setting)
         lengths: list[int] = []
-        resumed = fit.fit(p, seed=0, watch=[lambda history, _: lengths.append(len(history))])
+        resumed = fit.fit(p, seed=0, callbacks=[lambda history, _: lengths.append(len(history))])
         assert lengths[0] == 2, f"it continued with epoch {lengths[0]}, not with 2"
         fit.forget(p, seed=0)
         say("an uninterrupted run")
@@ -510,4 +510,4 @@ def _killed_run(setting: Setting, p: Params) -> None:
         if len(history) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    fit.fit(p, seed=0, watch=[kill])
+    fit.fit(p, seed=0, callbacks=[kill])

@@ -17,7 +17,6 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from famba.analysis import cost as cost_table
 from famba.analysis import intervals, summary
 from famba.errors import InputError
-from famba.fusion.strategies import STRATEGIES
 from famba.plots.style import (
     MARKERS,
     MODELS,
@@ -36,12 +35,6 @@ _LABELS = {
     "flops_per_image": "forward FLOPs of an image",
 }
 _TOP1 = "top-1 accuracy (%)"
-_BY_STRATEGY: dict[str, Any] = {
-    "hue": "strategy",
-    "hue_order": STRATEGIES,
-    "palette": STRATEGY_COLOURS,
-    "legend": False,
-}
 
 
 @styled
@@ -131,8 +124,9 @@ def tokens_per_layer(schedules: pd.DataFrame) -> Figure:
     """
     figure = Figure(figsize=(7.2, 4.0), layout="constrained")
     axes = figure.add_subplot()
-    names, chart = strategies_in(schedules), {"x": "layer", "y": "tokens", "style": "strategy", "markers": MARKERS}
-    seaborn.lineplot(schedules, **chart, **_BY_STRATEGY, dashes=False, estimator=None, ax=axes)
+    names = strategies_in(schedules)
+    chart = {"x": "layer", "y": "tokens", "style": "strategy", "markers": MARKERS, "dashes": False, "estimator": None}
+    seaborn.lineplot(schedules, **chart, **_by_strategy(names), ax=axes)
     axes.set(
         xlabel="after layer (0 is the input)",
         ylabel="tokens in the sequence",
@@ -163,7 +157,7 @@ def training_curves(history: pd.DataFrame) -> Figure:
     names = strategies_in(history)
     panels = figure.subplots(1, len(columns))
     for axes, (column, label) in zip(panels, columns.items(), strict=True):
-        seaborn.lineplot(history, x="epoch", y=column, **_BY_STRATEGY, errorbar=("sd", 1), ax=axes)
+        seaborn.lineplot(history, x="epoch", y=column, **_by_strategy(names), errorbar=("sd", 1), ax=axes)
         axes.set(xlabel="epoch", ylabel="", title=label)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     figure.legend(panels[0].get_lines(), names, loc="outside upper center", ncols=len(names))
@@ -236,6 +230,11 @@ def ablation(effects: pd.DataFrame, runs: pd.DataFrame) -> Figure:
         width=round(16 * figure.get_figwidth()),
     )
     return figure
+
+
+def _by_strategy(names: list[str]) -> dict[str, Any]:
+    """seaborn's arguments for one line of each strategy."""
+    return {"hue": "strategy", "hue_order": names, "palette": STRATEGY_COLOURS, "legend": False}
 
 
 def _effects(axes: Axes, effects: pd.DataFrame, labels: list[str]) -> None:

@@ -22,6 +22,7 @@ from PIL import Image
 
 from famba import config
 from famba.errors import InputError
+from famba.fusion import strategies
 from famba.storage.files import write_atomic
 
 # The same on every machine: independent of the user's style, in the font that ships with matplotlib.
@@ -41,6 +42,7 @@ STRATEGY_COLOURS = {
     "lower": PALETTE[4],
     "upper": PALETTE[2],
 }
+_OWN_COLOURS = [PALETTE[3], PALETTE[5], PALETTE[6], PALETTE[8]]  # of a user's own strategies
 MARKERS = {"none": "o", "all": "s", "interleaved": "D", "lower": "v", "upper": "^"}
 MODELS = {"vim_tiny": "Vim-Ti", "vim_small": "Vim-S"}
 _GIF_COLOURS = 128
@@ -140,12 +142,19 @@ def _gif(animation: Animation) -> bytes:
 
 
 def strategies_in(frame: pd.DataFrame) -> list[str]:
-    """Those present, in the fixed order; one that has no colour is an error, not left out."""
-    present = list(dict.fromkeys(frame["strategy"]))
-    unknown = [name for name in present if name not in STRATEGY_COLOURS]
-    if unknown or not present:
-        raise InputError(f"strategy: {unknown or 'none at all'}; allowed: {', '.join(STRATEGY_COLOURS)}")
-    return [name for name in STRATEGY_COLOURS if name in present]
+    """Those present, in `strategies.ordered`; a user's own strategy gets the next free colour and marker.
+
+    Raises:
+        InputError: no rows.
+    """
+    names = strategies.ordered(list(frame["strategy"]))
+    if not names:
+        raise InputError("strategy: none at all; the table has no rows")
+    for name in names:
+        if name not in STRATEGY_COLOURS:
+            place = len(STRATEGY_COLOURS) - len(strategies.STRATEGIES)
+            STRATEGY_COLOURS[name], MARKERS[name] = _OWN_COLOURS[place % len(_OWN_COLOURS)], "P"
+    return names
 
 
 def rows_of(frame: pd.DataFrame, strategy: str) -> pd.DataFrame:

@@ -20,7 +20,7 @@ from famba.kernels import precision
 from famba.profiling import environment, flops, timing
 from famba.training import fit
 from famba.training.distributed import Processes
-from famba.training.trainer import Session
+from famba.training.trainer import Trainer
 
 _WARMUP = 2  # rounds: the first step makes the optimiser's moments
 # Above these the machine was busy with other things.
@@ -55,12 +55,12 @@ def measure(profile: str | None, strategies: Sequence[str], *, rounds: int) -> p
         torch.set_num_threads(first.train.threads)
     precision.configure()
     images = data.to_device(data.load(first.data), device)
-    steps: dict[str, Session] = {}
+    steps: dict[str, Trainer] = {}
     for name, p in params.items():
         alone = dataclasses.replace(p.train, init_from=None, epochs=max(1, p.train.epochs))
         model = fit.build(p, classes=len(images.classes), seed=0).to(device)
         p, folder = dataclasses.replace(p, train=alone), config.root() / "build" / "cost"
-        steps[name] = Session(p, 0, model, images, Processes(device), folder)
+        steps[name] = Trainer(p, 0, model, images, Processes(device), folder)
         steps[name].measure_memory()
         model.train()
     batch = next(steps[first.strategy]._steps(torch.Generator().manual_seed(0)))
@@ -83,11 +83,11 @@ def measure(profile: str | None, strategies: Sequence[str], *, rounds: int) -> p
         ),
     }
     rows: list[dict[str, Any]] = []
-    for name, session in steps.items():
-        cost = flops.analyse(session.model.config, session.model.schedule, options=session.model.options)
+    for name, trainer in steps.items():
+        cost = flops.analyse(trainer.model.config, trainer.model.schedule, options=trainer.model.options)
         own = {
-            "batch_size": session.p.train.batch_size,
-            "peak_memory_mib": session.peak_memory_mib,
+            "batch_size": trainer.p.train.batch_size,
+            "peak_memory_mib": trainer.peak_memory_mib,
             "flops_per_image": cost.flops,
             "tokens_left": cost.token_counts[-1],
         }

@@ -29,7 +29,7 @@ from famba.storage.runs import Run
 from famba.training import distributed
 from famba.training.callbacks import Events, Rows
 from famba.training.optim import learning_rate, parameter_groups
-from famba.training.trainer import Session, Watcher, evaluate
+from famba.training.trainer import Callback, Trainer, evaluate
 
 __all__ = ["build", "evaluate", "fit", "folder", "forget", "learning_rate", "made_of", "parameter_groups"]
 
@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 
 @precision.settings_restored()
-def fit(p: Params, *, seed: int, progress: bool = False, watch: Sequence[Watcher] = ()) -> Run:
+def fit(p: Params, *, seed: int, progress: bool = False, callbacks: Sequence[Callback] = ()) -> Run:
     """Train one model from its parameters to a finished run; the caller writes it (`runs.write`).
 
     A checkpoint is kept for each epoch under build/checkpoints, named by all parameters, the seed, the code and the
@@ -55,7 +55,7 @@ def fit(p: Params, *, seed: int, progress: bool = False, watch: Sequence[Watcher
     Args:
         seed: of the initial weights, the order of the images and their augmentation.
         progress: show a bar for each epoch on stderr.
-        watch: each is called after every epoch, with the history and with the cost so far.
+        callbacks: each is called after every epoch, with the history and with the cost so far.
 
     Raises:
         InputError: parameters that do not fit each other, the data, or the weights to start from, before anything is
@@ -64,7 +64,7 @@ def fit(p: Params, *, seed: int, progress: bool = False, watch: Sequence[Watcher
             checkpoint), tokens that were not fused as the schedule promises, or a process of several that was stopped.
     """
     if p.train.processes > 1 and not distributed.started():
-        return _fit_in_processes(p, seed, progress, watch)
+        return _fit_in_processes(p, seed, progress, callbacks)
     if distributed.started() and p.train.processes not in (1, distributed.started()):
         raise InputError(f"train.processes: {p.train.processes}; torchrun has started {distributed.started()}")
     device = _device(p.train)
@@ -81,20 +81,20 @@ def fit(p: Params, *, seed: int, progress: bool = False, watch: Sequence[Watcher
     mine = claimed(checkpoints / "lock", f"{checkpoints}: another process is training this run")
     with mine if processes.rank == 0 else contextlib.nullcontext():
         images = data.to_device(_start(p, seed, model, images), processes.device)
-        session = Session(p, seed, model, images, processes, checkpoints, progress=progress)
+        trainer = Trainer(p, seed, model, images, processes, checkpoints, progress=progress)
         if folder(p, seed=seed) != checkpoints:
             raise InputError(f"{p.init_path(seed)}: changed while it was read")
-        session.restore()
+        trainer.restore()
         if processes.rank == 0:
-            _log.info("%s; its history so far: %s", session.describe(), checkpoints / LIVE_HISTORY)
-        with _callbacks(p, seed, session, watch) as session.watch:
+            _log.info("%s; its history so far: %s", trainer.describe(), checkpoints / LIVE_HISTORY)
+        with _callbacks(p, seed, trainer, callbacks) as trainer.callbacks:
             if p.train.epochs:
-                session.measure_memory()
+                trainer.measure_memory()
             else:
-                session.only_evaluate()
-            while session.epoch < p.train.epochs:
-                session.run_epoch()
-            return session.finish()
+                trainer.only_evaluate()
+            while trainer.epoch < p.train.epochs:
+                trainer.run_epoch()
+            return trainer.finish()
 
 
 def build(p: Params, *, classes: int, seed: int) -> VisionMamba:
@@ -139,17 +139,17 @@ def forget(p: Params, *, seed: int) -> None:
         shutil.rmtree(folder(p, seed=seed))
 
 
-def _fit_in_processes(p: Params, seed: int, progress: bool, watch: Sequence[Watcher]) -> Run:
+def _fit_in_processes(p: Params, seed: int, progress: bool, callbacks: Sequence[Callback]) -> Run:
     """The run as `train.processes` processes make it, each by `fit`, and as the first of them writes it."""
     checkpoints = folder(p, seed=seed)
     live, out, last_ns = checkpoints / LIVE_HISTORY, checkpoints / "run", 0
 
     def run_callbacks() -> None:
         nonlocal last_ns
-        if watch and live.exists() and (changed_ns := live.stat().st_mtime_ns) != last_ns:
+        if callbacks and live.exists() and (changed_ns := live.stat().st_mtime_ns) != last_ns:
             last_ns, history = changed_ns, runs.read_history(live)
-            for watcher in watch:
-                watcher(history, {})
+            for callback in callbacks:
+                callback(history, {})
 
     write_atomic(checkpoints / "asked.json", json_bytes(p.as_dict()))
     arguments = ["train", "--resolved", str(checkpoints / "asked.json"), "--seed", str(seed), "--out", str(out)]
@@ -161,13 +161,13 @@ def _fit_in_processes(p: Params, seed: int, progress: bool, watch: Sequence[Watc
 
 
 @contextlib.contextmanager
-def _callbacks(p: Params, seed: int, session: Session, given: Sequence[Watcher]) -> Iterator[list[Watcher]]:
+def _callbacks(p: Params, seed: int, trainer: Trainer, given: Sequence[Callback]) -> Iterator[list[Callback]]:
     """What is called after each epoch: history.csv beside the checkpoints, the given ones, TensorBoard's events."""
-    callbacks: list[Watcher] = [Rows(session.folder / LIVE_HISTORY), *given]
+    callbacks: list[Callback] = [Rows(trainer.folder / LIVE_HISTORY), *given]
     with contextlib.ExitStack() as closing:
-        if p.train.tensorboard and session.processes.rank == 0:
-            name = f"{p.profile}-{runs.run_name(p.strategy, seed)}-{session.folder.name}"
-            events = Events(config.root() / "build" / "tensorboard" / name, start_epoch=session.epoch)
+        if p.train.tensorboard and trainer.processes.rank == 0:
+            name = f"{p.profile}-{runs.run_name(p.strategy, seed)}-{trainer.folder.name}"
+            events = Events(config.root() / "build" / "tensorboard" / name, start_epoch=trainer.epoch)
             closing.callback(events.close)
             callbacks.append(events)
         yield callbacks

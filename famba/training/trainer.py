@@ -46,7 +46,7 @@ _KEPT = 2  # checkpoints: the newest, and the one before in case the newest cann
 
 # The training images of a step, varied, and their labels: a class each, or a share of every class if they are mixed.
 Part = tuple[Float[Tensor, "b 3 h w"], Tensor]
-Watcher = Callable[[Sequence[Mapping[str, Any]], Mapping[str, Any]], None]
+Callback = Callable[[Sequence[Mapping[str, Any]], Mapping[str, Any]], None]
 
 
 @torch.no_grad()
@@ -91,7 +91,7 @@ def evaluate(
     return {"top1_percent": 100 * math.fsum(found) / n, "top5_percent": 100 * top5 / n, "loss": loss / n}
 
 
-class Session:
+class Trainer:
     """One process's part in a run: everything that changes from step to step, and how it is kept.
 
     Args:
@@ -118,7 +118,7 @@ class Session:
     ) -> None:
         self.p, self.seed, self.model, self.images, self.processes = p, seed, model, images, processes
         self.device, self.folder = processes.device, folder
-        self.watch: Sequence[Watcher] = ()  # told of the history and of the cost so far, after each epoch
+        self.callbacks: Sequence[Callback] = ()  # told of the history and of the cost so far, after each epoch
         self.progress = progress and processes.rank == 0
         self.init_sha256 = p.init_sha256(seed)
         t = p.train
@@ -281,7 +281,7 @@ class Session:
             return
         p, alone = self.p, Processes(self.device)
         p = dataclasses.replace(p, train=dataclasses.replace(p.train, cuda_graph=False))
-        probe = Session(p, self.seed, copy.deepcopy(self.model), self.images, alone, self.folder)
+        probe = Trainer(p, self.seed, copy.deepcopy(self.model), self.images, alone, self.folder)
         probe.parts = self.parts
         size, lr = p.train.batch_size // (self.processes.count * self.parts), p.train.lr
         images, labels = self._blank(size), torch.arange(size, device=self.device) % len(self.images.classes)
@@ -495,8 +495,8 @@ class Session:
 
     def _tell(self) -> None:
         if self.processes.rank == 0:
-            for watcher in self.watch:
-                watcher(self.history, self._measured())
+            for callback in self.callbacks:
+                callback(self.history, self._measured())
 
     def _save(self) -> None:
         """Rank 0 writes; all wait, so that no process is an epoch ahead of what is kept."""

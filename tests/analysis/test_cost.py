@@ -75,8 +75,8 @@ def test_steps_of_all_strategies_take_turns_on_one_batch_and_costs_are_those_of_
 
 def test_every_round_begins_with_another_strategy(monkeypatch):
     order = []
-    step = "famba.training.trainer.Session._step"
-    monkeypatch.setattr(step, lambda session, *_: order.append(session.p.strategy))
-    monkeypatch.setattr("famba.training.trainer.Session.measure_memory", lambda session: None)
+    step = "famba.training.trainer.Trainer._step"
+    monkeypatch.setattr(step, lambda trainer, *_: order.append(trainer.p.strategy))
+    monkeypatch.setattr("famba.training.trainer.Trainer.measure_memory", lambda trainer: None)
     measure("smoke", ["none", "all", "upper"], rounds=2)
     assert ["".join(name[0] for name in order[i : i + 3]) for i in range(0, 12, 3)] == ["nau", "aun", "una", "nau"]

@@ -178,8 +178,11 @@ def test_the_papers_schedules_as_a_frame_end_at_the_papers_counts():
     frame = summary.schedule_frame(plans, tokens=197)
     assert frame["strategy"].unique().tolist() == ["none", "upper"]
     assert frame[frame["layer"] == 24]["tokens"].to_list() == [197, 26]
-    with pytest.raises(InputError, match="'middle' is not one of none, all"):
-        summary.schedule_frame({"middle": [0]}, tokens=5)
+
+
+def test_a_strategy_of_ones_own_comes_after_the_papers():
+    frame = summary.schedule_frame({"late": [0, 2], "early": [2, 0], "upper": [0, 2]}, tokens=5)
+    assert frame["strategy"].unique().tolist() == ["upper", "late", "early"]
 
 
 def test_mean_spread_and_paired_difference_of_a_case_worked_by_hand():

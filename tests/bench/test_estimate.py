@@ -55,8 +55,8 @@ def test_the_command_times_the_steps_of_training_on_the_smoke_profile(capsys):
 
 def test_a_row_counts_whole_steps_of_the_images_and_fuses_as_its_strategy_says(monkeypatch):
     p, seen = config.load("smoke", strategy="upper"), []
-    step = estimate.Session._step
-    monkeypatch.setattr(estimate.Session, "_step", lambda s, *rest: seen.append(s.token_counts) or step(s, *rest))
+    step = estimate.Trainer._step
+    monkeypatch.setattr(estimate.Trainer, "_step", lambda s, *rest: seen.append(s.token_counts) or step(s, *rest))
     row = estimate._row(estimate._single(p, "vim_nano", None), 2, 100)
     assert row["epoch_s"] == pytest.approx(100 // 32 * row["step_ms"] / 1000)
     assert row["hours"] == pytest.approx(2 * row["epoch_s"] / 3600)

@@ -102,10 +102,10 @@ def titles(figure):
 
 
 def test_every_strategy_has_a_colour_of_its_own_in_the_fixed_order():
-    assert tuple(plots.STRATEGY_COLOURS) == STRATEGIES
-    for one, two in itertools.combinations(plots.STRATEGY_COLOURS.values(), 2):
+    colours = [plots.STRATEGY_COLOURS[name] for name in STRATEGIES]
+    for one, two in itertools.combinations(colours, 2):
         assert np.abs(np.subtract(to_rgb(one), to_rgb(two))).max() > 0.2, (one, two)
-    assert {to_rgb(colour) for colour in plots.STRATEGY_COLOURS.values()} < set(seaborn.color_palette("colorblind"))
+    assert {to_rgb(colour) for colour in colours} < set(seaborn.color_palette("colorblind"))
 
 
 @pytest.mark.parametrize("cost", list(summary.COSTS))
@@ -164,11 +164,17 @@ def test_captions_say_over_how_many_seeds(runs, table, history):
     assert plots.training_curves(history[history["seed"] == 0]).get_supxlabel() == "Mean over n = 1 seed."
 
 
-def test_accuracy_against_refuses_what_is_no_cost_and_whom_it_cannot_colour(runs, table):
+def test_accuracy_against_refuses_an_unknown_cost(runs, table):
     with pytest.raises(InputError, match="'throughput_img_s' is not one of time_ratio"):
         plots.accuracy_against(runs, table, "throughput_img_s")
-    with pytest.raises(InputError, match=r"strategy: \['middle'\]; allowed: none, all"):
-        plots.accuracy_against(runs, table.replace({"strategy": {"upper": "middle"}}), "time_ratio")
+
+
+def test_strategies_of_ones_own_are_drawn_last_each_in_its_own_colour(schedules):
+    names = {"all": "late", "upper": "early"}
+    figure = plots.tokens_per_layer(schedules.replace({"strategy": names}))
+    assert [text.split(" ")[0] for text in legend(figure)] == ["none", "late", "early"]
+    colours = [to_hex(line.get_color()) for line in figure.axes[0].lines]
+    assert len({*colours, *(plots.STRATEGY_COLOURS[name].lower() for name in STRATEGIES)}) == len(STRATEGIES) + 2
 
 
 def test_tokens_per_layer_draws_the_counts_from_the_input_on(schedules):

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from famba.training import fit
-from famba.training.trainer import Session
+from famba.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,16 +21,16 @@ def repository(tmp_path, monkeypatch):
 @pytest.fixture
 def interrupt(monkeypatch):
     """Train a run until the checkpoint of an epoch is written."""
-    save = Session._save
+    save = Trainer._save
 
     def train(p, seed, epoch=1):
-        def stop(session):
-            save(session)
-            if session.epoch == epoch:
+        def stop(trainer):
+            save(trainer)
+            if trainer.epoch == epoch:
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patched:
-            patched.setattr(Session, "_save", stop)
+            patched.setattr(Trainer, "_save", stop)
             with pytest.raises(KeyboardInterrupt):
                 fit.fit(p, seed=seed)
 
@@ -41,6 +41,6 @@ def interrupt(monkeypatch):
 def epochs(monkeypatch):
     """The epochs that are trained from here on."""
     trained: list[int] = []
-    run_epoch = Session.run_epoch
-    monkeypatch.setattr(Session, "run_epoch", lambda session: (run_epoch(session), trained.append(session.epoch)))
+    run_epoch = Trainer.run_epoch
+    monkeypatch.setattr(Trainer, "run_epoch", lambda trainer: (run_epoch(trainer), trained.append(trainer.epoch)))
     return trained

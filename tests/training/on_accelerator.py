@@ -15,7 +15,7 @@ from famba.config import Params
 from famba.models import saved
 from famba.profiling import memory
 from famba.training import fit
-from famba.training.trainer import Session
+from famba.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 # torch's own deepcopy of a weight looks at its address, which one without numbers does not have
@@ -70,27 +70,27 @@ RUNS = {
 def test_a_run_that_was_stopped_goes_on_to_its_end_and_a_step_waits_once(device, monkeypatch, p):
     waits: list[tuple[int, int, int]] = []  # epoch, step, and how often the host had waited by its end
     places: list[dict[str, torch.device]] = []  # of all tensors that a checkpoint holds
-    step, save, restore = Session._step, Session._save, Session.restore
+    step, save, restore = Trainer._step, Trainer._save, Trainer.restore
 
-    def counted(session, parts, lr, number):
-        made = step(session, parts, lr, number)
-        waits.append((session.epoch, number, device.waits.total()))
+    def counted(trainer, parts, lr, number):
+        made = step(trainer, parts, lr, number)
+        waits.append((trainer.epoch, number, device.waits.total()))
         return made
 
-    def stopped(session):
-        save(session)
-        places.append({key: t.device for key, t in session._tensors().items()})
-        if session.epoch == 1:
+    def stopped(trainer):
+        save(trainer)
+        places.append({key: t.device for key, t in trainer._tensors().items()})
+        if trainer.epoch == 1:
             raise KeyboardInterrupt
 
-    def restored(session):
-        restore(session)
-        if session.epoch:
-            places.append({key: t.device for key, t in session._tensors().items()})
+    def restored(trainer):
+        restore(trainer)
+        if trainer.epoch:
+            places.append({key: t.device for key, t in trainer._tensors().items()})
 
-    monkeypatch.setattr(Session, "_step", counted)
-    monkeypatch.setattr(Session, "_save", stopped)
-    monkeypatch.setattr(Session, "restore", restored)
+    monkeypatch.setattr(Trainer, "_step", counted)
+    monkeypatch.setattr(Trainer, "_save", stopped)
+    monkeypatch.setattr(Trainer, "restore", restored)
     with pytest.raises(KeyboardInterrupt):
         fit.fit(p, seed=0)
     run = fit.fit(p, seed=0)

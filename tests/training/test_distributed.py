@@ -79,7 +79,7 @@ def test_a_run_of_one_process_goes_on_with_two_that_give_the_same_losses(interru
     interrupt(smoke(MIXED), seed=4)
     told: list[int] = []
     p = smoke(MIXED, processes=2)
-    run = fit.fit(p, seed=4, watch=[lambda history, cost: told.append(len(history))])
+    run = fit.fit(p, seed=4, callbacks=[lambda history, cost: told.append(len(history))])
     assert numbers(run) == pytest.approx(numbers(undisturbed), rel=1e-5)
     assert run.history[0] == undisturbed.history[0]  # that epoch was not trained again
     assert run.history[1]["train_top1_percent"] == undisturbed.history[1]["train_top1_percent"]
@@ -102,7 +102,7 @@ def test_where_one_process_is_killed_all_stop_and_it_is_said_which(repository):
             os.kill(pid, signal.SIGKILL)
 
     with pytest.raises(TrainingError, match="rank 1 was stopped by SIGKILL, and all others with it") as error:
-        fit.fit(p, seed=0, watch=[kill])
+        fit.fit(p, seed=0, callbacks=[kill])
     assert "\n" not in str(error.value)
     assert list(checkpoints.glob("epoch-*.safetensors"))
     wait_until(lambda: not ranks(repository))

@@ -23,7 +23,7 @@ from famba.models.vim import kernels
 from famba.storage import checkpoint, runs
 from famba.training import cuda_graph, fit
 from famba.training.distributed import Processes
-from famba.training.trainer import Session, evaluate
+from famba.training.trainer import Trainer, evaluate
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("repository")
@@ -158,7 +158,7 @@ def test_two_checkpoints_are_kept_and_forgotten_when_told():
 def test_a_run_tells_after_each_epoch_how_it_goes(repository):
     told: list[tuple[int, float]] = []
     p = smoke(epochs=2, tensorboard=True)
-    run = fit.fit(p, seed=1, watch=[lambda history, cost: told.append((len(history), cost["throughput_img_s"]))])
+    run = fit.fit(p, seed=1, callbacks=[lambda history, cost: told.append((len(history), cost["throughput_img_s"]))])
     assert [epoch for epoch, _ in told] == [1, 2]
     assert all(rate > 0 for _, rate in told)
     assert (fit.folder(p, seed=1) / fit.LIVE_HISTORY).read_bytes() == runs.history_bytes(run.history)
@@ -253,18 +253,18 @@ def test_the_last_epoch_is_tested_where_that_is_asked_for_however_it_did(monkeyp
 
 @pytest.mark.parametrize("choose", ["best", "last"])
 def test_a_moving_average_is_evaluated_and_can_be_chosen(monkeypatch, choose):
-    sessions: list[Session] = []
-    init = Session.__init__
+    trainers: list[Trainer] = []
+    init = Trainer.__init__
 
-    def remembered(session, *arguments, **options):
-        init(session, *arguments, **options)
-        sessions.append(session)
+    def remembered(trainer, *arguments, **options):
+        init(trainer, *arguments, **options)
+        trainers.append(trainer)
 
     def ema_is_better(model, split, images, **options):
         scores = evaluate(model, split, images, **options)
-        return {**scores, "top1_percent": 100.0} if any(model is s.ema for s in sessions) else scores
+        return {**scores, "top1_percent": 100.0} if any(model is s.ema for s in trainers) else scores
 
-    monkeypatch.setattr(Session, "__init__", remembered)
+    monkeypatch.setattr(Trainer, "__init__", remembered)
     monkeypatch.setattr("famba.training.trainer.evaluate", ema_is_better)
     p = smoke(epochs=2, ema_decay=0.9, choose=choose)
     run = fit.fit(p, seed=0)
@@ -279,27 +279,27 @@ def test_the_moving_average_is_what_its_decay_says():
     p = smoke(epochs=1, ema_decay=0.5)
     model = fit.build(p, classes=10, seed=0)
     images = fit.data.load(p.data)
-    session = Session(p, 0, model, images, Processes(torch.device("cpu")), fit.folder(p, seed=0))
+    trainer = Trainer(p, 0, model, images, Processes(torch.device("cpu")), fit.folder(p, seed=0))
     batch = fit.data.normalise(images.train.images[:8], images.mean, images.std)
     expected = None
     for step in range(3):
-        session._step([(batch, images.train.labels[:8])], 1e-2, step)
+        trainer._step([(batch, images.train.labels[:8])], 1e-2, step)
         now = model.head.weight.detach().clone()
         expected = now if expected is None else 0.5 * expected + 0.5 * now
-    torch.testing.assert_close(session.ema.head.weight.detach(), expected)
+    torch.testing.assert_close(trainer.ema.head.weight.detach(), expected)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(monkeypatch):
     p = smoke(epochs=3, choose="best")
-    step = Session._step
+    step = Trainer._step
 
-    def poisoned(session, parts, lr, number):
-        if session.epoch == 1:
+    def poisoned(trainer, parts, lr, number):
+        if trainer.epoch == 1:
             with torch.no_grad():
-                session.model.layers[2].mixer.D[0] = math.nan
-        return step(session, parts, lr, number)
+                trainer.model.layers[2].mixer.D[0] = math.nan
+        return step(trainer, parts, lr, number)
 
-    monkeypatch.setattr(Session, "_step", poisoned)
+    monkeypatch.setattr(Trainer, "_step", poisoned)
     with pytest.raises(TrainingError) as error:
         fit.fit(p, seed=0)
     said = str(error.value)
