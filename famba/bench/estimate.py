@@ -146,7 +146,7 @@ def _trainer(p: Params, device: torch.device) -> tuple[Trainer, list[Any]]:
     plain = dataclasses.replace(p, data=dataclasses.replace(p.data, **_NO_AUGMENTATION))
     model = fit.build(p, classes=_CLASSES, seed=0).to(device)
     trainer = Trainer(plain, 0, model, noise, Processes(device), config.root() / "build" / "estimate")
-    images, labels = trainer._blank(size), split.labels
+    images, labels = trainer._noise(size), split.labels
     if p.data.mixup or p.data.cutmix:
         labels = functional.one_hot(labels, _CLASSES).float()
     return trainer, list(zip(images.chunk(trainer.parts), labels.chunk(trainer.parts), strict=True))

@@ -48,7 +48,7 @@ class Processes:
         """The model as it is trained: its gradients are averaged over the processes, its weights start as rank 0's."""
         return model if self._accelerator is None else self._accelerator.prepare_model(model)
 
-    def apart(self, model: nn.Module) -> contextlib.AbstractContextManager:
+    def no_sync(self, model: nn.Module) -> contextlib.AbstractContextManager:
         """Around a backward pass whose gradients are not averaged yet, since more are to be added to them."""
         return contextlib.nullcontext() if self._accelerator is None else self._accelerator.no_sync(model)
 

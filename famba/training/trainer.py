@@ -1,8 +1,9 @@
-"""One run from its first step to its last: the loop, what is kept of it, and how it goes on after an interruption.
+"""The training loop of one run, its checkpoints, and resuming after an interruption.
 
 `b` batch, `h` and `w` pixels. Everything random comes from the run's seed and the epoch's number, so a run that was
-killed goes on from its last epoch to the same bytes. Where several processes train together, each takes its rows of
-the same batch, whose variation is drawn for all of it; so their number changes a result by rounding only.
+killed resumes after its last epoch and ends with the same bytes. Where several processes train together, each takes its
+rows of the same batch, whose augmentation is drawn for the whole batch; so their number changes a result by rounding
+only.
 """
 
 import contextlib
@@ -118,7 +119,7 @@ class Trainer:
     ) -> None:
         self.p, self.seed, self.model, self.images, self.processes = p, seed, model, images, processes
         self.device, self.folder = processes.device, folder
-        self.callbacks: Sequence[Callback] = ()  # told of the history and of the cost so far, after each epoch
+        self.callbacks: Sequence[Callback] = ()  # each called with the history and the cost so far
         self.progress = progress and processes.rank == 0
         self.init_sha256 = p.init_sha256(seed)
         t = p.train
@@ -155,7 +156,7 @@ class Trainer:
         self.step_time_ms: list[float] = []
         self.data_time_ms: list[float] = []
         self.peak_memory_mib: float | None = None
-        self.token_counts = self._traced()
+        self.token_counts = self._traced_token_counts()
 
     def run_epoch(self) -> None:
         """One pass over the training images, validation, and a checkpoint."""
@@ -188,7 +189,7 @@ class Trainer:
         self.epoch = epoch
         learned = {"lr": lr, "train_loss": loss_sum / seen, "train_top1_percent": 100 * hits / seen}
         self.history.append({"epoch": epoch, **learned, **self._validate()})
-        self._tell()  # first: who goes on from this epoch's checkpoint will not hear of it again
+        self._run_callbacks()  # before saving: a resumed run does not replay them
         self._save()
 
     @torch.no_grad()
@@ -211,7 +212,7 @@ class Trainer:
 
     def finish(self) -> Run:
         """Read the test split, once, with the weights that validation chose."""
-        if self._traced() != self.token_counts:
+        if self._traced_token_counts() != self.token_counts:
             raise TrainingError(f"the model's token counts changed while it trained: {self.token_counts} at first")
         self.model.load_state_dict(self.best)
         correct = torch.zeros(len(self.images.test))
@@ -258,16 +259,18 @@ class Trainer:
 
     def restore(self) -> None:
         """Go on from the newest checkpoint that can be read, if there is one."""
-        tensors, described = self.processes.from_first({}, self._newest() if self.processes.rank == 0 else None)
+        tensors, described = self.processes.from_first(
+            {}, self._last_checkpoint() if self.processes.rank == 0 else None
+        )
         if described is None:
             return
         path, described = described
         if self.processes.rank == 0:
             tensors, _ = checkpoint.unpack(path, "training state")
         else:
-            tensors = self._tensors(blank=True)
+            tensors = self._state(blank=True)
         tensors, _ = self.processes.from_first(tensors, None)
-        self._take(tensors, described)
+        self._load_state(tensors, described)
         if self.processes.rank == 0:
             _log.info("going on after epoch %d of %d", self.epoch, self.p.train.epochs)
 
@@ -284,7 +287,7 @@ class Trainer:
         probe = Trainer(p, self.seed, copy.deepcopy(self.model), self.images, alone, self.folder)
         probe.parts = self.parts
         size, lr = p.train.batch_size // (self.processes.count * self.parts), p.train.lr
-        images, labels = self._blank(size), torch.arange(size, device=self.device) % len(self.images.classes)
+        images, labels = self._noise(size), torch.arange(size, device=self.device) % len(self.images.classes)
         if p.data.mixup or p.data.cutmix:
             labels = functional.one_hot(labels, len(self.images.classes)).float()
         parts = [(images, labels)] * self.parts
@@ -339,17 +342,17 @@ class Trainer:
             ]
 
     def _step(self, parts: Sequence[Part], lr: float, step: int) -> tuple[float, int]:
-        """Forward, backward, optimiser; the mean loss of this process's images and how many of them were right."""
+        """Forward, backward, optimiser; the mean loss of this process's images and how many are classified correctly."""
         t = self.p.train
         for group in self.optimiser.param_groups:
             group["lr"] = lr
-        loss, correct = self._learnt(parts)
+        loss, correct = self._loss_and_gradients(parts)
         limit = math.inf if t.clip_grad_norm is None else t.clip_grad_norm
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         value, length, hits = torch.stack([loss, norm, correct]).tolist()  # the one time that a step waits for a GPU
         # The norm is that of all processes' gradients, so that all of them stop, or none.
         if not (math.isfinite(length) and math.isfinite(value)):
-            self._refuse(parts, value, length, lr, step)
+            self._raise_not_finite(parts, value, length, lr, step)
         self.optimiser.step()
         if self.ema is not None and step == 0:
             self.ema.load_state_dict(self.model.state_dict())
@@ -357,26 +360,26 @@ class Trainer:
             self.average(list(self.ema.parameters()), list(self.model.parameters()), step)
         return value, int(hits)
 
-    def _learnt(self, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
-        """`_gradients` of a step's parts, by a CUDA graph if that is asked for."""
+    def _loss_and_gradients(self, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+        """`_forward_backward` of a step's parts, by a CUDA graph if that is asked for."""
         if not self.p.train.cuda_graph:
-            return self._gradients(parts)
+            return self._forward_backward(parts)
         if self.replay is None:
             self.given = [(images.clone(), targets.clone()) for images, targets in parts]
-            self.replay = cuda_graph.captured(lambda: self._gradients(self.given), self.device)
+            self.replay = cuda_graph.captured(lambda: self._forward_backward(self.given), self.device)
         for mine, part in zip(self.given, parts, strict=True):
             for place, x in zip(mine, part, strict=True):
                 place.copy_(x)
         return self.replay()
 
-    def _gradients(self, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
-        """Forward and backward: the mean loss of this process's images and how many of them were right."""
+    def _forward_backward(self, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+        """Forward and backward: the mean loss of this process's images and how many are classified correctly."""
         t = self.p.train
         self.optimiser.zero_grad(set_to_none=True)
         loss, correct = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         for number, (images, targets) in enumerate(parts, start=1):
             waits = number < len(parts)
-            with self.processes.apart(self.wrapped) if waits else contextlib.nullcontext():
+            with self.processes.no_sync(self.wrapped) if waits else contextlib.nullcontext():
                 logits = self._logits(self.wrapped, images)
                 # Mixed targets are smooth already.
                 smoothing = 0.0 if targets.is_floating_point() else t.label_smoothing
@@ -387,8 +390,8 @@ class Trainer:
             correct = correct + (logits.argmax(-1) == labels).sum()
         return loss, correct
 
-    def _refuse(self, parts: Sequence[Part], loss: float, norm: float, lr: float, step: int) -> None:
-        """Stop, saying where the first value that is not finite came up; the weights are those before the step."""
+    def _raise_not_finite(self, parts: Sequence[Part], loss: float, norm: float, lr: float, step: int) -> None:
+        """Name the module of the first value that is not finite; the weights are those before the step."""
         place = ""
         for images, _ in parts:
             with autocast(self.device, self.p.train.precision):
@@ -421,9 +424,9 @@ class Trainer:
             scores = self._evaluate(model, self.images.val)
             entry = {"epoch": self.epoch, **scores}
             before = self.validation[kind]
-            best = entry if before is None or _better(entry, before["best"]) else before["best"]
+            best = entry if before is None or _is_better(entry, before["best"]) else before["best"]
             self.validation[kind] = {"last": entry, "best": best}
-            if self._is_choice(entry, best):
+            if self._is_chosen(entry, best):
                 self.chosen = {"weights": kind, "epoch": self.epoch}
                 self.best = {key: t.detach().clone() for key, t in model.state_dict().items()}
             prefix = "ema_" if kind == "ema" else ""
@@ -432,16 +435,16 @@ class Trainer:
                 row["val_top5_percent"] = scores["top5_percent"]
         return row
 
-    def _is_choice(self, entry: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
+    def _is_chosen(self, entry: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
         """Whether the weights just validated are those to test, should training end here."""
         if not self.chosen:
             return True
         rival = self.validation[self.chosen["weights"]]
         if self.p.train.choose == "last":
-            return self.chosen["epoch"] < self.epoch or _better(entry, rival["last"])
-        return best is entry and (rival["best"] is entry or _better(entry, rival["best"]))
+            return self.chosen["epoch"] < self.epoch or _is_better(entry, rival["last"])
+        return best is entry and (rival["best"] is entry or _is_better(entry, rival["best"]))
 
-    def _traced(self) -> list[int]:
+    def _traced_token_counts(self) -> list[int]:
         """Token counts that a forward pass shows, which must be those that the schedule promises."""
         images, _ = next(iter(data.batches(self.images.val, min(2, len(self.images.val)))))
         two = data.normalise(images.to(self.device), self.images.mean, self.images.std)
@@ -457,7 +460,7 @@ class Trainer:
             )
         return trace.token_counts
 
-    def _blank(self, count: int) -> Float[Tensor, "b 3 h w"]:
+    def _noise(self, count: int) -> Float[Tensor, "b 3 h w"]:
         """Images of noise, for what does not depend on what is in them."""
         side = self.p.data.img_size
         return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0)).to(self.device)
@@ -493,7 +496,7 @@ class Trainer:
             return f"torchrun --nproc-per-node {self.processes.count} -m famba {asked}"
         return f"python -m famba {asked}"
 
-    def _tell(self) -> None:
+    def _run_callbacks(self) -> None:
         if self.processes.rank == 0:
             for callback in self.callbacks:
                 callback(self.history, self._measured())
@@ -513,17 +516,17 @@ class Trainer:
                 "data_time_ms": self.data_time_ms,
                 "peak_memory_mib": self.peak_memory_mib,
             }
-            checkpoint.save_file(self.folder / f"epoch-{self.epoch:05d}.safetensors", self._tensors(), described)
+            checkpoint.save_file(self.folder / f"epoch-{self.epoch:05d}.safetensors", self._state(), described)
             for old in sorted(self.folder.glob("epoch-*.safetensors"))[:-_KEPT]:
                 old.unlink()
         self.processes.wait()
 
-    def _newest(self) -> tuple[Path, dict[str, Any]] | None:
+    def _last_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint of this run that can be read, and what it says of itself."""
         for path in sorted(self.folder.glob("epoch-*.safetensors"), reverse=True):
             try:
                 tensors, described = checkpoint.unpack(path, "training state")
-                checkpoint.check_state(path, tensors, self._tensors(blank=True))
+                checkpoint.check_state(path, tensors, self._state(blank=True))
                 checkpoint.check_run(path, described, self.folder.name)
             except InputError as error:
                 _log.warning("%s; going on from the checkpoint before it", error)
@@ -531,7 +534,7 @@ class Trainer:
             return path, described
         return None
 
-    def _tensors(self, *, blank: bool = False) -> dict[str, Tensor]:
+    def _state(self, *, blank: bool = False) -> dict[str, Tensor]:
         """All that a checkpoint holds; blank: names and shapes alone, before the first step has made the moments."""
         weights = self.model.state_dict()
         state = {f"model.{key}": t for key, t in weights.items()}
@@ -544,7 +547,7 @@ class Trainer:
             moments = {i: {"step": torch.zeros(()), "exp_avg": x, "exp_avg_sq": x} for i, x in enumerate(every)}
         return state | {f"optimiser.{i}.{name}": t for i, kept in moments.items() for name, t in kept.items()}
 
-    def _take(self, tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> None:
+    def _load_state(self, tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> None:
         def part(prefix: str) -> dict[str, Tensor]:
             return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
 
@@ -585,7 +588,7 @@ def _by_image(ids: Tensor | None, correct: Tensor) -> str:
     return "".join(answers)
 
 
-def _better(entry: Mapping[str, Any], than: Mapping[str, Any]) -> bool:
+def _is_better(entry: Mapping[str, Any], than: Mapping[str, Any]) -> bool:
     """Higher accuracy; at equal accuracy the lower loss. Equal in both: the earlier one stays."""
     return (entry["top1_percent"], -entry["loss"]) > (than["top1_percent"], -than["loss"])
 

@@ -79,14 +79,14 @@ def test_a_run_that_was_stopped_goes_on_to_its_end_and_a_step_waits_once(device,
 
     def stopped(trainer):
         save(trainer)
-        places.append({key: t.device for key, t in trainer._tensors().items()})
+        places.append({key: t.device for key, t in trainer._state().items()})
         if trainer.epoch == 1:
             raise KeyboardInterrupt
 
     def restored(trainer):
         restore(trainer)
         if trainer.epoch:
-            places.append({key: t.device for key, t in trainer._tensors().items()})
+            places.append({key: t.device for key, t in trainer._state().items()})
 
     monkeypatch.setattr(Trainer, "_step", counted)
     monkeypatch.setattr(Trainer, "_save", stopped)
