@@ -342,7 +342,7 @@ class Trainer:
             ]
 
     def _step(self, parts: Sequence[Part], lr: float, step: int) -> tuple[float, int]:
-        """Forward, backward, optimiser; the mean loss of this process's images and how many are classified correctly."""
+        """Forward, backward, optimiser: the mean loss of this process's images and how many are classified right."""
         t = self.p.train
         for group in self.optimiser.param_groups:
             group["lr"] = lr
