@@ -35,6 +35,7 @@ _LABELS = {
     "flops_per_image": "forward FLOPs of an image",
 }
 _TOP1 = "top-1 accuracy (%)"
+_PAIR = ["factor", "kept", "instead"]
 
 
 @styled
@@ -209,12 +210,12 @@ def ablation(effects: pd.DataFrame, runs: pd.DataFrame) -> Figure:
         effects: as from `ablation.effects`.
         runs: what they were made from, as from `ablation.run`.
     """
-    pairs = effects[["factor", "kept", "instead"]].drop_duplicates()
+    pairs = effects[_PAIR].drop_duplicates()
     cells = _grid_of_means(rows_of(runs, _of_grid(effects)), effects)
     height = max(3.6, 0.85 * len(pairs) + 1.2)
     figure = Figure(figsize=(7.4 + 0.75 * cells.shape[1], height), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[5.2, 1.2 + 0.75 * cells.shape[1]])
-    _effects(left, effects, [f"{kept} \N{MINUS SIGN} {instead}" for _, kept, instead in pairs.to_numpy()])
+    _effects(left, effects, [tuple(pair) for pair in pairs.to_numpy()])
     right.set_title(f"{_of_grid(effects)}: mean top-1 accuracy (%)", loc="left", fontsize=10)
     look = {"cmap": "viridis", "annot": True, "fmt": ".1f", "cbar": False, "linewidths": 1}
     seaborn.heatmap(cells, **look, ax=right)
@@ -237,8 +238,8 @@ def _by_strategy(names: list[str]) -> dict[str, Any]:
     return {"hue": "strategy", "hue_order": names, "palette": STRATEGY_COLOURS, "legend": False}
 
 
-def _effects(axes: Axes, effects: pd.DataFrame, labels: list[str]) -> None:
-    """A row for each pair of values, in it a mark for the grid and one for each strategy."""
+def _effects(axes: Axes, effects: pd.DataFrame, pairs: list[tuple[str, ...]]) -> None:
+    """A row for each pair of values, in it a mark for each strategy, and one for the grid where it has the pair."""
     series = list(effects.groupby(["strategy", "over"], sort=False))
     offsets = np.linspace(-0.3, 0.3, len(series)) if len(series) > 1 else [0.0]
     for offset, (_, rows) in zip(offsets, series, strict=True):
@@ -246,7 +247,7 @@ def _effects(axes: Axes, effects: pd.DataFrame, labels: list[str]) -> None:
         mean, low, high = rows[["mean", "low", "high"]].to_numpy(float).T
         axes.errorbar(
             mean,
-            np.arange(len(labels)) + offset,
+            offset + np.array([pairs.index(row) for row in zip(*(rows[x] for x in _PAIR), strict=True)]),
             xerr=None if np.isnan(low).all() else (mean - low, high - mean),
             fmt=MARKERS[strategy],
             color="black" if whole else STRATEGY_COLOURS[strategy],
@@ -256,10 +257,10 @@ def _effects(axes: Axes, effects: pd.DataFrame, labels: list[str]) -> None:
             label=f"{strategy}, over the grid" if whole else strategy,
         )
     axes.axvline(0, color="0.4", linewidth=0.9, zorder=0)
-    for row in range(1, len(labels)):
+    for row in range(1, len(pairs)):
         axes.axhline(row - 0.5, color="0.9", linewidth=0.8, zorder=0)
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set(ylim=(len(labels) - 0.5, -0.5), xlabel="difference in top-1 accuracy (points)")
+    axes.set_yticks(range(len(pairs)), [f"{kept} \N{MINUS SIGN} {instead}" for _, kept, instead in pairs])
+    axes.set(ylim=(len(pairs) - 0.5, -0.5), xlabel="difference in top-1 accuracy (points)")
     axes.grid(False, axis="y")
     axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=len(series))
 

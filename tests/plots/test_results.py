@@ -489,6 +489,14 @@ def test_an_ablation_of_one_option_and_one_seed_has_marks_without_intervals(abla
     assert [text.get_text() for text in right.texts] == ["90.0", "88.0"]
 
 
+def test_options_outside_the_grid_have_rows_in_which_the_grid_has_no_mark(ablated):
+    table = ablation.effects(ablated, grid="upper", reference=FusionOptions())
+    outside = (table["over"] == "grid") & (table["instead"].isin(["delta", "C"]))
+    left, _ = plots.ablation(table[~outside], ablated).axes
+    heights = [np.round(container.lines[0].get_ydata()).tolist() for container in left.containers]
+    assert sorted(map(sorted, heights)) == [[0, 1, 2], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
+
+
 def test_an_ablation_is_the_same_bytes_again(ablated, tmp_path):
     table = ablation.effects(ablated, grid="upper", reference=FusionOptions())
     first, second = (plots.save(plots.ablation(table, ablated), tmp_path / f"{i}.png") for i in range(2))

@@ -29,7 +29,7 @@ from famba.storage import checkpoint, runs
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ["train", "--profile", "smoke", "--strategy", "upper", "--out", "run"]
-FILES = {"cost.json", "history.csv", "metrics.json", "model.safetensors", "params.json", "schedule.json"}
+FILES = {"correct.txt", "cost.json", "history.csv", "metrics.json", "model.safetensors", "params.json", "schedule.json"}
 
 pytestmark = [
     pytest.mark.slow,
