@@ -1,14 +1,16 @@
 """Verdicts on the claims that params.yaml states: what the sweep's runs and the rounds of the cost stage say of each.
 
 A claim is one comparison of two strategies or several. Each has a one-sided test of the effect against the claim's
-bound. Accuracy: Student's t with the two-level bootstrap's standard error (`intervals.two_level`). Time: normal, on the
-logarithm of the ratio; between two fusing strategies the errors of both ratios to `none` add up, which errs on the wide
-side, since both share the steps of `none`. Memory follows from the model: it needs no test and has no interval.
+bound. Accuracy: Student's t with the standard error of the two-level bootstrap (`intervals.two_level`). Time: normal,
+on the logarithm of the ratio, from its interval; of two fusing strategies from the intervals of both ratios to `none`,
+which errs on the wide side, since they share the steps of `none`. Memory follows from the model: no test, no interval.
 
 Sources: R. L. Berger, "Multiparameter hypothesis testing and acceptance sampling", Technometrics 24(4), 1982: several
 comparisons hold together if the least certain one does (intersection-union test). S. Holm, "A simple sequentially
 rejective multiple test procedure", Scandinavian Journal of Statistics 6(2), 1979. G. Piaggio et al., "Reporting of
 noninferiority and equivalence randomized trials", JAMA 308(24), 2012: a loss within a margin that was set beforehand.
+G. Y. Zou and A. Donner, "Construction of confidence limits about effect measures", Statistics in Medicine 27(10), 2008:
+the interval of a difference from two intervals.
 """
 
 import hashlib
@@ -140,22 +142,25 @@ def _comparisons(claim: ClaimParams, runs: pd.DataFrame, table: pd.DataFrame) ->
     row["required"] = f"{'above' if sign > 0 else 'below'} {bound:g}"
     rows = []
     for pair in itertools.product(claim.strategies, claim.against):
-        ours, theirs = by_strategy.loc[pair[0]], by_strategy.loc[pair[1]]
+        row |= {"strategy": pair[0], "against": pair[1], "seeds": math.nan, "images": math.nan, "rounds": math.nan}
         if claim.quantity == "top1_percent_diff":
             own, other = (runs[runs["strategy"] == name].set_index("seed") for name in pair)
-            effect, low, high = summary.accuracy_difference(own, other)
-            half, distance, law = (high - low) / 2, effect - bound, stats.t(max(1, len(own) - 1))
-            n = {"seeds": len(own), "images": ours["images"], "rounds": math.nan}
+            effect, low, high = shown = summary.accuracy_difference(own, other)
+            limit, law = bound, stats.t(max(1, len(own) - 1))
+            row |= {"seeds": len(own), "images": by_strategy.loc[pair[0], "images"]}
         else:
-            effect, n = ours[claim.quantity] / theirs[claim.quantity], {"seeds": math.nan, "images": math.nan}
-            distance, law, half = math.log(effect / bound), stats.norm, 0.0
-            low = high = n["rounds"] = math.nan
-            if claim.quantity == "time_ratio":
-                ends = [math.log(x["time_ratio_high"] / x["time_ratio_low"]) / 2 for x in (ours, theirs)]
-                half = math.hypot(*(0.0 if math.isnan(end) else end for end in ends))  # `none` has no interval
-                low, high, n["rounds"] = effect * math.exp(-half), effect * math.exp(half), ours["rounds"]
+            keys = [claim.quantity + end for end in ("", "_low", "_high")]
+            ratios = by_strategy.reindex(columns=keys).ffill(axis=1)  # `none` and memory have no interval
+            (e1, l1, h1), (e2, l2, h2) = np.log(ratios.loc[list(pair)].to_numpy(float))
+            effect = e1 - e2
+            low, high = effect - math.hypot(e1 - l1, h2 - e2), effect + math.hypot(h1 - e1, e2 - l2)
+            limit, law, shown = math.log(bound), stats.norm, np.exp([effect, low, high]).tolist()
+            if claim.quantity == "memory_ratio":
+                shown[1:] = [math.nan, math.nan]
+            else:
+                row["rounds"] = by_strategy.loc[pair[0], "rounds"]
+        half = effect - low if effect > limit else high - effect
         with np.errstate(divide="ignore", invalid="ignore"):  # without spread: certain; 0 / 0: no test
-            p = law.sf(law.ppf(0.975) * np.divide(sign * distance, half))
-        rows.append(row | {"strategy": pair[0], "against": pair[1], "effect": effect, "low": low, "high": high} | n)
-        rows[-1]["p"] = float(p)
+            p = law.sf(law.ppf(0.975) * np.divide(sign * (effect - limit), half))
+        rows.append(row | dict(zip(("effect", "low", "high", "p"), [*shown, float(p)], strict=True)))
     return rows
