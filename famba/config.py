@@ -257,6 +257,34 @@ class PhotographsParams:
     jobs: Jobs
 
 
+@section
+class ClaimParams:
+    """A claim, stated before the runs: an effect of each of `strategies` against each of `against`, beyond a bound."""
+
+    says: Text
+    source: Text
+    # Difference in top-1 (points), ratio of the step's time or of peak memory; null: the pipeline does not measure it.
+    quantity: Literal["top1_percent_diff", "time_ratio", "memory_ratio"] | None = None
+    strategies: Strategies = ()
+    against: Strategies = ("none",)
+    below: Float | None = None  # exactly one of the two
+    above: Float | None = None  # -1.0: worse by less than a margin of one point
+
+    @model_validator(mode="after")
+    def _check(self) -> "ClaimParams":
+        if self.quantity is None:
+            if self.strategies or self.below is not None or self.above is not None:
+                raise ValueError("quantity: needed to compare strategies")
+            return self
+        for key in ("strategies", "against"):
+            if not getattr(self, key):
+                raise ValueError(f"{key}: needs at least one")
+        for key in ("below", "above"):
+            if self.quantity != "top1_percent_diff" and (bound := getattr(self, key)) is not None and bound <= 0:
+                raise ValueError(f"{key}: a ratio is compared with a positive number")
+        return _check_one_given(self, "below", "above")
+
+
 # How a run is carried out; it makes the same of it, to rounding.
 EXECUTION: dict[str, tuple[str, ...]] = {"data": ("workers", "memory_mib"), "train": ("processes", "tensorboard")}
 
@@ -358,6 +386,7 @@ class _File:
     sweep: Section
     ablation: Section
     photographs: Section
+    claims: Annotated[dict[Text, Section], Field(min_length=1)]
     profiles: dict[str, Profile]
 
     @property
@@ -476,10 +505,18 @@ def load_photographs(path: Path | None = None) -> PhotographsParams:
     return _load(PhotographsParams, "photographs", path, {})
 
 
+def load_claims(path: Path | None = None) -> dict[str, ClaimParams]:
+    """The claims that params.yaml states, by name; errors as in `load`."""
+    return {name: _load(ClaimParams, f"claims.{name}", path, {}) for name in _read(path)[0].claims}
+
+
 def _load(kind: type[T], section: str, path: Path | None, changes: Mapping[str, Any]) -> T:
     file, name = _read(path)
-    found = validated(kind, getattr(file, section) | changes, name, lambda *keys: (section, *keys))
-    for strategy in (*getattr(found, "strategies", ()), getattr(found, "strategy", "none")):
+    top, _, entry = section.partition(".")
+    values = getattr(file, top)[entry] if entry else getattr(file, top)
+    found = validated(kind, values | changes, name, lambda *keys: (section, *keys))
+    named = (*getattr(found, "strategies", ()), *getattr(found, "against", ()), getattr(found, "strategy", "none"))
+    for strategy in named:
         if strategy not in file.strategies:
             allowed = ", ".join(file.strategies)
             raise InputError(f"{name}: {section}: strategy {strategy!r} is not one of fusion's: {allowed}")

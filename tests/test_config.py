@@ -29,6 +29,7 @@ def document() -> dict[str, Any]:
     return YAML(typ="safe", pure=True).load(TEXT)
 
 
+CLAIM = {"says": "x", "source": "y", "quantity": "time_ratio", "strategies": ["all"], "below": 1.0}
 PROFILES = tuple(document()["profiles"])
 
 
@@ -121,7 +122,7 @@ def test_a_profile_replaces_the_budget_whole(edited: Callable[..., Path]):
 
 
 def test_no_section_is_left_untested():
-    assert {*SECTIONS, "sweep", "ablation", "photographs", "fusion", "profile", "profiles"} == set(document())
+    assert {*SECTIONS, "sweep", "ablation", "photographs", "claims", "fusion", "profile", "profiles"} == set(document())
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -353,7 +354,7 @@ def test_dvc_rewrites_the_file_with_the_changed_line_alone(tmp_path: Path):
         ("fusion.all", {"schedule": [1, "x"]}, "fusion.all.schedule.1: 'x': Input should be a valid integer"),
         ("fusion.A-b", {"r": 1}, "fusion.A-b: 'A-b': String should match pattern '^[a-z][a-z0-9_]{0,39}$'"),
         ("fusion", [], "fusion: [] is not a section of `key: value` lines"),
-        ("extra", {}, "extra: unknown key; allowed: ablation, data, fusion, model, options, photographs, profile, "),
+        ("extra", {}, "extra: unknown key; allowed: ablation, claims, data, fusion, model, options, photographs, "),
         ("profile", "huge", "profile: 'huge' is not one of cifar10, "),
         ("profiles.default", None, "profiles.default: None is not a section of `key: value` lines"),
         ("profiles.default", {"dta": {}}, "profiles.default.dta: 'dta': Input should be 'data', 'model', 'options', "),
@@ -407,6 +408,12 @@ def test_a_bad_value_is_named_in_one_line_with_its_key_and_what_is_allowed(
         ("ablation", {"factors": ["colour"]}, ".factors.0: 'colour': Input should be 'order', 'weighting', "),
         ("ablation", {"jobs": None}, ".jobs: None: Input should be a valid integer"),
         ("photographs", {"seeds": [0, 0]}, ".seeds: [0, 0]: each may be named only once"),
+        ("claims", {"faster": {"says": "x"}}, ".faster.source: missing"),
+        ("claims", {"faster": CLAIM | {"against": ["most"]}}, ".faster: strategy 'most' is not one of fusion's: "),
+        ("claims", {"faster": CLAIM | {"above": 1.0}}, ".faster: {'above': 1.0, 'below': 1.0, 'quantity': 'time"),
+        ("claims", {"faster": CLAIM | {"quantity": None}}, ".faster.quantity: None: needed to compare strategies"),
+        ("claims", {"faster": CLAIM | {"strategies": []}}, ".faster.strategies: []: needs at least one"),
+        ("claims", {"faster": CLAIM | {"below": 0}}, ".faster.below: 0: a ratio is compared with a positive number"),
     ],
 )
 def test_a_bad_section_of_several_runs_is_named_in_one_line(
@@ -418,6 +425,7 @@ def test_a_bad_section_of_several_runs_is_named_in_one_line(
         "sweep": config.load_sweep,
         "ablation": config.load_ablation,
         "photographs": config.load_photographs,
+        "claims": config.load_claims,
     }
     section = "fusion.adaptive" if key == "adaptive" else key
     assert refusal(lambda: loading[key](path=path)).startswith(f"params.yaml: {section}{message}")

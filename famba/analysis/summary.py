@@ -251,7 +251,7 @@ def markdown(summary: pd.DataFrame) -> str:
         "",
         _table(beside_paper(summary)),
         "",
-        _setting(summary),
+        setting(summary),
     ]
     return "\n".join(lines) + "\n"
 
@@ -267,7 +267,7 @@ def markdown_short(summary: pd.DataFrame) -> str:
         "training time": _times(summary),
         "peak memory": summary["memory_ratio"].map("{:.2f}".format),
     }
-    return "\n".join([_table(pd.DataFrame(shown)), "", _explained(summary), "", _setting(summary)]) + "\n"
+    return "\n".join([_table(pd.DataFrame(shown)), "", _explained(summary), "", setting(summary)]) + "\n"
 
 
 def paper_table() -> pd.DataFrame:
@@ -287,16 +287,16 @@ def beside_paper(summary: pd.DataFrame) -> pd.DataFrame:
     published = paper_table().query("table == 1")
     columns = {}
     for model, rows in published.groupby("model", sort=False):
-        by_strategy = rows.set_index("strategy")
-        base = by_strategy.loc[BASELINE]
+        by_strategy = rows.set_index("strategy").to_dict("index")
+        base = by_strategy[BASELINE]
         columns[f"paper, {model}"] = {
             name: _change(row["top1_percent"] - base["top1_percent"], *(row[key] / base[key] for key in _PAPERS_COSTS))
-            for name, row in by_strategy.iterrows()
+            for name, row in by_strategy.items()
         } | {BASELINE: f"{base['top1_percent']:.1f}"}
-    here, whole = {}, summary.set_index("strategy")
-    for name, row in whole.iterrows():
+    here, whole = {}, summary.set_index("strategy").to_dict("index")
+    for name, row in whole.items():
         here[name] = _change(row["top1_percent_diff"], row["time_ratio"], row["memory_ratio"])
-    columns["here"] = here | {BASELINE: f"{whole.loc[BASELINE, 'top1_percent_mean']:.1f}"}
+    columns["here"] = here | {BASELINE: f"{whole[BASELINE]['top1_percent_mean']:.1f}"}
     table = pd.DataFrame(columns).reindex(STRATEGIES).fillna("")
     return table.rename_axis("strategy").reset_index()
 
@@ -447,7 +447,8 @@ def _explained(summary: pd.DataFrame) -> str:
     return f"{text} Training time and peak memory: relative to `none`."
 
 
-def _setting(summary: pd.DataFrame) -> str:
+def setting(summary: pd.DataFrame) -> str:
+    """What was trained and measured, and on which machine."""
     first = summary.iloc[0]
     text = (
         f"Profile `{first['profile']}`: `{first['model']}` on {first['dataset']} at {first['img_size']} px. "

@@ -1,0 +1,124 @@
+"""Verdicts on claims: by hand, in their order, and with what decides them."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_summary import RATIOS, costs_frame, runs_frame
+
+from famba import config, plots
+from famba.analysis import claims, summary
+from famba.config import ClaimParams
+from famba.plots.style import PALETTE
+
+# 100 images each: `all` is far worse than `none`, `upper` differs from it in a few images either way.
+TOP1 = {"none": [90.0, 91.0, 90.0, 91.0], "all": [60.0, 61.0, 59.0, 60.0], "upper": [90.0, 91.0, 91.0, 90.0]}
+
+
+def claim(quantity, strategies, against=("none",), **bound):
+    compared = {"quantity": quantity, "strategies": strategies, "against": against}
+    return ClaimParams(says="It is so.", source="Table 1", **compared, **bound)
+
+
+def judged(stated, top1=TOP1):
+    runs = runs_frame(top1)
+    table = summary.summary(runs, costs_frame())
+    return claims.verdicts(stated, runs, table), table
+
+
+@pytest.mark.parametrize(
+    ("stated", "bound", "expected"),
+    [
+        (("top1_percent_diff", ["all"]), {"below": 0.0}, "confirmed"),
+        (("top1_percent_diff", ["all"]), {"above": 0.0}, "refuted"),
+        (("top1_percent_diff", ["all"]), {"above": -1.0}, "refuted"),
+        (("top1_percent_diff", ["upper"]), {"below": 0.0}, "not told apart"),
+        (("top1_percent_diff", ["upper"]), {"above": -5.0}, "confirmed"),
+        (("top1_percent_diff", ["upper"]), {"above": -0.1}, "not told apart"),
+        (("top1_percent_diff", ["upper"], ["all"]), {"above": 0.0}, "confirmed"),
+        (("time_ratio", ["all", "upper"]), {"below": 1.0}, "confirmed"),
+        (("time_ratio", ["upper"], ["all"]), {"below": 1.0}, "refuted"),
+        (("time_ratio", ["all", "upper"]), {"below": 0.85}, "refuted"),
+        (("time_ratio", ["upper"]), {"below": 0.9}, "not told apart"),
+        (("time_ratio", ["upper"]), {"below": 0.8895}, "refuted"),
+        (("time_ratio", ["all", "upper"]), {"below": 0.8895}, "not told apart"),  # one contrary of two
+        (("memory_ratio", ["all", "upper"]), {"below": 1.0}, "confirmed"),
+        (("memory_ratio", ["all", "upper"]), {"below": 0.85}, "refuted"),
+        (("memory_ratio", ["all"], ["lower"]), {"below": 1.0}, "not measured"),
+        ((None, []), {}, "not measured"),
+    ],
+)
+def test_a_claim_holds_if_each_comparison_does_and_is_refuted_if_one_is_contrary(stated, bound, expected):
+    assert judged({"it": claim(*stated, **bound)})[0]["verdict"].unique().item() == expected
+
+
+def test_the_ratio_of_two_fusing_strategies_has_the_errors_of_both_and_one_to_none_the_measured_interval():
+    stated = {"it": claim("time_ratio", ["all"], ["upper"], below=1.0), "other": claim("time_ratio", ["all"], below=1)}
+    row, alone = judged(stated)[0].to_dict("records")
+    low = 0.8 / 0.9 * math.exp(-math.hypot(math.log(0.80 / 0.79), math.log(0.91 / 0.90)))
+    assert [row["effect"], row["low"]] == pytest.approx([0.8 / 0.9, low])
+    assert [alone["low"], alone["high"]] == pytest.approx([0.79, 0.81])
+
+
+def test_a_comparison_on_the_edge_of_its_interval_has_a_two_sided_p_of_five_percent():
+    edge = float(judged({"it": claim("top1_percent_diff", ["upper"], above=-9.0)})[0]["low"].item())
+    accuracy = claim("top1_percent_diff", ["upper"], above=edge)
+    for it in (accuracy, claim("time_ratio", ["all"], below=0.81), claim("time_ratio", ["all"], above=0.79)):
+        assert judged({"it": it})[0]["p"].item() == pytest.approx(0.05)
+
+
+def test_holm_multiplies_the_least_by_their_number_and_never_falls():
+    p = pd.Series({"a": 0.02, "b": 0.01, "c": 0.022, "d": 0.9})
+    assert claims.holm(p).to_dict() == pytest.approx({"a": 0.06, "b": 0.04, "c": 0.06, "d": 0.9})
+
+
+def test_more_claims_need_more_certainty_but_those_without_a_test_do_not_count():
+    one = {"it": claim("time_ratio", ["all"], below=0.811)}  # p slightly below 5%
+    untested = {"memory": claim("memory_ratio", ["all"], below=1.0), "later": claim(None, [])}
+    first = judged(one | untested)[0].set_index("claim")
+    assert first["verdict"].to_dict() == {"it": "confirmed", "memory": "confirmed", "later": "not measured"}
+    assert first["p"].notna().to_dict() == {"it": True, "memory": False, "later": False}
+    assert judged(one | {"twin": one["it"]})[0]["verdict"].unique().tolist() == ["not told apart"]
+
+
+def test_one_seed_has_no_interval_and_decides_nothing_about_accuracy():
+    found, _ = judged({"it": claim("top1_percent_diff", ["all"], below=0.0)}, {k: v[:1] for k, v in TOP1.items()})
+    assert found["verdict"].item() == "not told apart"
+    assert np.isnan(found[["low", "high", "p"]].to_numpy(float)).all()
+
+
+def test_the_page_has_verdict_effect_n_and_the_digests_of_the_tables_that_it_traces_to(tmp_path):
+    (tmp_path / "runs.csv").write_bytes(b"")
+    (tmp_path / "cost.csv").write_bytes(b"x")
+    found, table = judged({"worse": claim("top1_percent_diff", ["all"], below=0.0), "later": claim(None, [])})
+    text = claims.write(found, table, tmp_path)
+    assert (tmp_path / "claims.md").read_text(encoding="utf-8") == text + "\n"
+    row = next(line for line in text.splitlines() if "all against none" in line)
+    assert "It is so. (Table 1)" in row
+    assert "**confirmed**" in row
+    assert "all against none: \N{MINUS SIGN}30.50 (\N{MINUS SIGN}" in row
+    assert "4 seeds, 100 images" in row
+    assert "**not measured**" in text
+    assert "Profile `default`" in text
+    assert "begins with e3b0c44298fc1c14, of cost.csv with 2d711642b726b044" in text
+    written = pd.read_csv(tmp_path / "claims.csv").fillna(
+        {"quantity": "", "strategy": "", "against": "", "required": ""}
+    )
+    pd.testing.assert_frame_equal(written, found, check_dtype=False)
+
+
+def test_the_forest_plot_has_a_row_for_each_comparison_that_was_measured_coloured_by_the_verdict():
+    found, _ = judged({"a": claim("top1_percent_diff", ["all"], below=0), "b": claim("memory_ratio", ["all"], above=1)})
+    upper, lower = plots.claims(found).axes
+    assert [label.get_text() for label in upper.get_yticklabels()] == ["a:  all \N{MINUS SIGN} none"]
+    assert [axes.lines[0].get_color() for axes in (upper, lower)] == [PALETTE[2], PALETTE[3]]
+    assert len(lower.lines) == 2  # effect and bound; memory has no interval
+    assert plots.claims(judged({"c": claim(None, [])})[0]).axes[0].lines[:] == []
+
+
+def test_the_claims_of_the_project_name_what_its_sweep_measures():
+    stated, swept = config.load_claims(), set(config.load_sweep().strategies)
+    measured = {name: x for name, x in stated.items() if x.quantity is not None}
+    assert len(measured) >= 9
+    assert all({*x.strategies, *x.against} <= swept == set(RATIOS) for x in measured.values())
