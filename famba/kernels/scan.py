@@ -288,12 +288,10 @@ def _rows(e: int, n: int) -> int:
 class _Backend(dispatch.Backend):
     """A backend of the scan, whose `run` takes the arguments of `selective_scan_ref`.
 
-    `run_projected`, if there is one, takes those of `famba.kernels.ops.projected_scan`, and keeps no delta for
-    backward; `run_both` those of `famba.kernels.ops.bidirectional_scan`, both directions and the gate in one;
-    `run_mixer` those of `famba.kernels.cpu.mixer.mix`, the convolutions and selections as well.
+    `run_both`, if there is one, takes those of `famba.kernels.ops.bidirectional_scan`, both directions and the gate in
+    one; `run_mixer` those of `famba.kernels.cpu.mixer.mix`, the convolutions and selections as well.
     """
 
-    run_projected: Callable[..., Tensor] | None = None
     run_both: Callable[..., Tensor] | None = None
     run_mixer: Callable[..., Tensor] | None = None
 
@@ -302,14 +300,10 @@ class _Backend(dispatch.Backend):
 _BACKENDS: dict[str, _Backend] = {
     "reference": _Backend(selective_scan_ref),
     "torch": _Backend(_chunked_scan),
-    "native": _Backend(
-        native.selective_scan, native.unavailable, native.unsuited, native.projected_scan, run_mixer=mix
-    ),
+    "native": _Backend(native.selective_scan, native.unavailable, native.unsuited, run_mixer=mix),
     "mamba_ssm": _Backend(mamba_ssm.selective_scan, mamba_ssm.unavailable, mamba_ssm.unsuited),
     "hub": _Backend(partial(mamba_ssm.selective_scan, hub=True), mamba_ssm.hub_unavailable, mamba_ssm.unsuited),
-    "triton": _Backend(
-        triton.selective_scan, gpu.unavailable, triton.unsuited, triton.projected_scan, triton.bidirectional_scan
-    ),
+    "triton": _Backend(triton.selective_scan, gpu.unavailable, triton.unsuited, triton.bidirectional_scan),
 }
 
 

@@ -79,14 +79,15 @@ def _backward(grad: Tensor, xz: Tensor, *parameters: Tensor, kept: Sequence[Tens
 
 def _by_torch(xz: Tensor, *parameters: Tensor, scale: float) -> Tensor:
     x, z = xz.mT.chunk(2, dim=1)
-    total = torch.zeros_like(x)
+    y = torch.zeros_like(x)
     for reverse, given in enumerate((parameters[:7], parameters[7:])):
         p = Direction(*given)
         u = reference.conv(x, p.conv_weight, p.conv_bias, bool(reverse))
         n, m = p.A.shape[1], p.dt_proj.shape[1]
-        dt, B, C = functional.linear(u.mT, p.x_proj.to(u.dtype)).mT.split([m, n, n], dim=1)
-        total = total + reference.projected_scan(u, dt, p.dt_proj, p.A, B, C, p.D, p.dt_bias, bool(reverse))
-    return reference.gate(total, z, scale).mT
+        dt, B, C = functional.linear(u.mT, p.x_proj.to(u.dtype)).split([m, n, n], dim=2)
+        delta = functional.linear(dt, p.dt_proj.to(u.dtype)).mT
+        y = y + reference.selective_scan_ref(u, delta, p.A, B.mT, C.mT, p.D, None, p.dt_bias, True, bool(reverse))
+    return reference.gate(y, z, scale).mT
 
 
 def _split(parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

@@ -10,7 +10,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from famba.kernels import reference
 from famba.kernels.cpu import build, runtime
@@ -72,58 +71,6 @@ def selective_scan(
     inputs = (u, delta, A, B, C, D, z, delta_bias)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     return torch.ops.famba.scan(*inputs, delta_softplus, reverse, keep)[0]
-
-
-def projected_scan(
-    u: Tensor,
-    step: Tensor,
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    reverse: bool,
-) -> Tensor:
-    """`famba.kernels.ops.projected_scan` by the native kernel."""
-    inputs = (u, step, weight, A, B, C, D, delta_bias)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        return _ProjectedScan.apply(*inputs, reverse)  # pyright: ignore[reportReturnType]
-    return torch.ops.famba.scan(u, _project(step, weight), A, B, C, D, None, delta_bias, True, reverse, False)[0]
-
-
-class _ProjectedScan(torch.autograd.Function):
-    """The steps are projected again in backward: kept, they would be as large as u."""
-
-    @staticmethod
-    def forward(ctx, u, step, weight, A, B, C, D, delta_bias, reverse: bool):
-        delta = _project(step, weight)
-        out, states = torch.ops.famba.scan(u, delta, A, B, C, D, None, delta_bias, True, reverse, True)
-        ctx.save_for_backward(u, step, weight, A, B, C, D, delta_bias, states)
-        ctx.reverse = reverse
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        *inputs, states = ctx.saved_tensors
-        u, step, weight, A, B, C, D, delta_bias = inputs
-
-        def kernel():
-            to_u, to_delta, to_A, to_B, to_C, to_D, _, to_bias = torch.ops.famba.scan_backward(
-                grad, u, _project(step, weight), A, B, C, D, None, delta_bias, states, True, ctx.reverse
-            )
-            to_delta = to_delta.mT
-            to_step = torch.matmul(to_delta, weight.to(to_delta.dtype)).mT
-            to_weight = torch.matmul(to_delta.flatten(0, 1).mT, step.mT.flatten(0, 1)).to(weight.dtype)
-            return to_u, to_step, to_weight, to_A, to_B, to_C, to_D, to_bias
-
-        function = partial(reference.projected_scan, reverse=ctx.reverse)
-        return *reference.gradients(kernel, function, inputs, grad), None
-
-
-def _project(step: Tensor, weight: Tensor) -> Tensor:
-    with torch.autocast("cpu", enabled=False):  # it reigns in forward only, and both passes must make the same
-        return functional.linear(step.mT, weight.to(step.dtype)).mT
 
 
 _INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
