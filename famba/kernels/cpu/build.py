@@ -52,7 +52,7 @@ def library() -> ctypes.CDLL:
 
 
 def unavailable() -> str:
-    """Why the kernels cannot run here ("": they can). Builds them if need be."""
+    """The reason why the kernels cannot run here ("": they can). Builds them if need be."""
     return _attempt()[0]
 
 

@@ -1,4 +1,4 @@
-// What is compiled once, for the plainest machine: the choice of instruction set, threads, and the C interface.
+// Compiled once, for the baseline instruction set: the choice of instruction set, threads, and the C interface.
 
 #include "dispatch.h"
 
@@ -209,7 +209,7 @@ int64_t groups(int64_t b, int64_t e) {
 void scan_in_lanes(Scan* p, float* memory) {
     for (int64_t i = 0; i < p->directions; i++) {
         p[i].lanes_A = memory + i * padded(p->e) * (p->n + p->m);
-        p[i].lanes_weight = p[i].lanes_A + padded(p->e) * p->n;
+        p[i].lanes_dt_proj = p[i].lanes_A + padded(p->e) * p->n;
         p[i].groups = groups(p->b, p->e);
         scan_lanes[instruction_set()](p + i, memory + i * padded(p->e) * (p->n + p->m));
     }
@@ -225,7 +225,7 @@ void conv_in_lanes(Conv* p, float* memory) {
 }
 }  // namespace
 
-// What the kernels in use were compiled for, as their own compiler saw it
+// The target of the kernels in use, as their compiler defined it
 extern "C" const char* famba_instruction_set() { return compiled_for[instruction_set()](); }
 
 // Floats per vector of the kernels in use
