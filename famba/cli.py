@@ -17,7 +17,6 @@ from typing import Any
 import famba
 from famba import gpu_check, supervision
 from famba.errors import FambaError, InputError
-from famba.storage import provenance
 from famba.storage.files import json_bytes, write_atomic
 
 
@@ -168,6 +167,7 @@ def _params(options: argparse.Namespace) -> int:
 def _resolve(options: argparse.Namespace) -> int:
     from famba import config
     from famba.experiments import sweep
+    from famba.storage import provenance
 
     for p in sweep.resolve(options.profile):
         write_atomic(options.out / "params" / f"{p.strategy}.json", json_bytes(p.as_dict()))

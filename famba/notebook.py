@@ -85,6 +85,7 @@ class _InProcess(Engine):
                 nb_man.cell_complete(cell, index)
         finally:
             shell.restore_sys_module_state()
+            _Shell.clear_instance()
         if "ipywidgets" in sys.modules:  # so that the executed copy shows them without a kernel
             state = sys.modules["ipywidgets"].Widget.get_manager_state()
             nb_man.nb.metadata.widgets = {"application/vnd.jupyter.widget-state+json": state}

@@ -12,8 +12,6 @@ import threading
 import time
 from typing import Any
 
-import psutil
-
 from famba.errors import InputError
 
 ENDS_WITH = "FAMBA_ENDS_WITH"
@@ -41,6 +39,10 @@ def start() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell leaves SIGINT for what it starts with `&`
             signal.signal(number, _exit)
+    if ENDS_WITH not in os.environ and "DVC_STAGE" not in os.environ:
+        return
+    import psutil  # a machine that a GPU is checked on may lack it
+
     ancestors = psutil.Process().parents()
     pids, length = [process.pid for process in ancestors], 0
     if number := os.environ.get(ENDS_WITH):
@@ -63,7 +65,9 @@ def _exit(number: int, frame: Any) -> None:
     raise Terminated(_reason) if number == signal.SIGTERM else KeyboardInterrupt
 
 
-def _is_stage(process: psutil.Process) -> bool:
+def _is_stage(process: Any) -> bool:
+    import psutil
+
     try:
         return "DVC_STAGE" in process.environ()
     except psutil.Error:  # another user's
@@ -82,6 +86,8 @@ def _poll(pids: list[int]) -> None:
 
 
 def _pids(length: int) -> list[int]:
+    import psutil
+
     try:
         found = [process.pid for process in psutil.Process().parents()][:length]
     except psutil.Error:  # an ancestor that ended meanwhile

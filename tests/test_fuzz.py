@@ -158,6 +158,6 @@ def test_odd_arguments_of_fusion(t, r, depth, protected, order, weighting, strat
         x = torch.randn(2, max(t, 0), 4)
         matching = match_tokens(x, r, protected=protected)
         fused, sizes = fuse(x, matching, order=order, weighting=weighting)
-        assert fused.shape[1] == sizes.shape[1] == t - r
+        assert fused.shape[1] == sizes.shape[1] == max(t, 0) - r
     with one_line():
         assert len(schedule(strategy, depth=depth, r=r, first_layer=t)) == depth

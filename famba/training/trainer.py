@@ -70,7 +70,7 @@ def evaluate(
     """
     model.eval()
     processes = processes or Processes(next(model.parameters(), torch.empty(0)).device)
-    sums = torch.zeros(2, dtype=torch.float64, device=processes.device)  # there: no batch waits for a GPU
+    sums = torch.zeros(2, dtype=torch.float64, device=processes.device)
     first = torch.zeros(len(split), device=processes.device)
     rows = slice(processes.rank, None, processes.count)
     batches = data.batches(split, batch_size, rows=rows)
@@ -84,7 +84,7 @@ def evaluate(
         hits = logits.topk(min(5, logits.shape[-1])).indices == labels[:, None]
         sums += torch.stack([loss.double(), hits.sum().double()])
         place[rows] = hits[:, 0].float()
-    loss, top5, *found = processes.sum([*sums.tolist(), *first.tolist()])
+    loss, top5, *found = processes.sum(torch.cat([sums, first]).tolist())  # the one time that it waits for a GPU
     if correct is not None:
         correct.copy_(torch.tensor(found))
     n = len(split)
@@ -214,7 +214,7 @@ class Trainer:
         if self._traced() != self.token_counts:
             raise TrainingError(f"the model's token counts changed while it trained: {self.token_counts} at first")
         self.model.load_state_dict(self.best)
-        correct = torch.zeros(len(self.images.test), device=self.device)
+        correct = torch.zeros(len(self.images.test))
         tested = self._evaluate(self.model, self.images.test, correct)
         metrics = {**tested, "chosen": self.chosen, "validation": self.validation}
         if self.init_sha256 is not None:

@@ -126,7 +126,7 @@ def test_a_run_that_is_missing_or_of_other_code_is_trained_again_and_no_other(tr
     missing = folder / "upper-append-size-normed-before_mixer-similarity-mean-0"
     score = (missing / "metrics.json").read_bytes()
     (missing / "metrics.json").unlink()
-    other = folder / "lower-scan-size-normed-before_mixer-0"
+    other = folder / "lower-scan-size-normed-before_mixer-similarity-mean-0"
     cost = json.loads((other / "cost.json").read_text())
     assert len(cost["made_of"]) > 20
     (other / "cost.json").write_text(json.dumps(cost | {"made_of": "something else"}))

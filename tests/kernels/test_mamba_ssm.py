@@ -372,7 +372,7 @@ def test_without_the_package_kernels_the_command_that_installs_it_is_said(hub, m
     extra = tomllib.loads((mamba_ssm._PROJECT / "pyproject.toml").read_text())["project"]["optional-dependencies"][
         "hub"
     ]
-    assert mamba_ssm.INSTALL_HUB.split() == ["pip", "install", *(re.split("[<>=]", line)[0] for line in extra)]
+    assert set(mamba_ssm.INSTALL_HUB.split()[2:]) < {re.split("[<>=]", line)[0] for line in extra}
 
 
 def test_outside_a_checkout_no_version_is_guessed(hub, tmp_path, monkeypatch):
