@@ -28,8 +28,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             process dies (`supervision.start`).
     """
     options = _parser().parse_args(arguments)
-    # Spinning OpenMP threads make a step several times slower when something else runs on the same cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         if arguments is None:
             supervision.start()

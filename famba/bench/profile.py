@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from famba.bench.model import Setting, Training, available
 from famba.fusion import matching, merge
-from famba.kernels import ops
+from famba.kernels import ops, reference
 from famba.models import vim
 from famba.profiling import memory
 
@@ -29,12 +29,11 @@ _PRODUCTS = (
     "aten::convolution",
     "aten::convolution_backward",
 )
-# Operators of the native mixer, whose scans include the projection of dt and the gate.
-_NATIVE = {"famba::scans": "scan", "famba::convs": "convolution"}
+# The native mixer's scans include the projection of dt and the gate.
+_OPERATORS = {"famba::scans": "scan", "famba::chunked_scan": "scan", "famba::convs": "convolution"}
 _FUNCTIONS = (
-    ("scan", ops, "projected_scan"),
     ("convolution", ops, "causal_conv1d_silu"),
-    ("gate", ops, "gated_sum"),
+    ("gate", reference, "gate"),
     ("norm", vim, "add_rms_norm"),
     ("fusion", matching, "match_tokens"),
     ("fusion", merge, "plan"),
@@ -85,8 +84,8 @@ def own_times(events: Any) -> dict[str, float]:
             continue  # outside the step
         part = parts.get(around, "Python")
         is_gradient = event.name.startswith(_BACKWARD)
-        if native := _NATIVE.get(event.name.removesuffix("_backward")):
-            part = native
+        if operator := _OPERATORS.get(event.name.removesuffix("_backward")):
+            part = operator
         elif part in ("Python", "elementwise"):
             part = of_node.get(event.sequence_nr, "elementwise") if is_gradient else _part(event.name)
         if is_gradient or around in in_backward:

@@ -18,7 +18,6 @@ from torch.utils.flop_counter import register_flop_formula
 from famba.errors import InputError
 from famba.kernels import mamba_ssm, reference
 from famba.kernels.cpu import conv, norm
-from famba.kernels.cpu import gate as gating
 from famba.kernels.cpu.scan import unavailable
 from famba.kernels.dispatch import Backend, choose
 from famba.kernels.scan import check
@@ -73,81 +72,39 @@ def bidirectional_conv1d_silu(
     )
 
 
-def gated_sum(
-    left: Float[Tensor, "b e t"],
-    right: Float[Tensor, "b e t"],
-    gate: Float[Tensor, "b e t"],
-    *,
-    scale: float = 1.0,
-    backend: str = "auto",
-) -> Float[Tensor, "b e t"]:
-    """(left + right) silu(gate) scale: both directions of a mixer joined, gated, and averaged where scale is 1/2.
-
-    Backends and errors are those of `causal_conv1d_silu`.
-    """
-    for name, x in (("right", right), ("gate", gate)):
-        if x.shape != left.shape:
-            raise InputError(f"{name}: shape {tuple(x.shape)}; allowed: {tuple(left.shape)}, that of left")
-    if left.ndim != 3 or 0 in left.shape:
-        raise InputError(f"left: shape {tuple(left.shape)}; allowed: (b, e, t), none of them zero")
-    return choose(_GATE, backend, left, right, gate).run(left, right, gate, scale)
-
-
-def projected_scan(
-    u: Float[Tensor, "b e t"],
-    step: Float[Tensor, "b m t"],
-    weight: Float[Tensor, "e m"],
-    A: Float[Tensor, "e n"],
-    B: Float[Tensor, "b n t"],
-    C: Float[Tensor, "b n t"],
-    D: Float[Tensor, "e"] | None = None,
-    delta_bias: Float[Tensor, "e"] | None = None,
-    *,
-    reverse: bool = False,
-    backend: str = "auto",
-) -> Float[Tensor, "b e t"]:
-    """The selective scan whose delta is weight times step, after bias and softplus (Mamba, section 3.6).
-
-    The native scan keeps step for backward, m numbers of a token, and projects it once more there; others keep delta,
-    e numbers of a token. Other arguments, backends and errors are those of `famba.kernels.scan.selective_scan`.
-    """
-    check(u, u, A, B, C, D, None, delta_bias)  # delta will be as u is
-    _check_projection(u, step, weight)
-    chosen = choose_scan(backend, u, step, A, B, C, D, None, delta_bias)
-    if chosen.run_projected is not None:
-        return chosen.run_projected(u, step, weight, A, B, C, D, delta_bias, reverse)
-    delta = F.linear(step.mT, weight).mT
-    return chosen.run(u, delta, A, B, C, D, None, delta_bias, True, reverse)
-
-
 class Side(NamedTuple):
-    """What one direction of a mixer scans: the arguments of `projected_scan`, in their order."""
+    """What one direction of a mixer scans, with delta = softplus(dt_proj dt + dt_bias) (Mamba, section 3.6)."""
 
     u: Float[Tensor, "b e t"]
-    step: Float[Tensor, "b m t"]
-    weight: Float[Tensor, "e m"]
+    dt: Float[Tensor, "b m t"]
+    dt_proj: Float[Tensor, "e m"]
     A: Float[Tensor, "e n"]
     B: Float[Tensor, "b n t"]
     C: Float[Tensor, "b n t"]
     D: Float[Tensor, "e"] | None = None
-    delta_bias: Float[Tensor, "e"] | None = None
+    dt_bias: Float[Tensor, "e"] | None = None
 
 
 def bidirectional_scan(
-    forward: Side, backward: Side, gate: Float[Tensor, "b e t"], *, scale: float = 1.0, backend: str = "auto"
+    forward: Side, backward: Side, z: Float[Tensor, "b e t"], *, scale: float = 1.0, backend: str = "auto"
 ) -> Float[Tensor, "b e t"]:
-    """Two `projected_scan`s, the second in reverse, joined by `gated_sum`; on a GPU in one launch."""
+    """(y + y') silu(z) scale: y scans one side, y' the other in reverse; on a GPU both in one launch.
+
+    Backends and errors are those of `famba.kernels.scan.selective_scan`.
+    """
     for side in (forward, backward):
-        check(side.u, side.u, side.A, side.B, side.C, side.D, None, side.delta_bias)
-        _check_projection(side.u, side.step, side.weight)
-    u, step, _, A, B, C, D, bias = forward
-    run_both = choose_scan(backend, u, step, A, B, C, D, None, bias).run_both
-    alike = backward.u.shape == gate.shape == u.shape and backward.A.shape == A.shape
-    if run_both is not None and alike and u.dtype == gate.dtype:
-        return run_both(forward, backward, gate, scale)
-    left = projected_scan(*forward, backend=backend)
-    right = projected_scan(*backward, reverse=True, backend=backend)
-    return gated_sum(left, right, gate, scale=scale, backend=backend)
+        check(side.u, side.u, side.A, side.B, side.C, side.D, z, side.dt_bias)  # delta will be as u is
+        _check_projection(side.u, side.dt, side.dt_proj)
+    u, dt, _, A, B, C, D, dt_bias = forward
+    chosen = choose_scan(backend, u, dt, A, B, C, D, None, dt_bias)
+    if chosen.run_both is not None and u.dtype == z.dtype and backward.A.shape == A.shape:
+        return chosen.run_both(forward, backward, z, scale)
+    sides = zip((forward, backward), (False, True), strict=True)
+    y, other = (
+        chosen.run(s.u, F.linear(s.dt.mT, s.dt_proj).mT, s.A, s.B, s.C, s.D, None, s.dt_bias, True, reverse)
+        for s, reverse in sides
+    )
+    return reference.gate(y + other, z, scale)
 
 
 def add_rms_norm(
@@ -205,10 +162,6 @@ def _both_conv_flops(x, weight0, _, weight1, *__, **___) -> int:
     return sum(_conv_flops(x, weight) for weight in (weight0, weight1) if weight is not None)
 
 
-_GATE = {
-    "torch": Backend(lambda left, right, gate, scale: reference.gate(left + right, gate, scale)),
-    "native": Backend(gating.gated_sum, unavailable, gating.unsuited),
-}
 _NORM = {
     "torch": Backend(reference.norm),
     "native": Backend(norm.add_rms_norm, unavailable, norm.unsuited),
@@ -225,9 +178,9 @@ def _check(x, weight, bias) -> None:
         raise InputError(f"bias: shape {tuple(bias.shape)}; allowed: ({x.shape[1]},)")
 
 
-def _check_projection(u, step, weight) -> None:
+def _check_projection(u, dt, dt_proj) -> None:
     b, e, t = u.shape
-    if weight.ndim != 2 or weight.shape[0] != e:
-        raise InputError(f"weight: shape {tuple(weight.shape)}; allowed: ({e}, m), from u")
-    if tuple(step.shape) != (b, weight.shape[1], t):
-        raise InputError(f"step: shape {tuple(step.shape)}; allowed: {(b, weight.shape[1], t)}, from u and weight")
+    if dt_proj.ndim != 2 or dt_proj.shape[0] != e:
+        raise InputError(f"dt_proj: shape {tuple(dt_proj.shape)}; allowed: ({e}, m), from u")
+    if tuple(dt.shape) != (b, dt_proj.shape[1], t):
+        raise InputError(f"dt: shape {tuple(dt.shape)}; allowed: {(b, dt_proj.shape[1], t)}, from u and dt_proj")

@@ -65,7 +65,7 @@ def nondeterministic(device: torch.device, backend: str) -> list[str]:
         return []
     found = [] if torch.backends.cudnn.deterministic else ["convolution_backward"]
     if backend != "triton":
-        found += ["index_add", "scatter_add"]
+        found.append("scatter_add")
     if backend in ("mamba_ssm", "hub"):
         found += ["causal_conv1d_bwd", "selective_scan_bwd"]
     return sorted(found)

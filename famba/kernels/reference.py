@@ -87,12 +87,6 @@ def selective_scan_ref(
     return out.to(u.dtype)
 
 
-def projected_scan(u, dt, weight, A, B, C, D, dt_bias, reverse: bool) -> Float[Tensor, "b e t"]:
-    """`famba.kernels.ops.projected_scan`."""
-    delta = F.linear(dt.mT, weight.to(dt.dtype)).mT
-    return selective_scan_ref(u, delta, A, B, C, D, None, dt_bias, True, reverse)
-
-
 def conv(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Float[Tensor, "b e t"]:
     """`famba.kernels.ops.causal_conv1d_silu`."""
     e, k = weight.shape
@@ -101,9 +95,9 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Float
     return F.silu(F.conv1d(padded, taps[:, None], None if bias is None else bias.to(x.dtype), groups=e))
 
 
-def gate(total: Tensor, gate: Tensor, scale: float) -> Float[Tensor, "b e t"]:
-    """`famba.kernels.ops.gated_sum` of a sum."""
-    return total * F.silu(gate) * scale
+def gate(y: Tensor, z: Tensor, scale: float) -> Float[Tensor, "b e t"]:
+    """The output of a mixer's scans: y silu(z), averaged where scale is 1/2."""
+    return y * F.silu(z) * scale
 
 
 def norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -115,10 +109,9 @@ def norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tupl
 
 def fuse(x: Float[Tensor, "b t d"], destination: Int[Tensor, "b t"], weight: Float[Tensor, "b t"], s: int) -> Tensor:
     """Weighted sums of the tokens that share a destination: `famba.fusion.merge.apply`, (b, s, d)."""
-    b, _, d = x.shape
-    rows = (s * torch.arange(b, device=x.device)[:, None] + destination).flatten()
     weighted = x * weight.detach().to(x.dtype)[..., None]
-    return x.new_zeros(b * s, d).index_add(0, rows, weighted.flatten(0, 1)).view(b, s, d)
+    # index_add would keep its source for backward
+    return x.new_zeros(len(x), s, x.shape[2]).scatter_add(1, destination[..., None].expand_as(x), weighted)
 
 
 def fuse_backward(

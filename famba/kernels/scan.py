@@ -103,7 +103,7 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, softplus: bool, reverse: bool,
     """In blocks of a few tokens and a few sequences, each block a handful of vectorised operations.
 
     Only the recurrence itself goes token by token, one in-place operation each. Nothing is ever divided by a decay and
-    no product of decays is formed, so steps of any size are safe. Kept for backward are the states before each chunk
+    no product of decays is formed, so a dt of any size is safe. Kept for backward are the states before each chunk
     and, where the gradient of the gate asks for it, the ungated output.
     """
     dtype = state_dtype(u, delta, A, B, C, D, z, delta_bias)
@@ -116,8 +116,8 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, softplus: bool, reverse: bool,
         for chunk in _chunks(t, reverse):
             if keep:
                 starts[chunk.start // _CHUNK, rows] = state
-            x, step, Bc, Cc = _block(u, delta, B, C, delta_bias, softplus, rows, chunk, dtype)
-            _, states = _states(x, step, At, Bc, state, reverse)
+            x, dt, Bc, Cc = _block(u, delta, B, C, delta_bias, softplus, rows, chunk, dtype)
+            _, states = _states(x, dt, At, Bc, state, reverse)
             y[chunk, rows] = torch.matmul(Cc[:, :, None], states).squeeze(2)
             state = states[0 if reverse else -1]
     y = y.permute(1, 2, 0)
@@ -155,78 +155,78 @@ def _backward(grad, u, delta, A, B, C, D, z, delta_bias, y, starts, softplus: bo
     (b, e, t), n = u.shape, A.shape[1]
     At = A.to(dtype).t().contiguous()
     grad_y = grad.to(dtype)
-    grad_z = grad_D = grad_bias = None
+    grad_z = grad_D = grad_delta_bias = None
     if z is not None:
         gate = torch.sigmoid(z.to(dtype))
         silu = z.to(dtype) * gate
         grad_z = (grad_y * y * (gate + silu * (1 - gate))).to(z.dtype)
         grad_y = grad_y * silu
 
-    grad_u, grad_step = (grad_y.new_empty(b, t, e).transpose(0, 1) for _ in range(2))
+    grad_u, grad_dt = (grad_y.new_empty(b, t, e).transpose(0, 1) for _ in range(2))
     grad_B, grad_C = (grad_y.new_empty(b, t, n).transpose(0, 1) for _ in range(2))
     grad_A = torch.zeros_like(At)
     for rows in _blocks(b, _rows(e, n)):
-        later = At.new_zeros(rows.stop - rows.start, n, e)  # gradient that reaches a chunk's last state from later ones
+        grad_h_next = At.new_zeros(rows.stop - rows.start, n, e)  # of a chunk's last state, from the tokens after it
         for chunk in _chunks(t, not reverse):
-            start = starts[chunk.start // _CHUNK, rows]
-            x, step, Bc, Cc = _block(u, delta, B, C, delta_bias, softplus, rows, chunk, dtype)
-            entry = step * x
-            decay, states = _states(x, step, At, Bc, start, reverse)
+            h0 = starts[chunk.start // _CHUNK, rows]
+            x, dt, Bc, Cc = _block(u, delta, B, C, delta_bias, softplus, rows, chunk, dtype)
+            dtu = dt * x
+            decay, states = _states(x, dt, At, Bc, h0, reverse)
             g = grad_y[rows, :, chunk].permute(2, 0, 1).contiguous()
             grad_C[chunk, rows] = torch.matmul(states, g[..., None]).squeeze(3)
 
-            grad_states = Cc[..., None] * g[:, :, None]
+            grad_h = Cc[..., None] * g[:, :, None]
             following = None
             for i in token_order(len(g), not reverse):
                 if following is None:
-                    grad_states[i].add_(later)
+                    grad_h[i].add_(grad_h_next)
                 else:
-                    grad_states[i].addcmul_(decay[following], grad_states[following])
+                    grad_h[i].addcmul_(decay[following], grad_h[following])
                 following = i
-            later = decay[following] * grad_states[following]
+            grad_h_next = decay[following] * grad_h[following]
 
-            grad_B[chunk, rows] = torch.matmul(grad_states, entry[..., None]).squeeze(3)
-            grad_entry = torch.matmul(Bc[:, :, None], grad_states).squeeze(2)
-            grad_u[chunk, rows] = grad_entry * step
+            grad_B[chunk, rows] = torch.matmul(grad_h, dtu[..., None]).squeeze(3)
+            grad_dtu = torch.matmul(Bc[:, :, None], grad_h).squeeze(2)
+            grad_u[chunk, rows] = grad_dtu * dt
 
             # of delta A, in place of the gradient of the states: times the decay, times the state before
-            grad_states.mul_(decay)
+            grad_h.mul_(decay)
             if reverse:
-                grad_states[:-1].mul_(states[1:])
-                grad_states[-1].mul_(start)
+                grad_h[:-1].mul_(states[1:])
+                grad_h[-1].mul_(h0)
             else:
-                grad_states[1:].mul_(states[:-1])
-                grad_states[0].mul_(start)
-            torch.mul(grad_states, step[:, :, None], out=decay)
+                grad_h[1:].mul_(states[:-1])
+                grad_h[0].mul_(h0)
+            torch.mul(grad_h, dt[:, :, None], out=decay)
             grad_A += decay.sum((0, 1))
-            grad_step[chunk, rows] = grad_entry.mul_(x).add_(grad_states.mul_(At).sum(2))
+            grad_dt[chunk, rows] = grad_dtu.mul_(x).add_(grad_h.mul_(At).sum(2))
 
-    grad_u, grad_step = grad_u.permute(1, 2, 0), grad_step.permute(1, 2, 0)
+    grad_u, grad_dt = grad_u.permute(1, 2, 0), grad_dt.permute(1, 2, 0)
     if D is not None:
         grad_u.addcmul_(grad_y, D.to(dtype)[:, None])
         grad_D = torch.einsum("bet,bet->e", grad_y, u.to(dtype)).to(D.dtype)
     if softplus:
-        grad_step.mul_(torch.sigmoid(_biased(delta.to(dtype), delta_bias)))
+        grad_dt.mul_(torch.sigmoid(_biased(delta.to(dtype), delta_bias)))
     if delta_bias is not None:
-        grad_bias = grad_step.sum((0, 2)).to(delta_bias.dtype)
-    made = (
+        grad_delta_bias = grad_dt.sum((0, 2)).to(delta_bias.dtype)
+    grads = (
         grad_u.to(u.dtype),
-        grad_step.to(delta.dtype),
+        grad_dt.to(delta.dtype),
         grad_A.t().contiguous().to(A.dtype),
         grad_B.permute(1, 2, 0).to(B.dtype),
         grad_C.permute(1, 2, 0).to(C.dtype),
         grad_D,
         grad_z,
-        grad_bias,
+        grad_delta_bias,
     )
-    return tuple(u.new_empty(0) if x is None else x for x in made)
+    return tuple(u.new_empty(0) if x is None else x for x in grads)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.softplus, ctx.reverse, keep = inputs
     if not keep:
         raise RuntimeError("famba::chunked_scan was called with keep=False, and so kept no states for the gradient")
-    ctx.set_materialize_grads(False)  # of what is kept there is none, and zeros in their place would be as large
+    ctx.set_materialize_grads(False)  # zeros for those of y and the states would be as large as they are
     ctx.save_for_backward(*tensors, *output[1:])
 
 
@@ -249,20 +249,20 @@ torch.library.register_autograd("famba::chunked_scan", _gradients, setup_context
 
 
 def _block(u, delta, B, C, delta_bias, delta_softplus: bool, rows: slice, chunk: slice, dtype: torch.dtype):
-    """u and the finished step as (t, b, e), B and C as (t, b, n), of one block and contiguous."""
-    x, step, Bc, Cc = (x[rows, :, chunk].permute(2, 0, 1).to(dtype).contiguous() for x in (u, delta, B, C))
+    """u, and dt after bias and softplus, as (t, b, e), B and C as (t, b, n), of one block and contiguous."""
+    x, dt, Bc, Cc = (x[rows, :, chunk].permute(2, 0, 1).to(dtype).contiguous() for x in (u, delta, B, C))
     if delta_bias is not None:
-        step = step + delta_bias.to(dtype)
-    return x, (F.softplus(step) if delta_softplus else step), Bc, Cc
+        dt = dt + delta_bias.to(dtype)
+    return x, (F.softplus(dt) if delta_softplus else dt), Bc, Cc
 
 
-def _states(x, step, At, Bc, start, reverse: bool) -> tuple[Tensor, Tensor]:
+def _states(x, dt, At, Bc, h0, reverse: bool) -> tuple[Tensor, Tensor]:
     """Decays and states of one block, both (t, b, n, e), from the state before its first token."""
-    decay = (step[:, :, None] * At).exp_()
-    states = (step * x)[:, :, None] * Bc[..., None]
+    decay = (dt[:, :, None] * At).exp_()
+    states = (dt * x)[:, :, None] * Bc[..., None]
     for i in token_order(len(x), reverse):
-        states[i].addcmul_(decay[i], start)
-        start = states[i]
+        states[i].addcmul_(decay[i], h0)
+        h0 = states[i]
     return decay, states
 
 
@@ -288,12 +288,10 @@ def _rows(e: int, n: int) -> int:
 class _Backend(dispatch.Backend):
     """A backend of the scan, whose `run` takes the arguments of `selective_scan_ref`.
 
-    `run_projected`, if there is one, takes those of `famba.kernels.ops.projected_scan`, and keeps no delta for
-    backward; `run_both` those of `famba.kernels.ops.bidirectional_scan`, both directions and the gate in one;
-    `run_mixer` those of `famba.kernels.cpu.mixer.mix`, the convolutions and selections as well.
+    `run_both`, if there is one, takes those of `famba.kernels.ops.bidirectional_scan`, both directions and the gate in
+    one; `run_mixer` those of `famba.kernels.cpu.mixer.mix`, the convolutions and selections as well.
     """
 
-    run_projected: Callable[..., Tensor] | None = None
     run_both: Callable[..., Tensor] | None = None
     run_mixer: Callable[..., Tensor] | None = None
 
@@ -302,14 +300,10 @@ class _Backend(dispatch.Backend):
 _BACKENDS: dict[str, _Backend] = {
     "reference": _Backend(selective_scan_ref),
     "torch": _Backend(_chunked_scan),
-    "native": _Backend(
-        native.selective_scan, native.unavailable, native.unsuited, native.projected_scan, run_mixer=mix
-    ),
+    "native": _Backend(native.selective_scan, native.unavailable, native.unsuited, run_mixer=mix),
     "mamba_ssm": _Backend(mamba_ssm.selective_scan, mamba_ssm.unavailable, mamba_ssm.unsuited),
     "hub": _Backend(partial(mamba_ssm.selective_scan, hub=True), mamba_ssm.hub_unavailable, mamba_ssm.unsuited),
-    "triton": _Backend(
-        triton.selective_scan, gpu.unavailable, triton.unsuited, triton.projected_scan, triton.bidirectional_scan
-    ),
+    "triton": _Backend(triton.selective_scan, gpu.unavailable, triton.unsuited, triton.bidirectional_scan),
 }
 
 

@@ -1,7 +1,7 @@
 """The bidirectional Mamba mixer of Vision Mamba (Vim, arXiv:2401.09417, algorithm 1; Mamba: arXiv:2312.00752).
 
 `b` batch, `t` tokens in scan order, `d` d_model, `e` d_inner, `n` d_state, `m` dt_rank. One input projection and
-one output projection serve both directions; each direction has its own convolution, its own selection (step, B, C) and
+one output projection serve both directions; each direction has its own convolution, its own selection (dt, B, C) and
 its own A and D. Activations stay channel-last, (b, t, e), and are handed to the scan as transposed views, without
 copies. Parameter names and shapes are those of the released weights.
 """
@@ -15,19 +15,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from famba.errors import InputError
+from famba.kernels.cpu.conv import MOST_TAPS
 from famba.kernels.cpu.mixer import Direction
 from famba.kernels.ops import Side, bidirectional_conv1d_silu, bidirectional_scan
 from famba.kernels.scan import choose
 
-_STEP_RANGE = (1e-3, 1e-1)  # initial steps are drawn log-uniformly from this range
-_STEP_FLOOR = 1e-4
+_DT_RANGE = (1e-3, 1e-1)  # softplus(dt_bias) is drawn log-uniformly from this range
+_DT_FLOOR = 1e-4
 
 
 class Selection(NamedTuple):
-    """What one direction scans, and how its input selects (Mamba section 3.2); dt_proj makes delta of step."""
+    """The input of one direction's scan, and what x_proj makes of it (Mamba section 3.2)."""
 
     u: Float[Tensor, "b e t"]
-    step: Float[Tensor, "b m t"]
+    dt: Float[Tensor, "b m t"]
     B: Float[Tensor, "b n t"]
     C: Float[Tensor, "b n t"]
 
@@ -37,7 +38,7 @@ class BidirectionalMixer(nn.Module):
 
     Args:
         average_directions: average the directions' outputs, as the released weights do; False sums them.
-        backend: of the selective scan, and of the convolution and gate where that backend has them.
+        backend: of the selective scan, and of the convolution where that backend has one.
     """
 
     def __init__(
@@ -75,23 +76,23 @@ class BidirectionalMixer(nn.Module):
     def reset_scan_parameters(self) -> None:
         """Mamba's initialisation, for both directions.
 
-        The released Vim code leaves the backward step's bias at nn.Linear's default, so that direction starts with
-        steps of about 0.69 instead of about 0.01.
+        The released Vim code leaves the bias of the backward dt_proj at nn.Linear's default: that direction starts with
+        a dt of about 0.69 instead of about 0.01.
         """
         for A_log, D, dt_proj in ((self.A_log, self.D, self.dt_proj), (self.A_b_log, self.D_b, self.dt_proj_b)):
             A_log.copy_(torch.arange(1, self.d_state + 1).log().expand_as(A_log))
             D.fill_(1)
             nn.init.uniform_(dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-            low, high = map(math.log, _STEP_RANGE)
-            step = torch.empty_like(dt_proj.bias).uniform_(low, high).exp().clamp(min=_STEP_FLOOR)
-            dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+            low, high = map(math.log, _DT_RANGE)
+            dt = torch.empty_like(dt_proj.bias).uniform_(low, high).exp().clamp(min=_DT_FLOOR)
+            dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
     def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
         """The mixed tokens."""
         return self.out_proj(self.mix(x))
 
     def mix(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t e"]:
-        """Both scans, joined and gated: what the output projection sees."""
+        """The gated sum or average of both scans: the input of the output projection."""
         for name in ("conv1d", "conv1d_b", "dt_proj", "dt_proj_b"):
             refuse_hooks(name, getattr(self, name))
         xz = self.in_proj(x)
@@ -99,33 +100,33 @@ class BidirectionalMixer(nn.Module):
         left = self._direction(self.conv1d, self.x_proj, self.A_log, self.D, self.dt_proj)
         right = self._direction(self.conv1d_b, self.x_proj_b, self.A_b_log, self.D_b, self.dt_proj_b)
         chosen = choose(self.backend, xz, xz, left.A, xz, xz, left.D, None, left.dt_bias)
-        plain = _is_plain(self.x_proj) and _is_plain(self.x_proj_b)
+        plain = _is_plain(self.x_proj) and _is_plain(self.x_proj_b) and self.conv1d.kernel_size[0] <= MOST_TAPS
         if chosen.run_mixer is not None and plain:
             return chosen.run_mixer(xz, left, right, scale)
-        u, gate = xz.chunk(2, dim=-1)
+        x, z = xz.chunk(2, dim=-1)
         one, other = (
-            Side(s.u, s.step, d.dt_proj, d.A, s.B, s.C, d.D, d.dt_bias)
-            for s, d in zip(self._select(u), (left, right), strict=True)
+            Side(s.u, s.dt, d.dt_proj, d.A, s.B, s.C, d.D, d.dt_bias)
+            for s, d in zip(self._select(x), (left, right), strict=True)
         )
-        return bidirectional_scan(one, other, gate.mT, scale=scale, backend=self.backend).mT
+        return bidirectional_scan(one, other, z.mT, scale=scale, backend=self.backend).mT
 
     def feature(self, x: Float[Tensor, "b t d"], kind: str) -> Float[Tensor, "b t c"]:
-        """What of the selection fusion may compare, both directions side by side: the step `delta`, `B` or `C`."""
+        """Fusion's features `delta`, `B` or `C`, of both directions side by side."""
         forward, backward = self._select(self.in_proj(x).chunk(2, dim=-1)[0])
         if kind == "delta":
-            made = ((forward.step.mT, self.dt_proj), (backward.step.mT, self.dt_proj_b))
-            deltas = [functional.linear(step, proj.weight) + proj.bias for step, proj in made]
+            sides = ((forward.dt.mT, self.dt_proj), (backward.dt.mT, self.dt_proj_b))
+            deltas = [functional.linear(dt, proj.weight) + proj.bias for dt, proj in sides]
             return functional.softplus(torch.cat(deltas, dim=-1))
         return torch.cat([getattr(forward, kind).mT, getattr(backward, kind).mT], dim=-1)
 
     def _select(self, x: Float[Tensor, "b t e"]) -> list[Selection]:
-        """What each direction scans."""
+        """The convolutions and x_proj, of both directions."""
         weights = [(conv.weight[:, 0], conv.bias) for conv in (self.conv1d, self.conv1d_b)]
         inputs = bidirectional_conv1d_silu(x.mT, *weights, backend=self.backend)
         found = []
         for u, x_proj in zip(inputs, (self.x_proj, self.x_proj_b), strict=True):
-            step, B, C = x_proj(u.mT).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-            found.append(Selection(u, step.mT, B.mT, C.mT))
+            dt, B, C = x_proj(u.mT).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+            found.append(Selection(u, dt.mT, B.mT, C.mT))
         return found
 
     def _direction(self, conv: nn.Conv1d, x_proj: nn.Linear, A_log: Tensor, D: Tensor, dt_proj: nn.Linear) -> Direction:

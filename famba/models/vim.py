@@ -71,15 +71,12 @@ def kernels(backend: str, device: torch.device, config: Mapping[str, Any], preci
     tables = {
         "scan": (scan._BACKENDS, (u, u, tensor(e, n), read, read, tensor(e), None, tensor(e))),
         "convolution": (ops._CONV, (u, tensor(e, k), tensor(e))),
-        "gate": (ops._GATE, (u, u, u)),
         "norm": (ops._NORM, (tensor(1, t, d, dtype=low), x, tensor(d))),
         "match": (matching._MATCH, (x,)),
         "plan": (merge._PLAN, (pairs, pairs, size)),
         "fuse": (merge._APPLY, (size, tensor(1, t, d, dtype=low), x)),
     }
     found = {function: dispatch.chosen(table, backend, *given) for function, (table, given) in tables.items()}
-    if scan._BACKENDS[found["scan"]].run_both is not None:
-        found["gate"] = found["scan"]  # it joins both directions itself
     if "native" in found.values():
         found["instruction_set"] = native.instruction_set()
     return found

@@ -179,14 +179,13 @@ class _Width(NamedTuple):
 
 
 class _ScanMemory(NamedTuple):
-    """Bytes that one scan of (b, e, t) needs: between its two passes, beside its inputs; and for a while in backward,
-    beside the gradient that comes in. Whether the backend has the convolution and the gate as well; and whether both
-    directions are one operation with the gate, whose transient bytes are those of both."""
+    """Bytes that a mixer's scans need: one scan of (b, e, t) between its two passes, beside its inputs; and backward,
+    beside the gradient that comes in, in one scan, or, where `fused`, in both with all between the mixer's projections.
+    """
 
     kept: Callable[[_Width, int], int]
     transient: Callable[[_Width, int], int]
     fused: bool
-    both: bool = False
 
 
 def _torch_kept(w: _Width, t: int) -> int:
@@ -207,11 +206,11 @@ def _native_kept(w: _Width, t: int) -> int:
 
 
 def _native_transient(w: _Width, t: int) -> int:
-    return _FLOAT * w.b * t * (3 * w.e + 2 * w.n)  # delta, made again, and gradients
+    return w.product * w.b * t * (4 * w.e + 2 * w.selected)  # gradients of x, z, and both directions' u, dt, B and C
 
 
 def _triton_kept(w: _Width, t: int) -> int:
-    return gpu_scan.kept_bytes(w.b, w.e, t, w.n)
+    return gpu_scan.kept_bytes(w.b, w.e, t, w.n) + w.copied(w.e * w.selected)  # x_proj as autocast casts it
 
 
 def _triton_transient(w: _Width, t: int) -> int:
@@ -225,7 +224,7 @@ def _triton_transient(w: _Width, t: int) -> int:
 _SCANS: dict[str, _ScanMemory] = {
     "torch": _ScanMemory(_torch_kept, _torch_transient, fused=False),
     "native": _ScanMemory(_native_kept, _native_transient, fused=True),
-    "triton": _ScanMemory(_triton_kept, _triton_transient, fused=True, both=True),
+    "triton": _ScanMemory(_triton_kept, _triton_transient, fused=True),
 }
 
 
@@ -274,17 +273,12 @@ def _mixer_transient(w: _Width, m: int, scans: _ScanMemory, *, average: bool) ->
     """Bytes that the mixer's backward needs for a while, less what it has released by then.
 
     In plain torch the product with the gate is undone first: three (b, m, e) gradients when one kept tensor is gone;
-    then one scan after the other, when five are gone and two gradients are alive. The native gate makes two gradients
-    of one; after it two kept tensors are gone, and two gradients are alive at the first scan; at the second, three are,
-    and what the first scan kept is gone. Where both directions are one operation, its gradient takes the place of the
-    kept tensor that the output projection has released.
+    then one scan after the other, when five are gone and two gradients are alive. A fused mixer is one operation, whose
+    incoming gradient takes the place of the kept tensor that the output projection has released.
     """
     wide = w.product * w.b * m * w.e
-    if scans.both:
-        return scans.transient(w, m)
     if scans.fused:
-        first = scans.transient(w, m)
-        return max(3 * wide - wide, first, first + wide - scans.kept(w, m))
+        return scans.transient(w, m)
     return max((2 + average) * wide - wide, scans.transient(w, m) - 3 * wide)
 
 

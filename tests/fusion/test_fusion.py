@@ -617,12 +617,12 @@ def test_what_the_kernels_cannot_run_on_is_refused_by_name_and_left_to_torch():
     size = torch.ones(1, 8)
     with pytest.raises(BackendError, match=r"'native' cannot run here: it runs on float32, got torch.float64"):
         match_tokens(x, 2, backend="native")
-    with pytest.raises(BackendError, match=r"it runs on float32 sizes, got torch.float64"):
+    with pytest.raises(BackendError, match=r"it runs on float32, got torch.float64"):
         plan(matching, size.double(), backend="native")
     worked_out = plan(matching, size)
     with pytest.raises(BackendError, match=r"it runs on float32 and bfloat16, got torch.float64"):
         apply(worked_out, x, backend="native")
-    with pytest.raises(BackendError, match=r"it runs on float32 weights, got torch.float64"):
+    with pytest.raises(BackendError, match=r"it runs on float32, got torch.float64"):
         apply(worked_out._replace(weight=worked_out.weight.double()), x.float(), backend="native")
     assert torch.equal(apply(worked_out, x), apply(worked_out, x, backend="torch"))
     with pytest.raises(InputError, match="backend: 'cuda' is unknown; allowed: auto, reference, torch, native"):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from famba.errors import BackendError, InputError
 from famba.kernels.cpu import build, runtime
 from famba.kernels.cpu import scan as native
-from famba.kernels.ops import causal_conv1d_silu, gated_sum
+from famba.kernels.ops import causal_conv1d_silu
 from famba.kernels.scan import backends, selective_scan, selective_scan_ref
 
 pytestmark = pytest.mark.skipif(
@@ -199,7 +199,6 @@ def test_silu_of_infinite_and_huge_numbers_is_torchs(instruction_set):
     one, weight = torch.ones(1, 20, len(HUGE)), torch.ones(20, 1)
 
     def calls(backend):
-        yield gated_sum(one, 0 * one, extreme, backend=backend)
         yield causal_conv1d_silu(extreme, weight, backend=backend)
         yield selective_scan(one, one, -one[0, :, :1], one[:, :1], one[:, :1], z=extreme, backend=backend)
 
@@ -207,7 +206,7 @@ def test_silu_of_infinite_and_huge_numbers_is_torchs(instruction_set):
         [(out.detach(), *torch.autograd.grad(out.sum(), extreme)) for out in calls(backend)]
         for backend in ("native", "torch")
     )
-    assert len(found) == 3
+    assert len(found) == 2
     torch.testing.assert_close(found, expected, equal_nan=True)
 
 

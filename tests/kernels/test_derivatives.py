@@ -30,10 +30,6 @@ def scanned(u, delta, A, B, C, D, z, bias, *, backend):
     return scan.selective_scan(u, delta, -A.exp(), B, C, D, z, bias, True, reverse=True, backend=backend)
 
 
-def projected(u, dt, weight, A, B, C, D, bias, *, backend):
-    return ops.projected_scan(u, dt, weight, -A.exp(), B, C, D, bias, backend=backend)
-
-
 def both_scanned(*tensors, backend):
     sides = [Side(*x[:3], -x[3].exp(), *x[4:]) for x in (tensors[:8], tensors[8:16])]
     return ops.bidirectional_scan(*sides, tensors[16], scale=0.5, backend=backend)
@@ -53,16 +49,14 @@ b, e, t, n, m, d = 2, 3, 5, 2, 2, 4
 SIDE = [(b, e, t), (b, m, t), (e, m), (e, n), (b, n, t), (b, n, t), (e,), (e,)]
 OPERATORS = {  # a function of tensors, and their shapes
     scanned: [(b, e, t), (b, e, t), (e, n), (b, n, t), (b, n, t), (e,), (b, e, t), (e,)],
-    projected: SIDE,
     both_scanned: [*SIDE, *SIDE, (b, e, t)],
     partial(ops.causal_conv1d_silu, reverse=True): [(b, e, t), (e, 4), (e,)],
     both_convolved: [(b, e, t), (e, 4), (e,), (e, 4), (e,)],
-    partial(ops.gated_sum, scale=0.5): 3 * [(b, e, t)],
     ops.add_rms_norm: [(b, t, d), (b, t, d), (d,)],
     lambda x, weight, *, backend: ops.add_rms_norm(x, None, weight, backend=backend)[0]: [(b, t, d), (d,)],
     fused: [(b, t, d), (b, t, d)],
 }
-NAMES = ["scan", "projected", "both_scans", "conv", "both_convs", "gate", "add_norm", "norm", "fuse"]
+NAMES = ["scan", "both_scans", "conv", "both_convs", "add_norm", "norm", "fuse"]
 on_operators = pytest.mark.parametrize(("function", "shapes"), OPERATORS.items(), ids=NAMES)
 
 

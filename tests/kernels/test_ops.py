@@ -1,4 +1,4 @@
-"""Fused convolution, gate and norm: by hand, against double precision, threads, checks of torch, refusals."""
+"""Fused convolution, both scans and norm: by hand, against double precision, threads, checks of torch, refusals."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from famba.errors import BackendError, InputError
 from famba.kernels.cpu import build
-from famba.kernels.ops import _check, _check_projection, add_rms_norm, causal_conv1d_silu, gated_sum, projected_scan
+from famba.kernels.ops import Side, _check, _check_projection, add_rms_norm, bidirectional_scan, causal_conv1d_silu
 from famba.kernels.scan import selective_scan_ref
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -159,151 +159,59 @@ def test_an_unknown_backend_is_refused():
         causal_conv1d_silu(*draw(1, 2, 3, 4), backend="cuda")
 
 
-def draw_gate(b, e, t, *, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    left, right = torch.randn(2, b, t, e, generator=generator).to(dtype).mT.unbind()
-    gate = torch.randn(b, t, 2 * e, generator=generator).to(dtype).chunk(2, dim=-1)[1].mT
-    return [x.detach().requires_grad_() for x in (left, right, gate)]
-
-
-def gate_results(tensors, **options):
-    out = gated_sum(*tensors, scale=0.5, **options)
-    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out.dtype)
-    return [out.detach(), *torch.autograd.grad(out, tensors, cotangent)]
-
-
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    b=st.integers(1, 4),
-    e=st.integers(1, 70),
-    t=st.integers(1, 40),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    seed=st.integers(0, 100),
-)
-def test_the_gate_agrees_with_double_precision(instruction_set, b, e, t, dtype, seed):
-    tensors = draw_gate(b, e, t, dtype=dtype, seed=seed)
-    found = gate_results(tensors, backend="native")
-    expected = gate_results([x.detach().double().requires_grad_() for x in tensors])
-    for x, y in zip(found, expected, strict=True):
-        assert x.dtype == dtype
-        # of bfloat16 the sum is rounded, when it is kept for backward, and the result: by 2^-8 at most, each
-        assert (x - y).abs().max() <= (2**-7 if dtype == torch.bfloat16 else 1e-6) * y.abs().max()
-    assert found[0].stride() == tensors[0].stride()
-
-
-@pytest.mark.parametrize("backend", FAST)
-def test_the_gate_joins_by_hand(backend):
-    one = torch.ones(1, 1, 1)
-    assert gated_sum(2 * one, 3 * one, 0 * one, backend=backend).item() == 0
-    assert gated_sum(2 * one, 3 * one, 30 * one, scale=0.5, backend=backend).item() == pytest.approx(75)
-
-
-@pytest.mark.skipif("native" not in FAST, reason=build.unavailable())
-def test_the_gate_passes_torchs_own_checks():
-    tensors = draw_gate(2, 5, 7)
-    torch.library.opcheck(torch.ops.famba.gate.default, (*tensors, 0.5, True))
-    left, right, gate = (x.detach() for x in tensors)
-    torch.library.opcheck(torch.ops.famba.gate.default, (left, right, gate, 0.5, False))
-    torch.library.opcheck(torch.ops.famba.gate_backward.default, (torch.randn(2, 5, 7), left + right, gate, 1.0))
-
-
-@pytest.mark.skipif("native" not in FAST, reason=build.unavailable())
-def test_the_gate_keeps_the_sum_of_its_sides_and_neither_side():
-    left, right, gate = draw_gate(2, 5, 7)
-    assert [x.data_ptr() for x in kept_by(gated_sum(left, right, gate))[1:]] == [gate.data_ptr()]
-    assert torch.equal(kept_by(gated_sum(left, right, gate))[0], left + right)
-    with torch.no_grad():
-        assert torch.ops.famba.gate(left, right, gate, 0.5, False)[1].numel() == 0
-        assert gated_sum(left, right, gate).grad_fn is None
-
-
-def kept_by(out):
-    """What the last operation of a result has saved."""
-    return out.grad_fn.saved_tensors
-
-
-def test_a_gate_of_mixed_types_is_left_to_torch_and_refused_by_name():
-    left, right, gate = (x.detach() for x in draw_gate(1, 2, 3))
-    assert gated_sum(left, right, gate.double()).dtype == torch.float64
-    if "native" in FAST:
-        with pytest.raises(BackendError, match="it runs on tensors of one type"):
-            gated_sum(left, right, gate.bfloat16(), backend="native")
-
-
-def draw_scan(b, e, t, n, m, *, optional=True, dtype=torch.float32, seed=0):
-    """Arguments in the order of `projected_scan`: step, B and C are slices of one projection, as the model has them."""
-    generator = torch.Generator().manual_seed(seed)
+def draw_sides(*, dtype=torch.float32):
+    """Both sides of `bidirectional_scan`, then z; dt, B and C are slices of one projection, as the model has them."""
+    b, e, t, n, m = 2, 21, 19, 5, 3
+    generator = torch.Generator().manual_seed(0)
 
     def normal(*size):
         return torch.randn(*size, generator=generator)
 
-    step, B, C = normal(b, t, m + 2 * n).to(dtype).split([m, n, n], dim=-1)
-    tensors = [normal(b, t, e).mT.to(dtype), step.mT, normal(e, m) / m, -torch.exp(normal(e, n)), B.mT, C.mT]
-    tensors += [normal(e), normal(e) - 2] if optional else [None, None]
-    return [x if x is None else x.detach().requires_grad_() for x in tensors]
+    made = []
+    for _ in range(2):
+        dt, B, C = normal(b, t, m + 2 * n).to(dtype).split([m, n, n], dim=-1)
+        made += [normal(b, t, e).mT.to(dtype), dt.mT, normal(e, m).to(dtype) / m, -torch.exp(normal(e, n)), B.mT, C.mT]
+        made += [normal(e), normal(e) - 2]
+    return [x.detach().requires_grad_() for x in (*made, normal(b, t, e).mT.to(dtype))]
 
 
-def scan_results(tensors, **options):
-    out = projected_scan(*tensors, **options)
-    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out.dtype)
-    return [out.detach(), *torch.autograd.grad(out, [x for x in tensors if x is not None], cotangent)]
+def by_sides(tensors, backend):
+    return bidirectional_scan(Side(*tensors[:8]), Side(*tensors[8:16]), tensors[16], scale=0.5, backend=backend)
 
 
+def by_definition(tensors):
+    total = 0
+    for (u, dt, dt_proj, A, B, C, D, bias), reverse in ((tensors[:8], False), (tensors[8:16], True)):
+        delta = torch.einsum("em,bmt->bet", dt_proj, dt)
+        total = total + selective_scan_ref(u, delta, A, B, C, D, None, bias, True, reverse)
+    return 0.5 * total * torch.nn.functional.silu(tensors[16])
+
+
+# In bfloat16 delta, the sum, the gate and each gradient are rounded, by 2^-8 at most, each.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-5)])
 @pytest.mark.parametrize("backend", ["reference", *FAST])
-@pytest.mark.parametrize("optional", [True, False])
-@pytest.mark.parametrize("reverse", [True, False])
-def test_a_projected_scan_is_the_scan_of_the_projection(reverse, optional, backend):
-    tensors = draw_scan(2, 21, 19, 5, 3, optional=optional)
-    found = scan_results(tensors, reverse=reverse, backend=backend)
-    double = [x if x is None else x.detach().double().requires_grad_() for x in tensors]
-    u, step, weight, A, B, C, D, bias = double
-    out = selective_scan_ref(u, torch.einsum("em,bmt->bet", weight, step), A, B, C, D, None, bias, True, reverse)
-    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().double()
-    expected = [out, *torch.autograd.grad(out, [x for x in double if x is not None], cotangent)]
-    assert len(found) == len(expected) == 7 + 2 * optional
+def test_both_scans_of_projected_dt_agree_with_double_precision(backend, dtype, tolerance):
+    tensors = draw_sides(dtype=dtype)
+    double = [x.detach().double().requires_grad_() for x in tensors]
+    cotangent = torch.randn(2, 21, 19, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found, expected = (
+        [out, *torch.autograd.grad(out, given, cotangent.to(out.dtype))]
+        for given, out in ((tensors, by_sides(tensors, backend)), (double, by_definition(double)))
+    )
+    assert [x.dtype for x in found] == [dtype, *(x.dtype for x in tensors)]
     for x, y in zip(found, expected, strict=True):
-        assert (x - y).abs().max() <= 1e-5 * y.abs().max()
-
-
-@pytest.mark.skipif("native" not in FAST, reason=build.unavailable())
-def test_a_native_projected_scan_keeps_no_delta_for_backward():
-    b, e, t = 2, 48, 32
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
-        projected_scan(*draw_scan(b, e, t, 4, 3), backend="native")
-    assert kept.count((b, e, t)) == 1, "u, and nothing else as large"
-    assert (b, 3, t) in kept
-    with torch.no_grad():
-        assert projected_scan(*draw_scan(b, e, t, 4, 3), backend="native").grad_fn is None
-
-
-@pytest.mark.skipif("native" not in FAST, reason=build.unavailable())
-def test_a_projected_scan_in_bfloat16_is_near_and_gives_each_gradient_its_type():
-    tensors = draw_scan(2, 21, 40, 16, 3, dtype=torch.bfloat16)
-    found = scan_results(tensors, backend="native")
-    assert [x.dtype for x in found[1:]] == [x.dtype for x in tensors]
-    expected = scan_results([x.detach().double().requires_grad_() for x in tensors])
-    for x, y in zip(found, expected, strict=True):
-        # delta is rounded, and so are its gradient and what it makes: by 2^-8 at most, each
-        assert (x - y).abs().max() <= 3 * 2**-8 * y.abs().max()
-    single = draw_scan(2, 21, 40, 16, 3)
-    with torch.autocast("cpu", torch.bfloat16):  # would round the projection in forward, where it reigns, only
-        out = projected_scan(*single, backend="native")
-    expected = projected_scan(*single, backend="native")
-    assert torch.equal(out, expected)
-    found = zip(torch.autograd.grad(out.sum(), single), torch.autograd.grad(expected.sum(), single), strict=True)
-    assert all(torch.equal(x, y) for x, y in found)
+        assert (x - y).abs().max() <= tolerance * y.abs().max()
 
 
 @pytest.mark.parametrize(
     ("place", "shape", "message"),
     [
-        (1, (2, 4, 7), r"step: shape \(2, 4, 7\); allowed: \(2, 3, 7\)"),
-        (2, (4, 3), r"weight: shape \(4, 3\); allowed: \(5, m\)"),
+        (1, (2, 4, 19), r"dt: shape \(2, 4, 19\); allowed: \(2, 3, 19\)"),
+        (2, (4, 3), r"dt_proj: shape \(4, 3\); allowed: \(21, m\)"),
     ],
 )
-def test_arguments_of_a_projected_scan_that_do_not_fit_are_named(place, shape, message):
-    tensors = [x.detach() for x in draw_scan(2, 5, 7, 4, 3)]
+def test_a_dt_that_does_not_fit_is_named(place, shape, message):
+    tensors = [x.detach() for x in draw_sides()]
     tensors[place] = torch.zeros(shape)
     with pytest.raises(InputError, match=message):
         _check_projection(*tensors[:3])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from famba import create_model
-from famba.kernels import ops, precision
+from famba.kernels import precision, scan
 from famba.models import mixer
 
 
@@ -67,7 +67,7 @@ def test_under_autocast_the_scans_parameters_and_the_residual_stream_stay_float3
 
     def watched(forward, backward, gate, **options):
         for side in (forward, backward):
-            given.append({key: getattr(side, key).dtype for key in ("u", "A", "D", "delta_bias")})
+            given.append({key: getattr(side, key).dtype for key in ("u", "A", "D", "dt_bias")})
         return scan(forward, backward, gate, **options)
 
     def choose(*arguments):
@@ -98,12 +98,11 @@ def test_under_autocast_the_scans_parameters_and_the_residual_stream_stay_float3
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 def test_under_autocast_the_scans_states_are_float32_however_long_the_sequence(backend):
     """A state that decays slowly sums 4,096 tokens of 2^-9 to about 8, which a bfloat16 state stops short of at 1."""
-    t, ones = 4096, torch.ones(1, 32, 4096, dtype=torch.bfloat16)
-    step, A = torch.zeros(1, 1, t, dtype=torch.bfloat16), torch.full((32, 1), -1e-9)
-    bias = torch.full((32,), math.log(math.expm1(2**-9)))
+    ones = torch.ones(1, 32, 4096, dtype=torch.bfloat16)
+    A, bias = torch.full((32, 1), -1e-9), torch.full((32,), math.log(math.expm1(2**-9)))
     with precision.autocast(torch.device("cpu"), "bf16"):
-        out = ops.projected_scan(
-            ones, step, torch.zeros(32, 1), A, ones[:, :1], ones[:, :1], delta_bias=bias, backend=backend
+        out = scan.selective_scan(
+            ones, 0 * ones, A, ones[:, :1], ones[:, :1], delta_bias=bias, delta_softplus=True, backend=backend
         )
     assert out.dtype == torch.bfloat16
     assert out[0, 0, -1].item() == pytest.approx(8, rel=0.01)

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from famba import backends
+from famba.errors import BackendError
 from famba.kernels.triton import runtime
 from famba.models.mixer import BidirectionalMixer
 
@@ -65,3 +66,15 @@ def test_the_fused_mixer_has_torchs_gradients_and_gradients_of_gradients(adapted
         found[backend] = [*once, *plain, *twice]
     for expected, native in zip(found["torch"], found["native"], strict=True):
         torch.testing.assert_close(native, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="cannot run")
+def test_more_taps_than_the_kernels_have_are_left_to_torch_and_refused_by_name():
+    torch.manual_seed(0)
+    mixer, x = BidirectionalMixer(16, 4, d_conv=20), torch.randn(2, 7, 16)
+    found = mixer(x)
+    mixer.backend = "torch"
+    torch.testing.assert_close(found, mixer(x))
+    mixer.backend = "native"
+    with pytest.raises(BackendError, match="it runs with at most 8 taps, got 20"):
+        mixer(x)

@@ -331,11 +331,11 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-NATIVE = {name: name for name in ("scan", "gate", "norm", "match", "plan", "fuse")} | {"convolution": "conv"}
+NATIVE = {name: name for name in ("scan", "norm", "match", "plan", "fuse")} | {"convolution": "conv"}
 # On a GPU both directions and the gate are one operator; of torch's functions the scan alone is one.
 OPERATORS = {
     "native": NATIVE,
-    "triton": {function: f"gpu_{name}" for function, name in NATIVE.items()} | {"gate": "gpu_scan"},
+    "triton": {function: f"gpu_{name}" for function, name in NATIVE.items()},
     "torch": {"scan": "chunked_scan"},
 }
 
@@ -354,5 +354,5 @@ def test_the_kernels_named_are_the_operators_that_run(on_paper, backend, d_state
     assert backend == "auto" or set(named.values()) == {backend}
     expected = {OPERATORS[used].get(function) for function, used in named.items()} - {None}
     if named["scan"] == "native":  # a mixer's, of both directions and with the gate
-        expected = expected - {"scan", "conv", "gate"} | {"scans", "convs"}
+        expected = expected - {"scan", "conv"} | {"scans", "convs"}
     assert seen.called == expected

@@ -28,7 +28,7 @@ from famba.errors import BackendError, InputError
 from famba.storage.files import write_atomic
 
 SOURCES = Path(__file__).parent
-KERNELS = ("scan", "conv", "gate", "norm", "match", "fuse")
+KERNELS = ("scan", "conv", "norm", "match", "fuse")
 _FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 _VARIANTS = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
@@ -52,7 +52,7 @@ def library() -> ctypes.CDLL:
 
 
 def unavailable() -> str:
-    """Why the kernels cannot run here ("": they can). Builds them if need be."""
+    """The reason why the kernels cannot run here ("": they can). Builds them if need be."""
     return _attempt()[0]
 
 

@@ -3,7 +3,7 @@
 // Each channel's token sees itself and the k - 1 before it (reversed: after it). Tiles, lanes and units of work are those
 // of scan.cpp. A reversed convolution is the forward one with its taps in the other order and its window on the other
 // side. Nothing is kept for backward but the input: the sums before silu are cheaper to recompute than to store. Two
-// directions of one input are two jobs in the same unit of work, whose gradients the second one adds up.
+// directions of one input are two jobs in the same unit of work; the second adds its gradient to the first one's.
 
 #include "conv.h"
 

@@ -1,4 +1,4 @@
-// What the convolution's kernels are given; mirrored field by field in conv.py.
+// The arguments of the convolution's kernels, mirrored field by field in conv.py.
 #pragma once
 
 #include "view.h"
@@ -7,7 +7,7 @@ struct Conv {
     int64_t b, e, t, k;
     int64_t reverse;
     int64_t groups, directions;  // as in scan.h
-    int64_t add;           // to what grad_x has already
+    int64_t add;           // to the grad_x that is there
     View x, out;
     const float* weight;   // (e, k)
     const float* bias;     // (e), or null

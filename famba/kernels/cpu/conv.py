@@ -11,7 +11,7 @@ from torch import Tensor
 
 from famba.kernels import reference
 from famba.kernels.cpu import runtime
-from famba.kernels.cpu.runtime import View, float32, like
+from famba.kernels.cpu.runtime import View, float32, like, pointer
 
 MOST_TAPS = 8
 
@@ -29,13 +29,9 @@ class _Job(ctypes.Structure):
 
 
 def unsuited(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
-    """Why the kernel cannot run on these tensors ("": it can)."""
-    if x.device.type != "cpu":
-        return f"it runs on cpu tensors, got {x.device}"
-    if x.dtype not in runtime.DTYPES:
-        return f"it runs on float32 and bfloat16, got {x.dtype}"
-    if any(w is not None and w.dtype == torch.float64 for w in (weight, bias)):
-        return "it runs on float32 and bfloat16, got torch.float64"
+    """The reason why the kernel cannot run on these tensors ("": it can)."""
+    if reason := runtime.unsuited(x, weight, bias):
+        return reason
     if weight.shape[1] > MOST_TAPS:
         return f"it runs with at most {MOST_TAPS} taps, got {weight.shape[1]}"
     return ""
@@ -46,42 +42,35 @@ def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: 
     return torch.ops.famba.conv(x, weight, bias, reverse)
 
 
-_library = torch.library.Library("famba", "FRAGMENT")
-_library.define("conv(Tensor x, Tensor weight, Tensor? bias, bool reverse) -> Tensor")
-_library.define(
-    "conv_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, bool reverse) -> (Tensor, Tensor, Tensor)"
-)
-
-
 def _job(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, **views: Tensor) -> _Job:
     return _Job(
         *x.shape, weight.shape[1], reverse, 0, 1, 0, View.of(x),
         weight=weight.data_ptr(),
-        bias=None if bias is None else bias.data_ptr(),
+        bias=pointer(bias),
         **{name: View.of(tensor) for name, tensor in views.items()},
     )  # fmt: skip
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
     out = like(x)
-    weight, bias = weight.detach().float().contiguous(), float32(bias)
+    weight, bias = float32(weight), float32(bias)
     runtime.call("famba_conv_forward", _job(x, weight, bias, reverse, out=out))
     return out
 
 
 def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool):
-    to_x, to_weight, to_bias = _conv_backward_fake(grad, x, weight, bias, reverse)
-    taps, shift = weight.detach().float().contiguous(), float32(bias)  # the job has their addresses alone
-    job = _job(x, taps, shift, reverse, grad_out=grad, grad_x=to_x)
-    found = [torch.empty_like(x, dtype=torch.float32) for x in (to_weight, to_bias)]
-    job.grad_weight, job.grad_bias = (x.data_ptr() or None for x in found)
+    grad_x, grad_weight, grad_bias = _conv_backward_fake(grad, x, weight, bias, reverse)
+    taps, shift = float32(weight), float32(bias)  # the job has their addresses alone
+    job = _job(x, taps, shift, reverse, grad_out=grad, grad_x=grad_x)
+    found = [torch.empty_like(x, dtype=torch.float32) for x in (grad_weight, grad_bias)]
+    job.grad_weight, job.grad_bias = map(pointer, found)
     runtime.call("famba_conv_backward", job)
-    return to_x, *(g.to(x.dtype) for g, x in zip(found, (to_weight, to_bias), strict=True))
+    return grad_x, *(g.to(x.dtype) for g, x in zip(found, (grad_weight, grad_bias), strict=True))
 
 
 def _conv_backward_fake(grad, x, weight, bias, reverse):
-    to_bias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return like(x), weight.new_empty(weight.shape), to_bias
+    grad_bias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return like(x), weight.new_empty(weight.shape), grad_bias
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -100,8 +89,11 @@ def _backward(ctx, grad):
     return *found, None
 
 
-_library.impl("conv", _conv, "CPU")
-_library.impl("conv_backward", _conv_backward, "CPU")
-torch.library.register_fake("famba::conv", lambda x, weight, bias, reverse: like(x), lib=_library)
-torch.library.register_fake("famba::conv_backward", _conv_backward_fake, lib=_library)
-torch.library.register_autograd("famba::conv", _backward, setup_context=_setup_context, lib=_library)
+runtime.operator(
+    "conv(Tensor x, Tensor weight, Tensor? bias, bool reverse) -> Tensor",
+    _conv, lambda x, weight, bias, reverse: like(x), _backward, _setup_context,
+)  # fmt: skip
+runtime.operator(
+    "conv_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, bool reverse) -> (Tensor, Tensor, Tensor)",
+    _conv_backward, _conv_backward_fake,
+)  # fmt: skip

@@ -1,4 +1,4 @@
-// What is compiled once, for the plainest machine: the choice of instruction set, threads, and the C interface.
+// Compiled once, for the baseline instruction set: the choice of instruction set, threads, and the C interface.
 
 #include "dispatch.h"
 
@@ -11,7 +11,6 @@
 
 #include "conv.h"
 #include "fuse.h"
-#include "gate.h"
 #include "match.h"
 #include "norm.h"
 #include "scan.h"
@@ -141,10 +140,6 @@ bool share_out(Body body, const void* job, int64_t units, int64_t scratch_floats
     extern "C" void conv_forward_##set(const void*, int64_t, float*);  \
     extern "C" void conv_backward_##set(const void*, int64_t, float*); \
     extern "C" void conv_sum_sequences_##set(const void*, int64_t, float*);
-#define DECLARE_GATE(set)                                             \
-    extern "C" int64_t gate_scratch_##set(const Gate*);               \
-    extern "C" void gate_forward_##set(const void*, int64_t, float*); \
-    extern "C" void gate_backward_##set(const void*, int64_t, float*);
 #define DECLARE_NORM(set)                                             \
     extern "C" void norm_forward_##set(const void*, int64_t, float*);  \
     extern "C" void norm_backward_##set(const void*, int64_t, float*); \
@@ -163,9 +158,6 @@ DECLARE_SCAN(baseline)
 DECLARE_CONV(avx512)
 DECLARE_CONV(avx2)
 DECLARE_CONV(baseline)
-DECLARE_GATE(avx512)
-DECLARE_GATE(avx2)
-DECLARE_GATE(baseline)
 DECLARE_NORM(avx512)
 DECLARE_NORM(avx2)
 DECLARE_NORM(baseline)
@@ -193,9 +185,6 @@ void (*const conv_lanes[])(const Conv*, float*) = TABLE(conv_lanes);
 const Body conv_forward[] = TABLE(conv_forward);
 const Body conv_backward[] = TABLE(conv_backward);
 const Body conv_sum_sequences[] = TABLE(conv_sum_sequences);
-int64_t (*const gate_scratch[])(const Gate*) = TABLE(gate_scratch);
-const Body gate_forward[] = TABLE(gate_forward);
-const Body gate_backward[] = TABLE(gate_backward);
 const Body norm_forward[] = TABLE(norm_forward);
 const Body norm_backward[] = TABLE(norm_backward);
 const Body norm_sum_blocks[] = TABLE(norm_sum_blocks);
@@ -220,7 +209,7 @@ int64_t groups(int64_t b, int64_t e) {
 void scan_in_lanes(Scan* p, float* memory) {
     for (int64_t i = 0; i < p->directions; i++) {
         p[i].lanes_A = memory + i * padded(p->e) * (p->n + p->m);
-        p[i].lanes_weight = p[i].lanes_A + padded(p->e) * p->n;
+        p[i].lanes_dt_proj = p[i].lanes_A + padded(p->e) * p->n;
         p[i].groups = groups(p->b, p->e);
         scan_lanes[instruction_set()](p + i, memory + i * padded(p->e) * (p->n + p->m));
     }
@@ -236,7 +225,7 @@ void conv_in_lanes(Conv* p, float* memory) {
 }
 }  // namespace
 
-// What the kernels in use were compiled for, as their own compiler saw it
+// The target of the kernels in use, as their compiler defined it
 extern "C" const char* famba_instruction_set() { return compiled_for[instruction_set()](); }
 
 // Floats per vector of the kernels in use
@@ -299,18 +288,6 @@ extern "C" int famba_conv_backward(Conv* p, int64_t threads, Parallel parallel) 
     for (int64_t i = 0; i < p->directions; i++) p[i].part = part.memory + i * p->b * each;
     return share_out(conv_backward[set], p, p->b * p->groups, conv_scratch[set](p), threads, parallel) &&
            share_out(conv_sum_sequences[set], p, p->directions * vectors(p->e), 16, threads, parallel);
-}
-
-extern "C" int famba_gate_forward(Gate* p, int64_t threads, Parallel parallel) {
-    int set = instruction_set();
-    p->groups = groups(p->b, p->e);
-    return share_out(gate_forward[set], p, p->b * p->groups, gate_scratch[set](p), threads, parallel);
-}
-
-extern "C" int famba_gate_backward(Gate* p, int64_t threads, Parallel parallel) {
-    int set = instruction_set();
-    p->groups = groups(p->b, p->e);
-    return share_out(gate_backward[set], p, p->b * p->groups, gate_scratch[set](p), threads, parallel);
 }
 
 extern "C" int famba_norm_forward(Norm* p, int64_t threads, Parallel parallel) {

@@ -1,4 +1,4 @@
-// What the kernels of fusing are given; mirrored field by field in fuse.py.
+// The arguments of fusion's kernels, mirrored field by field in fuse.py.
 #pragma once
 
 #include <stdint.h>

@@ -1,7 +1,7 @@
 """Fusing as torch operators over fuse.cpp: `famba::plan`, where tokens go; `famba::fuse`, their means.
 
-Axes: b batch, t tokens, r pairs, s = t - r tokens left, d width. What is fused is float32 or bfloat16, weights and
-sizes float32.
+Axes: b batch, t tokens, r pairs, s = t - r tokens left, d width. Tokens are float32 or bfloat16, weights and sizes
+float32. Absent tensors have no elements in an operator's result.
 """
 
 import ctypes
@@ -36,43 +36,25 @@ class _Fuse(ctypes.Structure):
 
 
 def unsuited_plan(source: Tensor, target: Tensor, size: Tensor) -> str:
-    """Why `plan` cannot run on these tensors ("": it can)."""
-    for tensor in (source, target, size):
-        if tensor.device.type != "cpu":
-            return f"it runs on cpu tensors, got {tensor.device}"
-    return "" if size.dtype == torch.float32 else f"it runs on float32 sizes, got {size.dtype}"
+    """The reason why `plan` cannot run on these tensors ("": it can)."""
+    places = runtime.unsuited(source, target, allowed=(torch.int64, torch.int32))
+    return places or runtime.unsuited(size, allowed=(torch.float32,))
 
 
 def unsuited(weight: Tensor, *tensors: Tensor) -> str:
-    """Why `fuse` cannot run on these tensors ("": it can)."""
-    for tensor in (weight, *tensors):
-        if tensor.device.type != "cpu":
-            return f"it runs on cpu tensors, got {tensor.device}"
-    for tensor in tensors:
-        if tensor.dtype not in runtime.DTYPES:
-            return f"it runs on float32 and bfloat16, got {tensor.dtype}"
-    return "" if weight.dtype == torch.float32 else f"it runs on float32 weights, got {weight.dtype}"
+    """The reason why `fuse` cannot run on these tensors ("": it can)."""
+    return runtime.unsuited(weight, allowed=(torch.float32,)) or runtime.unsuited(*tensors)
 
 
 def plan(source: Tensor, target: Tensor, size: Tensor, order: str, weighting: str) -> tuple[Tensor, ...]:
-    """`famba.fusion.merge.merge.plan` by the native kernel: survivors, destination, weight, size."""
+    """`famba.fusion.merge.plan` by the native kernel: survivors, destination, weight, size."""
     source, target = source.to(torch.int64), target.to(torch.int64)
     return torch.ops.famba.plan(source, target, size.detach(), order == "scan", weighting == "size")
 
 
 def fuse(x: Tensor, other: Tensor | None, destination: Tensor, weight: Tensor, s: int) -> tuple[Tensor, Tensor]:
-    """`famba.fusion.merge.merge.apply` by the native kernel, to one tensor or two."""
+    """`famba.fusion.merge.apply_both` by the native kernel, to one tensor or two."""
     return torch.ops.famba.fuse(x, other, destination, weight, s)
-
-
-_library = torch.library.Library("famba", "FRAGMENT")
-_library.define(
-    "plan(Tensor source, Tensor target, Tensor size, bool in_order, bool by_size) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-_library.define("fuse(Tensor x, Tensor? other, Tensor destination, Tensor weight, SymInt s) -> (Tensor, Tensor)")
-_library.define(
-    "fuse_backward(Tensor? grad, Tensor? other, Tensor destination, Tensor weight) -> (Tensor, Tensor)"
-)  # what is absent has no elements in the result
 
 
 def _plan_fake(source, target, size, in_order, by_size):
@@ -123,7 +105,7 @@ def _run(name: str, given, made: tuple[Tensor, ...], destination: Tensor, weight
     job = _Fuse(
         *weight.shape, s, tuple(x.shape[-1] for x in made),
         tuple(0 if x is None else runtime.DTYPES.index(x.dtype) for x in given),
-        tuple(None if x is None else x.data_ptr() for x in given), tuple(x.data_ptr() for x in made),
+        tuple(map(runtime.pointer, given)), tuple(x.data_ptr() for x in made),
         destination.data_ptr(), weight.data_ptr(), ctypes.addressof(refused),
     )  # fmt: skip
     runtime.call(name, job)
@@ -145,10 +127,15 @@ def _backward(ctx, grad, other):
     return *(None if grad is None else x for grad, x in zip(grads, found, strict=True)), None, None, None
 
 
-_library.impl("plan", _plan, "CPU")
-_library.impl("fuse", _fuse, "CPU")
-_library.impl("fuse_backward", _fuse_backward, "CPU")
-torch.library.register_fake("famba::plan", _plan_fake, lib=_library)
-torch.library.register_fake("famba::fuse", _fuse_fake, lib=_library)
-torch.library.register_fake("famba::fuse_backward", _fuse_backward_fake, lib=_library)
-torch.library.register_autograd("famba::fuse", _backward, setup_context=_setup_context, lib=_library)
+runtime.operator(
+    "plan(Tensor source, Tensor target, Tensor size, bool in_order, bool by_size) -> (Tensor, Tensor, Tensor, Tensor)",
+    _plan, _plan_fake,
+)  # fmt: skip
+runtime.operator(
+    "fuse(Tensor x, Tensor? other, Tensor destination, Tensor weight, SymInt s) -> (Tensor, Tensor)",
+    _fuse, _fuse_fake, _backward, _setup_context,
+)  # fmt: skip
+runtime.operator(
+    "fuse_backward(Tensor? grad, Tensor? other, Tensor destination, Tensor weight) -> (Tensor, Tensor)",
+    _fuse_backward, _fuse_backward_fake,
+)  # fmt: skip

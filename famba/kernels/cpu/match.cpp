@@ -76,7 +76,7 @@ INLINE void score(const float* even, const float* odd, const Sizes& n, float* sc
     }
 }
 
-// What is no number exceeds every number, as in torch's orders.
+// NaN sorts above all numbers, as in torch.
 INLINE bool exceeds(float a, float b) { return a > b || (a != a && b == b); }
 
 INLINE int64_t first_of_largest(const float* x, int64_t count) {

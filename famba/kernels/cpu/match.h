@@ -1,4 +1,4 @@
-// What the matching's kernel is given; mirrored field by field in match.py.
+// The arguments of the matching's kernel, mirrored field by field in match.py.
 #pragma once
 
 #include <stdint.h>

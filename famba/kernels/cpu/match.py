@@ -22,24 +22,18 @@ class _Job(ctypes.Structure):
 
 
 def unsuited(feature: Tensor) -> str:
-    """Why the kernel cannot run on these tensors ("": it can)."""
-    if feature.device.type != "cpu":
-        return f"it runs on cpu tensors, got {feature.device}"
-    return "" if feature.dtype == torch.float32 else f"it runs on float32, got {feature.dtype}"
+    """The reason why the kernel cannot run on this tensor ("": it can)."""
+    return runtime.unsuited(feature, allowed=(torch.float32,))
 
 
 def match_tokens(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`famba.fusion.merge.matching.match_tokens` by the native kernel: source, target, similarity.
+    """`famba.fusion.matching.match_tokens` by the native kernel: source, target, similarity.
 
     Args:
         protected: (b, k) positions.
     """
     positions = None if protected is None else protected.to(torch.int64)
     return torch.ops.famba.match(feature.detach(), positions, r)
-
-
-_library = torch.library.Library("famba", "FRAGMENT")
-_library.define("match(Tensor feature, Tensor? protected, SymInt r) -> (Tensor, Tensor, Tensor)")
 
 
 def _match_fake(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,7 +48,7 @@ def _match(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Tensor, T
     protected = None if protected is None else protected.contiguous()
     job = _Job(
         *feature.shape, r, 0 if protected is None else protected.shape[1], feature.data_ptr(),
-        None if protected is None else protected.data_ptr(), source.data_ptr(), target.data_ptr(),
+        runtime.pointer(protected), source.data_ptr(), target.data_ptr(),
         similarity.data_ptr(), ctypes.addressof(refused),
     )  # fmt: skip
     runtime.call("famba_match", job)
@@ -63,5 +57,4 @@ def _match(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Tensor, T
     return found
 
 
-_library.impl("match", _match, "CPU")
-torch.library.register_fake("famba::match", _match_fake, lib=_library)
+runtime.operator("match(Tensor feature, Tensor? protected, SymInt r) -> (Tensor, Tensor, Tensor)", _match, _match_fake)

@@ -1,4 +1,4 @@
-"""All that a mixer does between its projections on a CPU, both directions at once, in one node of autograd's graph.
+"""A mixer between its input and output projection on a CPU, both directions at once, as one node of autograd's graph.
 
 Axes as in famba.kernels.cpu.scan, and m dt_rank. Convolutions and scans are operators over conv.cpp and scan.cpp, which
 take the two directions one after another in each unit of work; between them are the two products with x_proj. Both
@@ -33,7 +33,7 @@ class Direction(NamedTuple):
 
 
 def mix(xz: Tensor, forward: Direction, backward: Direction, scale: float) -> Tensor:
-    """What `BidirectionalMixer.mix` makes of the input projection's output."""
+    """`BidirectionalMixer.mix` after the input projection."""
     tensors = (xz, *forward, *backward)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return _Mix.apply(scale, *tensors)  # pyright: ignore[reportReturnType]
@@ -56,57 +56,44 @@ class _Mix(torch.autograd.Function):
 
 
 def _forward(xz: Tensor, *parameters: Tensor, scale: float, keep: bool) -> tuple[Tensor, ...]:
-    """The output, and what is kept for backward: the scans' input, their dt, B and C, their sum, their states."""
+    """The output, and for backward the scans' u, x_dbl (dt, B and C), y (the sum of both) and states."""
     convs, x_projs, scans = _split(parameters)
     u = torch.ops.famba.convs(xz, convs)
-    rows = torch.bmm(u.flatten(1, 2), torch.stack(x_projs).to(u.dtype).mT).unflatten(1, u.shape[1:3])
-    out, total, states = torch.ops.famba.scans(xz, u, rows, scans, scale, keep)
-    return out, u, rows, total, states
+    x_dbl = torch.bmm(u.flatten(1, 2), torch.stack(x_projs).to(u.dtype).mT).unflatten(1, u.shape[1:3])
+    out, y, states = torch.ops.famba.scans(xz, u, x_dbl, scans, scale, keep)
+    return out, u, x_dbl, y, states
 
 
 def _backward(grad: Tensor, xz: Tensor, *parameters: Tensor, kept: Sequence[Tensor], scale: float) -> list[Tensor]:
     convs, x_projs, scans = _split(parameters)
     u, *others = kept
-    to_xz = torch.empty_like(xz)
-    to_u, to_rows, *to_scans = torch.ops.famba.scans_backward(grad, xz, u, *others, scans, scale, to_xz)
-    x_proj, flat = torch.stack(x_projs).to(u.dtype), to_rows.flatten(1, 2)
-    to_x_proj = torch.bmm(flat.mT, u.flatten(1, 2)).to(x_projs[0].dtype)
-    to_u.flatten(1, 2).baddbmm_(flat, x_proj)
-    to_convs = torch.ops.famba.convs_backward(to_u, xz, convs, to_xz)
-    parts = zip((to_convs[:2], to_convs[2:]), to_x_proj, (to_scans[:4], to_scans[4:]), strict=True)
-    return [to_xz, *(g for conv, x_proj, scan in parts for g in (*conv, x_proj, *scan))]
+    grad_xz = torch.empty_like(xz)
+    grad_u, grad_x_dbl, *grad_scans = torch.ops.famba.scans_backward(grad, xz, u, *others, scans, scale, grad_xz)
+    x_proj, flat = torch.stack(x_projs).to(u.dtype), grad_x_dbl.flatten(1, 2)
+    grad_x_proj = torch.bmm(flat.mT, u.flatten(1, 2)).to(x_projs[0].dtype)
+    grad_u.flatten(1, 2).baddbmm_(flat, x_proj)
+    grad_convs = torch.ops.famba.convs_backward(grad_u, xz, convs, grad_xz)
+    parts = zip((grad_convs[:2], grad_convs[2:]), grad_x_proj, (grad_scans[:4], grad_scans[4:]), strict=True)
+    return [grad_xz, *(g for conv, x_proj, scan in parts for g in (*conv, x_proj, *scan))]
 
 
 def _by_torch(xz: Tensor, *parameters: Tensor, scale: float) -> Tensor:
     x, z = xz.mT.chunk(2, dim=1)
-    total = torch.zeros_like(x)
+    y = torch.zeros_like(x)
     for reverse, given in enumerate((parameters[:7], parameters[7:])):
         p = Direction(*given)
         u = reference.conv(x, p.conv_weight, p.conv_bias, bool(reverse))
         n, m = p.A.shape[1], p.dt_proj.shape[1]
-        dt, B, C = functional.linear(u.mT, p.x_proj.to(u.dtype)).mT.split([m, n, n], dim=1)
-        total = total + reference.projected_scan(u, dt, p.dt_proj, p.A, B, C, p.D, p.dt_bias, bool(reverse))
-    return reference.gate(total, z, scale).mT
+        dt, B, C = functional.linear(u.mT, p.x_proj.to(u.dtype)).split([m, n, n], dim=2)
+        delta = functional.linear(dt, p.dt_proj.to(u.dtype)).mT
+        y = y + reference.selective_scan_ref(u, delta, p.A, B.mT, C.mT, p.D, None, p.dt_bias, True, bool(reverse))
+    return reference.gate(y, z, scale).mT
 
 
 def _split(parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Those of both convolutions, of x_proj, and of both scans."""
     one, other = parameters[:7], parameters[7:]
     return [*one[:2], *other[:2]], [one[2], other[2]], [*one[3:], *other[3:]]
-
-
-_library = torch.library.Library("famba", "FRAGMENT")
-_library.define("convs(Tensor xz, Tensor[] parameters) -> Tensor")
-_library.define(
-    f"convs_backward(Tensor grad, Tensor xz, Tensor[] parameters, Tensor(a!) to_xz) -> ({', '.join(4 * ['Tensor'])})"
-)
-_library.define(
-    "scans(Tensor xz, Tensor u, Tensor rows, Tensor[] parameters, float scale, bool keep) -> (Tensor, Tensor, Tensor)"
-)
-_library.define(
-    "scans_backward(Tensor grad, Tensor xz, Tensor u, Tensor rows, Tensor sum, Tensor states, Tensor[] parameters, "
-    f"float scale, Tensor(a!) to_xz) -> ({', '.join(10 * ['Tensor'])})"
-)
 
 
 def _view(x: Tensor, direction: int = 0, channel: int = 0) -> View:
@@ -141,100 +128,98 @@ def _convs_fake(xz: Tensor, parameters: list[Tensor]) -> Tensor:
     return xz.new_empty(2, b, t, e2 // 2)
 
 
-def _convs_backward(grad: Tensor, xz: Tensor, parameters: list[Tensor], to_xz: Tensor):
+def _convs_backward(grad: Tensor, xz: Tensor, parameters: list[Tensor], grad_xz: Tensor):
     grads = [torch.empty_like(x, dtype=torch.float32) for x in parameters]
     kept = [float32(x) for x in parameters]
     jobs = _conv_jobs(xz, kept)
     for i in (0, 1):
-        jobs[i].grad_out, jobs[i].grad_x, jobs[i].add = _view(grad, i), _view(to_xz), i
+        jobs[i].grad_out, jobs[i].grad_x, jobs[i].add = _view(grad, i), _view(grad_xz), i
         jobs[i].grad_weight, jobs[i].grad_bias = (x.data_ptr() for x in grads[2 * i : 2 * i + 2])
     runtime.call("famba_conv_backward", jobs)
     return tuple(g.to(x.dtype) for g, x in zip(grads, parameters, strict=True))
 
 
-def _scan_jobs(xz: Tensor, u: Tensor, rows: Tensor, states: Tensor, parameters: list[Tensor], scale: float):
+def _scan_jobs(xz: Tensor, u: Tensor, x_dbl: Tensor, states: Tensor, parameters: list[Tensor], scale: float):
     _, b, t, e = u.shape
     n, m = parameters[0].shape[1], parameters[3].shape[1]
     keep = states.numel() > 0
     jobs = (scan._Job * 2)()
     for i in (0, 1):
-        A, D, bias, weight = (x.data_ptr() for x in parameters[4 * i : 4 * i + 4])
+        A, D, dt_bias, dt_proj = (x.data_ptr() for x in parameters[4 * i : 4 * i + 4])
         jobs[i] = scan._Job(
             b, e, t, n, m, True, i, 0, keep, 2, scale,
-            u=_view(u, i), delta=_view(rows, i), B=_view(rows, i, m), C=_view(rows, i, m + n),
-            A=A, D=D, bias=bias, weight=weight, states=states.data_ptr() + i * states.stride(0) * 4,
+            u=_view(u, i), delta=_view(x_dbl, i), B=_view(x_dbl, i, m), C=_view(x_dbl, i, m + n),
+            A=A, D=D, dt_bias=dt_bias, dt_proj=dt_proj, states=states.data_ptr() + i * states.stride(0) * 4,
         )  # fmt: skip
     return jobs
 
 
-def _scans(xz: Tensor, u: Tensor, rows: Tensor, parameters: list[Tensor], scale: float, keep: bool):
-    out, total, states = _scans_fake(xz, u, rows, parameters, scale, keep)
+def _scans(xz: Tensor, u: Tensor, x_dbl: Tensor, parameters: list[Tensor], scale: float, keep: bool):
+    out, y, states = _scans_fake(xz, u, x_dbl, parameters, scale, keep)
     first = torch.empty_like(out)
     kept = [float32(x) for x in parameters]
-    jobs = _scan_jobs(xz, u, rows, states, kept, scale)
+    jobs = _scan_jobs(xz, u, x_dbl, states, kept, scale)
     jobs[0].out = jobs[1].other = _view(first)
     jobs[1].out, jobs[1].z = _view(out), _view(xz, channel=u.shape[-1])
     if keep:
-        jobs[1].sum = _view(total)
+        jobs[1].y = _view(y)
     runtime.call("famba_scan_forward", jobs)
-    return out, total, states
+    return out, y, states
 
 
-def _scans_fake(xz, u, rows, parameters, scale, keep):
+def _scans_fake(xz, u, x_dbl, parameters, scale, keep):
     _, b, t, e = u.shape
     states = scan.kept_states(u, 2, b, e=e, t=t, n=parameters[0].shape[1]) if keep else u.new_empty(0)
     return u.new_empty(b, t, e), u.new_empty((b, t, e) if keep else (0,)), states
 
 
-def _scans_backward(grad, xz, u, rows, total, states, parameters: list[Tensor], scale: float, to_xz: Tensor):
-    to_u, to_rows = torch.empty_like(u), torch.empty_like(rows)
+def _scans_backward(grad, xz, u, x_dbl, y, states, parameters: list[Tensor], scale: float, grad_xz: Tensor):
+    grad_u, grad_x_dbl = torch.empty_like(u), torch.empty_like(x_dbl)
     e, n = parameters[0].shape
     m = parameters[3].shape[1]
     grads = [torch.empty_like(x, dtype=torch.float32) for x in parameters]
     kept = [float32(x) for x in parameters]
-    jobs = _scan_jobs(xz, u, rows, states, kept, scale)
+    jobs = _scan_jobs(xz, u, x_dbl, states, kept, scale)
     for i, job in enumerate(jobs):
         job.z, job.grad_out = _view(xz, channel=e), _view(grad)
-        job.grad_u, job.grad_delta = _view(to_u, i), _view(to_rows, i)
-        job.grad_B, job.grad_C = _view(to_rows, i, m), _view(to_rows, i, m + n)
-        job.grad_A, job.grad_D, job.grad_bias, job.grad_weight = (x.data_ptr() for x in grads[4 * i : 4 * i + 4])
-    jobs[1].sum, jobs[1].grad_z = _view(total), _view(to_xz, channel=e)
+        job.grad_u, job.grad_delta = _view(grad_u, i), _view(grad_x_dbl, i)
+        job.grad_B, job.grad_C = _view(grad_x_dbl, i, m), _view(grad_x_dbl, i, m + n)
+        job.grad_A, job.grad_D, job.grad_dt_bias, job.grad_dt_proj = (x.data_ptr() for x in grads[4 * i : 4 * i + 4])
+    jobs[1].y, jobs[1].grad_z = _view(y), _view(grad_xz, channel=e)
     runtime.call("famba_scan_backward", jobs)
-    return to_u, to_rows, *(g.to(x.dtype) for g, x in zip(grads, parameters, strict=True))
+    return grad_u, grad_x_dbl, *(g.to(x.dtype) for g, x in zip(grads, parameters, strict=True))
 
 
-@register_flop_formula(torch.ops.famba.convs)
 def _conv_flops(xz, parameters, **_) -> int:
     """A multiplication and an addition for each tap of each output, as torch counts its own; of shapes."""
     return 2 * math.prod(xz) * parameters[0][-1]
 
 
-register_flop_formula(torch.ops.aten.baddbmm_, get_raw=True)(
-    baddbmm_flop
-)  # torch counts it only where it is not in place
-
-
-@register_flop_formula(torch.ops.famba.scans)
-def _projection_flops(xz, u, rows, parameters, *_, **__) -> int:
+def _projection_flops(xz, u, x_dbl, parameters, *_, **__) -> int:
     """The projection of dt alone, as of a matrix product; a scan is none."""
     return 2 * math.prod(u) * parameters[3][1]
 
 
-_library.impl("convs", _convs, "CPU")
-_library.impl("convs_backward", _convs_backward, "CPU")
-_library.impl("scans", _scans, "CPU")
-_library.impl("scans_backward", _scans_backward, "CPU")
-torch.library.register_fake("famba::convs", _convs_fake, lib=_library)
-torch.library.register_fake("famba::scans", _scans_fake, lib=_library)
-torch.library.register_fake(
-    "famba::convs_backward",
-    lambda grad, xz, parameters, to_xz: tuple(torch.empty_like(x) for x in parameters),
-    lib=_library,
+runtime.operator("convs(Tensor xz, Tensor[] parameters) -> Tensor", _convs, _convs_fake)
+runtime.operator(
+    f"convs_backward(Tensor grad, Tensor xz, Tensor[] parameters, Tensor(a!) grad_xz) -> ({', '.join(4 * ['Tensor'])})",
+    _convs_backward,
+    lambda grad, xz, parameters, grad_xz: tuple(torch.empty_like(x) for x in parameters),
 )
-torch.library.register_fake(
-    "famba::scans_backward",
-    lambda grad, xz, u, rows, total, states, parameters, scale, to_xz: tuple(
-        torch.empty_like(x) for x in (u, rows, *parameters)
+runtime.operator(
+    "scans(Tensor xz, Tensor u, Tensor x_dbl, Tensor[] parameters, float scale, bool keep) -> (Tensor, Tensor, Tensor)",
+    _scans,
+    _scans_fake,
+)
+runtime.operator(
+    "scans_backward(Tensor grad, Tensor xz, Tensor u, Tensor x_dbl, Tensor y, Tensor states, Tensor[] parameters, "
+    f"float scale, Tensor(a!) grad_xz) -> ({', '.join(10 * ['Tensor'])})",
+    _scans_backward,
+    lambda grad, xz, u, x_dbl, y, states, parameters, scale, grad_xz: tuple(
+        torch.empty_like(x) for x in (u, x_dbl, *parameters)
     ),
-    lib=_library,
 )
+register_flop_formula(torch.ops.famba.convs)(_conv_flops)
+register_flop_formula(torch.ops.famba.scans)(_projection_flops)
+# torch counts it only where it is not in place
+register_flop_formula(torch.ops.aten.baddbmm_, get_raw=True)(baddbmm_flop)

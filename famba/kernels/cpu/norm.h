@@ -1,4 +1,4 @@
-// What the normalisation's kernels are given; mirrored field by field in norm.py.
+// The arguments of the normalisation's kernels, mirrored field by field in norm.py.
 #pragma once
 
 #include <stdint.h>

@@ -1,4 +1,4 @@
-"""Add -> RMSNorm as one torch operator, `famba::norm`, over norm.cpp. float32; what is added is made that first.
+"""Add -> RMSNorm as one torch operator, `famba::norm`, over norm.cpp. All is float32; the inputs are cast first.
 
 Axes: b batch, t tokens, d d_model.
 """
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from famba.kernels import reference
 from famba.kernels.cpu import runtime
+from famba.kernels.cpu.runtime import pointer
 
 
 class _Job(ctypes.Structure):
@@ -25,14 +26,11 @@ class _Job(ctypes.Structure):
 
 
 def unsuited(x: Tensor, residual: Tensor | None, weight: Tensor) -> str:
-    """Why the kernel cannot run on these tensors ("": it can)."""
-    for tensor in (x, residual, weight):
-        if tensor is not None and tensor.device.type != "cpu":
-            return f"it runs on cpu tensors, got {tensor.device}"
-        narrow = tensor is x and x.dtype in (torch.bfloat16, torch.float16)
-        if tensor is not None and tensor.dtype != torch.float32 and not narrow:
-            return f"it runs on float32, got {tensor.dtype}"
-    return ""
+    """The reason why the kernel cannot run on these tensors ("": it can)."""
+    single = (torch.float32,)
+    return runtime.unsuited(x, allowed=(*single, torch.bfloat16, torch.float16)) or runtime.unsuited(
+        residual, weight, allowed=single
+    )
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -40,13 +38,6 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     x = x.float()
     out, total, _ = torch.ops.famba.norm(x, residual, weight, eps)
     return out, x if residual is None else total
-
-
-_library = torch.library.Library("famba", "FRAGMENT")
-_library.define("norm(Tensor x, Tensor? residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)")
-_library.define(
-    "norm_backward(Tensor? grad_out, Tensor? grad_sum, Tensor x, Tensor scale, Tensor weight) -> (Tensor, Tensor)"
-)
 
 
 def _norm_fake(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float):
@@ -59,7 +50,7 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float):
     x, weight = x.contiguous(), weight.contiguous()
     residual = None if residual is None else residual.contiguous()
     job = _Job(
-        scale.numel(), x.shape[-1], eps, x=x.data_ptr(), residual=None if residual is None else residual.data_ptr(),
+        scale.numel(), x.shape[-1], eps, x=x.data_ptr(), residual=pointer(residual),
         weight=weight.data_ptr(), out=out.data_ptr(), sum=total.data_ptr(), scale=scale.data_ptr(),
     )  # fmt: skip
     runtime.call("famba_norm_forward", job)
@@ -67,17 +58,16 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float):
 
 
 def _norm_backward(grad_out: Tensor | None, grad_sum: Tensor | None, x: Tensor, scale: Tensor, weight: Tensor):
-    to_x, to_weight = _norm_backward_fake(grad_out, grad_sum, x, scale, weight)
+    grad_x, grad_weight = _norm_backward_fake(grad_out, grad_sum, x, scale, weight)
     x, weight = x.contiguous(), weight.contiguous()
     grad_out, grad_sum = (g if g is None else g.contiguous() for g in (grad_out, grad_sum))
     job = _Job(
         scale.numel(), x.shape[-1], 0, x=x.data_ptr(), weight=weight.data_ptr(), scale=scale.data_ptr(),
-        grad_out=None if grad_out is None else grad_out.data_ptr(),
-        grad_sum=None if grad_sum is None else grad_sum.data_ptr(),
-        grad_x=to_x.data_ptr(), grad_weight=to_weight.data_ptr(),
+        grad_out=pointer(grad_out), grad_sum=pointer(grad_sum),
+        grad_x=grad_x.data_ptr(), grad_weight=grad_weight.data_ptr(),
     )  # fmt: skip
     runtime.call("famba_norm_backward", job)
-    return to_x, to_weight
+    return grad_x, grad_weight
 
 
 def _norm_backward_fake(grad_out, grad_sum, x, scale, weight):
@@ -94,17 +84,20 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad_out, grad_sum, _):
     total, scale, weight = ctx.saved_tensors
     grads = grad_out, grad_sum if ctx.added else None
-    to_x, to_weight = reference.gradients(
+    grad_x, grad_weight = reference.gradients(
         lambda: torch.ops.famba.norm_backward(*grads, total, scale, weight),
         lambda total, weight: reference.norm(total, None, weight, ctx.eps),
         (total, weight),
         *grads,
     )
-    return to_x, to_x if ctx.added else None, to_weight, None
+    return grad_x, grad_x if ctx.added else None, grad_weight, None
 
 
-_library.impl("norm", _norm, "CPU")
-_library.impl("norm_backward", _norm_backward, "CPU")
-torch.library.register_fake("famba::norm", _norm_fake, lib=_library)
-torch.library.register_fake("famba::norm_backward", _norm_backward_fake, lib=_library)
-torch.library.register_autograd("famba::norm", _backward, setup_context=_setup_context, lib=_library)
+runtime.operator(
+    "norm(Tensor x, Tensor? residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+    _norm, _norm_fake, _backward, _setup_context,
+)  # fmt: skip
+runtime.operator(
+    "norm_backward(Tensor? grad_out, Tensor? grad_sum, Tensor x, Tensor scale, Tensor weight) -> (Tensor, Tensor)",
+    _norm_backward, _norm_backward_fake,
+)  # fmt: skip

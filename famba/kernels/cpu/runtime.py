@@ -1,9 +1,10 @@
-"""What the kernels' bindings share: the library, its threads, and tensors as it sees them."""
+"""Shared by the kernels' bindings: the library, its threads and operators, and tensors as it sees them."""
 
 import ctypes
 import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -33,6 +34,35 @@ class View(ctypes.Structure):
         return cls(tensor.data_ptr(), *tensor.stride(), DTYPES.index(tensor.dtype))
 
 
+def pointer(x: Tensor | None) -> int | None:
+    """The address of the elements; None where there are none."""
+    return None if x is None else x.data_ptr() or None
+
+
+def unsuited(*tensors: Tensor | None, allowed: tuple[torch.dtype, ...] = DTYPES) -> str:
+    """The reason why a kernel cannot run on these tensors ("": it can)."""
+    names = " and ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+    for x in tensors:
+        if x is not None and x.device.type != "cpu":
+            return f"it runs on cpu tensors, got {x.device}"
+        if x is not None and x.dtype not in allowed:
+            return f"it runs on {names}, got {x.dtype}"
+    return ""
+
+
+_library = torch.library.Library("famba", "FRAGMENT")
+
+
+def operator(schema: str, kernel: Callable, fake: Callable, backward: Any = None, setup_context: Any = None) -> None:
+    """Register an operator on CPU tensors, with its gradient where there is one."""
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, kernel, "CPU")
+    torch.library.register_fake(f"famba::{name}", fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(f"famba::{name}", backward, setup_context=setup_context, lib=_library)
+
+
 def like(x: Tensor) -> Tensor:
     """An empty (b, e, t) tensor, dense, with channels innermost where they are in x."""
     b, e, t = x.shape
@@ -53,7 +83,7 @@ def float32(x: Tensor | None) -> Tensor | None:
 
 
 def instruction_set() -> str:
-    """What the kernels in use were compiled for: avx512, avx2, neon or baseline."""
+    """The target that the kernels in use were compiled for: avx512, avx2, neon or baseline."""
     name = library().famba_instruction_set
     name.restype = ctypes.c_char_p
     return name().decode()

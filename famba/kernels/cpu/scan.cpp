@@ -3,13 +3,13 @@
 // A vector holds one state of WIDTH neighbouring channels; tokens go in chunks of CHUNK. A unit of work is one sequence
 // and one group of channels: chunk after chunk, and in each chunk vector after vector, so that B and C of a chunk, and
 // the sums of their gradients over channels, stay in the first-level cache. Every vector's inputs are first brought into
-// a small float tile of (token, lane), which is where strides, types and channels beyond the last are dealt with.
+// a small float tile of (token, lane), which handles strides, types and channels beyond the last.
 //
 // Forward keeps the state before every chunk. Backward goes through the chunks the other way; in each it recomputes
 // decays and states from the kept one, eight states at a time, then runs the adjoint recurrence over them.
 //
-// A job may project delta from dt, m numbers of a token, and may be two: a second direction in the same unit of work,
-// which adds the first one's output to its own before the gate.
+// A job may project delta from dt, m numbers per token. Two jobs may share a unit of work: the second direction adds
+// the first one's output to its own before the gate.
 //
 // "In lanes" means [vector of channels][state][lane]. Nothing depends on how units fall on threads, and sums over
 // sequences and groups run in one fixed order, so results are the same bit for bit at any thread count.
@@ -37,28 +37,28 @@ INLINE void store_rows(const float* tile, const View& x, int64_t b, int64_t n, i
 }
 
 struct Tiles {
-    float u[CHUNK * W], step[CHUNK * W], slope[CHUNK * W], entry[CHUNK * W], y[CHUNK * W], z[CHUNK * W];
-    float grad[CHUNK * W], grad_y[CHUNK * W], grad_entry[CHUNK * W], grad_step[CHUNK * W];
+    float u[CHUNK * W], delta[CHUNK * W], slope[CHUNK * W], delta_u[CHUNK * W], y[CHUNK * W], z[CHUNK * W];
+    float grad[CHUNK * W], grad_y[CHUNK * W], grad_delta_u[CHUNK * W], grad_delta[CHUNK * W];
 };
 
-// u, the finished step, its slope by delta, and step times u
+// u, delta after bias and softplus, the slope of softplus, and delta times u
 INLINE void prepare(Tiles& s, const Scan& p, const float* dt, int64_t b, int64_t e0, int lanes, int64_t t0, int tokens) {
     load_tile(s.u, p.u, b, e0, lanes, t0, tokens);
-    if (!p.m) load_tile(s.step, p.delta, b, e0, lanes, t0, tokens);
-    vf bias = p.bias ? load_lanes(p.bias, e0, lanes) : vf{};
-    const float* weight = p.lanes_weight + e0 * p.m;
+    if (!p.m) load_tile(s.delta, p.delta, b, e0, lanes, t0, tokens);
+    vf bias = p.dt_bias ? load_lanes(p.dt_bias, e0, lanes) : vf{};
+    const float* weight = p.lanes_dt_proj + e0 * p.m;
     for (int i = 0; i < tokens; i++) {
-        vf slope = all(1.0f), step = p.m ? bias : load(s.step + i * W) + bias;
-        for (int64_t j = 0; j < p.m; j++) step += load(weight + j * W) * dt[i * p.m + j];
-        if (p.softplus) step = softplus_(step, &slope);
-        store(s.step + i * W, step);
+        vf slope = all(1.0f), delta = p.m ? bias : load(s.delta + i * W) + bias;
+        for (int64_t j = 0; j < p.m; j++) delta += load(weight + j * W) * dt[i * p.m + j];
+        if (p.softplus) delta = softplus_(delta, &slope);
+        store(s.delta + i * W, delta);
         store(s.slope + i * W, slope);
-        store(s.entry + i * W, step * load(s.u + i * W));
+        store(s.delta_u + i * W, delta * load(s.u + i * W));
         store(s.y + i * W, vf{});
     }
 }
 
-// N states through one chunk: y gains what they give. A, B, C begin at the first of them; B and C have n per token.
+// N states through one chunk, added to y. A, B, C begin at the first of them; B and C have n per token.
 template <int N>
 void forward_states(Tiles& s, const float* A, const float* B, const float* C, int64_t n, int tokens, bool reverse,
                     const float* before, float* after) {
@@ -67,12 +67,12 @@ void forward_states(Tiles& s, const float* A, const float* B, const float* C, in
     for (int k = 0; k < N; k++) h[k] = load(before + k * W);
     for (int j = 0; j < tokens; j++) {
         int i = reverse ? tokens - 1 - j : j;
-        vf step = load(s.step + i * W), entry = load(s.entry + i * W);
+        vf delta = load(s.delta + i * W), delta_u = load(s.delta_u + i * W);
         vf y0 = load(s.y + i * W), y1 = {};
         const float *Bi = B + i * n, *Ci = C + i * n;
 #pragma GCC unroll 16
         for (int k = 0; k < N; k++) {
-            h[k] = exp2_(step * load(A + k * W)) * h[k] + entry * Bi[k];
+            h[k] = exp2_(delta * load(A + k * W)) * h[k] + delta_u * Bi[k];
             (k % 2 ? y1 : y0) += h[k] * Ci[k];
         }
         store(s.y + i * W, y0 + y1);
@@ -81,30 +81,30 @@ void forward_states(Tiles& s, const float* A, const float* B, const float* C, in
     for (int k = 0; k < N; k++) store(after + k * W, h[k]);
 }
 
-// Decays and states of a chunk, as many as are recomputed at a time
+// Decays and states of a chunk, of the BLOCK states that are recomputed together
 constexpr int BLOCK = 8;
 struct Recomputed {
     float decay[CHUNK * BLOCK * W], state[CHUNK * BLOCK * W];
 };
 
-// N states back through one chunk. `carry` is the gradient that reaches the chunk's last state from later tokens,
-// replaced by the one that reaches the state before the chunk. sum_B, sum_C: (token, state, lane).
+// N states back through one chunk. `grad_h` is the gradient that reaches the chunk's last state h from later tokens,
+// replaced by the gradient of the state before the chunk. sum_B, sum_C: (token, state, lane).
 template <int N>
 void backward_states(Tiles& s, Recomputed& r, const float* A, const float* B, const float* C, int64_t n, int tokens,
-                     bool reverse, const float* before, float* carry, float* grad_A, float* sum_B, float* sum_C) {
+                     bool reverse, const float* before, float* grad_h, float* grad_A, float* sum_B, float* sum_C) {
     vf h[N];
 #pragma GCC unroll 8
     for (int k = 0; k < N; k++) h[k] = load(before + k * W);
     for (int j = 0; j < tokens; j++) {
         int i = reverse ? tokens - 1 - j : j;
-        vf step = load(s.step + i * W), entry = load(s.entry + i * W);
+        vf delta = load(s.delta + i * W), delta_u = load(s.delta_u + i * W);
         vf y0 = load(s.y + i * W), y1 = {};
         const float *Bi = B + i * n, *Ci = C + i * n;
         float *decay = r.decay + j * N * W, *state = r.state + j * N * W;
 #pragma GCC unroll 8
         for (int k = 0; k < N; k++) {
-            vf a = exp2_(step * load(A + k * W));
-            h[k] = a * h[k] + entry * Bi[k];
+            vf a = exp2_(delta * load(A + k * W));
+            h[k] = a * h[k] + delta_u * Bi[k];
             (k % 2 ? y1 : y0) += h[k] * Ci[k];
             store(decay + k * W, a);
             store(state + k * W, h[k]);
@@ -113,31 +113,31 @@ void backward_states(Tiles& s, Recomputed& r, const float* A, const float* B, co
     }
     vf g[N], dA[N];
 #pragma GCC unroll 8
-    for (int k = 0; k < N; k++) g[k] = load(carry + k * W), dA[k] = load(grad_A + k * W);
+    for (int k = 0; k < N; k++) g[k] = load(grad_h + k * W), dA[k] = load(grad_A + k * W);
     for (int j = tokens - 1; j >= 0; j--) {
         int i = reverse ? tokens - 1 - j : j;
-        vf step = load(s.step + i * W), entry = load(s.entry + i * W), grad_y = load(s.grad_y + i * W);
-        vf to_entry = load(s.grad_entry + i * W), to_step = load(s.grad_step + i * W);
+        vf delta = load(s.delta + i * W), delta_u = load(s.delta_u + i * W), grad_y = load(s.grad_y + i * W);
+        vf grad_du = load(s.grad_delta_u + i * W), grad_d = load(s.grad_delta + i * W);
         const float *Bi = B + i * n, *Ci = C + i * n;
         const float *decay = r.decay + j * N * W, *state = r.state + j * N * W;
         const float* previous = j ? state - N * W : before;
-        float *toB = sum_B + i * n * W, *toC = sum_C + i * n * W;
+        float *grad_B = sum_B + i * n * W, *grad_C = sum_C + i * n * W;
 #pragma GCC unroll 8
         for (int k = 0; k < N; k++) {
             g[k] += grad_y * Ci[k];
-            store(toC + k * W, load(toC + k * W) + load(state + k * W) * grad_y);
-            store(toB + k * W, load(toB + k * W) + g[k] * entry);
-            to_entry += g[k] * Bi[k];
+            store(grad_C + k * W, load(grad_C + k * W) + load(state + k * W) * grad_y);
+            store(grad_B + k * W, load(grad_B + k * W) + g[k] * delta_u);
+            grad_du += g[k] * Bi[k];
             g[k] *= load(decay + k * W);
             vf exponent = g[k] * load(previous + k * W);
-            to_step += exponent * load(A + k * W);
-            dA[k] += exponent * step;
+            grad_d += exponent * load(A + k * W);
+            dA[k] += exponent * delta;
         }
-        store(s.grad_entry + i * W, to_entry);
-        store(s.grad_step + i * W, to_step);
+        store(s.grad_delta_u + i * W, grad_du);
+        store(s.grad_delta + i * W, grad_d);
     }
 #pragma GCC unroll 8
-    for (int k = 0; k < N; k++) store(carry + k * W, g[k]), store(grad_A + k * W, dA[k]);
+    for (int k = 0; k < N; k++) store(grad_h + k * W, g[k]), store(grad_A + k * W, dA[k]);
 }
 
 }  // namespace
@@ -169,7 +169,7 @@ KERNEL(void scan_lanes)(const Scan* p, float* lanes) {
         for (int64_t k = 0; k < p->n; k++)
             lanes[(e / W * p->n + k) * W + e % W] = e < p->e ? p->A[e * p->n + k] * LOG2E : 0.0f;
         for (int64_t j = 0; j < p->m; j++)
-            weight[(e / W * p->m + j) * W + e % W] = e < p->e ? p->weight[e * p->m + j] : 0.0f;
+            weight[(e / W * p->m + j) * W + e % W] = e < p->e ? p->dt_proj[e * p->m + j] : 0.0f;
     }
 }
 
@@ -214,7 +214,7 @@ void forward(const Scan& p, int64_t unit, float* memory) {
                 load_tile(s.grad, p.other, at.b, e0, lanes, t0, tokens);
                 for (int i = 0; i < tokens; i++) store(s.y + i * W, load(s.y + i * W) + load(s.grad + i * W));
             }
-            if (p.sum.data) store_tile(s.y, p.sum, at.b, e0, lanes, t0, tokens);
+            if (p.y.data) store_tile(s.y, p.y, at.b, e0, lanes, t0, tokens);
             if (p.z.data) {
                 load_tile(s.z, p.z, at.b, e0, lanes, t0, tokens);
                 for (int i = 0; i < tokens; i++) {
@@ -235,10 +235,10 @@ void backward(const Scan& p, int64_t unit, float* memory) {
     float *B = take(memory, CHUNK * n), *C = take(memory, CHUNK * n), *dt = take(memory, CHUNK * m);
     // over lanes, of the gradients of B, C and dt of a chunk, one after another; first by lane
     float *sum = take(memory, CHUNK * sums), *by_lane = take(memory, CHUNK * sums * W);
-    float* carries = take(memory, (at.last - at.first) * n * W);
+    float* grads_h = take(memory, (at.last - at.first) * n * W);
     float* part = p.part + at.b * lanes_all * rows;
     vf scale = all((float)p.scale);
-    for (int64_t i = 0; i < (at.last - at.first) * n; i++) store(carries + i * W, vf{});
+    for (int64_t i = 0; i < (at.last - at.first) * n; i++) store(grads_h + i * W, vf{});
     for (int64_t i = at.first * rows; i < at.last * rows; i++) store(part + i * W, vf{});
 
     for (int64_t c = 0; c < chunks; c++) {
@@ -253,7 +253,7 @@ void backward(const Scan& p, int64_t unit, float* memory) {
             int64_t e0 = v * W;
             int lanes = (int)least(W, p.e - e0);
             const float* before = p.states + (at.b * chunks + chunk) * lanes_all * n + e0 * n;
-            float *carry = carries + (v - at.first) * n * W, *grad_A = part + e0 * rows, *others = grad_A + n * W;
+            float *grad_h = grads_h + (v - at.first) * n * W, *grad_A = part + e0 * rows, *others = grad_A + n * W;
             prepare(s, p, dt, at.b, e0, lanes, t0, tokens);
             load_tile(s.grad, p.grad_out, at.b, e0, lanes, t0, tokens);
             if (p.z.data) load_tile(s.z, p.z, at.b, e0, lanes, t0, tokens);
@@ -266,50 +266,50 @@ void backward(const Scan& p, int64_t unit, float* memory) {
                     grad *= z * gate;
                 }
                 store(s.grad_y + i * W, grad);
-                store(s.grad_entry + i * W, vf{});
-                store(s.grad_step + i * W, vf{});
+                store(s.grad_delta_u + i * W, vf{});
+                store(s.grad_delta + i * W, vf{});
             }
             const float* A = p.lanes_A + e0 * n;
             int64_t k = 0;
             for (; k + 8 <= n; k += 8)
-                backward_states<8>(s, r, A + k * W, B + k, C + k, n, tokens, p.reverse, before + k * W, carry + k * W,
+                backward_states<8>(s, r, A + k * W, B + k, C + k, n, tokens, p.reverse, before + k * W, grad_h + k * W,
                                    grad_A + k * W, sum_B + k * W, sum_C + k * W);
             for (; k < n; k++)
-                backward_states<1>(s, r, A + k * W, B + k, C + k, n, tokens, p.reverse, before + k * W, carry + k * W,
+                backward_states<1>(s, r, A + k * W, B + k, C + k, n, tokens, p.reverse, before + k * W, grad_h + k * W,
                                    grad_A + k * W, sum_B + k * W, sum_C + k * W);
 
-            vf D = p.D ? load_lanes(p.D, e0, lanes) : vf{}, to_D = load(others), to_bias = load(others + W);
+            vf D = p.D ? load_lanes(p.D, e0, lanes) : vf{}, grad_D = load(others), grad_bias = load(others + W);
             if (p.grad_z.data) {
-                if (p.sum.data) load_tile(s.y, p.sum, at.b, e0, lanes, t0, tokens);
+                if (p.y.data) load_tile(s.y, p.y, at.b, e0, lanes, t0, tokens);
                 for (int i = 0; i < tokens; i++) {
                     vf y = load(s.y + i * W);
-                    if (!p.sum.data) y += D * load(s.u + i * W);
+                    if (!p.y.data) y += D * load(s.u + i * W);
                     store(s.z + i * W, load(s.z + i * W) * y);
                 }
                 store_tile(s.z, p.grad_z, at.b, e0, lanes, t0, tokens);
             }
             for (int i = 0; i < tokens; i++) {
-                vf u = load(s.u + i * W), grad_y = load(s.grad_y + i * W), to_entry = load(s.grad_entry + i * W);
-                vf step = (to_entry * u + load(s.grad_step + i * W) * LN2) * load(s.slope + i * W);
-                store(s.grad_step + i * W, step);
-                store(s.grad_entry + i * W, to_entry * load(s.step + i * W) + grad_y * D);
-                to_D += grad_y * u;
-                to_bias += step;
+                vf u = load(s.u + i * W), grad_y = load(s.grad_y + i * W), grad_du = load(s.grad_delta_u + i * W);
+                vf grad_delta = (grad_du * u + load(s.grad_delta + i * W) * LN2) * load(s.slope + i * W);
+                store(s.grad_delta + i * W, grad_delta);
+                store(s.grad_delta_u + i * W, grad_du * load(s.delta + i * W) + grad_y * D);
+                grad_D += grad_y * u;
+                grad_bias += grad_delta;
             }
-            store(others, to_D);
-            store(others + W, to_bias);
+            store(others, grad_D);
+            store(others + W, grad_bias);
             for (int64_t j = 0; j < m; j++) {
-                vf weight = load(p.lanes_weight + (e0 * m + j * W)), to_weight = load(others + (2 + j) * W);
+                vf weight = load(p.lanes_dt_proj + (e0 * m + j * W)), grad_weight = load(others + (2 + j) * W);
                 for (int i = 0; i < tokens; i++) {
-                    vf step = load(s.grad_step + i * W);
-                    float* to_dt = sum_dt + (i * m + j) * W;
-                    to_weight += step * dt[i * m + j];
-                    store(to_dt, load(to_dt) + step * weight);
+                    vf grad_delta = load(s.grad_delta + i * W);
+                    float* grad_dt = sum_dt + (i * m + j) * W;
+                    grad_weight += grad_delta * dt[i * m + j];
+                    store(grad_dt, load(grad_dt) + grad_delta * weight);
                 }
-                store(others + (2 + j) * W, to_weight);
+                store(others + (2 + j) * W, grad_weight);
             }
-            store_tile(s.grad_entry, p.grad_u, at.b, e0, lanes, t0, tokens);
-            if (!m) store_tile(s.grad_step, p.grad_delta, at.b, e0, lanes, t0, tokens);
+            store_tile(s.grad_delta_u, p.grad_u, at.b, e0, lanes, t0, tokens);
+            if (!m) store_tile(s.grad_delta, p.grad_delta, at.b, e0, lanes, t0, tokens);
         }
         sum_lanes_of(by_lane, tokens * sums, sum);
         if (p.groups > 1) {
@@ -341,7 +341,8 @@ KERNEL(void scan_sum_sequences)(const void* given, int64_t unit, float*) {
     int64_t n = p.n, rows = n + 2 + p.m, e0 = unit % ceil_div(p.e, W) * W;
     int lanes = (int)least(W, p.e - e0);
     for (int64_t row = 0; row < rows; row++) {
-        float* to = row < n ? p.grad_A + row : row == n ? p.grad_D : row == n + 1 ? p.grad_bias : p.grad_weight + row - n - 2;
+        float* to = row < n ? p.grad_A + row : row == n ? p.grad_D : p.grad_dt_bias;
+        if (row > n + 1) to = p.grad_dt_proj + row - n - 2;
         if (!to) continue;
         int64_t each = row < n ? n : row < n + 2 ? 1 : p.m;
         vf sum = {};

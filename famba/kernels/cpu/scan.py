@@ -10,11 +10,10 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from famba.kernels import reference
 from famba.kernels.cpu import build, runtime
-from famba.kernels.cpu.runtime import View, float32, like
+from famba.kernels.cpu.runtime import View, float32, like, pointer
 
 _CHUNK = 16  # tokens between kept states, and _PAD channels: scan.cpp's CHUNK and PAD
 _PAD = 16
@@ -28,29 +27,24 @@ class _Job(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("b", "e", "t", "n", "m", "softplus", "reverse")),
         *((name, ctypes.c_int64) for name in ("groups", "keep", "directions")),
         ("scale", ctypes.c_double),
-        *((name, View) for name in ("u", "delta", "z", "B", "C", "out", "other", "sum")),
-        *((name, ctypes.c_void_p) for name in ("A", "D", "bias", "weight", "states")),
+        *((name, View) for name in ("u", "delta", "z", "B", "C", "out", "other", "y")),
+        *((name, ctypes.c_void_p) for name in ("A", "D", "dt_bias", "dt_proj", "states")),
         *((name, View) for name in ("grad_out", "grad_u", "grad_delta", "grad_z", "grad_B", "grad_C")),
-        *((name, ctypes.c_void_p) for name in ("grad_A", "grad_D", "grad_bias", "grad_weight")),
-        *((name, ctypes.c_void_p) for name in ("part", "part_rows", "lanes_A", "lanes_weight")),
+        *((name, ctypes.c_void_p) for name in ("grad_A", "grad_D", "grad_dt_bias", "grad_dt_proj")),
+        *((name, ctypes.c_void_p) for name in ("part", "part_rows", "lanes_A", "lanes_dt_proj")),
     )
 
 
 @torch.compiler.assume_constant_result
 def unavailable() -> str:
-    """Why the native scan cannot run here ("": it can)."""
+    """The reason why the native scan cannot run here ("": it can)."""
     return build.unavailable()
 
 
 def unsuited(u, delta, A, B, C, D, z, delta_bias) -> str:
-    """Why it cannot run on these tensors ("": it can)."""
-    if u.device.type != "cpu":
-        return f"it runs on cpu tensors, got {u.device}"
-    for x in (u, delta, B, C, z):
-        if x is not None and x.dtype not in runtime.DTYPES:
-            return f"it runs on float32 and bfloat16, got {x.dtype}"
-    if any(x is not None and x.dtype == torch.float64 for x in (A, D, delta_bias)):
-        return "it runs on float32 and bfloat16, got torch.float64"
+    """The reason why it cannot run on these tensors ("": it can)."""
+    if reason := runtime.unsuited(u, delta, A, B, C, D, z, delta_bias):
+        return reason
     if A.shape[1] > MOST_STATES:
         return f"it runs with at most {MOST_STATES} states per channel, got {A.shape[1]}"
     return ""
@@ -74,65 +68,7 @@ def selective_scan(
     return torch.ops.famba.scan(*inputs, delta_softplus, reverse, keep)[0]
 
 
-def projected_scan(
-    u: Tensor,
-    step: Tensor,
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    reverse: bool,
-) -> Tensor:
-    """`famba.kernels.ops.projected_scan` by the native kernel."""
-    inputs = (u, step, weight, A, B, C, D, delta_bias)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        return _ProjectedScan.apply(*inputs, reverse)  # pyright: ignore[reportReturnType]
-    return torch.ops.famba.scan(u, _project(step, weight), A, B, C, D, None, delta_bias, True, reverse, False)[0]
-
-
-class _ProjectedScan(torch.autograd.Function):
-    """The steps are projected again in backward: kept, they would be as large as u."""
-
-    @staticmethod
-    def forward(ctx, u, step, weight, A, B, C, D, delta_bias, reverse: bool):
-        delta = _project(step, weight)
-        out, states = torch.ops.famba.scan(u, delta, A, B, C, D, None, delta_bias, True, reverse, True)
-        ctx.save_for_backward(u, step, weight, A, B, C, D, delta_bias, states)
-        ctx.reverse = reverse
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        *inputs, states = ctx.saved_tensors
-        u, step, weight, A, B, C, D, delta_bias = inputs
-
-        def kernel():
-            to_u, to_delta, to_A, to_B, to_C, to_D, _, to_bias = torch.ops.famba.scan_backward(
-                grad, u, _project(step, weight), A, B, C, D, None, delta_bias, states, True, ctx.reverse
-            )
-            to_delta = to_delta.mT
-            to_step = torch.matmul(to_delta, weight.to(to_delta.dtype)).mT
-            to_weight = torch.matmul(to_delta.flatten(0, 1).mT, step.mT.flatten(0, 1)).to(weight.dtype)
-            return to_u, to_step, to_weight, to_A, to_B, to_C, to_D, to_bias
-
-        function = partial(reference.projected_scan, reverse=ctx.reverse)
-        return *reference.gradients(kernel, function, inputs, grad), None
-
-
-def _project(step: Tensor, weight: Tensor) -> Tensor:
-    with torch.autocast("cpu", enabled=False):  # it reigns in forward only, and both passes must make the same
-        return functional.linear(step.mT, weight.to(step.dtype)).mT
-
-
 _INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
-_library = torch.library.Library("famba", "FRAGMENT")
-_library.define(f"scan({_INPUTS}, bool softplus, bool reverse, bool keep) -> (Tensor, Tensor)")
-_library.define(
-    f"scan_backward(Tensor grad, {_INPUTS}, Tensor states, bool softplus, bool reverse) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
 
 
 def _outputs(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
@@ -144,7 +80,7 @@ def kept_states(
     x: Tensor, *leading: int | torch.SymInt, e: int | torch.SymInt, t: int | torch.SymInt, n: int | torch.SymInt
 ) -> Tensor:
     """Room for the states before each chunk of tokens."""
-    # Channels that only fill up a vector may not be written; what an operator gives must follow from what it is given.
+    # Channels that only fill up a vector may not be written: zeros, so that equal inputs give equal outputs.
     make = x.new_zeros if e % _PAD else x.new_empty
     return make((*leading, -(-t // _CHUNK), -(-e // _PAD) * _PAD, n), dtype=torch.float32)
 
@@ -162,10 +98,7 @@ def _job(u, delta, A, B, C, D, z, delta_bias, softplus: bool, reverse: bool, sta
     return _Job(
         b, e, t, n, 0, softplus, reverse, 0, states.numel() > 0, 1, 1.0,
         *(View.of(x) for x in (u, delta, z, B, C)),
-        A=A.data_ptr(),
-        D=None if D is None else D.data_ptr(),
-        bias=None if delta_bias is None else delta_bias.data_ptr(),
-        states=states.data_ptr(),
+        A=A.data_ptr(), D=pointer(D), dt_bias=pointer(delta_bias), states=states.data_ptr(),
         **{name: View.of(x) for name, x in views.items()},
     )  # fmt: skip
 
@@ -179,19 +112,19 @@ def _scan(u, delta, A, B, C, D, z, delta_bias, softplus: bool, reverse: bool, ke
 
 def _scan_backward(grad, u, delta, A, B, C, D, z, delta_bias, states, softplus: bool, reverse: bool):
     gradients = _gradients(u, delta, A, B, C, D, z, delta_bias)
-    to_u, to_delta, to_A, to_B, to_C, to_D, to_z, to_bias = gradients
+    grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias = gradients
     kinds = [None if x is None else x.dtype for x in (A, D, delta_bias)]
     A, D, delta_bias = (float32(x) for x in (A, D, delta_bias))
     job = _job(
-        u, delta, A, B, C, D, z, delta_bias, softplus, reverse, states, grad_out=grad, grad_u=to_u, grad_delta=to_delta,
-        grad_B=to_B, grad_C=to_C, grad_z=None if z is None else to_z,
+        u, delta, A, B, C, D, z, delta_bias, softplus, reverse, states, grad_out=grad, grad_u=grad_u,
+        grad_delta=grad_delta, grad_B=grad_B, grad_C=grad_C, grad_z=None if z is None else grad_z,
     )  # fmt: skip
-    job.grad_A, job.grad_D, job.grad_bias = (x.data_ptr() if x.numel() else None for x in (to_A, to_D, to_bias))
+    job.grad_A, job.grad_D, job.grad_dt_bias = map(pointer, (grad_A, grad_D, grad_bias))
     runtime.call("famba_scan_backward", job)
-    to_A, to_D, to_bias = (
-        x if kind is None else x.to(kind) for x, kind in zip((to_A, to_D, to_bias), kinds, strict=True)
+    grad_A, grad_D, grad_bias = (
+        x if kind is None else x.to(kind) for x, kind in zip((grad_A, grad_D, grad_bias), kinds, strict=True)
     )
-    return to_u, to_delta, to_A, to_B, to_C, to_D, to_z, to_bias
+    return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias
 
 
 def _scan_fake(u, delta, A, B, C, D, z, delta_bias, softplus, reverse, keep):
@@ -208,7 +141,7 @@ def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.softplus, ctx.reverse, keep = inputs
     if not keep:
         raise RuntimeError("famba::scan was called with keep=False, and so kept no states for the gradient")
-    ctx.set_materialize_grads(False)  # of the states there is none, and zeros in their place would be as large
+    ctx.set_materialize_grads(False)  # zeros for that of the states would be as large as they are
     ctx.save_for_backward(*tensors, output[1])
 
 
@@ -223,8 +156,12 @@ def _backward(ctx, grad, _):
     return *found, None, None, None
 
 
-_library.impl("scan", _scan, "CPU")
-_library.impl("scan_backward", _scan_backward, "CPU")
-torch.library.register_fake("famba::scan", _scan_fake, lib=_library)
-torch.library.register_fake("famba::scan_backward", _scan_backward_fake, lib=_library)
-torch.library.register_autograd("famba::scan", _backward, setup_context=_setup_context, lib=_library)
+runtime.operator(
+    f"scan({_INPUTS}, bool softplus, bool reverse, bool keep) -> (Tensor, Tensor)",
+    _scan, _scan_fake, _backward, _setup_context,
+)  # fmt: skip
+runtime.operator(
+    f"scan_backward(Tensor grad, {_INPUTS}, Tensor states, bool softplus, bool reverse) -> "
+    f"({', '.join(8 * ['Tensor'])})",
+    _scan_backward, _scan_backward_fake,
+)  # fmt: skip

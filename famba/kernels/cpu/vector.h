@@ -89,7 +89,7 @@ INLINE float sum_lanes(vf x) {
 #endif
 }
 
-// What sum_lanes gives of each of `count` vectors that lie one after another
+// sum_lanes of each of `count` consecutive vectors
 INLINE void sum_lanes_of(const float* vectors, int64_t count, float* sums) {
     int64_t i = 0;
 #if WIDTH == 16

@@ -35,8 +35,6 @@ both directions, and 668 in backward for each, for 32 channels at once (tests/ke
 multiprocessors at 1.75 GHz, each of which starts four in a clock, that takes 0.56 ms at the very least.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -376,61 +374,35 @@ def selective_scan(
     return torch.ops.famba.gpu_scan(*inputs, *_NONE, z, delta_softplus, reverse, 1.0, keep)[0]
 
 
-def projected_scan(
-    u: Tensor,
-    step: Tensor,
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    reverse: bool,
-) -> Tensor:
-    """`famba.kernels.ops.projected_scan` by the kernel."""
-    return _projected((u, step, weight, A, B, C, D, delta_bias), 8 * (None,), None, reverse, 1.0)
-
-
-def bidirectional_scan(
-    forward: tuple[Tensor | None, ...], backward: tuple[Tensor | None, ...], gate: Tensor, scale: float
-) -> Tensor:
-    """`famba.kernels.ops.bidirectional_scan` by the kernel."""
-    return _projected(forward, backward, gate, False, scale)
-
-
 _NONE = 7 * (None,)
 
 
-def _projected(forward, backward, gate: Tensor | None, reverse: bool, scale: float) -> Tensor:
-    inputs = (*forward, *backward, gate)
+def bidirectional_scan(
+    forward: tuple[Tensor | None, ...], backward: tuple[Tensor | None, ...], z: Tensor, scale: float
+) -> Tensor:
+    """`famba.kernels.ops.bidirectional_scan` by the kernel."""
+    inputs = (*forward, *backward, z)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        return _ProjectedScan.apply(*inputs, reverse, scale)  # pyright: ignore[reportReturnType]
-    return _scan_steps(forward, backward, gate, reverse, scale, False)[0]
+        return _BidirectionalScan.apply(*inputs, scale)  # pyright: ignore[reportReturnType]
+    return torch.ops.famba.gpu_scan(*_with_delta(*inputs), True, False, scale, False)[0]
 
 
-def _scan_steps(forward, backward, gate, reverse: bool, scale: float, keep: bool):
-    sides = _with_delta(forward), _with_delta(backward)
-    return torch.ops.famba.gpu_scan(*sides[0], *sides[1], gate, True, reverse, scale, keep)
+def _with_delta(*inputs):
+    """The same as `gpu_scan` takes them: in each direction delta in place of dt and its projection."""
+    made = []
+    for u, dt, dt_proj, *others in (inputs[:8], inputs[8:16]):
+        with torch.autocast(dt.device.type, enabled=False):  # active in forward only; both passes must make the same
+            made += [u, functional.linear(dt.mT, dt_proj.to(dt.dtype)).mT, *others]
+    return *made, inputs[16]
 
 
-def _with_delta(side: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """A direction's arguments as the scan takes them: the step projected."""
-    u, step, weight, *others = side
-    if step is None or weight is None:
-        return _NONE
-    with torch.autocast(
-        step.device.type, enabled=False
-    ):  # it reigns in forward only, and both passes must make the same
-        return u, functional.linear(step.mT, weight.to(step.dtype)).mT, *others
-
-
-class _ProjectedScan(torch.autograd.Function):
-    """The steps are projected again in backward: kept, they would be as large as u."""
+class _BidirectionalScan(torch.autograd.Function):
+    """Backward projects dt again: a kept delta would be as large as u."""
 
     @staticmethod
     def forward(ctx, *inputs):
-        *tensors, ctx.reverse, ctx.scale = inputs
-        out, y, states = _scan_steps(tensors[:8], tensors[8:16], tensors[16], ctx.reverse, ctx.scale, True)
+        *tensors, ctx.scale = inputs
+        out, y, states = torch.ops.famba.gpu_scan(*_with_delta(*tensors), True, False, ctx.scale, True)
         ctx.save_for_backward(*tensors, y, states)
         return out
 
@@ -438,29 +410,21 @@ class _ProjectedScan(torch.autograd.Function):
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         *tensors, y, states = ctx.saved_tensors
 
-        def scanned(tensors):
-            return *_with_delta(tensors[:8]), *_with_delta(tensors[8:16]), tensors[16]
-
         def kernel():
-            found = torch.ops.famba.gpu_scan_backward(grad, *scanned(tensors), y, states, True, ctx.reverse, ctx.scale)
+            found = torch.ops.famba.gpu_scan_backward(grad, *_with_delta(*tensors), y, states, True, False, ctx.scale)
             gradients = []
-            for side, (to_u, to_delta, *others) in zip(
-                (tensors[:8], tensors[8:16]), (found[:7], found[7:14]), strict=True
-            ):
-                _, step, weight, *_ = side
-                if step is None:
-                    gradients += 8 * [None]
-                    continue
-                to_delta = to_delta.mT
-                to_step = torch.matmul(to_delta, weight.to(to_delta.dtype)).mT
-                to_weight = torch.matmul(to_delta.flatten(0, 1).mT, step.mT.flatten(0, 1)).to(weight.dtype)
-                gradients += [to_u, to_step, to_weight, *others]
+            for (_, dt, dt_proj, *_), side in ((tensors[:8], found[:7]), (tensors[8:16], found[7:14])):
+                grad_u, grad_delta, *others = side
+                grad_delta = grad_delta.mT
+                grad_dt = torch.matmul(grad_delta, dt_proj.to(grad_delta.dtype)).mT
+                grad_proj = torch.matmul(grad_delta.flatten(0, 1).mT, dt.mT.flatten(0, 1)).to(dt_proj.dtype)
+                gradients += [grad_u, grad_dt, grad_proj, *others]
             return [*gradients, found[14]]
 
         def function(*tensors):
-            return _by_torch(*scanned(tensors), True, ctx.reverse, ctx.scale)
+            return _by_torch(*_with_delta(*tensors), True, False, ctx.scale)
 
-        return *reference.gradients(kernel, function, tensors, grad), None, None
+        return *reference.gradients(kernel, function, tensors, grad), None
 
 
 def _by_torch(*inputs):
