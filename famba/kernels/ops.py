@@ -101,7 +101,9 @@ def bidirectional_scan(
         return chosen.run_both(forward, backward, z, scale)
     sides = zip((forward, backward), (False, True), strict=True)
     y, other = (
-        chosen.run(s.u, F.linear(s.dt.mT, s.dt_proj.to(s.dt.dtype)).mT, s.A, s.B, s.C, s.D, None, s.dt_bias, True, reverse)
+        chosen.run(
+            s.u, F.linear(s.dt.mT, s.dt_proj.to(s.dt.dtype)).mT, s.A, s.B, s.C, s.D, None, s.dt_bias, True, reverse
+        )
         for s, reverse in sides
     )
     return reference.gate(y + other, z, scale)
