@@ -28,7 +28,7 @@ from ruamel.yaml import YAML
 from famba.storage import checkpoint, runs
 
 ROOT = Path(__file__).resolve().parents[2]
-TRAIN = ["train", "--profile", "smoke", "--strategy", "upper", "--out", "run"]
+TRAIN = ["train", "--profile", "smoke", "--strategy", "upper", "--out", "run", "--force"]
 FILES = {"correct.txt", "cost.json", "history.csv", "metrics.json", "model.safetensors", "params.json", "schedule.json"}
 
 pytestmark = [
