@@ -209,6 +209,21 @@ def last_line(stderr: str) -> str:
     return "".join(stderr.splitlines(keepends=True)[-1:])
 
 
+def test_a_disk_that_fills_up_stops_the_run_in_one_line_that_names_the_file_and_leaves_what_was_there(
+    incubator, repository, undisturbed, run
+):
+    done = incubator.run(*TRAIN, operation=undisturbed["operations"] // 4, when="full")
+    kept = sorted(repository.glob("build/checkpoints/*/*"))
+    assert {path.name for path in kept if path.suffix != ".safetensors"} == {"history.csv"}
+    kept = [path for path in kept if path.suffix == ".safetensors"]
+    checkpoint.read(kept[-1])
+    refused = rf"famba: {kept[-1].parent}/epoch-\d{{5}}\.safetensors: cannot be written \(File too large\)\n"
+    assert (done["status"], bool(re.fullmatch(refused, last_line(done["stderr"])))) == (1, True), done
+    assert not list(run.iterdir())
+    assert incubator.run(*TRAIN)["status"] == 0
+    assert contents(repository, "run") == undisturbed["files"]
+
+
 def test_twenty_kills_anywhere_leave_the_same_run_and_nothing_else(incubator, repository, undisturbed, run):
     asked = points(undisturbed)
     assert len(asked) == 20
@@ -231,21 +246,6 @@ def killed(incubator: Incubator, point: dict[str, Any]) -> bool:
     done = incubator.run(*TRAIN, **point, how=signal.SIGKILL)
     assert done["status"] in (-signal.SIGKILL, -signal.SIGXFSZ, 0), (point, done)
     return done["status"] < 0
-
-
-def test_a_disk_that_fills_up_stops_the_run_in_one_line_that_names_the_file_and_leaves_what_was_there(
-    incubator, repository, undisturbed, run
-):
-    done = incubator.run(*TRAIN, operation=undisturbed["operations"] // 4, when="full")
-    kept = sorted(repository.glob("build/checkpoints/*/*"))
-    assert {path.name for path in kept if path.suffix != ".safetensors"} == {"history.csv"}
-    kept = [path for path in kept if path.suffix == ".safetensors"]
-    checkpoint.read(kept[-1])
-    refused = rf"famba: {kept[-1].parent}/epoch-\d{{5}}\.safetensors: cannot be written \(File too large\)\n"
-    assert (done["status"], bool(re.fullmatch(refused, last_line(done["stderr"])))) == (1, True), done
-    assert not list(run.iterdir())
-    assert incubator.run(*TRAIN)["status"] == 0
-    assert contents(repository, "run") == undisturbed["files"]
 
 
 def test_a_folder_where_another_process_makes_a_run_is_refused_before_training(incubator, repository, run):
