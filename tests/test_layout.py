@@ -177,7 +177,7 @@ def test_stage_notebooks_hold_no_outputs_and_every_notebook_asks_for_the_same_ke
 
 
 def test_notebooks_call_the_package_and_hold_no_logic_of_their_own():
-    banned = (ast.FunctionDef, ast.ClassDef, ast.While, ast.If, ast.Try)
+    banned = (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.For, ast.While, ast.If, ast.Try, ast.With)
     for name, notebook in notebooks().items():
         assert notebook.cells[0].cell_type == "markdown"
         assert notebook.cells[0].source.startswith("# "), name
