@@ -8,7 +8,6 @@ a machine with torch alone can be checked.
 import argparse
 import contextlib
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -134,7 +133,9 @@ def _train(options: argparse.Namespace) -> int:
     from famba.storage import runs
 
     out = (options.out or config.root() / "build" / "runs" / runs.run_name(p.strategy, options.seed)).absolute()
-    if not options.force and out.exists() and not (out.is_dir() and set(os.listdir(out)) <= {".lock"}):
+    names = {path.name for path in out.glob("[!.]*")}
+    unfinished = "schedule.json" in names and "metrics.json" not in names  # the first and the last that is written
+    if not options.force and (names or out.is_file()) and not unfinished:
         raise InputError(f"--out: {out} exists; name another folder, or --force to replace the run in it")
     from famba.training import distributed, fit
 

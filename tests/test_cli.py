@@ -83,6 +83,14 @@ def test_train_says_what_the_run_reached_and_replaces_it_only_when_forced(tmp_pa
     assert (tmp_path / "run" / "cost.json").stat().st_mtime_ns > before
 
 
+@pytest.mark.parametrize(("name", "status"), [("schedule.json", 0), ("thesis.tex", 1)])
+def test_train_completes_an_unfinished_run_and_leaves_other_folders_alone(name, status, tmp_path):
+    (tmp_path / name).write_text("")
+    train = ["train", "--profile", "smoke", "--set", "train.epochs=1", "--out", str(tmp_path)]
+    assert main(train) == status
+    assert (tmp_path / "metrics.json").exists() == (status == 0)
+
+
 def test_the_version_is_that_of_the_package(capsys):
     with pytest.raises(SystemExit):
         main(["--version"])

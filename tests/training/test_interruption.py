@@ -28,7 +28,7 @@ from ruamel.yaml import YAML
 from famba.storage import checkpoint, runs
 
 ROOT = Path(__file__).resolve().parents[2]
-TRAIN = ["train", "--profile", "smoke", "--strategy", "upper", "--out", "run", "--force"]
+TRAIN = ["train", "--profile", "smoke", "--strategy", "upper", "--out", "run"]
 FILES = {"correct.txt", "cost.json", "history.csv", "metrics.json", "model.safetensors", "params.json", "schedule.json"}
 
 pytestmark = [
@@ -228,22 +228,27 @@ def test_twenty_kills_anywhere_leave_the_same_run_and_nothing_else(incubator, re
     asked = points(undisturbed)
     assert len(asked) == 20
     for index, point in enumerate(asked):
-        while not killed(incubator, point):  # too late: the machine is less busy than before
+        while not killed(incubator, run, point):  # too late: the machine is less busy than before
             shutil.rmtree(run)
             point["after_s"] /= 2
         check_that_nothing_half_is_read_as_whole(repository)
         if index % 4 == 3:  # and once more on its way
-            killed(incubator, point)
+            killed(incubator, run, point)
             check_that_nothing_half_is_read_as_whole(repository)
-        done = incubator.run(*TRAIN)
+        done = incubator.run(*train_again(run))
         assert (done["status"], unexpected(done["stderr"])) == (0, []), point
         assert contents(repository, "run") == undisturbed["files"], point
         shutil.rmtree(run)
 
 
-def killed(incubator: Incubator, point: dict[str, Any]) -> bool:
+def train_again(run: Path) -> list[str]:
+    """What a user types after a kill: a run that had been written whole is replaced on demand only."""
+    return [*TRAIN, "--force"] if (run / "metrics.json").exists() else TRAIN
+
+
+def killed(incubator: Incubator, run: Path, point: dict[str, Any]) -> bool:
     """Whether that killed the run, which otherwise had finished."""
-    done = incubator.run(*TRAIN, **point, how=signal.SIGKILL)
+    done = incubator.run(*train_again(run), **point, how=signal.SIGKILL)
     assert done["status"] in (-signal.SIGKILL, -signal.SIGXFSZ, 0), (point, done)
     return done["status"] < 0
 
