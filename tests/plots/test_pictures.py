@@ -1,19 +1,9 @@
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.collections import LineCollection
 
 from famba import plots
 from famba.errors import InputError
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left_with_pyplot():
-    before = dict(matplotlib.rcParams)
-    yield
-    assert plt.get_fignums() == []
-    assert dict(matplotlib.rcParams) == before
 
 
 def titles(figure):

@@ -1,7 +1,6 @@
 import itertools
 
 import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -77,14 +76,6 @@ def benchmarks():
         ],
     }
     return {name: pd.DataFrame(rows) for name, rows in tables.items()}
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left_with_pyplot():
-    before = dict(matplotlib.rcParams)
-    yield
-    assert plt.get_fignums() == []
-    assert dict(matplotlib.rcParams) == before
 
 
 def legend(figure):
