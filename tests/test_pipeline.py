@@ -22,7 +22,7 @@ def copy(tmp_path_factory) -> Path:
     folder = copy_to(tmp_path_factory.mktemp("copy"), without=("tests/golden/", "figures/", "results/", "dvc.lock"))
     edit(folder, lambda document: document.update(profile="smoke"))
     edit(folder, lambda document: document["sweep"].update(strategies=["none", "upper"], seeds=[0]))
-    less = {"strategies": ["lower"], "factors": ["order"], "seeds": [3], "epochs": None}
+    less = {"strategies": ["lower"], "factors": ["order"], "controls": ["reduction"], "seeds": [3], "epochs": None}
     edit(folder, lambda document: document["ablation"].update(less))
     commit(folder)
     return folder
@@ -153,14 +153,14 @@ def test_the_ablation_is_a_pipeline_of_its_own_that_keeps_its_runs(copy, first):
     results = {name: copy / name for name in ("results/ablation.csv", "results/ablation.md", "figures/ablation.png")}
     made = {name: path.read_bytes() for name, path in results.items()}
     assert b"Keeping scan order instead of" in made["results/ablation.md"]
-    assert pd.read_csv(results["results/ablation.csv"])["seed"].tolist() == [3, 3, 3, 3]
+    assert pd.read_csv(results["results/ablation.csv"])["seed"].tolist() == [3] * 6
     with Image.open(results["figures/ablation.png"]) as image:
         assert min(image.size) > 200
     assert (copy / "experiments" / "dvc.lock").is_file()
     assert ran(run(copy, "dvc", "repro", ABLATION)) == set()
 
     runs = {path: path.stat().st_mtime_ns for path in copy.glob("results/experiments/ablation/*/metrics.json")}
-    assert len(runs) == 2 * 2
+    assert len(runs) == 6  # two strategies, each as it is, with the other order and with the other reduction
     module = copy / "famba" / "analysis" / "ablation.py"
     text = module.read_text()
     module.write_text(text + "\nTOUCHED = 1\n")
