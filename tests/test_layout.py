@@ -24,6 +24,7 @@ from ruamel.yaml import YAML
 import famba
 from famba import backends, config
 from famba.analysis import summary
+from famba.cli import main
 from famba.storage import provenance
 from famba.storage.files import json_bytes
 
@@ -255,19 +256,16 @@ def test_a_wheel_made_of_the_sdist_carries_all_that_it_reads_and_its_kernels_run
     table = "famba/analysis/paper/famba_v_results.csv"
     assert {"famba/kernels/cpu/scan.cpp", "famba/kernels/cpu/scan.h", table, "famba/py.typed"} <= wanted
     assert packed == wanted | {"famba/params.yaml"}
-    command = [sys.executable, "-m", "famba", "train", "--profile", "smoke", "--set", "train.epochs=1", "--out", "run"]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed"), "XDG_CACHE_HOME": str(tmp_path)}
-    subprocess.run(command, check=True, cwd=tmp_path, env=environment)
-    assert (tmp_path / "run" / "metrics.json").is_file()
-    code = "from famba import backends; from famba.kernels.cpu import build; print(build.SOURCES, backends()['native'])"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=environment,
+    code = (
+        "import sys; from famba import backends, cli; from famba.kernels.cpu import build\n"
+        "print(build.SOURCES, backends()['native'], flush=True)\n"
+        "sys.exit(cli.main(['train', '--profile', 'smoke', '--set', 'train.epochs=1', '--out', 'run']))"
     )
-    sources, reason = done.stdout.strip("\n").split(" ", 1)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment)
+    assert (tmp_path / "run" / "metrics.json").is_file()
+    sources, reason = done.stdout.splitlines()[0].split(" ", 1)
     assert Path(sources) == tmp_path / "installed" / "famba" / "kernels" / "cpu"
     assert reason == backends()["native"]
 
@@ -307,17 +305,13 @@ def test_generated_tables_are_those_of_the_results():
         assert summary.readme_text(documents()[name], contents, name) == documents()[name], "run `make readme`"
 
 
-def test_the_readme_command_writes_both_files(tmp_path):
+def test_the_readme_command_writes_both_files(tmp_path, monkeypatch):
     for name in ("params.yaml", "dvc.yaml", "README.md", "docs/results.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(re.sub(r"^\|.*\n", "", (ROOT / name).read_text(), flags=re.MULTILINE))
     shutil.copytree(ROOT / "results", tmp_path / "results", ignore=shutil.ignore_patterns("runs", "experiments"))
-    subprocess.run(
-        [sys.executable, "-m", "famba", "readme"],
-        check=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["readme"]) == 0
     for name, contents in summary.readme_blocks(ROOT / "results").items():
         assert all(content in (tmp_path / name).read_text() for content in contents.values()), name
 
@@ -339,14 +333,16 @@ def test_links_in_readme_and_docs_point_to_files_and_headings_that_exist():
     assert looked > 50
 
 
-def test_commands_and_profiles_that_readme_and_docs_name_exist():
+def test_commands_and_profiles_that_readme_and_docs_name_exist(capsys):
     text = "\n".join(documents().values())
     blocks = "\n".join(re.findall(r"^```.*?^```|`[^`\n]+`", text, re.DOTALL | re.MULTILINE))
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"\bmake ([a-z][a-z-]*)", blocks))
     assert {"repro", "test", "gpu-check"} <= named
     assert named <= targets
-    usage = subprocess.run([sys.executable, "-m", "famba", "--help"], capture_output=True, text=True, cwd=ROOT).stdout
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    usage = capsys.readouterr().out
     words = set(re.findall(r"-m famba ([a-z-]+)", blocks))
     assert {"train", "bench"} <= words
     for word in words:

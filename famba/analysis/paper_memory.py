@@ -4,9 +4,6 @@ Both are relative to the model without fusion, because the paper trains with oth
 formula predicts, and with r = 1 and 2 they need more memory than without fusion.
 """
 
-import functools
-from collections.abc import Sequence
-
 import pandas as pd
 import torch
 
@@ -32,6 +29,13 @@ def beside_formula() -> pd.DataFrame:
     published = summary.paper_table()
     unfused = published.loc[(published["table"] == 1) & (published["strategy"] == "none")]
     base = dict(zip(unfused["model"], unfused["peak_memory_mib"], strict=True))
+    with torch.device("meta"):  # only its sizes are needed
+        sizes = {model: create_model(model, num_classes=_CLASSES, cls_position=_CLS).config for model in base}
+
+    def peak(model: str, schedule: list[int]) -> int:
+        return flops.analyse(sizes[model], schedule, batch=_BATCH, options=_OPTIONS).peak_bytes
+
+    unfused_bytes = {model: peak(model, [0] * _DEPTH) for model in base}
     rows = []
     for row in published.loc[published["table"] > 1].to_dict("records"):
         first, last = map(int, row["fused_layers"].split("-"))
@@ -41,13 +45,6 @@ def beside_formula() -> pd.DataFrame:
         rows.append({"model": row["model"], **at, "source": "paper", "memory_share": share})
         removed = strategies.schedule("upper", depth=_DEPTH, r=r, first_layer=first, last_layer=last)
         for model in base:
-            share = _peak(model, tuple(removed)) / _peak(model, (0,) * _DEPTH)
+            share = peak(model, removed) / unfused_bytes[model]
             rows.append({"model": model, **at, "source": "formula", "memory_share": share})
     return pd.DataFrame(rows)
-
-
-@functools.cache
-def _peak(model: str, schedule: Sequence[int]) -> int:
-    with torch.device("meta"):  # only its sizes are needed
-        config = create_model(model, num_classes=_CLASSES, cls_position=_CLS).config
-    return flops.analyse(config, schedule, batch=_BATCH, options=_OPTIONS).peak_bytes

@@ -295,7 +295,9 @@ def bench_curves(setting: Setting) -> list[dict[str, Any]]:
     """
     runs = {"fp32": ("fp32", 0), "bf16": ("bf16", 0), "fp32, other order": ("fp32", 1)}
     losses = {
-        name: np.array(loss_curve(kind, steps=setting.curve_steps, order=order)).reshape(_POINTS, -1).mean(1)
+        name: np.array(loss_curve(kind, steps=setting.curve_steps, depth=setting.depth, order=order))
+        .reshape(_POINTS, -1)
+        .mean(1)
         for name, (kind, order) in runs.items()
     }
     each = setting.curve_steps // _POINTS

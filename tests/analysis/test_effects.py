@@ -14,15 +14,8 @@ from famba.analysis.ablation import FACTORS
 from famba.errors import InputError
 from famba.fusion.options import FusionOptions, levels
 
-SETTING = {
-    "profile": "made-up",
-    "dataset": "digits",
-    "img_size": 8,
-    "model": "vim_nano",
-    "epochs": 4,
-    "profile_epochs": 10,
-}
-SETTING |= {"loss": 0.5, "flops_per_image": 1000, "device": "cpu: none", "versions": "torch 0"}
+SETTING = {"profile": "made-up", "dataset": "digits", "img_size": 8, "model": "vim_nano", "epochs": 4}
+SETTING |= {"profile_epochs": 10, "loss": 0.5, "flops_per_image": 1000, "device": "cpu: none", "versions": "torch 0"}
 
 
 def run(strategy: str, seed: int, top1: float, **options: str) -> dict:
@@ -51,12 +44,7 @@ def two_by_two() -> pd.DataFrame:
 
 
 def effect(table: pd.DataFrame, strategy: str, over: str, factor: str) -> dict:
-    (row,) = [
-        row
-        for row in table.to_dict("records")
-        if (row["strategy"], row["over"], row["factor"]) == (strategy, over, factor)
-    ]
-    return row
+    return table.set_index(["strategy", "over", "factor"], drop=False).loc[(strategy, over, factor)].to_dict()
 
 
 @pytest.fixture
@@ -128,12 +116,10 @@ def test_more_pairs_of_the_same_seeds_do_not_make_an_interval_narrower():
 
 
 def test_another_reference_turns_the_sign():
-    frame = two_by_two()
-    reference = FusionOptions(order="append")
-    table = ablation.effects(frame[frame["strategy"] == "upper"], grid="upper", reference=reference)
+    frame = two_by_two().query("strategy == 'upper'")
+    table = ablation.effects(frame, grid="upper", reference=FusionOptions(order="append"))
     found = effect(table, "upper", "grid", "order")
-    assert (found["kept"], found["instead"]) == ("append", "scan")
-    assert found["mean"] == pytest.approx(-5.5 / 3)
+    assert (found["kept"], found["instead"], found["mean"]) == ("append", "scan", pytest.approx(-5.5 / 3))
 
 
 def test_one_seed_has_no_interval():
@@ -153,20 +139,19 @@ def test_one_seed_has_no_interval():
     assert "One seed has no interval." in text
 
 
-def test_a_run_without_its_counterpart_is_named():
+@pytest.mark.parametrize(
+    ("dropped", "said"),
+    [
+        ("order == 'append' and weighting == 'mean' and seed == 1",
+         "scan against append: the run mean-normed-before_mixer-similarity-mean of seed 1 has no"),
+        ("weighting == 'mean' and seed == 1", r"from seed to seed: \{0: 2, 1: 1, 2: 2\}"),
+        ("strategy == 'upper'", "'upper' has no runs; there are runs of lower"),
+    ],
+)  # fmt: skip
+def test_runs_that_are_no_whole_experiment_are_refused(dropped, said):
     frame = two_by_two()
-    lone = frame[~((frame["order"] == "append") & (frame["weighting"] == "mean") & (frame["seed"] == 1))]
-    with pytest.raises(
-        InputError, match="scan against append: the run mean-normed-before_mixer-similarity-mean of seed 1 has no"
-    ):
-        ablation.effects(lone, grid="upper", reference=FusionOptions())
-
-
-def test_seeds_with_another_number_of_pairs_are_refused():
-    frame = two_by_two()
-    less = frame[~((frame["weighting"] == "mean") & (frame["seed"] == 1))]
-    with pytest.raises(InputError, match=r"from seed to seed: \{0: 2, 1: 1, 2: 2\}"):
-        ablation.effects(less, grid="upper", reference=FusionOptions())
+    with pytest.raises(InputError, match=said):
+        ablation.effects(frame.drop(frame.query(dropped).index), grid="upper", reference=FusionOptions())
 
 
 def test_a_run_that_comes_twice_is_refused():
@@ -177,44 +162,32 @@ def test_a_run_that_comes_twice_is_refused():
         ablation.effects(pd.concat([frame, frame.iloc[:1]]), grid="upper", reference=FusionOptions())
 
 
-def test_a_grid_without_runs_is_refused():
-    with pytest.raises(InputError, match="'all' has no runs; there are runs of upper, lower"):
-        ablation.effects(two_by_two(), grid="all", reference=FusionOptions())
-
-
 MADE_UP = {"factor": "order", "kept": "scan", "instead": "append", "n": 5, "pairs": 20}
 
 
-def test_a_sentence_says_difference_interval_and_n():
-    said = ablation.sentence(MADE_UP | {"mean": 0.62, "low": 0.1, "high": 1.14})
-    assert said == (
-        "Keeping scan order instead of putting even tokens first, then odd ones: +0.6 points, "
-        "95% interval +0.1 to +1.1, n = 5 seeds with 20 pairs of runs each."
-    )
-
-
-def test_a_sentence_with_a_loss_has_its_sign():
-    assert ": −0.6 points, 95% interval −1.1 to −0.1," in ablation.sentence(
-        MADE_UP | {"mean": -0.62, "low": -1.14, "high": -0.1}
-    )
-
-
-@pytest.mark.parametrize(("low", "high"), [(-0.1, 1.3), (-1.3, 0.1), (0.0, 1.2), (-1.2, 0.0), (0.0, 0.0)])
-def test_an_interval_that_includes_zero_is_no_significant_difference(low, high):
-    said = ablation.sentence(MADE_UP | {"mean": (low + high) / 2, "low": low, "high": high, "pairs": 1})
-    assert ": no significant difference (" in said
-    assert said.endswith("n = 5 seeds with a pair of runs each).")
+@pytest.mark.parametrize(
+    ("mean", "low", "high", "said"),
+    [
+        (0.62, 0.1, 1.14, "+0.6 points, 95% interval +0.1 to +1.1, n = 5 seeds with 20 pairs of runs each."),
+        (-0.62, -1.14, -0.1, "−0.6 points, 95% interval −1.1 to −0.1, n = 5 seeds with 20 pairs of runs each."),
+        (-0.04, -0.05, -0.01, "+0.0 points, 95% interval −0.1 to +0.0, n = 5 seeds with 20 pairs of runs each."),
+        (0.0, 0.0, 0.0, "no significant difference (+0.0 points, 95% interval +0.0 to +0.0, n = 5 seeds"),
+        (0.0, 0.0, 1.2, "no significant difference (+0.0 points, 95% interval +0.0 to +1.2, n = 5 seeds"),
+        (0.0, -1.2, 1.3, "no significant difference (+0.0 points, 95% interval −1.2 to +1.3, n = 5 seeds"),
+        (0.0, -1.2, 0.0, "no significant difference (+0.0 points, 95% interval −1.2 to +0.0, n = 5 seeds"),
+    ],
+)
+def test_a_sentence_says_difference_interval_and_n_and_whether_zero_is_included(mean, low, high, said):
+    text = ablation.sentence(MADE_UP | {"mean": mean, "low": low, "high": high})
+    assert text.startswith(f"Keeping scan order instead of putting even tokens first, then odd ones: {said}")
 
 
 def test_every_pair_of_values_has_its_words():
     for factor in FACTORS:
         for kept, instead in itertools.permutations(levels(factor), 2):  # pyright: ignore[reportArgumentType]
-            row = MADE_UP | {"factor": factor, "kept": kept, "instead": instead, "mean": 1.0, "low": 0.5, "high": 1.5}
-            assert " instead of " in ablation.sentence(row)
-
-
-def test_zero_has_no_sign_of_its_own():
-    assert ": +0.0 points" in ablation.sentence(MADE_UP | {"mean": -0.04, "low": -0.05, "high": -0.01})
+            row = {"factor": factor, "kept": kept, "instead": instead, "mean": 1.0, "low": 0.5, "high": 1.5, "pairs": 1}
+            assert " instead of " in (said := ablation.sentence(MADE_UP | row))
+            assert said.endswith("n = 5 seeds with a pair of runs each.")
 
 
 def test_the_text_has_a_sentence_per_effect_a_table_and_how_many_intervals_exclude_zero(table):

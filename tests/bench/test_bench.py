@@ -223,12 +223,6 @@ def test_the_lengths_measured_cover_every_schedule(setting):
     assert set(setting.removed) == {"all", "interleaved", "lower", "upper"}
 
 
-def test_the_full_setting_is_that_of_the_paper():
-    whole = FULL.create()
-    assert (whole.depth, whole.tokens, whole.head.in_features) == (24, 197, 192)
-    assert dict(FULL.removed) == {"all": 7, "interleaved": 14, "lower": 9, "upper": 9}
-
-
 def test_fusing_is_relative_to_its_layer():
     table = pd.DataFrame(fusing.bench_layer(QUICK)).set_index("what")
     assert table.loc["layer", "layer"] == 1
@@ -274,7 +268,7 @@ def test_fusion_is_measured_against_lengths_and_every_table_has_its_title():
 def test_the_loss_falls_in_bf16_as_in_fp32():
     """They differ by less than a quarter of what another order of the images changes."""
     curves = {
-        name: np.array(model.loss_curve(kind, steps=200, depth=2, order=order)).reshape(10, 20).mean(1)
+        name: np.array(model.loss_curve(kind, steps=100, depth=1, order=order)).reshape(5, 20).mean(1)
         for name, kind, order in (("fp32", "fp32", 0), ("bf16", "bf16", 0), ("other", "fp32", 1))
     }
     assert curves["fp32"][-1] < 0.6 * curves["fp32"][0]
@@ -300,19 +294,18 @@ def test_bf16_is_compared_with_fp32_in_time_and_loss():
     assert set(result["curves"][0]) == {"step", "fp32", "bf16", "fp32, other order"}
 
 
-@pytest.mark.parametrize("workers", [(0,), pytest.param((0, 2), marks=pytest.mark.slow)])
-def test_loading_is_measured_in_turn_with_the_step_that_takes_the_images(monkeypatch, workers):
+def test_loading_is_measured_in_turn_with_the_step_that_takes_the_images(monkeypatch):
     import bridge  # before timm
 
     monkeypatch.setattr(loading, "Recipe", bridge.Bridged)
-    monkeypatch.setattr(loading, "_WORKERS", workers)
+    monkeypatch.setattr(loading, "_WORKERS", (0, 1))
     result = bench.run(["data"], quick=True)
     assert result["left_out"] == []
     rows = {(row["img_size"], row["what"]): row for row in result["data"]}
     step, one_by_one = "training step, vim_nano", "timm, image by image"
     assert set(rows) == {
         (16, "tensors, whole batches"), (16, one_by_one), (16, step),
-        (40, one_by_one), (40, step), *[(40, f"{one_by_one}, {n} workers") for n in workers[1:]],
+        (40, one_by_one), (40, f"{one_by_one}, 1 workers"), (40, step),
     }  # fmt: skip
     for (img_size, what), row in rows.items():
         assert row["images_per_s"] == pytest.approx(1e3 * row["images"] / row["median_ms"])
