@@ -79,7 +79,7 @@ def test_without_its_device_gpu_check_says_so_in_one_line_fails_and_writes_nothi
     assert not path.exists()
 
 
-@pytest.mark.parametrize(("name", "limit_s"), [("cannot_run", PATIENCE_S), ("passes", 0)])
+@pytest.mark.parametrize(("name", "limit_s"), [("cannot_run", 300.0), ("passes", 0.0)])
 def test_gpu_check_fails_if_every_check_but_the_device_was_skipped(name, limit_s):
     with pytest.raises(FambaError, match=rf"^gpu-check: every check was skipped: {name}$"):
         gpu_check.run(broken(name), CPU, "", None, limit_s=limit_s)

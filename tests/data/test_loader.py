@@ -251,21 +251,18 @@ def wait_in_an_epoch(folder: str, said: str) -> None:  # noqa: F811
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks into /proc")
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_workers_end_with_the_process_that_started_them(folder: Path, how: int):  # noqa: F811
+def test_workers_end_with_the_process_that_started_them(folder: Path):  # noqa: F811
     said = folder.parent / "said"
-    program = (
-        "import signal, test_loader\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        f"if __name__ == '__main__': test_loader.wait_in_an_epoch({str(folder.parent)!r}, {str(said)!r})"
-    )
+    call = f"test_loader.wait_in_an_epoch({str(folder.parent)!r}, {str(said)!r})"
     path = os.pathsep.join([str(Path(__file__).parent), str(ROOT / "tests"), str(ROOT)])
     parent = subprocess.Popen(
-        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": path}, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", f"import test_loader\nif __name__ == '__main__': {call}"],
+        env=os.environ | {"PYTHONPATH": path},
+        stderr=subprocess.DEVNULL,
     )
     wait_until(said.exists)
     workers = workers_of(parent.pid)
     assert len(workers) == 2
-    parent.send_signal(how)
+    parent.kill()
     parent.wait(timeout=PATIENCE_S)
     wait_until(lambda: not any(map(is_there, workers)))

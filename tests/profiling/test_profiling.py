@@ -135,9 +135,8 @@ def test_parameter_bytes_are_the_models(changes, removed, options):
     assert found.layers[0].parameter_bytes == 4 * one
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("batch", "precision"), [(1, "fp32"), (4, "bf16")])
 @pytest.mark.parametrize("backend", SCANS)
-@pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize(("changes", "removed", "options"), CASES)
 def test_activation_bytes_are_those_that_autograd_keeps(changes, removed, options, batch, backend, precision):
     model = nano(changes, removed, options, backend)
@@ -145,8 +144,7 @@ def test_activation_bytes_are_those_that_autograd_keeps(changes, removed, option
     assert found.activation_bytes == pytest.approx(saved_bytes(model, images_for(model, batch), precision), rel=0.05)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize(("batch", "precision"), [(1, "fp32"), (4, "bf16")])
 @pytest.mark.parametrize(("changes", "removed", "options"), CASES)
 def test_activation_bytes_of_the_gpus_kernels_are_those_that_autograd_keeps(
     changes, removed, options, batch, precision, on_paper

@@ -136,7 +136,7 @@ def repository(tmp_path_factory) -> Path:
     yaml = YAML()
     document = yaml.load(ROOT / "params.yaml")
     document["profiles"]["smoke"]["data"]["limit"] = 64
-    document["profiles"]["smoke"]["train"]["epochs"] = 4
+    document["profiles"]["smoke"]["train"]["epochs"] = 3
     yaml.dump(document, folder / "params.yaml")
     return folder
 
