@@ -11,11 +11,11 @@ from typing import Any, get_args
 
 import pytest
 from dvc.utils.serialize import modify_yaml
+from refusals import refusal
 from ruamel.yaml import YAML
 
 from famba import config
 from famba.config import AblationParams, DataParams, FusionRule, ModelParams, Params, SweepParams, TrainParams
-from famba.errors import InputError
 from famba.fusion import options
 from famba.fusion.options import FusionOptions
 from famba.fusion.strategies import STRATEGIES
@@ -54,19 +54,11 @@ def edited(tmp_path: Path) -> Callable[..., Path]:
     return edit
 
 
-def refusal(action: Callable[[], object]) -> str:
-    with pytest.raises(InputError) as error:
-        action()
-    message = str(error.value)
-    assert "\n" not in message
-    return message
-
-
 # the file as it is
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_a_section_spells_out_every_field_of_its_dataclass_and_comes_back_as_it_was(section: str):
+def test_a_section_spells_out_every_field_of_its_dataclass_and_comes_back_as_it_was(section):
     written = document()[section]
     assert list(written) == [field.name for field in dataclasses.fields(SECTIONS[section])]
     built = SECTIONS[section](**written)
@@ -115,7 +107,7 @@ def test_the_fusion_section_has_one_rule_for_each_strategy_and_each_comes_back_a
     assert {key: value for key, value in budget.items() if value is not None} == written["adaptive"]
 
 
-def test_a_profile_replaces_the_budget_whole(edited: Callable[..., Path]):
+def test_a_profile_replaces_the_budget_whole(edited):
     path = edited("profiles", "smoke", "fusion", to={"adaptive": {"memory": 0.5}})
     assert config.load_adaptive("smoke", path=path) == config.AdaptiveRule(memory=0.5)
     assert config.load_adaptive("default", path=path).memory is None
@@ -127,7 +119,7 @@ def test_no_section_is_left_untested():
 
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_every_profile_loads_with_every_strategy_and_changes_what_it_names_only(profile: str, strategy: str):
+def test_every_profile_loads_with_every_strategy_and_changes_what_it_names_only(profile, strategy):
     p = config.load(profile, strategy=strategy, path=FILE)
     assert (p.profile, p.strategy) == (profile, strategy)
     base, changes = document(), document()["profiles"][profile]
@@ -137,7 +129,7 @@ def test_every_profile_loads_with_every_strategy_and_changes_what_it_names_only(
     assert {key: value for key, value in p.as_dict()["fusion"].items() if value is not None} == rule
 
 
-def test_without_a_profile_the_one_that_the_file_names_is_taken(edited: Callable[..., Path]):
+def test_without_a_profile_the_one_that_the_file_names_is_taken(edited):
     assert config.load(strategy="all", path=FILE).profile == document()["profile"]
     assert config.load(strategy="all", path=edited("profile", to="smoke")).profile == "smoke"
 
@@ -155,7 +147,7 @@ def test_a_resolved_configuration_can_be_rebuilt_from_the_record_of_it():
     assert rebuilt.digest(3) == p.digest(3)
 
 
-def test_numbers_are_read_by_yaml_1_2(tmp_path: Path):
+def test_numbers_are_read_by_yaml_1_2(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text(re.sub(r"\blr: \S+", "lr: 1e-3", TEXT, count=1))
     assert config.load(strategy="none", path=path).train.lr == 0.001
@@ -163,7 +155,7 @@ def test_numbers_are_read_by_yaml_1_2(tmp_path: Path):
     assert "data.flip: 'no'" in refusal(lambda: config.load(strategy="none", path=path))
 
 
-def test_a_file_that_changed_is_read_again(tmp_path: Path):
+def test_a_file_that_changed_is_read_again(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text(TEXT)
     before = config.load(strategy="none", path=path)
@@ -258,7 +250,7 @@ def test_the_number_of_processes_may_be_given_instead_of_the_files():
     assert "params.yaml: train.processes: 0" in message
 
 
-def test_resolved_parameters_come_back_from_the_file_that_a_run_has(tmp_path: Path):
+def test_resolved_parameters_come_back_from_the_file_that_a_run_has(tmp_path):
     p = config.load("paper", strategy="upper", path=FILE)
     path = tmp_path / "params.json"
     path.write_text(json.dumps(p.as_dict()))
@@ -276,7 +268,7 @@ def test_resolved_parameters_come_back_from_the_file_that_a_run_has(tmp_path: Pa
         (lambda d: d["data"].update(dataset="x" * 55_000_000), ("params.json: data.dataset: 'xxx", "at most 1000")),
     ],
 )
-def test_resolved_parameters_that_are_wrong_are_named_in_one_line(tmp_path: Path, change, parts: tuple[str, ...]):
+def test_resolved_parameters_that_are_wrong_are_named_in_one_line(tmp_path, change, parts):
     document = config.load("smoke", strategy="upper", path=FILE).as_dict()
     change(document)
     path = tmp_path / "params.json"
@@ -286,7 +278,7 @@ def test_resolved_parameters_that_are_wrong_are_named_in_one_line(tmp_path: Path
     assert len(message) < 400
 
 
-def test_a_file_of_resolved_parameters_that_is_none_is_named(tmp_path: Path):
+def test_a_file_of_resolved_parameters_that_is_none_is_named(tmp_path):
     assert "cannot be read" in refusal(lambda: config.read_resolved(tmp_path / "none.json"))
     (tmp_path / "params.json").write_text("{")
     assert "params.json: not readable as JSON" in refusal(lambda: config.read_resolved(tmp_path / "params.json"))
@@ -300,7 +292,7 @@ def test_the_digest_of_the_same_values_is_the_same_in_another_process():
     assert len(p.digest(4)) == 20
 
 
-def test_dvc_rewrites_the_file_with_the_changed_line_alone(tmp_path: Path):
+def test_dvc_rewrites_the_file_with_the_changed_line_alone(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text(TEXT)
     with modify_yaml(str(path)) as content:  # as `dvc exp run -S fusion.upper.r=3` does
@@ -381,9 +373,7 @@ def test_dvc_rewrites_the_file_with_the_changed_line_alone(tmp_path: Path):
         ),
     ],
 )
-def test_a_bad_value_is_named_in_one_line_with_its_key_and_what_is_allowed(
-    edited: Callable[..., Path], key: str, value: Any, message: str
-):
+def test_a_bad_value_is_named_in_one_line_with_its_key_and_what_is_allowed(edited, key, value, message):
     path = edited(*key.split("."), to=value)
     assert refusal(lambda: config.load(strategy="all", path=path)).startswith(f"params.yaml: {message}")
 
@@ -416,9 +406,7 @@ def test_a_bad_value_is_named_in_one_line_with_its_key_and_what_is_allowed(
         ("claims", {"faster": CLAIM | {"below": 0}}, ".faster.below: 0: a ratio is compared with a positive number"),
     ],
 )
-def test_a_bad_section_of_several_runs_is_named_in_one_line(
-    edited: Callable[..., Path], key: str, value: Any, message: str
-):
+def test_a_bad_section_of_several_runs_is_named_in_one_line(edited, key, value, message):
     path = edited("fusion", key, to=value) if key == "adaptive" else edited(key, to=document()[key] | value)
     loading = {
         "adaptive": config.load_adaptive,
@@ -435,7 +423,7 @@ def test_a_bad_section_of_several_runs_is_named_in_one_line(
     ("keys", "key"),
     [(("data", "shift"), "data.shift"), (("data",), "data"), (("profiles",), "profiles"), (("sweep",), "sweep")],
 )
-def test_what_is_missing_is_named(edited: Callable[..., Path], keys: tuple[str, ...], key: str):
+def test_what_is_missing_is_named(edited, keys, key):
     path = edited(*keys, delete=True)
     assert refusal(lambda: config.load(strategy="all", path=path)) == f"params.yaml: {key}: missing"
 
@@ -474,7 +462,7 @@ def test_an_unknown_strategy_or_profile_is_named_with_those_that_there_are():
     ],
     ids=range(16),
 )
-def test_a_file_that_is_no_yaml_mapping_is_named_in_one_line(tmp_path: Path, raw: bytes):
+def test_a_file_that_is_no_yaml_mapping_is_named_in_one_line(tmp_path, raw):
     path = tmp_path / "params.yaml"
     path.write_bytes(raw)
     message = refusal(lambda: config.load(strategy="all", path=path))
@@ -482,7 +470,7 @@ def test_a_file_that_is_no_yaml_mapping_is_named_in_one_line(tmp_path: Path, raw
     assert len(message) < 400
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path):
+def test_a_file_that_is_not_there_is_named(tmp_path):
     path = tmp_path / "none.yaml"
     assert (
         refusal(lambda: config.load(strategy="all", path=path)) == f"{path}: cannot be read (No such file or directory)"
@@ -492,15 +480,13 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path):
 # weights to start from
 
 
-def test_nothing_is_trained_where_there_are_weights_whatever_the_warm_up(edited: Callable[..., Path]):
+def test_nothing_is_trained_where_there_are_weights_whatever_the_warm_up(edited):
     changes = {"epochs": 0, "init_from": "weights.safetensors", "warmup_epochs": 3}
     train = config.load("default", strategy="all", path=edited("profiles", "default", to={"train": changes})).train
     assert (train.epochs, train.init_from) == (0, "weights.safetensors")
 
 
-def test_the_weights_to_start_from_are_a_file_in_the_repository_known_by_its_content(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_weights_to_start_from_are_a_file_in_the_repository_known_by_its_content(tmp_path, monkeypatch):
     for name in ("params.yaml", "dvc.yaml"):
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
@@ -529,11 +515,11 @@ def test_values_that_code_changes_are_checked_in_the_same_words():
 
 
 @pytest.mark.parametrize("kind", [*SECTIONS.values(), FusionRule, SweepParams, Params])
-def test_parameters_cannot_be_changed_after_they_are_made(kind: type):
+def test_parameters_cannot_be_changed_after_they_are_made(kind):
     assert kind.__dataclass_params__.frozen
 
 
-def test_the_root_is_the_nearest_folder_above_that_holds_both_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_root_is_the_nearest_folder_above_that_holds_both_files(tmp_path, monkeypatch):
     inner = tmp_path / "a" / "b"
     inner.mkdir(parents=True)
     (inner / "params.yaml").touch()  # alone it makes no root
@@ -543,9 +529,7 @@ def test_the_root_is_the_nearest_folder_above_that_holds_both_files(tmp_path: Pa
     assert config.root() == tmp_path
 
 
-def test_outside_any_checkout_the_root_is_the_one_that_the_package_lies_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_outside_any_checkout_the_root_is_the_one_that_the_package_lies_in(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert config.root() == FILE.parent
     monkeypatch.setattr(config, "__file__", str(tmp_path / "site-packages" / "famba" / "config.py"))
@@ -565,7 +549,7 @@ def test_outside_any_checkout_the_root_is_the_one_that_the_package_lies_in(
         ("fusion.upper.schedule=[0,1]", "fusion", "schedule", (0, 1)),
     ],
 )
-def test_a_setting_replaces_one_value_of_the_profile(setting: str, section: str, field: str, value: object):
+def test_a_setting_replaces_one_value_of_the_profile(setting, section, field, value):
     p = config.load("smoke", strategy="upper", given=config.parse_settings([setting]))
     assert getattr(getattr(p, section), field) == value
 
@@ -585,6 +569,6 @@ def test_a_setting_can_make_a_strategy():
         ("train.epochs=[", "train.epochs = '[': not readable as YAML"),
     ],
 )
-def test_a_setting_that_says_nothing_is_refused(setting: str, said: str):
+def test_a_setting_that_says_nothing_is_refused(setting, said):
     message = refusal(lambda: config.load(strategy="upper", given=config.parse_settings([setting])))
     assert message.startswith(said)

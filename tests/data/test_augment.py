@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from images import DIGITS
 from scipy import stats
-from test_splits import DIGITS
 
 from famba import data
 from famba.config import DataParams
@@ -67,9 +67,7 @@ def shifted(image: torch.Tensor, dy: int, dx: int) -> torch.Tensor:
     b=st.integers(1, 5), size=st.integers(1, 6), shift=st.integers(0, 3), flip=st.booleans(), seed=st.integers(0, 99)
 )
 @settings(deadline=None, max_examples=30)
-def test_each_image_is_moved_and_mirrored_as_drawn_as_a_loop_over_pixels_does(
-    b: int, size: int, shift: int, flip: bool, seed: int
-):
+def test_each_image_is_moved_and_mirrored_as_drawn_as_a_loop_over_pixels_does(b, size, shift, flip, seed):
     images, labels = pictures(b, size, seed)
     before, draws = images.clone(), drawn(b, seed, shift=shift, flip=flip, img_size=size)
     shown, _ = applied(images, labels, draws)
@@ -108,7 +106,7 @@ def test_unused_steps_draw_nothing():
 
 
 @pytest.mark.parametrize("cuts", [[0, 6, 12], [0, 2, 4, 6, 8, 10, 12], [0, 4, 12], [0, 0, 12]])
-def test_splitting_a_batch_changes_nothing(cuts: list[int]):
+def test_splitting_a_batch_changes_nothing(cuts):
     images, labels = pictures(12)
     draws = drawn(12, **EVERYTHING)
     whole, targets = applied(images, labels, draws)
@@ -119,7 +117,7 @@ def test_splitting_a_batch_changes_nothing(cuts: list[int]):
 
 
 @pytest.mark.parametrize("rows", [slice(0, 3), slice(1, 3), slice(3, 12), slice(0, 12, 2)])
-def test_mixed_neighbours_are_not_separated(rows: slice):
+def test_mixed_neighbours_are_not_separated(rows):
     with pytest.raises(InputError, match="mixing takes pairs; parts of a batch must be of even size"):
         drawn(12, mixup=1.0)[rows]
     assert len(drawn(12, **{**EVERYTHING, "mixup": 0.0, "cutmix": 0.0})[rows]) == len(range(12)[rows])
@@ -213,9 +211,7 @@ def test_rectangles_are_distributed_as_timms():
     b=st.integers(1, 7), seed=st.integers(0, 99), mixup=st.sampled_from([0.0, 0.8]), cutmix=st.sampled_from([0.0, 1.0])
 )
 @settings(deadline=None, max_examples=30)
-def test_mixed_images_and_targets_are_those_of_a_loop_over_images_and_pixels(
-    b: int, seed: int, mixup: float, cutmix: float
-):
+def test_mixed_images_and_targets_are_those_of_a_loop_over_images_and_pixels(b, seed, mixup, cutmix):
     images, labels = pictures(b, 6, seed)
     draws = drawn(b, seed, mixup=mixup, cutmix=cutmix, img_size=6)
     shown, targets = applied(images, labels, draws, 0.2)

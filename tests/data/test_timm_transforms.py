@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import timm.data
 import torch
+from images import DIGITS, photograph
 from PIL import Image
-from test_splits import DIGITS, checkout, folder, photograph  # noqa: F401 (fixtures)
 from torchvision import transforms
 
 import famba
@@ -145,7 +145,7 @@ def test_image_seeds_are_distinct():
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 1.0), (0.8, 0.0), (0.0, 1.0)])
-def test_batches_are_mixed_as_timm_mixes_them(mixup: float, cutmix: float):
+def test_batches_are_mixed_as_timm_mixes_them(mixup, cutmix):
     images, labels = torch.rand(8, 3, 16, 16), torch.arange(8)
     mixed = timm_transforms.mixer(asked(mixup=mixup, cutmix=cutmix), 10, 0.1)
     reference = timm.data.Mixup(mixup, cutmix, label_smoothing=0.1, num_classes=10)
@@ -171,7 +171,7 @@ def test_without_mixing_images_and_labels_come_back():
 
 
 @pytest.mark.parametrize("missing", ["timm.data", "torchvision"])
-def test_a_broken_timm_or_torchvision_is_an_error_of_one_line(monkeypatch: pytest.MonkeyPatch, missing: str):
+def test_a_broken_timm_or_torchvision_is_an_error_of_one_line(monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
     for call in (lambda: made().transform, lambda: timm_transforms.mixer(asked(mixup=1.0), 10, 0.1)):
         with pytest.raises(InputError) as error:
@@ -183,7 +183,7 @@ def test_a_broken_timm_or_torchvision_is_an_error_of_one_line(monkeypatch: pytes
 
 @pytest.mark.parametrize("size", [(60, 50), (50, 60), (48, 48), (300, 90), (31, 77)])
 @pytest.mark.parametrize("crop", [1.0, 0.875, 0.8])
-def test_evaluation_images_are_torchvisions_resize_and_centre_crop(size: tuple[int, int], crop: float):
+def test_evaluation_images_are_torchvisions_resize_and_centre_crop(size, crop):
     shorter = round(48 / crop)
     reference = transforms.Compose(
         [transforms.Resize(shorter, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(48)]
@@ -212,7 +212,7 @@ def test_nothing_else_imports_timm_or_torchvision():
 
 
 @pytest.mark.slow
-def test_worker_processes_make_the_same_images(folder: Path):  # noqa: F811
+def test_worker_processes_make_the_same_images(folder):
     split = data.load(asked(dataset="folder", root="images", val_fraction=0.2)).train
     assert isinstance(split, data.Streamed)
     split = dataclasses.replace(split, recipe=bridge.Bridged(asked(), MEAN, STD))
