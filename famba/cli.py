@@ -204,8 +204,7 @@ def _estimate(options: argparse.Namespace) -> int:
 def _readme(options: argparse.Namespace) -> int:
     from famba.analysis import summary
 
-    for path, blocks in summary.readme_blocks("results").items():
-        summary.update_readme(path, blocks)
+    summary.update_readme("results")
     return 0
 
 

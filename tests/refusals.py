@@ -1,5 +1,6 @@
 import pytest
 
+from famba.cli import main
 from famba.errors import InputError
 
 
@@ -9,3 +10,11 @@ def refusal(action) -> str:
         action()
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def refused(capsys, *arguments: str) -> str:
+    """What a command is refused with, in one line."""
+    assert main(list(arguments)) == 1
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
+    return printed.err

@@ -3,8 +3,6 @@
 import base64
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
@@ -95,12 +93,6 @@ def test_the_version_is_that_of_the_package(capsys):
     with pytest.raises(SystemExit):
         main(["--version"])
     assert capsys.readouterr().out == f"famba {famba.__version__}\n"
-
-
-def test_the_command_line_starts_without_torch():
-    code = "import sys, famba.cli as m; m.main(['params', '--strategy', 'all']); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("}\nFalse\n")
 
 
 def test_a_notebook_gets_its_parameters_as_yaml_and_runs_in_the_root(notebook, tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ from refusals import refusal
 from ruamel.yaml import YAML
 
 from famba import config
-from famba.config import AblationParams, DataParams, FusionRule, ModelParams, Params, SweepParams, TrainParams
+from famba.config import DataParams, FusionRule, ModelParams, Params, TrainParams
 from famba.fusion import options
 from famba.fusion.options import FusionOptions
 from famba.fusion.strategies import STRATEGIES
@@ -56,33 +56,21 @@ def edited(tmp_path: Path) -> Callable[..., Path]:
 
 # the file as it is
 
+LOADED = {"sweep": config.load_sweep, "ablation": config.load_ablation, "photographs": config.load_photographs}
 
-@pytest.mark.parametrize("section", SECTIONS)
+
+@pytest.mark.parametrize("section", [*SECTIONS, *LOADED])
 def test_a_section_spells_out_every_field_of_its_dataclass_and_comes_back_as_it_was(section):
     written = document()[section]
-    assert list(written) == [field.name for field in dataclasses.fields(SECTIONS[section])]
-    built = SECTIONS[section](**written)
-    assert json.loads(json.dumps(dataclasses.asdict(built))) == written
+    loaded = LOADED[section](FILE) if section in LOADED else SECTIONS[section](**written)
+    assert list(written) == [field.name for field in dataclasses.fields(loaded)]
+    assert json.loads(json.dumps(dataclasses.asdict(loaded))) == written
 
 
-def test_the_sweep_comes_back_as_it_was():
-    written = document()["sweep"]
-    assert json.loads(json.dumps(dataclasses.asdict(config.load_sweep(FILE)))) == written
-
-
-def test_the_ablation_comes_back_as_it_was_and_changes_replace_its_values():
-    written = document()["ablation"]
-    assert list(written) == [field.name for field in dataclasses.fields(AblationParams)]
-    assert json.loads(json.dumps(dataclasses.asdict(config.load_ablation(FILE)))) == written
+def test_changes_replace_values_of_the_ablation():
     changed = config.load_ablation(FILE, seeds=[5], epochs=None)
     assert (changed.seeds, changed.epochs) == ((5,), None)
     assert dataclasses.replace(changed, seeds=(0,), epochs=1) == config.load_ablation(FILE, seeds=[0], epochs=1)
-
-
-def test_the_runs_on_photographs_come_back_as_they_were_and_name_a_profile():
-    written = document()["photographs"]
-    assert json.loads(json.dumps(dataclasses.asdict(config.load_photographs(FILE)))) == written
-    assert written["profile"] in PROFILES
 
 
 def test_other_seeds_than_the_files_can_be_swept():
@@ -164,70 +152,20 @@ def test_a_file_that_changed_is_read_again(tmp_path):
     assert config.load(strategy="none", path=path).train.batch_size == 999
 
 
-def test_reading_parameters_imports_no_torch():
-    code = "import sys; from famba import config; config.load(strategy='all'); sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=FILE.parent, check=True)
-
-
 # the digest
-
-OTHER: dict[tuple[str, str], Any] = {
-    ("data", "dataset"): "folder",
-    ("data", "root"): "images",
-    ("data", "limit"): 7,
-    ("data", "flip"): True,
-    ("data", "eval_crop"): 0.875,
-    ("data", "normalise"): "imagenet",
-    ("data", "augment"): "timm",
-    ("data", "rand_augment"): "rand-m9",
-    ("model", "name"): "vim_tiny",
-    ("model", "depth"): 3,
-    ("model", "d_model"): 8,
-    ("model", "d_state"): 8,
-    ("model", "cls_position"): "head",
-    ("model", "pool"): "mean",
-    ("model", "average_directions"): False,
-    ("train", "choose"): "best",
-    ("options", "order"): "append",
-    ("options", "weighting"): "mean",
-    ("options", "feature"): "delta",
-    ("options", "position"): "after_scan",
-    ("options", "matching"): "random",
-    ("options", "reduction"): "drop",
-    ("train", "init_from"): "weights.safetensors",
-    ("train", "device_batch"): 8,
-    ("train", "lr_batch"): 512,
-    ("train", "betas"): (0.8, 0.999),
-    ("train", "clip_grad_norm"): 2.0,
-    ("train", "ema_decay"): 0.99,
-    ("train", "precision"): "bf16",
-    ("train", "device"): "cuda",
-    ("train", "backend"): "reference",
-    ("train", "threads"): None,
-    ("fusion", "total"): 5,
-    ("fusion", "schedule"): (1, 2),
-    ("fusion", "first_layer"): 2,
-    ("fusion", "last_layer"): 3,
-}
 
 
 def test_the_digest_changes_with_every_single_value_that_makes_the_result_and_with_the_seed():
     p = config.load("default", strategy="all", path=FILE)
     digests = [p.digest(0), p.digest(1)]
-    digests.append(dataclasses.replace(p, profile="smoke").digest(0))
-    digests.append(dataclasses.replace(p, strategy="lower").digest(0))
+    digests += [dataclasses.replace(p, **{key: "lower"}).digest(0) for key in ("profile", "strategy")]
     for section in (*SECTIONS, "fusion"):
-        part = getattr(p, section)
-        for field in dataclasses.fields(part):
-            if field.name in config.EXECUTION.get(section, ()):
-                continue
-            old = getattr(part, field.name)
-            new = OTHER[section, field.name] if (section, field.name) in OTHER else old + type(old)(1) / 4
-            new = type(old)(new + 1) if isinstance(old, int) and isinstance(new, float) else new
-            assert new != old, f"{section}.{field.name}"
-            changed = copy.deepcopy(p)
-            object.__setattr__(getattr(changed, section), field.name, new)  # alone, whether or not the others fit it
-            digests.append(changed.digest(0))
+        for field in dataclasses.fields(getattr(p, section)):
+            if field.name not in config.EXECUTION.get(section, ()):
+                changed = copy.deepcopy(p)
+                other = [getattr(getattr(p, section), field.name), "other"]  # whether or not it fits the rest
+                object.__setattr__(getattr(changed, section), field.name, other)
+                digests.append(changed.digest(0))
     assert len(digests) > 35
     assert len(set(digests)) == len(digests)
 
@@ -512,11 +450,6 @@ def test_values_that_code_changes_are_checked_in_the_same_words():
         "train.device: 'tpu': must be auto, cpu, cuda or cuda:N"
     )
     assert refusal(lambda: dataclasses.replace(train, device_batch=5)).startswith("train.batch_size: 32: must be a mul")
-
-
-@pytest.mark.parametrize("kind", [*SECTIONS.values(), FusionRule, SweepParams, Params])
-def test_parameters_cannot_be_changed_after_they_are_made(kind):
-    assert kind.__dataclass_params__.frozen
 
 
 def test_the_root_is_the_nearest_folder_above_that_holds_both_files(tmp_path, monkeypatch):

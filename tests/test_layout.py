@@ -109,15 +109,20 @@ def test_what_reads_results_needs_no_torch_and_training_needs_nothing_that_reads
     assert not [name for name in needed if package(name) > package("famba.training")]
 
 
-def test_the_package_hands_out_its_public_names_and_imports_nothing_for_it():
-    done = subprocess.run(
-        [sys.executable, "-c", "import sys, famba; print('torch' in sys.modules, 'famba.config' in sys.modules)"],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-    )
-    assert done.stdout == "False False\n"
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import famba", ["torch", "famba.config"]),
+        ("from famba import cli, plots; cli.main(['params', '--strategy', 'all', '--out', '/dev/null'])", ["torch"]),
+    ],
+)
+def test_the_package_and_what_reads_results_start_without_torch(code, absent):
+    code += f"; import sys; print([x for x in {absent} if x in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "[]\n"
+
+
+def test_the_package_hands_out_its_public_names():
     assert len(famba.__all__) > 5
     for name in famba.__all__:
         assert getattr(famba, name) is not None

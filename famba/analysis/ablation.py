@@ -94,10 +94,10 @@ def sentence(effect: Mapping[Any, Any]) -> str:
     claim = claim[0].upper() + claim[1:]
     pairs = f"{effect['pairs']} pairs" if effect["pairs"] > 1 else "a pair"
     if math.isnan(effect["low"]):
-        said = f"{_points(effect['mean'])} points, n = 1 seed with {pairs} of runs"
+        said = f"{intervals.signed(effect['mean'])} points, n = 1 seed with {pairs} of runs"
         return f"{claim}: {said}: one seed has no confidence interval."
-    interval = f"95% interval {_points(effect['low'])} to {_points(effect['high'])}"
-    said = f"{_points(effect['mean'])} points, {interval}, n = {effect['n']} seeds with {pairs} of runs each"
+    interval = f"95% interval {intervals.signed(effect['low'])} to {intervals.signed(effect['high'])}"
+    said = f"{intervals.signed(effect['mean'])} points, {interval}, n = {effect['n']} seeds with {pairs} of runs each"
     return f"{claim}: {said}." if is_significant(effect) else f"{claim}: no significant difference ({said})."
 
 
@@ -194,10 +194,10 @@ def _table(rows: Sequence[Mapping[Any, Any]]) -> str:
 
 
 def _entry(effect: Mapping[Any, Any]) -> str:
-    mean = _points(effect["mean"])
+    mean = intervals.signed(effect["mean"])
     if math.isnan(effect["low"]):
         return mean
-    text = f"{mean} ({_points(effect['low'])} to {_points(effect['high'])})"
+    text = f"{mean} ({intervals.signed(effect['low'])} to {intervals.signed(effect['high'])})"
     return f"**{text}**" if is_significant(effect) else text
 
 
@@ -218,7 +218,3 @@ def _caption(table: pd.DataFrame, runs: pd.DataFrame) -> str:
         "interval is over the n seeds and the test images (two-level bootstrap). "
         f"{counted if with_interval else 'One seed has no interval.'} Every run is a line of ablation.csv."
     )
-
-
-def _points(value: float) -> str:
-    return f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")  # + 0.0: there is no negative zero

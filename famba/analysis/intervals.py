@@ -61,3 +61,8 @@ def student(values: Sequence[float], confidence: float = 0.95) -> tuple[float, f
     mean, error = float(np.mean(values)), float(stats.sem(values)) if len(values) > 1 else math.nan
     half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * error
     return mean, mean - half, mean + half
+
+
+def signed(points: float) -> str:
+    """A difference as text, to one digit: +0.0, never -0.0."""
+    return f"{round(points, 1) + 0.0:+.1f}".replace("-", "−")

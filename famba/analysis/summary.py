@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 
 from famba import config
 from famba.analysis import cost, intervals
@@ -327,34 +326,23 @@ def readme_blocks(results_dir: str | Path) -> dict[str, dict[str, str]]:
     Raises:
         InputError: one is missing.
     """
-    folder, found = config.root() / results_dir, {}
-    for name in ("summary_short.md", "summary.md", "photographs/summary.md"):
-        try:
-            found[name] = (folder / name).read_text(encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"{folder / name}: cannot be read ({error.strerror})") from None
-    docs = {"results": found["summary.md"], "photographs": found["photographs/summary.md"]}
-    return {"README.md": {"results": found["summary_short.md"]}, "docs/results.md": docs}
+    names = ("summary_short.md", "summary.md", "photographs/summary.md")
+    short, whole, photographs = (_read(config.root() / results_dir / name) for name in names)
+    return {"README.md": {"results": short}, "docs/results.md": {"results": whole, "photographs": photographs}}
 
 
-def update_readme(readme_path: str | Path, blocks: Mapping[str, str]) -> bool:
-    """Bring a file's blocks up to date; whether that changed it. Errors as in `readme_text`."""
-    path = config.root() / readme_path
+def update_readme(results_dir: str | Path) -> None:
+    """Bring the blocks of both files up to date. Errors as in `readme_blocks` and `readme_text`."""
+    for name, blocks in readme_blocks(results_dir).items():
+        path = config.root() / name
+        write_atomic(path, readme_text(_read(path), blocks, name).encode())
+
+
+def _read(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    new = readme_text(text, blocks, path.name)
-    if new != text:
-        write_atomic(path, new.encode())
-    return new != text
-
-
-def cosine_similarity(tokens: Float[np.ndarray, "t d"]) -> Float[np.ndarray, "t t"]:
-    """Cosine similarity of every token with every other; 0 for a token of zero length."""
-    length = np.linalg.norm(tokens, axis=-1, keepdims=True)
-    unit = tokens / np.where(length == 0, 1, length)
-    return np.clip(unit @ unit.T, -1, 1)  # rounding alone leads outside
 
 
 def _records(sweep: SweepParams, runs_dir: str | Path) -> list[runs.RunRecord]:
@@ -403,21 +391,17 @@ _PAPERS_COSTS = ("train_time_s", "peak_memory_mib")
 
 
 def _change(points: float, *ratios: float) -> str:
-    return ", ".join([_signed(points), *(f"{ratio:.2f}" for ratio in ratios)])
+    return ", ".join([intervals.signed(points), *(f"{ratio:.2f}" for ratio in ratios)])
 
 
 def _number(mean: float, sd: float) -> str:
     return f"{mean:.1f}" + ("" if math.isnan(sd) else f" ± {sd:.1f}")
 
 
-def _signed(value: float) -> str:
-    return f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")  # + 0.0: there is no negative zero
-
-
 def _differences(summary: pd.DataFrame) -> list[str]:
     columns = [f"top1_percent_diff{end}" for end in ("", "_low", "_high")]
     return [
-        "" if math.isnan(mean) else _signed(mean) + _between(_signed, low, high)
+        "" if math.isnan(mean) else intervals.signed(mean) + _between(intervals.signed, low, high)
         for mean, low, high in summary[columns].to_numpy(float)
     ]
 

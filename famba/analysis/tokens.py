@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from famba import config, data
-from famba.analysis import similarity, summary
+from famba.analysis import similarity
 from famba.config import DataParams
 from famba.errors import InputError
 from famba.fusion import strategies
@@ -137,8 +137,9 @@ def groups(trace: Trace) -> list[Int[np.ndarray, "b _"]]:
 
 
 def similarities(trace: Trace, image: int = 0) -> list[Float[np.ndarray, "_ _"]]:
-    """For each layer, the cosine similarity of all pairs of normed tokens of one image, before fusing."""
-    return [summary.cosine_similarity(layer[image].double().numpy(force=True)) for layer in trace.normed]
+    """For each layer, the cosine similarity of all pairs of one image's normed tokens; 0 for one without length."""
+    unit = [functional.normalize(layer[image].double(), dim=-1) for layer in trace.normed]
+    return [(x @ x.mT).clamp(-1, 1).numpy(force=True) for x in unit]  # rounding alone leads outside
 
 
 @torch.no_grad()

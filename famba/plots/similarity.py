@@ -27,7 +27,7 @@ def similarity_heatmaps(matrices: Sequence[Float[np.ndarray, "_ _"]], *, layers:
     """Cosine similarity of every token with every other, one heat-map per layer on one scale of colours.
 
     Args:
-        matrices: one per layer, as from `summary.cosine_similarity`; sizes may differ, since layers fuse.
+        matrices: one per layer, as from `tokens.similarities`; sizes may differ, since layers fuse.
         layers: the number of each matrix's layer; None counts from 1.
 
     Raises:

@@ -287,19 +287,15 @@ def test_beside_the_paper_stand_differences_and_shares_not_numbers_of_other_mach
     assert table.loc["lower", "here"] == "", "a strategy that was not run has an empty cell"
 
 
-def test_the_readme_gets_the_blocks_between_their_markers_and_nothing_else_changes(tmp_path):
+def test_the_readme_gets_the_blocks_between_their_markers_and_nothing_else_changes():
     blocks = {"results": "a table\n", "beside": "another\n"}
-    readme = tmp_path / "README.md"
-    readme.write_text(
-        "# a\n<!-- results:begin -->\nold\n<!-- results:end -->\nb <!-- beside:begin --><!-- beside:end -->c\n"
+    text = summary.readme_text(
+        "# a\n<!-- results:begin -->\nold\n<!-- results:end -->\nb <!-- beside:begin --><!-- beside:end -->c\n", blocks
     )
-    assert summary.update_readme(readme, blocks)
-    text = readme.read_text()
     assert text == (
         "# a\n<!-- results:begin -->\n\na table\n\n<!-- results:end -->\n"
         "b <!-- beside:begin -->\n\nanother\n\n<!-- beside:end -->c\n"
     )
-    assert not summary.update_readme(readme, blocks), "a second time changes nothing"
     assert summary.readme_text(text, blocks) == text
 
 
@@ -322,13 +318,6 @@ def test_the_readme_gets_the_short_table_and_its_results_page_the_whole_ones(tmp
         "docs/results.md": {"results": summary.markdown(table), "photographs": summary.markdown(other)},
     }
     assert cells(summary.markdown_short(table), "upper")["peak memory"] == "0.90"
-
-
-def test_cosine_similarity_of_a_case_worked_by_hand():
-    tokens = np.array([[1.0, 0.0], [2.0, 2.0], [-3.0, 0.0], [0.0, 0.0]])
-    half = math.sqrt(0.5)
-    expected = [[1, half, -1, 0], [half, 1, -half, 0], [-1, -half, 1, 0], [0, 0, 0, 0]]
-    np.testing.assert_allclose(summary.cosine_similarity(tokens), expected, atol=1e-12)
 
 
 def test_the_sweep_of_the_project_can_be_paired():

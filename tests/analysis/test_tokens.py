@@ -1,5 +1,7 @@
 """A run's tokens: traced, fused otherwise, and their similarity against slow loops over single tokens."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -90,6 +92,11 @@ def test_similarities_and_groups_are_those_of_the_trace(run):
     assert [len(matrix) for matrix in matrices] == seen.trace.token_counts[:-1]
     one, two = seen.trace.normed[1][1, :2].double()
     assert matrices[1][0, 1] == pytest.approx(float(torch.cosine_similarity(one, two, dim=0)))
+    by_hand = torch.tensor([[[1.0, 0.0], [2.0, 2.0], [-3.0, 0.0], [0.0, 0.0]]])
+    (matrix,) = tokens.similarities(dataclasses.replace(seen.trace, normed=[by_hand]))
+    half = 0.5**0.5
+    expected = [[1, half, -1, 0], [half, 1, -half, 0], [-1, -half, 1, 0], [0, 0, 0, 0]]
+    np.testing.assert_allclose(matrix, expected, atol=1e-12)
     assert [groups.max() + 1 for groups in tokens.groups(seen.trace)] == seen.trace.token_counts[1:]
 
 
@@ -179,7 +186,7 @@ def test_each_run_is_measured_beside_the_initial_weights_of_its_seed(tmp_path):
 
 
 def test_too_many_images_and_missing_runs_are_refused(run, tmp_path):
-    with pytest.raises(InputError, match=r"images: 501; must be in 1\.\.449"):
+    with pytest.raises(InputError, match=r"images: 501; must be in 1\.\.450"):
         tokens.similarity_in_runs([run], images=501)
     with pytest.raises(InputError, match="none-4: no such run"):
         tokens.similarity_in_runs([tmp_path / "none-4"], images=1)

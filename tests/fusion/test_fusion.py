@@ -82,34 +82,27 @@ def test_matching_agrees_with_the_reference(case, backend):
 @pytest.mark.parametrize("backend", ON_GPU_TOO)
 @pytest.mark.parametrize("case", SINGLE)
 @pytest.mark.parametrize(
-    ("weighting", "golden_size", "merged", "size_out"),
+    ("weighting", "golden_size", "merged", "size_out", "grad"),
     [
-        ("mean", "size_in", "merged_mean", "size_out"),
-        ("size", "size_in", "merged_wavg", "size_out"),
-        ("size", None, "merged_wavg_unit", "size_out_unit"),
+        ("mean", "size_in", "merged_mean", "size_out", "grad_x_mean"),
+        ("size", "size_in", "merged_wavg", "size_out", "grad_x_wavg"),
+        ("size", None, "merged_wavg_unit", "size_out_unit", None),
     ],
 )
-def test_fusing_agrees_with_the_reference(case, weighting, golden_size, merged, size_out, backend):
-    golden = of(case, backend)
-    matching = Matching(golden["src_pos"].long(), golden["dst_pos"].long())
-    size = None if golden_size is None else golden[golden_size]
-    fused, sizes = fuse(golden["x"], matching, size=size, order="append", weighting=weighting, backend=backend)
-    order = reference_order(golden)
-    torch.testing.assert_close(fused, golden[merged].gather(1, order.expand_as(golden[merged])))
-    torch.testing.assert_close(sizes.reshape(order.shape), golden[size_out].gather(1, order))
-
-
-@pytest.mark.parametrize("backend", ON_GPU_TOO)
-@pytest.mark.parametrize("case", SINGLE)
-@pytest.mark.parametrize(("weighting", "grad"), [("mean", "grad_x_mean"), ("size", "grad_x_wavg")])
-def test_gradients_agree_with_the_reference(case, weighting, grad, backend):
+def test_fusing_and_its_gradient_agree_with_the_reference(
+    case, weighting, golden_size, merged, size_out, grad, backend
+):
     golden = of(case, backend)
     x = golden["x"].clone().requires_grad_()
     matching = Matching(golden["src_pos"].long(), golden["dst_pos"].long())
-    fused, _ = fuse(x, matching, size=golden["size_in"], order="append", weighting=weighting, backend=backend)
-    order = reference_order(golden).expand_as(fused)
-    (fused * golden["cotangent"].gather(1, order)).sum().backward()
-    torch.testing.assert_close(x.grad, golden[grad])
+    size = None if golden_size is None else golden[golden_size]
+    fused, sizes = fuse(x, matching, size=size, order="append", weighting=weighting, backend=backend)
+    order = reference_order(golden)
+    torch.testing.assert_close(fused, golden[merged].gather(1, order.expand_as(golden[merged])))
+    torch.testing.assert_close(sizes.reshape(order.shape), golden[size_out].gather(1, order))
+    if grad is not None:
+        (fused * golden["cotangent"].gather(1, order.expand_as(fused))).sum().backward()
+        torch.testing.assert_close(x.grad, golden[grad])
 
 
 @pytest.mark.parametrize("backend", ON_GPU_TOO)
@@ -252,7 +245,7 @@ def fusions(draw):
     return x, size, guard, r, options
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(fusions(), st.sampled_from(KINDS))
 def test_dropping_leaves_every_survivor_as_it_was_and_conserves_the_patches(case, kind):
     x, size, guard, r, options = case
@@ -265,7 +258,7 @@ def test_dropping_leaves_every_survivor_as_it_was_and_conserves_the_patches(case
         assert torch.equal(sizes, worked_out.size)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(fusions(), st.sampled_from(["random", "adjacent"]))
 def test_controls_pair_distinct_unprotected_tokens_whatever_the_features(case, kind):
     x, _, guard, r, _ = case
@@ -300,58 +293,22 @@ def test_adjacent_pairs_are_spread_over_the_sequence_and_random_ones_differ_from
         match_tokens(torch.empty(1, 5, 2), 1, kind="nearest")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(fusions())
-def test_patches_are_conserved_and_so_is_the_weighted_sum(case):
+def test_fusing_agrees_with_the_plain_loop_conserves_the_patches_and_leaves_the_protected_token_alone(case):
     x, size, guard, r, options = case
-    fused, sizes = fuse(x, match_tokens(x, r, protected=guard), size=size, **options)
-    assert fused.shape[1] == x.shape[1] - r
+    matching = match_tokens(x, r, protected=guard)
+    fused, sizes = fuse(x, matching, size=size, **options)
     torch.testing.assert_close(sizes.sum(1), size.sum(1))
     if options["weighting"] == "size":
         torch.testing.assert_close((fused * sizes[..., None]).sum(1), (x * size[..., None]).sum(1))
-
-
-@settings(max_examples=100, deadline=None)
-@given(fusions())
-def test_the_protected_token_comes_through_untouched_and_alone(case):
-    x, size, guard, r, options = case
-    if isinstance(guard, tuple) or r == 0:
-        return
-    matching = match_tokens(x, r, protected=guard)
-    assert not (matching.source == guard[:, None]).any()
-    assert not (matching.target == guard[:, None]).any()
-    fused, sizes = fuse(x, matching, size=size, **options)
-    rows = torch.arange(len(x))
-    now = plan(matching, size, **options).destination[rows, guard]
-    assert torch.equal(fused[rows, now], x[rows, guard])
-    assert torch.equal(sizes[rows, now], size[rows, guard])
-
-
-@settings(max_examples=100, deadline=None)
-@given(fusions())
-def test_scan_order_is_kept(case):
-    x, size, guard, r, options = case
-    if r == 0:
-        return
-    worked_out = plan(match_tokens(x, r, protected=guard), size, order="scan", weighting=options["weighting"])
-    assert (worked_out.survivors.diff(dim=1) > 0).all()
-    own = worked_out.destination.gather(1, worked_out.survivors)
-    assert torch.equal(own, torch.arange(own.shape[1]).expand_as(own))
-
-
-@settings(max_examples=60, deadline=None)
-@given(fusions())
-def test_a_pair_agrees_with_the_plain_loop(case):
-    x, size, guard, r, options = case
-    if r == 0:
-        return
-    matching = match_tokens(x, r, protected=guard)
-    fused, sizes = fuse(x, matching, size=size, **options)
     for row in range(len(x)):
         joins = dict(zip(matching.source[row].tolist(), matching.target[row].tolist(), strict=True))
         assert len(joins) == r
+        kept = None if isinstance(guard, tuple) else guard[row].item()
+        assert kept not in (*joins, *joins.values())
         left = [p for p in range(x.shape[1]) if p not in joins]
-        if options["order"] == "append":
+        if options["order"] == "append" and r:
             left = [p for p in left if p % 2 == 0] + [p for p in left if p % 2]
         for place, survivor in enumerate(left):
             group = [survivor] + [source for source, target in joins.items() if target == survivor]
@@ -359,6 +316,7 @@ def test_a_pair_agrees_with_the_plain_loop(case):
             mean = (weight[:, None] * x[row, group]).sum(0) / weight.sum()
             torch.testing.assert_close(fused[row, place], mean)
             assert sizes[row, place] == size[row, group].sum()
+            assert survivor != kept or torch.equal(fused[row, place], x[row, survivor])
 
 
 @settings(max_examples=40, deadline=None)

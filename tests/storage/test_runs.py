@@ -276,13 +276,6 @@ def test_a_folder_without_a_run_is_named(tmp_path):
         runs.read(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize("module", ["storage.files", "storage.runs", "analysis.summary", "plots"])
-def test_results_are_read_without_torch(module):
-    code = f"import sys, famba.{module}; print([m for m in ('torch',) if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
 HOLD = """
 import sys
 from famba.storage import runs
