@@ -141,14 +141,14 @@ def test_a_run_that_cannot_be_trained_is_named(tmp_path, monkeypatch):
     (tmp_path / "params.yaml").write_text(broken)
     (tmp_path / "dvc.yaml").write_text("stages: {}\n")
     monkeypatch.chdir(tmp_path)
-    asked = dataclasses.replace(SMALL, factors=(), seeds=(4,))
+    asked = dataclasses.replace(SMALL, seeds=(4,))
     with pytest.raises(
         InputError, match=r"^lower-scan-size-normed-before_mixer-similarity-mean-4: layer 1: r = 80"
     ) as error:
         ablation.run(asked, profile="smoke", runs_dir="runs")
     assert "\n" not in str(error.value)
     finished = {path.parent.name for path in tmp_path.glob("runs/*/metrics.json")}
-    assert finished == {"upper-scan-size-normed-before_mixer-similarity-mean-4"}
+    assert finished == {f"upper-{order}-size-normed-before_mixer-similarity-mean-4" for order in ("scan", "append")}
 
 
 def test_what_is_gathered_can_be_told_in_words(trained):

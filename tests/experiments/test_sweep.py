@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from test_runs import make_run
 
 from famba import config, training
 from famba.cli import main
@@ -23,33 +24,11 @@ def trained(monkeypatch) -> list[tuple[str, int]]:
 
     def fit(p, *, seed):
         made.append((p.strategy, seed))
-        scores = {"top1_percent": 95.0, "top5_percent": 99.5, "loss": 0.25}
-        history = dict.fromkeys(runs.HISTORY_COLUMNS, 1.0) | {"epoch": 1}
-        start = p.init_sha256(seed)
-        history |= {"ema_val_loss": None, "ema_val_top1_percent": None}
-        numbers = "train_time_s step_time_ms data_time_ms peak_memory_mib throughput_img_s"
-        counted = "flops_per_image params_count threads"
-        return runs.Run(
-            strategy=p.strategy,
-            seed=seed,
-            profile=p.profile,
-            schedule=[0, 4],
-            token_counts=[17, 17, 13],
-            metrics=scores
-            | {
-                "chosen": {"weights": "raw", "epoch": 1},
-                "validation": {"raw": {"last": scores | {"epoch": 1}, "best": scores | {"epoch": 1}}, "ema": None},
-            }
-            | ({} if start is None else {"init_sha256": start}),
-            cost=dict.fromkeys(numbers.split(), 1.0)
-            | dict.fromkeys(counted.split(), 2)
-            | {"device": "none", "versions": {}, "command": "none", "kernels": {}, "nondeterministic": []}
-            | {"epoch_time_s": [1.0]},
-            history=[history],
-            correct="1" * 19 + "0",
-            params=p.as_dict(),
-            model_bytes=b"weights",
-        )
+        run = make_run(p.strategy, seed, profile=p.profile, params=p.as_dict())
+        run.cost["command"] = "none"
+        if (start := p.init_sha256(seed)) is not None:
+            run.metrics["init_sha256"] = start
+        return run
 
     def forget(p, *, seed):
         assert made[-1] == (p.strategy, seed)
