@@ -1,3 +1,4 @@
+import functools
 import hashlib
 import logging
 import os
@@ -22,12 +23,11 @@ from famba.data.datasets import Cells, Files, pixels
 from famba.errors import InputError
 
 
-def digits(**changes: object) -> data.Dataset:
-    return data.load(DataParams(**{**DIGITS, **changes}))
-
-
-def digits_of(seed: int, **changes: object) -> data.Dataset:
+def load(*, seed: int = 0, **changes: object) -> data.Dataset:
     return data.load(DataParams(**{**DIGITS, **changes}), seed=seed)
+
+
+digits = functools.cache(load)
 
 
 def png_48_bit() -> bytes:
@@ -41,7 +41,7 @@ def png_48_bit() -> bytes:
 
 
 def from_folder(**changes: object) -> data.Dataset:
-    return digits(**{"dataset": "folder", "root": "images", "val_fraction": 0.2} | changes)
+    return load(**{"dataset": "folder", "root": "images", "val_fraction": 0.2} | changes)
 
 
 def caches(checkout: Path) -> list[Path]:
@@ -94,7 +94,7 @@ def test_the_test_split_is_the_same_one_for_every_parameter_and_for_ever():
 
 
 def test_over_the_seeds_every_image_is_tested_once_in_folds_that_hold_each_class_by_its_share():
-    folds = [digits_of(seed, folds=4) for seed in range(4)]
+    folds = [digits(seed=seed, folds=4) for seed in range(4)]
     ids = torch.cat([d.test_ids for d in folds])
     assert ids.sort().values.tolist() == list(range(1797))
     pixels = digits(limit=None)
@@ -106,12 +106,12 @@ def test_over_the_seeds_every_image_is_tested_once_in_folds_that_hold_each_class
         ).abs().max() < 1
         learnt = torch.cat([d.train.images, d.val.images]).flatten(1)
         assert len(learnt) + len(d.test) == len(whole)
-    assert torch.equal(digits_of(5, folds=4).test_ids, folds[1].test_ids)
-    assert torch.equal(digits_of(5).test.images, digits().test.images), "without folds the seed chooses nothing"
+    assert torch.equal(digits(seed=5, folds=4).test_ids, folds[1].test_ids)
+    assert torch.equal(digits(seed=5).test.images, digits().test.images), "without folds the seed chooses nothing"
 
 
 def test_the_same_parameters_give_the_same_splits_and_another_seed_gives_others():
-    first, again, other = digits(limit=200), digits(limit=200), digits(limit=200, split_seed=1)
+    first, again, other = load(limit=200), load(limit=200), load(limit=200, split_seed=1)
     for name in ("train", "val"):
         assert torch.equal(getattr(first, name).images, getattr(again, name).images)
         assert not torch.equal(getattr(first, name).images, getattr(other, name).images)

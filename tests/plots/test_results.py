@@ -402,20 +402,17 @@ def test_no_text_of_the_saved_figures_overlaps_another(
     for figure in drawn:
         figure.draw_without_rendering()
         unseen = ticks_out_of_view(figure)
-        texts = [
-            text
+        boxes = [
+            (text.get_text(), text.get_window_extent())
             for text in figure.findobj(matplotlib.text.Text)
             if text.get_visible() and text.get_text() and id(text) not in unseen
         ]
-        assert len(texts) > 5
-        for one, two in itertools.combinations(texts, 2):
-            a, b = one.get_window_extent(), two.get_window_extent()
+        assert len(boxes) > 5
+        for (one, a), (two, b) in itertools.combinations(boxes, 2):
             wide, high = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
-            assert min(wide, high) < 2, (one.get_text(), two.get_text())
-        for text in texts:
-            box = text.get_window_extent()
-            assert box.x0 > -1, text
-            assert box.y0 > -1, text
+            assert min(wide, high) < 2, (one, two)
+        for text, box in boxes:
+            assert min(box.x0, box.y0) > -1, text
             assert box.x1 < figure.bbox.x1 + 1, text
             assert box.y1 < figure.bbox.y1 + 1, text
 
