@@ -11,7 +11,6 @@ import importlib
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -55,35 +54,13 @@ _T = TypeVar("_T")
 Left = list[dict[str, str]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class GpuSetting(Setting):
-    """The sizes of a benchmark of a GPU.
-
-    Attributes:
-        models: whose training steps are compared.
-        small: model, batch and pixels of a step so short that Python's calls take longer than the device's work.
-        copy_mib: size of the copy.
-        compile_s: time limit of torch.compile, seconds; 0 leaves it out.
-    """
-
-    models: tuple[str, ...]
-    small: tuple[str, int, int]
-    copy_mib: int
-    compile_s: float
-
-
-def _setting(base: Setting, **changes: Any) -> GpuSetting:
-    fields: dict[str, Any] = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
-    fields |= {"device": "cuda", "precision": "bf16"} | changes
-    return GpuSetting(**fields)
-
-
-FULL = _setting(
-    model.FULL, scans=((128, 384, 197, 16),), batch=128, turn_s=0.1, models=("vim_tiny", "vim_small"),
+_GPU: dict[str, Any] = {"device": "cuda", "precision": "bf16"}
+FULL = dataclasses.replace(
+    model.FULL, **_GPU, scans=((128, 384, 197, 16),), batch=128, turn_s=0.1, models=("vim_tiny", "vim_small"),
     small=("vim_micro", 64, 32), copy_mib=1024, compile_s=120.0,
 )  # fmt: skip
-QUICK = _setting(
-    model.QUICK, slow_s=30.0, models=("vim_nano",), small=("vim_nano", 4, 8), copy_mib=1, compile_s=0.0
+QUICK = dataclasses.replace(
+    model.QUICK, **_GPU, slow_s=30.0, models=("vim_nano",), small=("vim_nano", 4, 8), copy_mib=1
 )  # fmt: skip
 
 
@@ -108,7 +85,7 @@ def check_device(device: str, quick: bool) -> None:
         )
 
 
-def bench_scans(setting: GpuSetting, left: Left) -> dict[str, list[dict[str, Any]]]:
+def bench_scans(setting: Setting, left: Left) -> dict[str, list[dict[str, Any]]]:
     """The copy, and one row for each shape, precision, number of directions and backend.
 
     `median_ms` is a scan called from Python, `device_ms` the same replayed from a CUDA graph: the device's time alone.
@@ -140,7 +117,7 @@ def one_scan_bytes(b: int, e: int, t: int, n: int, dtype: torch.dtype) -> int:
 
 
 def _scans(
-    setting: GpuSetting, left: Left, shape: tuple[int, int, int, int], precision: str, both: bool, gb_per_s: float
+    setting: Setting, left: Left, shape: tuple[int, int, int, int], precision: str, both: bool, gb_per_s: float
 ) -> list[dict[str, Any]]:
     dtype, fast = _DTYPES[precision], _fast(setting)
     directions = "both, gated" if both else "one"
@@ -175,7 +152,7 @@ def _scans(
     ]
 
 
-def bench_steps(setting: GpuSetting, left: Left) -> list[dict[str, Any]]:
+def bench_steps(setting: Setting, left: Left) -> list[dict[str, Any]]:
     """One row for each model and contestant: time, images per second and peak memory of a training step.
 
     `published` is the mixer as published, with the kernels of the named backend; `fused` is mamba-ssm's function for a
@@ -185,7 +162,7 @@ def bench_steps(setting: GpuSetting, left: Left) -> list[dict[str, Any]]:
     return [row for name in setting.models for row in _steps(dataclasses.replace(setting, model=name), left)]
 
 
-def _steps(setting: GpuSetting, left: Left) -> list[dict[str, Any]]:
+def _steps(setting: Setting, left: Left) -> list[dict[str, Any]]:
     fast, peaks = _fast(setting), dict[str, float]()
     contestants: dict[str, tuple[str, str, bool | None]] = {name: (name, fast[0], None) for name in fast}
     contestants["torch"] = "torch", "torch", None
@@ -225,13 +202,13 @@ def _steps(setting: GpuSetting, left: Left) -> list[dict[str, Any]]:
     ]
 
 
-def bench_fusion(setting: GpuSetting, left: Left) -> dict[str, list[dict[str, Any]]]:
+def bench_fusion(setting: Setting, left: Left) -> dict[str, list[dict[str, Any]]]:
     """The tables of `famba.bench.fusing`."""
     makes = {"layer": lambda: {"layer": bench_layer(setting)}, "schedules": lambda: bench_schedules(setting)}
     return {name: rows for tables in _tried(makes, left, "fusion, ").values() for name, rows in tables.items()}
 
 
-def bench_graphs(setting: GpuSetting, left: Left) -> list[dict[str, Any]]:
+def bench_graphs(setting: Setting, left: Left) -> list[dict[str, Any]]:
     """Training steps of a small model: called from Python, captured as one graph, compiled; without and with fusion."""
     name, batch, img_size = setting.small
     small = dataclasses.replace(setting, model=name, batch=batch, img_sizes=(img_size,))
@@ -256,7 +233,7 @@ def bench_graphs(setting: GpuSetting, left: Left) -> list[dict[str, Any]]:
     return [{"what": what, **row, **ratio(row, first, "times")} for what, row in found.items()]
 
 
-PARTS: dict[str, Callable[[GpuSetting, Left], dict[str, list[dict[str, Any]]]]] = {
+PARTS: dict[str, Callable[[Setting, Left], dict[str, list[dict[str, Any]]]]] = {
     "scan": bench_scans,
     "steps": lambda s, left: {"steps": bench_steps(s, left)},
     "fusion": bench_fusion,

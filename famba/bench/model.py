@@ -49,6 +49,10 @@ class Setting:
         slow_s: seconds after which a slow contestant is measured no further than twice.
         precision: of the training steps: fp32, or bf16 for autocast.
         turn_s: a shorter call is repeated for this long.
+        models: of a GPU, whose training steps are compared.
+        small: of a GPU, model, batch and pixels of a step so short that Python's calls take longer than its work.
+        copy_mib: of a GPU, size of the copy.
+        compile_s: of a GPU, time limit of torch.compile, seconds; 0 leaves it out.
     """
 
     scans: tuple[tuple[int, int, int, int], ...]
@@ -67,6 +71,10 @@ class Setting:
     device: str = "cpu"
     precision: str = "fp32"
     turn_s: float = 0.0
+    models: tuple[str, ...] = ()
+    small: tuple[str, int, int] = ("", 0, 0)
+    copy_mib: int = 0
+    compile_s: float = 0.0
 
     def create(self, backend: str = "auto", *, img_size: int | None = None) -> VisionMamba:
         """The model on its device, without fusion."""
