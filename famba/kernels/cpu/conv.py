@@ -3,7 +3,6 @@
 Axes: b batch, e channels, t tokens, k taps. Strides, types and layout of the results are as in famba.kernels.cpu.scan.
 """
 
-import ctypes
 from functools import partial
 
 import torch
@@ -11,21 +10,12 @@ from torch import Tensor
 
 from famba.kernels import reference
 from famba.kernels.cpu import runtime
-from famba.kernels.cpu.runtime import View, float32, like, pointer
+from famba.kernels.cpu.runtime import float32, like, pointer, view
 
 MOST_TAPS = 8
 
 
-class _Job(ctypes.Structure):
-    """conv.h's Conv."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("b", "e", "t", "k", "reverse", "groups", "directions", "add")),
-        *((name, View) for name in ("x", "out")),
-        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
-        *((name, View) for name in ("grad_out", "grad_x")),
-        *((name, ctypes.c_void_p) for name in ("grad_weight", "grad_bias", "part", "lanes")),
-    )
+Conv = runtime.structure("Conv")
 
 
 def unsuited(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
@@ -42,12 +32,12 @@ def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: 
     return torch.ops.famba.conv(x, weight, bias, reverse)
 
 
-def _job(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, **views: Tensor) -> _Job:
-    return _Job(
-        *x.shape, weight.shape[1], reverse, 0, 1, 0, View.of(x),
+def _job(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, **views: Tensor):
+    return Conv(
+        *x.shape, weight.shape[1], reverse, 0, 1, 0, view(x),
         weight=weight.data_ptr(),
         bias=pointer(bias),
-        **{name: View.of(tensor) for name, tensor in views.items()},
+        **{name: view(tensor) for name, tensor in views.items()},
     )  # fmt: skip
 
 

@@ -13,26 +13,8 @@ from famba.errors import InputError
 from famba.kernels import reference
 from famba.kernels.cpu import runtime
 
-
-class _Plan(ctypes.Structure):
-    """fuse.h's Plan."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("b", "t", "r", "in_order", "by_size")),
-        *((name, ctypes.c_void_p) for name in ("source", "target", "size")),
-        *((name, ctypes.c_void_p) for name in ("survivors", "destination", "weight", "total", "refused")),
-    )
-
-
-class _Fuse(ctypes.Structure):
-    """fuse.h's Fuse."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("b", "t", "s")),
-        *((name, ctypes.c_int64 * 2) for name in ("d", "type")),
-        *((name, ctypes.c_void_p * 2) for name in ("x", "out")),
-        *((name, ctypes.c_void_p) for name in ("destination", "weight", "refused")),
-    )
+Plan = runtime.structure("Plan")
+Fuse = runtime.structure("Fuse")
 
 
 def unsuited_plan(source: Tensor, target: Tensor, size: Tensor) -> str:
@@ -66,7 +48,7 @@ def _plan(source: Tensor, target: Tensor, size: Tensor, in_order: bool, by_size:
     made = _plan_fake(source, target, size, in_order, by_size)
     given, refused = [x.contiguous() for x in (source, target, size)], ctypes.c_int64()
     pointers = [x.data_ptr() for x in (*given, *made)]
-    job = _Plan(*size.shape, source.shape[1], in_order, by_size, *pointers, ctypes.addressof(refused))
+    job = Plan(*size.shape, source.shape[1], in_order, by_size, *pointers, ctypes.addressof(refused))
     runtime.call("famba_plan", job)
     if refused.value:
         end = size.shape[1] - 1
@@ -102,7 +84,7 @@ def _fuse_backward(grad: Tensor | None, other: Tensor | None, destination: Tenso
 def _run(name: str, given, made: tuple[Tensor, ...], destination: Tensor, weight: Tensor, s: int) -> None:
     given = [x if x is None else x.contiguous() for x in given]
     destination, weight, refused = destination.contiguous(), weight.contiguous(), ctypes.c_int64()
-    job = _Fuse(
+    job = Fuse(
         *weight.shape, s, tuple(x.shape[-1] for x in made),
         tuple(0 if x is None else runtime.DTYPES.index(x.dtype) for x in given),
         tuple(map(runtime.pointer, given)), tuple(x.data_ptr() for x in made),

@@ -11,14 +11,7 @@ from torch import Tensor
 from famba.errors import InputError
 from famba.kernels.cpu import runtime
 
-
-class _Job(ctypes.Structure):
-    """match.h's Match."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("b", "t", "c", "r", "guards")),
-        *((name, ctypes.c_void_p) for name in ("feature", "guarded", "source", "target", "similarity", "refused")),
-    )
+Match = runtime.structure("Match")
 
 
 def unsuited(feature: Tensor) -> str:
@@ -46,7 +39,7 @@ def _match(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Tensor, T
     found = source, target, similarity = _match_fake(feature, protected, r)
     feature, refused = feature.contiguous(), ctypes.c_int64()
     protected = None if protected is None else protected.contiguous()
-    job = _Job(
+    job = Match(
         *feature.shape, r, 0 if protected is None else protected.shape[1], feature.data_ptr(),
         runtime.pointer(protected), source.data_ptr(), target.data_ptr(),
         similarity.data_ptr(), ctypes.addressof(refused),

@@ -106,9 +106,9 @@ def _view(x: Tensor, direction: int = 0, channel: int = 0) -> View:
 def _conv_jobs(xz: Tensor, parameters: list[Tensor]):
     b, t, e2 = xz.shape
     k = parameters[0].shape[1]
-    jobs = (conv._Job * 2)()
+    jobs = (conv.Conv * 2)()
     for i in (0, 1):
-        jobs[i] = conv._Job(b, e2 // 2, t, k, i, 0, 2, 0, _view(xz))
+        jobs[i] = conv.Conv(b, e2 // 2, t, k, i, 0, 2, 0, _view(xz))
         jobs[i].weight, jobs[i].bias = (x.data_ptr() for x in parameters[2 * i : 2 * i + 2])
     return jobs
 
@@ -143,10 +143,10 @@ def _scan_jobs(xz: Tensor, u: Tensor, x_dbl: Tensor, states: Tensor, parameters:
     _, b, t, e = u.shape
     n, m = parameters[0].shape[1], parameters[3].shape[1]
     keep = states.numel() > 0
-    jobs = (scan._Job * 2)()
+    jobs = (scan.Scan * 2)()
     for i in (0, 1):
         A, D, dt_bias, dt_proj = (x.data_ptr() for x in parameters[4 * i : 4 * i + 4])
-        jobs[i] = scan._Job(
+        jobs[i] = scan.Scan(
             b, e, t, n, m, True, i, 0, keep, 2, scale,
             u=_view(u, i), delta=_view(x_dbl, i), B=_view(x_dbl, i, m), C=_view(x_dbl, i, m + n),
             A=A, D=D, dt_bias=dt_bias, dt_proj=dt_proj, states=states.data_ptr() + i * states.stride(0) * 4,

@@ -3,8 +3,6 @@
 Axes: b batch, t tokens, d d_model.
 """
 
-import ctypes
-
 import torch
 from torch import Tensor
 
@@ -12,17 +10,7 @@ from famba.kernels import reference
 from famba.kernels.cpu import runtime
 from famba.kernels.cpu.runtime import pointer
 
-
-class _Job(ctypes.Structure):
-    """norm.h's Norm."""
-
-    _fields_ = (
-        ("rows", ctypes.c_int64),
-        ("d", ctypes.c_int64),
-        ("eps", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in ("x", "residual", "weight", "out", "sum", "scale")),
-        *((name, ctypes.c_void_p) for name in ("grad_out", "grad_sum", "grad_x", "grad_weight", "part")),
-    )
+Norm = runtime.structure("Norm")
 
 
 def unsuited(x: Tensor, residual: Tensor | None, weight: Tensor) -> str:
@@ -49,7 +37,7 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float):
     out, total, scale = _norm_fake(x, residual, weight, eps)
     x, weight = x.contiguous(), weight.contiguous()
     residual = None if residual is None else residual.contiguous()
-    job = _Job(
+    job = Norm(
         scale.numel(), x.shape[-1], eps, x=x.data_ptr(), residual=pointer(residual),
         weight=weight.data_ptr(), out=out.data_ptr(), sum=total.data_ptr(), scale=scale.data_ptr(),
     )  # fmt: skip
@@ -61,7 +49,7 @@ def _norm_backward(grad_out: Tensor | None, grad_sum: Tensor | None, x: Tensor, 
     grad_x, grad_weight = _norm_backward_fake(grad_out, grad_sum, x, scale, weight)
     x, weight = x.contiguous(), weight.contiguous()
     grad_out, grad_sum = (g if g is None else g.contiguous() for g in (grad_out, grad_sum))
-    job = _Job(
+    job = Norm(
         scale.numel(), x.shape[-1], 0, x=x.data_ptr(), weight=weight.data_ptr(), scale=scale.data_ptr(),
         grad_out=pointer(grad_out), grad_sum=pointer(grad_sum),
         grad_x=grad_x.data_ptr(), grad_weight=grad_weight.data_ptr(),

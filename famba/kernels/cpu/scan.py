@@ -5,7 +5,6 @@ any strides; vectors run over channels, so the fast layout is (b, t, e) in memor
 float32. Outputs and gradients lie as the tensors they belong to.
 """
 
-import ctypes
 from functools import partial
 
 import torch
@@ -13,26 +12,14 @@ from torch import Tensor
 
 from famba.kernels import reference
 from famba.kernels.cpu import build, runtime
-from famba.kernels.cpu.runtime import View, float32, like, pointer
+from famba.kernels.cpu.runtime import float32, like, pointer, view
 
 _CHUNK = 16  # tokens between kept states, and _PAD channels: scan.cpp's CHUNK and PAD
 _PAD = 16
 MOST_STATES = 64
 
 
-class _Job(ctypes.Structure):
-    """scan.h's Scan."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("b", "e", "t", "n", "m", "softplus", "reverse")),
-        *((name, ctypes.c_int64) for name in ("groups", "keep", "directions")),
-        ("scale", ctypes.c_double),
-        *((name, View) for name in ("u", "delta", "z", "B", "C", "out", "other", "y")),
-        *((name, ctypes.c_void_p) for name in ("A", "D", "dt_bias", "dt_proj", "states")),
-        *((name, View) for name in ("grad_out", "grad_u", "grad_delta", "grad_z", "grad_B", "grad_C")),
-        *((name, ctypes.c_void_p) for name in ("grad_A", "grad_D", "grad_dt_bias", "grad_dt_proj")),
-        *((name, ctypes.c_void_p) for name in ("part", "part_rows", "lanes_A", "lanes_dt_proj")),
-    )
+Scan = runtime.structure("Scan")
 
 
 @torch.compiler.assume_constant_result
@@ -95,11 +82,11 @@ def _gradients(u, delta, A, B, C, D, z, delta_bias) -> tuple[Tensor, ...]:
 
 def _job(u, delta, A, B, C, D, z, delta_bias, softplus: bool, reverse: bool, states: Tensor, **views: Tensor | None):
     (b, e, t), n = u.shape, A.shape[1]
-    return _Job(
+    return Scan(
         b, e, t, n, 0, softplus, reverse, 0, states.numel() > 0, 1, 1.0,
-        *(View.of(x) for x in (u, delta, z, B, C)),
+        *(view(x) for x in (u, delta, z, B, C)),
         A=A.data_ptr(), D=pointer(D), dt_bias=pointer(delta_bias), states=states.data_ptr(),
-        **{name: View.of(x) for name, x in views.items()},
+        **{name: view(x) for name, x in views.items()},
     )  # fmt: skip
 
 
