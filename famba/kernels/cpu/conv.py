@@ -3,14 +3,13 @@
 Axes: b batch, e channels, t tokens, k taps. Strides, types and layout of the results are as in famba.kernels.cpu.scan.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from famba.kernels import reference
 from famba.kernels.cpu import runtime
 from famba.kernels.cpu.runtime import float32, like, pointer, view
+from famba.kernels.reference import register, register_gradient
 
 MOST_TAPS = 8
 
@@ -63,27 +62,9 @@ def _conv_backward_fake(grad, x, weight, bias, reverse):
     return like(x), weight.new_empty(weight.shape), grad_bias
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    x, weight, bias, ctx.reverse = inputs
-    ctx.save_for_backward(x, weight, bias)
-
-
-def _backward(ctx, grad):
-    tensors = ctx.saved_tensors
-    found = reference.gradients(
-        lambda: torch.ops.famba.conv_backward(grad, *tensors, ctx.reverse),
-        partial(reference.conv, reverse=ctx.reverse),
-        tensors,
-        grad,
-    )
-    return *found, None
-
-
-runtime.operator(
-    "conv(Tensor x, Tensor weight, Tensor? bias, bool reverse) -> Tensor",
-    _conv, lambda x, weight, bias, reverse: like(x), _backward, _setup_context,
-)  # fmt: skip
-runtime.operator(
+register("conv(Tensor x, Tensor weight, Tensor? bias, bool reverse) -> Tensor", _conv, lambda x, *_: like(x), "CPU")
+register(
     "conv_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, bool reverse) -> (Tensor, Tensor, Tensor)",
-    _conv_backward, _conv_backward_fake,
+    _conv_backward, _conv_backward_fake, "CPU",
 )  # fmt: skip
+register_gradient("conv", reference.conv)

@@ -12,6 +12,7 @@ from torch import Tensor
 from famba.errors import InputError
 from famba.kernels import reference
 from famba.kernels.cpu import runtime
+from famba.kernels.reference import register, register_backward
 
 Plan = runtime.structure("Plan")
 Fuse = runtime.structure("Fuse")
@@ -109,15 +110,16 @@ def _backward(ctx, grad, other):
     return *(None if grad is None else x for grad, x in zip(grads, found, strict=True)), None, None, None
 
 
-runtime.operator(
+register(
     "plan(Tensor source, Tensor target, Tensor size, bool in_order, bool by_size) -> (Tensor, Tensor, Tensor, Tensor)",
-    _plan, _plan_fake,
+    _plan, _plan_fake, "CPU",
 )  # fmt: skip
-runtime.operator(
+register(
     "fuse(Tensor x, Tensor? other, Tensor destination, Tensor weight, SymInt s) -> (Tensor, Tensor)",
-    _fuse, _fuse_fake, _backward, _setup_context,
+    _fuse, _fuse_fake, "CPU",
 )  # fmt: skip
-runtime.operator(
+register(
     "fuse_backward(Tensor? grad, Tensor? other, Tensor destination, Tensor weight) -> (Tensor, Tensor)",
-    _fuse_backward, _fuse_backward_fake,
+    _fuse_backward, _fuse_backward_fake, "CPU",
 )  # fmt: skip
+register_backward("fuse", _backward, _setup_context)

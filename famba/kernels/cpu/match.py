@@ -10,6 +10,7 @@ from torch import Tensor
 
 from famba.errors import InputError
 from famba.kernels.cpu import runtime
+from famba.kernels.reference import register
 
 Match = runtime.structure("Match")
 
@@ -50,4 +51,4 @@ def _match(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Tensor, T
     return found
 
 
-runtime.operator("match(Tensor feature, Tensor? protected, SymInt r) -> (Tensor, Tensor, Tensor)", _match, _match_fake)
+register("match(Tensor feature, Tensor? protected, SymInt r) -> (Tensor, Tensor, Tensor)", _match, _match_fake, "CPU")

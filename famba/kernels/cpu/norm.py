@@ -9,6 +9,7 @@ from torch import Tensor
 from famba.kernels import reference
 from famba.kernels.cpu import runtime
 from famba.kernels.cpu.runtime import pointer
+from famba.kernels.reference import register, register_backward
 
 Norm = runtime.structure("Norm")
 
@@ -81,11 +82,11 @@ def _backward(ctx, grad_out, grad_sum, _):
     return grad_x, grad_x if ctx.added else None, grad_weight, None
 
 
-runtime.operator(
-    "norm(Tensor x, Tensor? residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
-    _norm, _norm_fake, _backward, _setup_context,
-)  # fmt: skip
-runtime.operator(
+register(
+    "norm(Tensor x, Tensor? residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)", _norm, _norm_fake, "CPU"
+)
+register(
     "norm_backward(Tensor? grad_out, Tensor? grad_sum, Tensor x, Tensor scale, Tensor weight) -> (Tensor, Tensor)",
-    _norm_backward, _norm_backward_fake,
+    _norm_backward, _norm_backward_fake, "CPU",
 )  # fmt: skip
+register_backward("norm", _backward, _setup_context)

@@ -1,9 +1,8 @@
-"""Shared by the kernels' bindings: the library, its threads and operators, and tensors as it sees them."""
+"""Shared by the kernels' bindings: the library, its threads, and tensors as it sees them."""
 
 import ctypes
 import functools
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, overload
 
@@ -52,19 +51,6 @@ def unsuited(*tensors: Tensor | None, allowed: tuple[torch.dtype, ...] = DTYPES)
         if x is not None and x.dtype not in allowed:
             return f"it runs on {names}, got {x.dtype}"
     return ""
-
-
-_library = torch.library.Library("famba", "FRAGMENT")
-
-
-def operator(schema: str, kernel: Callable, fake: Callable, backward: Any = None, setup_context: Any = None) -> None:
-    """Register an operator on CPU tensors, with its gradient where there is one."""
-    name = schema.partition("(")[0]
-    _library.define(schema)
-    _library.impl(name, kernel, "CPU")
-    torch.library.register_fake(f"famba::{name}", fake, lib=_library)
-    if backward is not None:
-        torch.library.register_autograd(f"famba::{name}", backward, setup_context=setup_context, lib=_library)
 
 
 def like(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ any strides; vectors run over channels, so the fast layout is (b, t, e) in memor
 float32. Outputs and gradients lie as the tensors they belong to.
 """
 
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from famba.kernels import reference
 from famba.kernels.cpu import build, runtime
 from famba.kernels.cpu.runtime import float32, like, pointer, view
+from famba.kernels.reference import register, register_gradient
 
 _CHUNK = 16  # tokens between kept states, and _PAD channels: scan.cpp's CHUNK and PAD
 _PAD = 16
@@ -37,22 +38,9 @@ def unsuited(u, delta, A, B, C, D, z, delta_bias) -> str:
     return ""
 
 
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-) -> Tensor:
-    """`famba.kernels.scan.selective_scan` by the native kernel; states are kept only if a gradient may be asked for."""
-    inputs = (u, delta, A, B, C, D, z, delta_bias)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    return torch.ops.famba.scan(*inputs, delta_softplus, reverse, keep)[0]
+def selective_scan(*arguments: Any) -> Tensor:
+    """`selective_scan_ref` by the native kernel; states are kept only if a gradient may be asked for."""
+    return torch.ops.famba.scan(*arguments, reference.wants_gradient(*arguments[:8]))[0]
 
 
 _INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
@@ -124,31 +112,10 @@ def _scan_backward_fake(grad, u, delta, A, B, C, D, z, delta_bias, states, softp
     return tuple(x if kind is None else x.to(kind.dtype) for x, kind in zip(gradients, kinds, strict=True))
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.softplus, ctx.reverse, keep = inputs
-    if not keep:
-        raise RuntimeError("famba::scan was called with keep=False, and so kept no states for the gradient")
-    ctx.set_materialize_grads(False)  # zeros for that of the states would be as large as they are
-    ctx.save_for_backward(*tensors, output[1])
-
-
-def _backward(ctx, grad, _):
-    *tensors, states = ctx.saved_tensors
-    found = reference.gradients(
-        lambda: torch.ops.famba.scan_backward(grad, *tensors, states, ctx.softplus, ctx.reverse),
-        partial(reference.selective_scan_ref, delta_softplus=ctx.softplus, reverse=ctx.reverse),
-        tensors,
-        grad,
-    )
-    return *found, None, None, None
-
-
-runtime.operator(
-    f"scan({_INPUTS}, bool softplus, bool reverse, bool keep) -> (Tensor, Tensor)",
-    _scan, _scan_fake, _backward, _setup_context,
-)  # fmt: skip
-runtime.operator(
+register(f"scan({_INPUTS}, bool softplus, bool reverse, bool keep) -> (Tensor, Tensor)", _scan, _scan_fake, "CPU")
+register(
     f"scan_backward(Tensor grad, {_INPUTS}, Tensor states, bool softplus, bool reverse) -> "
     f"({', '.join(8 * ['Tensor'])})",
-    _scan_backward, _scan_backward_fake,
+    _scan_backward, _scan_backward_fake, "CPU",
 )  # fmt: skip
+register_gradient("scan", reference.selective_scan_ref, kept=1)

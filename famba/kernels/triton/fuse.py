@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from famba.kernels import reference
+from famba.kernels.reference import register, register_backward
 from famba.kernels.triton import runtime
 from famba.kernels.triton.runtime import jit, launch, tl
 
@@ -169,20 +170,6 @@ def fuse(
     return torch.ops.famba.gpu_fuse(x, other, survivors, destination, weight, source)
 
 
-_library = torch.library.Library("famba", "FRAGMENT")
-_library.define(
-    "gpu_plan(Tensor source, Tensor target, Tensor size, bool in_order, bool by_size) -> "
-    "(Tensor, Tensor, Tensor, Tensor)"
-)
-_library.define(
-    "gpu_fuse(Tensor x, Tensor? other, Tensor survivors, Tensor destination, Tensor weight, Tensor source) -> "
-    "(Tensor, Tensor)"
-)
-_library.define(
-    "gpu_fuse_backward(Tensor? grad, Tensor? other, Tensor destination, Tensor weight) -> (Tensor, Tensor)"
-)  # what is absent has no elements in the result
-
-
 def _plan_fake(source, target, size, in_order, by_size):
     (b, t), s = size.shape, size.shape[1] - source.shape[1]
     return source.new_empty(b, s), source.new_empty(b, t), size.new_empty(b, t), size.new_empty(b, s)
@@ -261,11 +248,18 @@ def _backward(ctx, grad, other):
     return *(None if grad is None else x for grad, x in zip(grads, found, strict=True)), None, None, None, None
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("gpu_plan", _plan, _device)
-    _library.impl("gpu_fuse", _fuse, _device)
-    _library.impl("gpu_fuse_backward", _fuse_backward, _device)
-torch.library.register_fake("famba::gpu_plan", _plan_fake, lib=_library)
-torch.library.register_fake("famba::gpu_fuse", _fuse_fake, lib=_library)
-torch.library.register_fake("famba::gpu_fuse_backward", _fuse_backward_fake, lib=_library)
-torch.library.register_autograd("famba::gpu_fuse", _backward, setup_context=_setup_context, lib=_library)
+register(
+    "gpu_plan(Tensor source, Tensor target, Tensor size, bool in_order, bool by_size) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+    _plan, _plan_fake,
+)  # fmt: skip
+register(
+    "gpu_fuse(Tensor x, Tensor? other, Tensor survivors, Tensor destination, Tensor weight, Tensor source) -> "
+    "(Tensor, Tensor)",
+    _fuse, _fuse_fake,
+)  # fmt: skip
+register(
+    "gpu_fuse_backward(Tensor? grad, Tensor? other, Tensor destination, Tensor weight) -> (Tensor, Tensor)",
+    _fuse_backward, _fuse_backward_fake,
+)  # fmt: skip
+register_backward("gpu_fuse", _backward, _setup_context)

@@ -8,6 +8,7 @@ Nothing waits for the host, which therefore does not look at positions: those ou
 import torch
 from torch import Tensor
 
+from famba.kernels.reference import register
 from famba.kernels.triton import runtime
 from famba.kernels.triton.runtime import jit, launch, tl
 
@@ -104,10 +105,6 @@ def match_tokens(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Ten
     return torch.ops.famba.gpu_match(feature.detach(), positions, r)
 
 
-_library = torch.library.Library("famba", "FRAGMENT")
-_library.define("gpu_match(Tensor feature, Tensor? protected, SymInt r) -> (Tensor, Tensor, Tensor)")
-
-
 def _match_fake(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Tensor, Tensor, Tensor]:
     b = feature.shape[0]
     source, target = (feature.new_empty(b, r, dtype=torch.int64) for _ in range(2))
@@ -131,6 +128,4 @@ def _match(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Tensor, T
     return found
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("gpu_match", _match, _device)
-torch.library.register_fake("famba::gpu_match", _match_fake, lib=_library)
+register("gpu_match(Tensor feature, Tensor? protected, SymInt r) -> (Tensor, Tensor, Tensor)", _match, _match_fake)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from famba.kernels import reference
+from famba.kernels.reference import register, register_backward
 from famba.kernels.triton import runtime
 from famba.kernels.triton.runtime import jit, launch, tl
 
@@ -71,14 +72,6 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     return out, total
 
 
-_library = torch.library.Library("famba", "FRAGMENT")
-_library.define("gpu_norm(Tensor x, Tensor? residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)")
-_library.define(
-    "gpu_norm_backward(Tensor? grad_out, Tensor? grad_sum, Tensor total, Tensor scale, Tensor weight) -> "
-    "(Tensor, Tensor)"
-)
-
-
 def _tiling(rows: int, d: int) -> tuple[int, int, int]:
     """Rows and width of a tile, and how many tiles there are."""
     width = runtime.power_of_two(d)
@@ -140,9 +133,12 @@ def _backward(ctx, grad_out, grad_sum, _):
     return None if to_x is None else to_x.to(ctx.dtype), to_x if ctx.added else None, to_weight, None
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("gpu_norm", _norm, _device)
-    _library.impl("gpu_norm_backward", _norm_backward, _device)
-torch.library.register_fake("famba::gpu_norm", _norm_fake, lib=_library)
-torch.library.register_fake("famba::gpu_norm_backward", _norm_backward_fake, lib=_library)
-torch.library.register_autograd("famba::gpu_norm", _backward, setup_context=_setup_context, lib=_library)
+register(
+    "gpu_norm(Tensor x, Tensor? residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)", _norm, _norm_fake
+)
+register(
+    "gpu_norm_backward(Tensor? grad_out, Tensor? grad_sum, Tensor total, Tensor scale, Tensor weight) -> "
+    "(Tensor, Tensor)",
+    _norm_backward, _norm_backward_fake,
+)  # fmt: skip
+register_backward("gpu_norm", _backward, _setup_context)

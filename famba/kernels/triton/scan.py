@@ -35,11 +35,14 @@ both directions, and 668 in backward for each, for 32 channels at once (tests/ke
 multiprocessors at 1.75 GHz, each of which starts four in a clock, that takes 0.56 ms at the very least.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from famba.kernels import reference
+from famba.kernels.reference import register, register_gradient
 from famba.kernels.triton import runtime
 from famba.kernels.triton.runtime import jit, launch, tl
 
@@ -356,22 +359,11 @@ def _backward_kernel(
     tl.store(to_bias + place, grad_shift)
 
 
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-) -> Tensor:
-    """`famba.kernels.scan.selective_scan` by the kernel; states are kept only if a gradient may be asked for."""
-    inputs = (u, delta, A, B, C, D, delta_bias)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, z))
-    return torch.ops.famba.gpu_scan(*inputs, *_NONE, z, delta_softplus, reverse, 1.0, keep)[0]
+def selective_scan(*arguments: Any) -> Tensor:
+    """`selective_scan_ref` by the kernel; states are kept only if a gradient may be asked for."""
+    *inputs, z, bias, softplus, reverse = arguments
+    keep = reference.wants_gradient(*inputs, z, bias)
+    return torch.ops.famba.gpu_scan(*inputs, bias, *_NONE, z, softplus, reverse, 1.0, keep)[0]
 
 
 _NONE = 7 * (None,)
@@ -382,7 +374,7 @@ def bidirectional_scan(
 ) -> Tensor:
     """`famba.kernels.ops.bidirectional_scan` by the kernel."""
     inputs = (*forward, *backward, z)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+    if reference.wants_gradient(*inputs):
         return _BidirectionalScan.apply(*inputs, scale)  # pyright: ignore[reportReturnType]
     return torch.ops.famba.gpu_scan(*_with_delta(*inputs), True, False, scale, False)[0]
 
@@ -438,22 +430,6 @@ def _by_torch(*inputs):
     if sides[7] is not None:
         y = y + scan(sides[7:], not reverse)
     return y if z is None else reference.gate(y, z, scale)
-
-
-_SIDES = ", ".join(
-    f"Tensor{'' if side == 0 else '?'} u{side}, Tensor{'' if side == 0 else '?'} delta{side}, "
-    f"Tensor{'' if side == 0 else '?'} A{side}, Tensor{'' if side == 0 else '?'} B{side}, "
-    f"Tensor{'' if side == 0 else '?'} C{side}, Tensor? D{side}, Tensor? bias{side}"
-    for side in (0, 1)
-)
-_library = torch.library.Library("famba", "FRAGMENT")
-_library.define(
-    f"gpu_scan({_SIDES}, Tensor? z, bool softplus, bool reverse, float scale, bool keep) -> (Tensor, Tensor, Tensor)"
-)
-_library.define(
-    f"gpu_scan_backward(Tensor grad, {_SIDES}, Tensor? z, Tensor y, Tensor states, bool softplus, bool reverse, "
-    f"float scale) -> ({', '.join(15 * ['Tensor'])})"
-)
 
 
 def _shape(n: int, forward: bool = False) -> tuple[int, int, int, int]:
@@ -567,34 +543,18 @@ def _scan_backward_fake(grad, *inputs):
     return (*gradients, u.new_empty(0) if z is None else runtime.channels_last(z))
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.softplus, ctx.reverse, ctx.scale, keep = inputs
-    if not keep:
-        raise RuntimeError("famba::gpu_scan was called with keep=False, and so kept no states for the gradient")
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[1], output[2])
-
-
-def _backward(ctx, grad, *_):
-    *tensors, y, states = ctx.saved_tensors
-    options = ctx.softplus, ctx.reverse, ctx.scale
-    return (
-        *reference.gradients(
-            lambda: torch.ops.famba.gpu_scan_backward(grad, *tensors, y, states, *options),
-            lambda *tensors: _by_torch(*tensors, *options),
-            tensors,
-            grad,
-        ),
-        None,
-        None,
-        None,
-        None,
-    )
-
-
-for _device in ("CPU", "CUDA"):
-    _library.impl("gpu_scan", _scan, _device)
-    _library.impl("gpu_scan_backward", _scan_backward, _device)
-torch.library.register_fake("famba::gpu_scan", _scan_fake, lib=_library)
-torch.library.register_fake("famba::gpu_scan_backward", _scan_backward_fake, lib=_library)
-torch.library.register_autograd("famba::gpu_scan", _backward, setup_context=_setup_context, lib=_library)
+_SIDES = ", ".join(
+    f"Tensor{absent} u{side}, Tensor{absent} delta{side}, Tensor{absent} A{side}, Tensor{absent} B{side}, "
+    f"Tensor{absent} C{side}, Tensor? D{side}, Tensor? bias{side}"
+    for side, absent in ((0, ""), (1, "?"))
+)
+register(
+    f"gpu_scan({_SIDES}, Tensor? z, bool softplus, bool reverse, float scale, bool keep) -> (Tensor, Tensor, Tensor)",
+    _scan, _scan_fake,
+)  # fmt: skip
+register(
+    f"gpu_scan_backward(Tensor grad, {_SIDES}, Tensor? z, Tensor y, Tensor states, bool softplus, bool reverse, "
+    f"float scale) -> ({', '.join(15 * ['Tensor'])})",
+    _scan_backward, _scan_backward_fake,
+)  # fmt: skip
+register_gradient("gpu_scan", _by_torch, kept=2)
