@@ -93,10 +93,26 @@ def _softplus(x):
 
 
 @jit
-def _numbered(ER: tl.constexpr, NR: tl.constexpr, NL: tl.constexpr, EL: tl.constexpr):
-    # state and channel of each number of a tile as a matrix
+def _parameters(
+    A, D, bias, block, e, n, LOG2_E: tl.constexpr,
+    ER: tl.constexpr, NR: tl.constexpr, NL: tl.constexpr, EL: tl.constexpr,
+):  # fmt: skip
+    """A block's channels and states, its numbers' places in memory, and its A times log2(e), D and bias."""
     register, lane = tl.arange(0, ER * NR)[:, None], tl.arange(0, NL * EL)[None, :]
-    return register % NR * NL + lane // EL, register // NR * EL + lane % EL
+    row, column = register % NR * NL + lane // EL, register // NR * EL + lane % EL
+    tile = row * (ER * EL) + column  # whatever the pass: by states, then channels
+    column += block * (ER * EL)
+    rate = tl.load(A + row * e + column, mask=(row < n) & (column < e), other=0.0)
+    rate = tl.reshape(rate * LOG2_E, [ER, NR, NL, EL])
+    channel = block * (ER * EL) + tl.arange(0, ER)[:, None] * EL + tl.arange(0, EL)[None, :]
+    state = tl.arange(0, NR)[:, None] * NL + tl.arange(0, NL)[None, :]
+    skip = tl.zeros([ER, EL], dtype=tl.float32)
+    shift = tl.zeros([ER, EL], dtype=tl.float32)
+    if D is not None:
+        skip += tl.load(D + channel, mask=channel < e, other=0.0)
+    if bias is not None:
+        shift += tl.load(bias + channel, mask=channel < e, other=0.0)
+    return channel, state, tile, rate, skip, shift
 
 
 @jit
@@ -122,21 +138,9 @@ def _direction(
     KEEP_Y: tl.constexpr, ER: tl.constexpr, NR: tl.constexpr, NL: tl.constexpr, EL: tl.constexpr,
     CHUNK: tl.constexpr, LOG2_E: tl.constexpr,
 ):  # fmt: skip
-    channel = block * (ER * EL) + tl.arange(0, ER)[:, None] * EL + tl.arange(0, EL)[None, :]
-    state = tl.arange(0, NR)[:, None] * NL + tl.arange(0, NL)[None, :]
+    channel, state, tile, rate, skip, shift = _parameters(A, D, bias, block, e, n, LOG2_E, ER, NR, NL, EL)
     here, real = channel < e, state < n
-    row, column = _numbered(ER, NR, NL, EL)
-    tile = row * (ER * EL) + column  # in memory, whatever the pass: by states, then channels
-    column += block * (ER * EL)
-    rate = tl.load(A + row * e + column, mask=(row < n) & (column < e), other=0.0)
-    rate = tl.reshape(rate * LOG2_E, [ER, NR, NL, EL])
     h = tl.zeros([ER, NR, NL, EL], dtype=tl.float32)
-    skip = tl.zeros([ER, EL], dtype=tl.float32)
-    shift = tl.zeros([ER, EL], dtype=tl.float32)
-    if D is not None:
-        skip += tl.load(D + channel, mask=here, other=0.0)
-    if bias is not None:
-        shift += tl.load(bias + channel, mask=here, other=0.0)
 
     u += batch * u_b + channel * u_e
     delta += batch * delta_b + channel * delta_e
@@ -240,20 +244,8 @@ def _backward_kernel(
     start = backwards * (t - 1)  # the token that is scanned first
     stride = 1 - 2 * backwards
 
-    channel = block * (ER * EL) + tl.arange(0, ER)[:, None] * EL + tl.arange(0, EL)[None, :]
-    state = tl.arange(0, NR)[:, None] * NL + tl.arange(0, NL)[None, :]
+    channel, state, tile, rate, skip, shift = _parameters(A, D, bias, block, e, n, LOG2_E, ER, NR, NL, EL)
     here, real = channel < e, state < n
-    row, column = _numbered(ER, NR, NL, EL)
-    tile = row * (ER * EL) + column  # in memory, whatever the pass: by states, then channels
-    column += block * (ER * EL)
-    rate = tl.load(A + row * e + column, mask=(row < n) & (column < e), other=0.0)
-    rate = tl.reshape(rate * LOG2_E, [ER, NR, NL, EL])
-    skip = tl.zeros([ER, EL], dtype=tl.float32)
-    shift = tl.zeros([ER, EL], dtype=tl.float32)
-    if D is not None:
-        skip += tl.load(D + channel, mask=here, other=0.0)
-    if bias is not None:
-        shift += tl.load(bias + channel, mask=here, other=0.0)
 
     u += batch * u_b + channel * u_e
     delta += batch * delta_b + channel * delta_e
