@@ -51,6 +51,14 @@ def on_paper(monkeypatch):
     return emptied, mode
 
 
+@pytest.fixture
+def threads():
+    """Sets torch's thread count; put back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=build.INSTRUCTION_SETS)
 def instruction_set(request, monkeypatch):
     """Each instruction set that the native kernels have and this machine can run, in turn."""

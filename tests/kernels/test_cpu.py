@@ -27,14 +27,6 @@ NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture
-def threads():
-    """Sets torch's thread count; put back afterwards."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def draw(b, e, t, n, *, seed=0, dtype=torch.float32, layout="channels", optional=True, scale=0.1):
     """Arguments in the order of `selective_scan`, as leaves; (b, e, t) tensors lie in memory as `layout` says."""
     generator = torch.Generator().manual_seed(seed)

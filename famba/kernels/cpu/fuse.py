@@ -40,13 +40,13 @@ def fuse(x: Tensor, other: Tensor | None, destination: Tensor, weight: Tensor, s
     return torch.ops.famba.fuse(x, other, destination, weight, s)
 
 
-def _plan_fake(source, target, size, in_order, by_size):
+def plan_fake(source, target, size, in_order, by_size):
     (b, t), s = size.shape, size.shape[1] - source.shape[1]
     return source.new_empty(b, s), source.new_empty(b, t), size.new_empty(b, t), size.new_empty(b, s)
 
 
 def _plan(source: Tensor, target: Tensor, size: Tensor, in_order: bool, by_size: bool) -> tuple[Tensor, ...]:
-    made = _plan_fake(source, target, size, in_order, by_size)
+    made = plan_fake(source, target, size, in_order, by_size)
     given, refused = [x.contiguous() for x in (source, target, size)], ctypes.c_int64()
     pointers = [x.data_ptr() for x in (*given, *made)]
     job = Plan(*size.shape, source.shape[1], in_order, by_size, *pointers, ctypes.addressof(refused))
@@ -65,7 +65,7 @@ def _fuse_fake(x, other, destination, weight, s):
     return x.new_empty(b, s, d), x.new_empty(0) if other is None else other.new_empty(b, s, other.shape[2])
 
 
-def _fuse_backward_fake(grad, other, destination, weight):
+def fuse_backward_fake(grad, other, destination, weight):
     return tuple(weight.new_empty(0) if x is None else x.new_empty(*weight.shape, x.shape[2]) for x in (grad, other))
 
 
@@ -76,7 +76,7 @@ def _fuse(x: Tensor, other: Tensor | None, destination: Tensor, weight: Tensor, 
 
 
 def _fuse_backward(grad: Tensor | None, other: Tensor | None, destination: Tensor, weight: Tensor):
-    made = _fuse_backward_fake(grad, other, destination, weight)
+    made = fuse_backward_fake(grad, other, destination, weight)
     s = next((x.shape[1] for x in (grad, other) if x is not None), 0)
     _run("famba_fuse_backward", (grad, other), made, destination, weight, s)
     return made
@@ -112,7 +112,7 @@ def _backward(ctx, grad, other):
 
 register(
     "plan(Tensor source, Tensor target, Tensor size, bool in_order, bool by_size) -> (Tensor, Tensor, Tensor, Tensor)",
-    _plan, _plan_fake, "CPU",
+    _plan, plan_fake, "CPU",
 )  # fmt: skip
 register(
     "fuse(Tensor x, Tensor? other, Tensor destination, Tensor weight, SymInt s) -> (Tensor, Tensor)",
@@ -120,6 +120,6 @@ register(
 )  # fmt: skip
 register(
     "fuse_backward(Tensor? grad, Tensor? other, Tensor destination, Tensor weight) -> (Tensor, Tensor)",
-    _fuse_backward, _fuse_backward_fake, "CPU",
+    _fuse_backward, fuse_backward_fake, "CPU",
 )  # fmt: skip
 register_backward("fuse", _backward, _setup_context)

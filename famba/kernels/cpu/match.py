@@ -30,14 +30,14 @@ def match_tokens(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Ten
     return torch.ops.famba.match(feature.detach(), positions, r)
 
 
-def _match_fake(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Tensor, Tensor, Tensor]:
+def match_fake(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Tensor, Tensor, Tensor]:
     b = feature.shape[0]
     source, target = (feature.new_empty(b, r, dtype=torch.int64) for _ in range(2))
     return source, target, feature.new_empty(b, r)
 
 
 def _match(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    found = source, target, similarity = _match_fake(feature, protected, r)
+    found = source, target, similarity = match_fake(feature, protected, r)
     feature, refused = feature.contiguous(), ctypes.c_int64()
     protected = None if protected is None else protected.contiguous()
     job = Match(
@@ -51,4 +51,4 @@ def _match(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Tensor, T
     return found
 
 
-register("match(Tensor feature, Tensor? protected, SymInt r) -> (Tensor, Tensor, Tensor)", _match, _match_fake, "CPU")
+register("match(Tensor feature, Tensor? protected, SymInt r) -> (Tensor, Tensor, Tensor)", _match, match_fake, "CPU")

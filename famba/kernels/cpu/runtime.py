@@ -9,11 +9,10 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from famba.kernels import dispatch
 from famba.kernels.cpu.build import SOURCES, library
 
 DTYPES = (torch.float32, torch.bfloat16)  # in the order of vector.h's Type
-
-
 _HEADER = re.sub("//.*", "", (SOURCES / "jobs.h").read_text(encoding="utf-8"))
 _TYPES: dict[str, Any] = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}
 
@@ -44,13 +43,7 @@ def pointer(x: Tensor | None) -> int | None:
 
 def unsuited(*tensors: Tensor | None, allowed: tuple[torch.dtype, ...] = DTYPES) -> str:
     """The reason why a kernel cannot run on these tensors ("": it can)."""
-    names = " and ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-    for x in tensors:
-        if x is not None and x.device.type != "cpu":
-            return f"it runs on cpu tensors, got {x.device}"
-        if x is not None and x.dtype not in allowed:
-            return f"it runs on {names}, got {x.dtype}"
-    return ""
+    return dispatch.unsuited("cpu", allowed, *tensors)
 
 
 def like(x: Tensor) -> Tensor:

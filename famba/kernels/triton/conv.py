@@ -20,7 +20,7 @@ _CHANNELS = 64
 
 def unsuited(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     """Why the kernel cannot run on these tensors ("": it can)."""
-    if reason := runtime.unsuited(x) or runtime.unsuited(weight, bias, dtypes=runtime.PARAMETERS):
+    if reason := runtime.unsuited(x) or runtime.unsuited(weight, bias, allowed=runtime.PARAMETERS):
         return reason
     return "" if weight.shape[1] <= MOST_TAPS else f"it runs with at most {MOST_TAPS} taps, got {weight.shape[1]}"
 

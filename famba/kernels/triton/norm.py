@@ -18,7 +18,7 @@ MOST_WIDTH = 16384
 
 def unsuited(x: Tensor, residual: Tensor | None, weight: Tensor) -> str:
     """Why the kernel cannot run on these tensors ("": it can)."""
-    if reason := runtime.unsuited(x) or runtime.unsuited(residual, weight, dtypes=(torch.float32,)):
+    if reason := runtime.unsuited(x) or runtime.unsuited(residual, weight, allowed=(torch.float32,)):
         return reason
     return "" if x.shape[2] <= MOST_WIDTH else f"it runs on rows of at most {MOST_WIDTH}, got {x.shape[2]}"
 

@@ -77,7 +77,7 @@ def scratch_bytes(b: int, e: int, t: int, n: int) -> int:
 
 def unsuited(u, delta, A, B, C, D, z, delta_bias) -> str:
     """Why the kernels cannot run on these tensors ("": they can)."""
-    if reason := runtime.unsuited(u, delta, B, C, z) or runtime.unsuited(A, D, delta_bias, dtypes=runtime.PARAMETERS):
+    if reason := runtime.unsuited(u, delta, B, C, z) or runtime.unsuited(A, D, delta_bias, allowed=runtime.PARAMETERS):
         return reason
     return "" if A.shape[1] <= MOST_STATES else f"it runs with at most {MOST_STATES} states, got {A.shape[1]}"
 
