@@ -259,7 +259,7 @@ def _backward_kernel(
         to_z += dense
     to_u += dense
     to_delta += dense
-    summed = ((side.to(tl.int64) * blocks + block) * b + batch) * t * n + state
+    summed = ((tl.cast(side, tl.int64) * blocks + block) * b + batch) * t * n + state
     to_B += summed
     to_C += summed
     program = (side * b + batch) * blocks + block
