@@ -1,13 +1,10 @@
 """Fusion: by hand, against the independent reference, what holds for any input, and the native kernels."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
+from goldens import golden_json, golden_tensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from famba.errors import BackendError, InputError
@@ -19,9 +16,8 @@ from famba.kernels.cpu import build
 from famba.kernels.triton import runtime as gpu
 from famba.models.vim import create_model
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-TENSORS = load_file(GOLDEN / "fusion.safetensors")
-CASES = json.loads((GOLDEN / "fusion.json").read_text())
+TENSORS = golden_tensors("fusion")
+CASES = golden_json("fusion")
 KINDS = levels("matching")
 BACKENDS = ["torch"] if build.unavailable() else ["torch", "native"]
 # Those of the GPU: on it, or where test_gpu.py has Triton's interpreter run these tests.
@@ -31,8 +27,7 @@ SINGLE = [name for name, case in CASES.items() if f"{name}/metric" in TENSORS an
 
 
 def of(case: str, backend: str = "torch") -> dict[str, torch.Tensor]:
-    device = gpu.DEVICE if backend == "triton" else "cpu"
-    return {key.removeprefix(f"{case}/"): t.to(device) for key, t in TENSORS.items() if key.startswith(f"{case}/")}
+    return golden_tensors("fusion", f"{case}/", gpu.DEVICE if backend == "triton" else "cpu")
 
 
 def protected(case: str) -> tuple[int, ...]:
@@ -487,7 +482,7 @@ def test_what_is_no_number_is_seen_first_and_paired_with_a_token_that_exists(bac
 
 
 @needs_native
-def test_the_thread_count_changes_no_bit_of_matching_or_fusing():
+def test_the_thread_count_changes_no_bit_of_matching_or_fusing(threads):
     x, other = torch.randn(2, 5, 67, 40, generator=torch.Generator().manual_seed(0)).unbind()
     size = torch.rand(5, 67) + 1
 
@@ -496,14 +491,10 @@ def test_the_thread_count_changes_no_bit_of_matching_or_fusing():
         worked_out = plan(matching, size, backend="native")
         return [*matching, *worked_out, *applied(worked_out, [x, other], "native")]
 
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone = everything()
-        torch.set_num_threads(3)
-        assert all(map(torch.equal, alone, everything()))
-    finally:
-        torch.set_num_threads(before)
+    threads(1)
+    alone = everything()
+    threads(3)
+    assert all(map(torch.equal, alone, everything()))
 
 
 @needs_native

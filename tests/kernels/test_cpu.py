@@ -235,33 +235,6 @@ def test_the_operators_pass_torchs_own_checks(optional):
     torch.library.opcheck(torch.ops.famba.scan_backward.default, (grad, *tensors, states, True, False))
 
 
-def test_it_is_traced_whole_by_compile_and_export():
-    # in a process of its own: the shape checks that tests put around every function cannot be traced
-    code = """
-import warnings; warnings.simplefilter("ignore")
-import torch
-from famba.kernels.scan import selective_scan
-u, delta, z = torch.randn(3, 2, 20, 5).mT.unbind()
-B, C = torch.randn(2, 2, 20, 3).mT.unbind()
-tensors = [u, delta, -torch.rand(5, 3), B, C, torch.randn(5), z, torch.randn(5)]
-
-class Module(torch.nn.Module):
-    def forward(self, *tensors):
-        return selective_scan(*tensors, delta_softplus=True, backend="native") * 2
-
-module = Module()
-exported = torch.export.export(module, tuple(tensors)).module()
-assert torch.equal(exported(*tensors), module(*tensors))
-tensors = [x.requires_grad_() for x in tensors]
-compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
-assert torch.equal(compiled(*tensors), module(*tensors))
-found, expected = (torch.autograd.grad(f(*tensors).sum(), tensors) for f in (compiled, module))
-assert len(found) == 8 and all(map(torch.equal, found, expected))
-print("traced")
-"""
-    assert python(code).communicate(timeout=200)[0].splitlines()[-1] == "traced"
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

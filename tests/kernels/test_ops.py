@@ -1,20 +1,16 @@
 """Fused convolution, both scans and norm: by hand, against double precision, threads, checks of torch, refusals."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
+from goldens import golden_json, golden_tensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from famba.errors import BackendError, InputError
 from famba.kernels.cpu import build
 from famba.kernels.ops import Side, _check, _check_projection, add_rms_norm, bidirectional_scan, causal_conv1d_silu
 from famba.kernels.scan import selective_scan_ref
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 FAST = ["torch"] if build.unavailable() else ["torch", "native"]
 needs_native = pytest.mark.skipif("native" not in FAST, reason=build.unavailable())
 
@@ -240,10 +236,9 @@ def test_the_norm_agrees_with_double_precision(instruction_set, b, t, d, residua
 
 
 @pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("case", json.loads((GOLDEN / "components.json").read_text())["rmsnorm"])
+@pytest.mark.parametrize("case", golden_json("components")["rmsnorm"])
 def test_the_norm_is_the_independent_one(case, backend):
-    prefix = f"rmsnorm/{case}/"
-    stored = {k.removeprefix(prefix): x for k, x in load_file(GOLDEN / "components.safetensors").items() if prefix in k}
+    stored = golden_tensors("components", f"rmsnorm/{case}/")
     out, total = add_rms_norm(stored["x"], stored.get("residual"), stored["weight"], backend=backend)
     assert torch.allclose(out, stored["out"], rtol=1e-5, atol=1e-6)
     assert torch.allclose(total, stored["residual_out"], rtol=1e-6, atol=1e-7)

@@ -1,22 +1,19 @@
 """The selective scan: a case by hand, invariants, agreement of the backends, reference data, and what is refused."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from goldens import golden_json, golden_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from famba.errors import BackendError, InputError
 from famba.kernels import scan
 from famba.kernels.scan import backends, selective_scan, selective_scan_ref
 from famba.profiling import memory
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-CASES = json.loads((GOLDEN / "components.json").read_text())["scan"]
+CASES = golden_json("components")["scan"]
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 FAST = [name for name, missing in backends().items() if not missing and name != "reference"]
 
@@ -42,8 +39,7 @@ def draw(b, e, t, n, *, seed=0, dtype=torch.float64, scale=1.0, optional=True):
 
 def golden(case):
     """Tensors of one stored case by name."""
-    stored = load_file(GOLDEN / "components.safetensors")
-    return {key.split("/")[2]: x for key, x in stored.items() if key.startswith(f"scan/{case}/")}
+    return golden_tensors("components", f"scan/{case}/")
 
 
 def run(function, inputs, cotangent, **options):

@@ -5,7 +5,6 @@ tensors, in a process of its own: it has to be chosen before Triton is imported,
 """
 
 import functools
-import json
 import os
 import re
 import subprocess
@@ -15,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from goldens import golden_json, golden_tensors
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from famba import FusionOptions, create_model
@@ -26,7 +25,6 @@ from famba.kernels.scan import backends, selective_scan, selective_scan_ref
 from famba.kernels.triton import runtime
 from famba.kernels.triton import scan as kernels
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -170,16 +168,11 @@ def test_bfloat16_is_near_and_gives_each_gradient_its_type(device):
     assert_agree(scanned, tensors, 2**-7, exactly)
 
 
-def components(prefix, device):
-    stored = load_file(GOLDEN / "components.safetensors", device=device)
-    return {key.removeprefix(prefix): x for key, x in stored.items() if key.startswith(prefix)}
-
-
 @on_each_device
 @pytest.mark.parametrize("case", ["basic", "len1", "len2_noz", "noD_nobias"])
 def test_the_scan_is_the_independent_one(device, case):
-    about = json.loads((GOLDEN / "components.json").read_text())["scan"][case]
-    stored = components(f"scan/{case}/", device)
+    about = golden_json("components")["scan"][case]
+    stored = golden_tensors("components", f"scan/{case}/", device)
     inputs = {name: stored[name].requires_grad_() for name in about["has"]}
     out = selective_scan(**inputs, delta_softplus=about["softplus"], backend="triton")
     grads = torch.autograd.grad((out * stored["cotangent"]).sum(), list(inputs.values()))
@@ -269,9 +262,9 @@ def test_the_norm_agrees(device, b, t, d, residual):
 
 
 @on_each_device
-@pytest.mark.parametrize("case", json.loads((GOLDEN / "components.json").read_text())["rmsnorm"])
+@pytest.mark.parametrize("case", golden_json("components")["rmsnorm"])
 def test_the_norm_is_the_independent_one(device, case):
-    stored = components(f"rmsnorm/{case}/", device)
+    stored = golden_tensors("components", f"rmsnorm/{case}/", device)
     out, total = ops.add_rms_norm(stored["x"], stored.get("residual"), stored["weight"], backend="triton")
     torch.testing.assert_close(out, stored["out"], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(total, stored["residual_out"], rtol=1e-6, atol=1e-7)

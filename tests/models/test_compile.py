@@ -17,7 +17,7 @@ PREPARE = """
 import sys, warnings
 warnings.simplefilter("ignore")
 import torch
-from famba import FusionOptions, create_model
+from famba import FusionOptions, create_model, selective_scan
 
 late = FusionOptions(order="append", weighting="mean", feature="delta", position="after_scan")
 CASES = [([0, 5], FusionOptions(), "middle"), ([5, 5], late, "none")]
@@ -56,6 +56,21 @@ for case, backend in zip(CASES, ("native", "torch")):
     for given in (images, torch.rand(5, 3, 6, 6)):
         check(exported(given), model(given))
     print("the same")
+
+class Scan(torch.nn.Module):
+    def forward(self, *tensors):
+        return selective_scan(*tensors, delta_softplus=True, backend="native")
+
+u, delta, z = torch.randn(3, 2, 20, 5).mT.unbind()
+B, C = torch.randn(2, 2, 20, 3).mT.unbind()
+tensors = [u, delta, -torch.rand(5, 3), B, C, torch.randn(5), z, torch.randn(5)]
+assert torch.equal(torch.export.export(Scan(), tuple(tensors)).module()(*tensors), Scan()(*tensors))
+tensors = [x.requires_grad_() for x in tensors]
+compiled = torch.compile(Scan(), backend="aot_eager", fullgraph=True)
+assert torch.equal(compiled(*tensors), Scan()(*tensors))
+found, expected = (torch.autograd.grad(call(*tensors).sum(), tensors) for call in (compiled, Scan()))
+assert len(found) == 8 and all(map(torch.equal, found, expected))
+print("the same")
 """
 
 
@@ -67,7 +82,7 @@ def run(code: str) -> list[str]:
 
 
 def test_the_model_is_one_graph_with_the_same_gradients_and_is_exported_for_any_batch():
-    assert run(COMPILE_AND_EXPORT) == 4 * ["the same"]
+    assert run(COMPILE_AND_EXPORT) == 5 * ["the same"]
 
 
 @pytest.mark.slow

@@ -1,20 +1,15 @@
 """The mixer alone against an independent one: output and every gradient, by each backend."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
+from goldens import golden_json, golden_tensors
 
 from famba import backends
 from famba.errors import BackendError
 from famba.kernels.triton import runtime
 from famba.models.mixer import BidirectionalMixer
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-CASES = json.loads((GOLDEN / "components.json").read_text())["mixer"]
-TENSORS = load_file(GOLDEN / "components.safetensors")
+CASES = golden_json("components")["mixer"]
 BACKENDS = [
     "torch",
     *([] if backends()["native"] else ["native"]),
@@ -26,14 +21,10 @@ BACKENDS = [
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES)
 def test_the_mixer_is_the_independent_one(case, backend):
-    about, device = CASES[case], runtime.DEVICE if backend == "triton" else "cpu"
-    stored = {
-        key.removeprefix(f"mixer/{case}/"): x.to(device)
-        for key, x in TENSORS.items()
-        if key.startswith(f"mixer/{case}/")
-    }
+    sizes, device = CASES[case], runtime.DEVICE if backend == "triton" else "cpu"
+    stored = golden_tensors("components", f"mixer/{case}/", device)
     mixer = BidirectionalMixer(
-        about["embed_dim"], about["d_state"], average_directions=about["divide_out"], backend=backend
+        sizes["embed_dim"], sizes["d_state"], average_directions=sizes["divide_out"], backend=backend
     ).to(device)
     mixer.load_state_dict({key.removeprefix("param/"): x for key, x in stored.items() if key.startswith("param/")})
     x = stored["in"].clone().requires_grad_()

@@ -3,16 +3,16 @@
 import argparse
 import collections
 import datetime
-import json
 from pathlib import Path
 
 import jaxtyping
 import pytest
 import torch
+from goldens import golden_json, golden_tensors
 from hypothesis import given
 from hypothesis import strategies as st
 from refusals import refusal
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from famba import FusionOptions, VisionMamba, load_vim, schedule, set_schedule
 from famba.fusion.strategies import STRATEGIES
@@ -20,7 +20,6 @@ from famba.models import pretrained
 from famba.models.pretrained import resize_positions, take_weights
 from famba.models.saved import model_bytes
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 SMALL = {"img_size": 32, "patch_size": 8, "stride": 8, "depth": 3, "d_model": 16, "d_state": 4}
 
 
@@ -58,7 +57,7 @@ def same(left: VisionMamba, right: VisionMamba) -> bool:
 
 @pytest.mark.parametrize("reference", ["vim_ti", "vim_s", "vim_b", "vim_ti_stride8", "vim_s_stride8"])
 def test_the_sizes_of_every_released_model_are_read_off_its_shapes(reference, monkeypatch):
-    expected = json.loads((GOLDEN / "vim_state_dict_keys.json").read_text())[reference]
+    expected = golden_json("vim_state_dict_keys")[reference]
     tensors = {key: torch.empty(shape, device="meta") for key, shape in expected["shapes"].items()}
     monkeypatch.setattr(pretrained, "_read_vim", lambda path, state: (Path(path), tensors))
     with torch.device("meta"):
@@ -79,9 +78,9 @@ def test_a_released_checkpoint_comes_back_whole_and_gives_the_same_logits(tmp_pa
 
 
 def test_weights_of_the_reference_give_its_logits(tmp_path):
-    config = json.loads((GOLDEN / "vim_tiny.json").read_text())["config"]
-    golden = load_file(GOLDEN / "vim_tiny.golden.safetensors")
-    path = release(tmp_path / "vim.pth", model=load_file(GOLDEN / "vim_tiny.weights.safetensors"))
+    config = golden_json("vim_tiny")["config"]
+    golden = golden_tensors("vim_tiny.golden")
+    path = release(tmp_path / "vim.pth", model=golden_tensors("vim_tiny.weights"))
     model = load_vim(path, trained_at=config["img_size"])
     assert model.config["stride"] == config["stride"]
     torch.testing.assert_close(model(golden["input"]), golden["logits"], rtol=1e-4, atol=1e-4)

@@ -1,25 +1,22 @@
 """Vision Mamba: the independent references' numbers, the released state dicts, and fusion inside whole models."""
 
-import json
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from goldens import golden_json, golden_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from famba import FusionOptions, InputError, VisionMamba, create_model
 from famba.models.vim import kernels
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 PAPER = FusionOptions(order="append", weighting="mean", feature="normed", position="before_mixer")
 VIM_CASES = ["vim_tiny", "vim_tiny_odd_nodiv", "vim_tiny_overlap_meanpool", "vim_tiny_clshead"]
-FUSED_CASES = json.loads((GOLDEN / "fambav_tiny.json").read_text())["cases"]
+FUSED_CASES = golden_json("fambav_tiny")["cases"]
 RELATIVE = {torch.float32: 1e-4, torch.float64: 1e-9}
 
 
@@ -45,10 +42,10 @@ def close(ours: torch.Tensor, golden: torch.Tensor, relative: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", VIM_CASES)
 def test_outputs_of_every_layer_agree_with_the_reference(name, dtype):
-    config = json.loads((GOLDEN / f"{name}.json").read_text())["config"]
-    golden = load_file(GOLDEN / f"{name}.golden.safetensors")
+    config = golden_json(name)["config"]
+    golden = golden_tensors(f"{name}.golden")
     model = model_of(config)
-    model.load_state_dict(load_file(GOLDEN / f"{name}.weights.safetensors"))
+    model.load_state_dict(golden_tensors(f"{name}.weights"))
     model.to(dtype)
     images = golden["input"].to(dtype)
     with torch.no_grad():
@@ -69,11 +66,11 @@ def test_outputs_of_every_layer_agree_with_the_reference(name, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", VIM_CASES)
 def test_gradients_of_every_parameter_agree_with_the_reference(name, dtype):
-    described = json.loads((GOLDEN / f"{name}.json").read_text())
-    golden = load_file(GOLDEN / f"{name}.golden.safetensors")
-    grads = load_file(GOLDEN / f"{name}.grads.safetensors")
+    described = golden_json(name)
+    golden = golden_tensors(f"{name}.golden")
+    grads = golden_tensors(f"{name}.grads")
     model = model_of(described["config"])
-    model.load_state_dict(load_file(GOLDEN / f"{name}.weights.safetensors"))
+    model.load_state_dict(golden_tensors(f"{name}.weights"))
     model.to(dtype)
     images = golden["input"].to(dtype).requires_grad_()
     functional.cross_entropy(model(images), golden["labels"].long()).backward()
@@ -89,7 +86,7 @@ def test_gradients_of_every_parameter_agree_with_the_reference(name, dtype):
 
 @pytest.mark.parametrize("reference", ["vim_ti", "vim_s", "vim_b", "vim_ti_stride8", "vim_s_stride8"])
 def test_state_dict_keys_shapes_and_parameter_counts_are_the_released_ones(reference):
-    expected = json.loads((GOLDEN / "vim_state_dict_keys.json").read_text())[reference]
+    expected = golden_json("vim_state_dict_keys")[reference]
     name = {"vim_ti": "vim_tiny", "vim_s": "vim_small", "vim_b": "vim_base"}[reference.removesuffix("_stride8")]
     with torch.device("meta"):
         model = create_model(name, stride=expected["stride"])
@@ -103,8 +100,8 @@ def test_state_dict_keys_shapes_and_parameter_counts_are_the_released_ones(refer
 
 @pytest.mark.slow
 def test_the_full_size_model_agrees_with_the_reference():
-    described = json.loads((GOLDEN / "vim_ti_224.json").read_text())
-    golden = load_file(GOLDEN / "vim_ti_224.golden.safetensors")
+    described = golden_json("vim_ti_224")
+    golden = golden_tensors("vim_ti_224.golden")
     model = model_of(described["config"])
     model.load_state_dict({key: made(key, t, described["recipe_seed"]) for key, t in model.state_dict().items()})
     for key, (total, absolute) in described["weight_checksums"].items():
@@ -145,12 +142,12 @@ def made(key: str, like: torch.Tensor, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("case", [name for name in FUSED_CASES if name != "block/all_r_too_large"])
 def test_fused_models_agree_with_the_reference(case):
-    described = json.loads((GOLDEN / "fambav_tiny.json").read_text())
+    described = golden_json("fambav_tiny")
     expected = described["cases"][case]
-    golden = {k.removeprefix(f"{case}/"): t for k, t in load_file(GOLDEN / "fambav_tiny.golden.safetensors").items()}
+    golden = golden_tensors("fambav_tiny.golden", f"{case}/")
     schedule = [expected["r"] if layer in expected["merge_at"] else 0 for layer in range(6)]
     model = model_of(described["config"], schedule=schedule, fusion=PAPER)
-    model.load_state_dict(load_file(GOLDEN / "vim_tiny_clshead.weights.safetensors"))
+    model.load_state_dict(golden_tensors("vim_tiny_clshead.weights"))
 
     logits, trace = model.forward_with_trace(golden["input"])
     close(logits, golden["logits"], 1e-4)
@@ -160,7 +157,7 @@ def test_fused_models_agree_with_the_reference(case):
         matching = trace.matchings[layer]
         assert torch.equal(matching.source, golden[f"merge{merge}/src_pos"].long())
         assert torch.equal(matching.target, golden[f"merge{merge}/dst_pos"].long())
-    labels = load_file(GOLDEN / "vim_tiny_clshead.golden.safetensors")["labels"].long()
+    labels = golden_tensors("vim_tiny_clshead.golden")["labels"].long()
     loss = functional.cross_entropy(logits, labels)
     close(loss, golden["loss"], 1e-4)
     loss.backward()
@@ -174,7 +171,7 @@ def test_fused_models_agree_with_the_reference(case):
 
 
 def test_an_r_that_the_reference_clamps_is_refused_before_anything_runs():
-    described = json.loads((GOLDEN / "fambav_tiny.json").read_text())
+    described = golden_json("fambav_tiny")
     with pytest.raises(InputError, match=r"layer 1: r = 40 of t = 65 tokens; allowed: 0\.\.32"):
         model_of(described["config"], schedule=[40] * 6, fusion=PAPER)
 
