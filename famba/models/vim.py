@@ -23,7 +23,7 @@ from famba.fusion.options import FusionOptions
 from famba.kernels import dispatch, ops, scan
 from famba.kernels.cpu import runtime as native
 from famba.kernels.ops import add_rms_norm
-from famba.models.mixer import BidirectionalMixer, refuse_hooks
+from famba.models.mixer import BidirectionalMixer
 from famba.models.presets import grid, sizes
 
 _NORM_EPS = 1e-5
@@ -380,10 +380,7 @@ class _Block(nn.Module):
 
     def forward(self, at: _Stream, r: int, options: FusionOptions, trace: Trace | None) -> _Stream:
         normed, residual = self.norm(at.hidden, at.residual)
-        mixer, size, cls_index = self.mixer, at.size, at.cls_index
-        late = options.position == "after_scan"
-        if late:
-            refuse_hooks("mixer", mixer)
+        size, cls_index = at.size, at.cls_index
         feature = pairs = plan = None
         if r:
             compared = options.feature if options.matching == "similarity" else "normed"
@@ -394,10 +391,14 @@ class _Block(nn.Module):
             plan = merge.plan(pairs, size, **how, backend=backend)
             size = plan.size
             cls_index = None if cls_index is None else plan.destination.gather(1, cls_index[:, None])[:, 0]
-        mixed = mixer.mix(normed) if late else normed
-        if plan is not None:
-            mixed, residual = merge.apply_both(plan, mixed, residual, backend=self._backend)
-        hidden = mixer.out_proj(mixed) if late else mixer(mixed)
+
+        def fuse(x: Tensor) -> Tensor:
+            nonlocal residual
+            if plan is not None:
+                x, residual = merge.apply_both(plan, x, residual, backend=self._backend)
+            return x
+
+        hidden = self.mixer(normed, fuse) if options.position == "after_scan" else self.mixer(fuse(normed))
         if self.training and self.drop_path_rate:
             hidden = hidden * functional.dropout(hidden.new_ones(hidden.shape[0], 1, 1), self.drop_path_rate)
 
