@@ -111,7 +111,7 @@ class Trace:
     pooled: Tensor | None = None
 
 
-class _Stream(NamedTuple):
+class _Tokens(NamedTuple):
     """The tokens on their way through the layers; a tuple, so that a block's backward hooks run."""
 
     hidden: Float[Tensor, "b t d"]
@@ -307,7 +307,7 @@ class VisionMamba(nn.Module):
         hidden = self.embed(images)
         b, t, _ = hidden.shape
         cls_index = None if self.cls_index is None else torch.full((b,), self.cls_index, device=hidden.device)
-        at = _Stream(hidden, None, torch.ones(b, t, dtype=self.pos_embed.dtype, device=hidden.device), cls_index)
+        at = _Tokens(hidden, None, torch.ones(b, t, dtype=self.pos_embed.dtype, device=hidden.device), cls_index)
         if trace is not None:
             trace.token_counts.append(t)
         for block, r in zip(self.layers, self.schedule, strict=True):
@@ -319,7 +319,7 @@ class VisionMamba(nn.Module):
         if self.pool == "cls":
             assert at.cls_index is not None
             return x[torch.arange(b, device=x.device), at.cls_index]
-        if self.options.weighting == "mean" or not any(self.schedule):  # unfused, no option may matter to a bit
+        if self.options.weighting == "mean" or not any(self.schedule):  # unfused: independent of the options
             return x.mean(1)
         return (x * (at.size / t)[..., None]).sum(1)
 
@@ -378,7 +378,7 @@ class _Block(nn.Module):
         self.norm = _AddNorm(d_model, backend)
         self._backend = backend
 
-    def forward(self, at: _Stream, r: int, options: FusionOptions, trace: Trace | None) -> _Stream:
+    def forward(self, at: _Tokens, r: int, options: FusionOptions, trace: Trace | None) -> _Tokens:
         normed, residual = self.norm(at.hidden, at.residual)
         size, cls_index = at.size, at.cls_index
         feature = pairs = plan = None
@@ -413,7 +413,7 @@ class _Block(nn.Module):
             trace.residuals.append(residual.detach())
             trace.groups.append(destination.gather(1, trace.groups[-1]) if trace.groups else destination)
             trace.sizes.append(size)
-        return _Stream(hidden, residual, size, cls_index)
+        return _Tokens(hidden, residual, size, cls_index)
 
     @torch.no_grad()
     def _feature(self, kind: str, normed: Tensor, residual: Tensor) -> Float[Tensor, "b t c"]:

@@ -342,11 +342,7 @@ def _json(value: Any, path: Path) -> bytes:
 
 def _object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        value = json.loads(_text(path), parse_constant=_refuse_constant)
     except ValueError as error:
         raise InputError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(value, dict):
