@@ -14,16 +14,14 @@ from famba.errors import InputError
 from famba.experiments import adaptive, sweep
 from famba.storage import runs
 
+COSTS = {
+    "logits": [[0.0, 1.0, 2.0, 3.0, 4.5], [0.0, 0.0, 0.5, 1.0, 2.0]],
+    "similarity": [[0.0, 1.0, 2.0, 3.0, 4.0], [0.0, 2.0, 4.0, 6.0, 8.0]],
+}
 PLANS = [
-    Plan(
-        kind=kind, rule=AdaptiveRule(total=4), schedule=schedule, memory_share=0.8, flops_share=0.9, costs=costs,
-        runs=["none-0"], images=9,
-    )
-    for kind, schedule, costs in (
-        ("logits", [0, 4], [[0.0, 1.0, 2.0, 3.0, 4.5], [0.0, 0.0, 0.5, 1.0, 2.0]]),
-        ("similarity", [4, 0], [[0.0, 1.0, 2.0, 3.0, 4.0], [0.0, 2.0, 4.0, 6.0, 8.0]]),
-    )
-]  # fmt: skip
+    Plan(kind, AdaptiveRule(total=4), schedule, 0.8, 0.9, COSTS[kind], ["none-0"], 9)
+    for kind, schedule in {"logits": [0, 4], "similarity": [4, 0]}.items()
+]
 SCORES = {
     "none": [96.0, 97.0, 98.0],
     "lower": [90.0, 91.5, 92.0],

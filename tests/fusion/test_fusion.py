@@ -229,13 +229,13 @@ def test_matching_carries_no_gradient():
 
 
 @st.composite
-def fusions(draw):
+def fusions(draw, least_r=0):
     b, t, d = draw(st.integers(1, 3)), draw(st.integers(4, 23)), draw(st.integers(1, 5))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     x = torch.randn(b, t, d, generator=generator, dtype=torch.float64)
     size = torch.randint(1, 9, (b, t), generator=generator).double()
     guard = torch.randint(0, t, (b,), generator=generator) if draw(st.booleans()) else ()
-    r = draw(st.integers(0, (t - 1) // 2))
+    r = draw(st.integers(least_r, (t - 1) // 2))
     options = {"order": draw(st.sampled_from(["scan", "append"])), "weighting": draw(st.sampled_from(["size", "mean"]))}
     return x, size, guard, r, options
 
@@ -289,11 +289,12 @@ def test_adjacent_pairs_are_spread_over_the_sequence_and_random_ones_differ_from
 
 
 @settings(max_examples=100, deadline=None)
-@given(fusions())
+@given(fusions(least_r=1))
 def test_fusing_agrees_with_the_plain_loop_conserves_the_patches_and_leaves_the_protected_token_alone(case):
     x, size, guard, r, options = case
     matching = match_tokens(x, r, protected=guard)
     fused, sizes = fuse(x, matching, size=size, **options)
+    destination = plan(matching, size, **options).destination
     torch.testing.assert_close(sizes.sum(1), size.sum(1))
     if options["weighting"] == "size":
         torch.testing.assert_close((fused * sizes[..., None]).sum(1), (x * size[..., None]).sum(1))
@@ -303,7 +304,7 @@ def test_fusing_agrees_with_the_plain_loop_conserves_the_patches_and_leaves_the_
         kept = None if isinstance(guard, tuple) else guard[row].item()
         assert kept not in (*joins, *joins.values())
         left = [p for p in range(x.shape[1]) if p not in joins]
-        if options["order"] == "append" and r:
+        if options["order"] == "append":
             left = [p for p in left if p % 2 == 0] + [p for p in left if p % 2]
         for place, survivor in enumerate(left):
             group = [survivor] + [source for source, target in joins.items() if target == survivor]
@@ -311,6 +312,7 @@ def test_fusing_agrees_with_the_plain_loop_conserves_the_patches_and_leaves_the_
             mean = (weight[:, None] * x[row, group]).sum(0) / weight.sum()
             torch.testing.assert_close(fused[row, place], mean)
             assert sizes[row, place] == size[row, group].sum()
+            assert (destination[row, group] == place).all()
             assert survivor != kept or torch.equal(fused[row, place], x[row, survivor])
 
 
