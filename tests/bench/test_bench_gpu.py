@@ -10,7 +10,7 @@ import torch
 from refusals import refused
 
 from famba import bench
-from famba.bench import fusing, gpu, timing
+from famba.bench import gpu, timing
 from famba.bench.gpu import PublishedMixer, set_norm_backend, set_published_mixers
 from famba.bench.model import Training
 from famba.bench.timing import table
@@ -173,12 +173,6 @@ def test_the_result_so_far_is_written_when_a_later_part_fails(tmp_path, monkeypa
     with pytest.raises(RuntimeError, match="fell off the bus"):
         bench.run(["scan", "graphs"], on_gpu=True, quick=True, device="cpu", path=tmp_path / "gpu.json")
     assert json.loads((tmp_path / "gpu.json").read_text())["scan"]
-
-
-def test_fusing_runs_under_autocast_too():
-    rows = fusing.bench_layer(QUICK)
-    assert rows[0]["what"] == "layer"
-    assert QUICK.precision == "bf16"
 
 
 @pytest.mark.gpu

@@ -17,7 +17,7 @@ from images import DIGITS, one_line, photograph
 from PIL import ExifTags, Image
 from safetensors.torch import load_file, save_file
 
-from famba import config, data
+from famba import data
 from famba.config import DataParams
 from famba.data.datasets import Cells, Files, pixels
 from famba.errors import InputError
@@ -123,12 +123,9 @@ def test_limit_takes_a_stratified_part_of_the_training_images_and_leaves_the_val
     assert len(part.train) == 128
     assert set(torch.bincount(part.train.labels).tolist()) <= {12, 13, 14}
     assert torch.equal(part.val.images, whole.val.images)
+    assert torch.equal(digits(limit=1167).train.images, whole.train.images), "a limit of all changes nothing"
     rows = {image.numpy().tobytes() for image in whole.train.images}
     assert {image.numpy().tobytes() for image in part.train.images} <= rows
-
-
-def test_a_limit_of_all_training_images_changes_nothing():
-    assert torch.equal(digits(limit=1167).train.images, digits().train.images)
 
 
 def test_digits_of_another_size_are_those_that_pillow_resizes():
@@ -420,11 +417,6 @@ def test_images_without_any_contrast_are_an_error(folder):
             file.unlink()
     with pytest.raises(InputError, match="channel 0"):
         from_folder()
-
-
-def test_every_profile_of_the_repository_names_a_known_dataset():
-    for profile in config.load(strategy="none").profile, "smoke":
-        assert config.load(profile, strategy="none").data.dataset in data.DATASETS
 
 
 # batches
