@@ -97,8 +97,7 @@ def test_the_version_is_that_of_the_package(capsys):
 
 def test_a_notebook_gets_its_parameters_as_yaml_and_runs_in_the_root(notebook, tmp_path, monkeypatch, capsys):
     path = notebook(
-        "a = 1\nb = 'x'\nc = 0.5\nd = 1\nuntouched = 7",
-        "import os\nprint(repr((a, b, c, d, untouched)), os.getcwd())",
+        "a = 1\nb = 'x'\nc = 0.5\nd = 1\nuntouched = 7", "import os\nprint(repr((a, b, c, d, untouched)), os.getcwd())"
     )
     root = config.root()
     monkeypatch.chdir(root / "tests")

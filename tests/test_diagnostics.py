@@ -94,8 +94,7 @@ def test_an_import_that_hangs_is_given_up(packages, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("error", "reason"),
-    [(None, "not installed"), ("OSError: libcudart", "does not import: OSError: libcudart")],
+    ("error", "reason"), [(None, "not installed"), ("OSError: libcudart", "does not import: OSError: libcudart")]
 )
 def test_without_torch_the_other_rows_are_there(examine, error, reason):
     found = examine(torch=error)
@@ -173,10 +172,7 @@ def test_what_a_user_can_do_for_gpu_kernels_is_listed_by_the_work_it_takes(exami
     assert build.startswith("MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE MAMBA_KEEP_CUDA_BUILD=TRUE pip inst")
     found = examine(gpu=True, triton="ImportError: no ptxas", **missing)
     assert found["triton"] == Row(
-        "triton",
-        diagnostics._version("triton"),
-        "triton does not import: ImportError: no ptxas",
-        "pip install triton",
+        "triton", diagnostics._version("triton"), "triton does not import: ImportError: no ptxas", "pip install triton"
     )
     assert found["mamba_ssm"].reason == "selective_scan_cuda is not installed"
     assert all(row.usable for name, row in examine(gpu=True).items() if name in diagnostics._GPU)

@@ -136,7 +136,7 @@ def test_a_checkpoint_with_a_strange_tensor(key, dtype, shape, value):
             "schedule": st.lists(st.integers(-1, 9), max_size=6),
             "drop_path_rate": st.sampled_from([0.0, 0.5, 1.0, float("nan")]),
         },
-    ),
+    )
 )
 def test_odd_sizes_of_a_model(sizes):
     with one_line():

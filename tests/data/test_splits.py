@@ -344,10 +344,7 @@ def empty(path: Path) -> None:
         (lambda top: os.mkfifo(top / "test" / "cat" / "9"), ("test/cat/9", "only image files")),
         (lambda top: (top / "test" / "cat" / "\x1b9\n.png").touch(), (r"test/cat/\x1b9\n.png", "no known format")),
         (lambda top: (top / "test" / "cat" / "9.png").write_bytes(png_48_bit()), ("test/cat/9.png", "8 bits")),
-        (
-            lambda top: Image.new("I;16", (8, 8), 999).save(top / "test" / "cat" / "9.png"),
-            ("test/cat/9.png", "8 bits"),
-        ),
+        (lambda top: Image.new("I;16", (8, 8), 999).save(top / "test" / "cat" / "9.png"), ("test/cat/9.png", "8 bits")),
     ],
 )
 def test_a_folder_that_is_not_laid_out_right_is_an_error_of_one_line_and_caches_nothing(folder, spoil, parts):

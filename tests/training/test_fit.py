@@ -414,10 +414,7 @@ def test_weights_that_are_only_evaluated_give_their_own_accuracy_fused_or_not(un
     assert run.metrics == {
         **scores,
         "chosen": {"weights": "raw", "epoch": 0},
-        "validation": {
-            "raw": dict.fromkeys(("last", "best"), run.metrics["validation"]["raw"]["last"]),
-            "ema": None,
-        },
+        "validation": {"raw": dict.fromkeys(("last", "best"), run.metrics["validation"]["raw"]["last"]), "ema": None},
         "init_sha256": digest,
     }
     assert run.metrics["validation"]["raw"]["best"]["loss"] == undisturbed.metrics["validation"]["raw"]["best"]["loss"]

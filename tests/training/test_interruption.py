@@ -31,10 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ["train", "--profile", "smoke", "--strategy", "upper", "--out", "run"]
 FILES = {"correct.txt", "cost.json", "history.csv", "metrics.json", "model.safetensors", "params.json", "schedule.json"}
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks into /proc"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks into /proc")]
 
 
 class Incubator:
