@@ -7,6 +7,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # No test goes to the network: what is asked of the hub is out of reach at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-settings.register_profile("fuzz", max_examples=2000)  # make fuzz; what fails is kept in .hypothesis and tried first
+relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+# Few examples, and the same each time, so that what fails is due to a change; make fuzz draws anew.
+settings.register_profile("tests", relaxed, max_examples=40, derandomize=True)
+settings.register_profile("fuzz", relaxed, max_examples=2000)  # what fails is kept in .hypothesis and tried first
+settings.load_profile("tests")

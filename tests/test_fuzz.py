@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
@@ -18,9 +18,7 @@ from famba.fusion.strategies import STRATEGIES
 from famba.storage.checkpoint import pack
 
 PARAMS = (Path(__file__).resolve().parents[1] / "params.yaml").read_bytes()
-RELAXED = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
-few = settings(max_examples=max(1, settings.default.max_examples // 5), **RELAXED)
-many = settings(**RELAXED)
+few = settings(max_examples=settings.default.max_examples // 5)
 
 
 @contextlib.contextmanager
@@ -86,7 +84,6 @@ def test_damaged_parameters(tmp_path, content):
         config.load("smoke", strategy="upper", path=tmp_path / "params.yaml")
 
 
-@many
 @given(
     st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM"]).flatmap(lambda kind: damaged(encoded(kind)))
 )
@@ -145,7 +142,6 @@ def test_odd_sizes_of_a_model(sizes):
         assert model(images).shape == (2, model.config["num_classes"])
 
 
-@many
 @given(
     *(st.integers(-1, 20) for _ in range(3)),
     st.lists(st.integers(-2, 20), max_size=3),

@@ -6,7 +6,7 @@ import bridge  # noqa: F401 (before timm)
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from images import DIGITS
 from scipy import stats
@@ -66,7 +66,6 @@ def shifted(image: torch.Tensor, dy: int, dx: int) -> torch.Tensor:
 @given(
     b=st.integers(1, 5), size=st.integers(1, 6), shift=st.integers(0, 3), flip=st.booleans(), seed=st.integers(0, 99)
 )
-@settings(deadline=None, max_examples=30)
 def test_each_image_is_moved_and_mirrored_as_drawn_as_a_loop_over_pixels_does(b, size, shift, flip, seed):
     images, labels = pictures(b, size, seed)
     before, draws = images.clone(), drawn(b, seed, shift=shift, flip=flip, img_size=size)
@@ -210,7 +209,6 @@ def test_rectangles_are_distributed_as_timms():
 @given(
     b=st.integers(1, 7), seed=st.integers(0, 99), mixup=st.sampled_from([0.0, 0.8]), cutmix=st.sampled_from([0.0, 1.0])
 )
-@settings(deadline=None, max_examples=30)
 def test_mixed_images_and_targets_are_those_of_a_loop_over_images_and_pixels(b, seed, mixup, cutmix):
     images, labels = pictures(b, 6, seed)
     draws = drawn(b, seed, mixup=mixup, cutmix=cutmix, img_size=6)

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from images import DIGITS, one_line, photograph
 from PIL import ExifTags, Image
@@ -425,7 +425,6 @@ def numbered(n: int) -> data.Split:
 
 
 @given(n=st.integers(1, 40), batch_size=st.integers(1, 50), drop_last=st.booleans(), seed=st.none() | st.integers(0, 9))
-@settings(deadline=None)
 def test_batches_hold_every_image_once_beside_its_own_label(n, batch_size, drop_last, seed):
     split = numbered(n)
     if drop_last and batch_size > n:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from goldens import golden_json, golden_tensors
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -240,7 +240,6 @@ def fusions(draw, least_r=0):
     return x, size, guard, r, options
 
 
-@settings(max_examples=60, deadline=None)
 @given(fusions(), st.sampled_from(KINDS))
 def test_dropping_leaves_every_survivor_as_it_was_and_conserves_the_patches(case, kind):
     x, size, guard, r, options = case
@@ -253,7 +252,6 @@ def test_dropping_leaves_every_survivor_as_it_was_and_conserves_the_patches(case
         assert torch.equal(sizes, worked_out.size)
 
 
-@settings(max_examples=60, deadline=None)
 @given(fusions(), st.sampled_from(["random", "adjacent"]))
 def test_controls_pair_distinct_unprotected_tokens_whatever_the_features(case, kind):
     x, _, guard, r, _ = case
@@ -288,7 +286,6 @@ def test_adjacent_pairs_are_spread_over_the_sequence_and_random_ones_differ_from
         match_tokens(torch.empty(1, 5, 2), 1, kind="nearest")
 
 
-@settings(max_examples=100, deadline=None)
 @given(fusions(least_r=1))
 def test_fusing_agrees_with_the_plain_loop_conserves_the_patches_and_leaves_the_protected_token_alone(case):
     x, size, guard, r, options = case
@@ -316,7 +313,6 @@ def test_fusing_agrees_with_the_plain_loop_conserves_the_patches_and_leaves_the_
             assert survivor != kept or torch.equal(fused[row, place], x[row, survivor])
 
 
-@settings(max_examples=40, deadline=None)
 @given(fusions())
 def test_no_even_token_left_behind_was_more_similar_than_one_that_went(case):
     x, _, _, r, _ = case
@@ -333,7 +329,6 @@ def test_no_even_token_left_behind_was_more_similar_than_one_that_went(case):
     assert (lowest_gone >= highest_left - 1e-12).all()
 
 
-@settings(max_examples=40, deadline=None)
 @given(fusions())
 def test_batch_rows_do_not_affect_each_other(case):
     x, size, _, r, options = case
@@ -344,7 +339,6 @@ def test_batch_rows_do_not_affect_each_other(case):
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
 @given(fusions())
 def test_gradients_reach_every_token(case):
     x, size, _, r, options = case
@@ -365,10 +359,6 @@ def test_r_of_zero_is_the_identity_bit_for_bit(backend):
 
 # The native kernels, against torch
 
-KERNEL = settings(
-    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-
 
 @st.composite
 def float32_fusions(draw):
@@ -384,7 +374,6 @@ def float32_fusions(draw):
     return feature, x, other, size, guard, r, options
 
 
-@KERNEL
 @given(case=float32_fusions())
 def test_the_kernel_matches_as_torch_does_in_double_precision(instruction_set, case):
     feature, _, _, _, guard, r, _ = case
@@ -402,7 +391,6 @@ def test_the_kernel_matches_as_torch_does_in_double_precision(instruction_set, c
     assert (found.target % 2 == 1).all()
 
 
-@KERNEL
 @given(case=float32_fusions())
 def test_the_kernel_plans_as_torch_does_bit_for_bit(instruction_set, case):
     feature, _, _, size, guard, r, options = case
@@ -421,7 +409,6 @@ def applied(worked_out, tensors, backend):
     return [*(x.detach() for x in fused), *torch.autograd.grad(fused, leaves, cotangents)]
 
 
-@KERNEL
 @given(case=float32_fusions(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_the_kernel_fuses_as_torch_does_in_double_precision_and_so_do_its_gradients(instruction_set, case, dtype):
     feature, x, other, size, guard, r, options = case

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from famba.errors import BackendError
@@ -102,7 +102,6 @@ def test_each_library_is_of_the_set_that_was_asked_for(instruction_set):
     assert runtime.instruction_set() in (instruction_set, "neon")
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     b=st.integers(1, 4),
     e=st.integers(1, 70),

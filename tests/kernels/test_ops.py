@@ -3,7 +3,7 @@
 import pytest
 import torch
 from goldens import golden_json, golden_tensors
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from famba.errors import BackendError, InputError
@@ -54,7 +54,6 @@ def test_three_tokens_worked_by_hand(backend):
     assert torch.allclose(found, silu(torch.tensor([[[21.5, 32.5, 3.5]]])))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     b=st.integers(1, 4),
     e=st.integers(1, 70),
@@ -214,7 +213,6 @@ def norm_results(tensors, *, use="both", **options):
     return [*(x.detach() for x in outs), *grads]
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     b=st.integers(1, 4),
     t=st.integers(1, 90),

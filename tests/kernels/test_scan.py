@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from goldens import golden_json, golden_tensors
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from famba.errors import BackendError, InputError
@@ -106,7 +106,6 @@ def test_reference_in_double_precision_is_the_independent_one(case):
         assert_close({"out": out}, {"out": stored["out_f64"]}, rtol=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
 @given(
     b=st.integers(1, 5),
     e=st.integers(1, 9),

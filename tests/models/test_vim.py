@@ -232,7 +232,7 @@ def test_a_schedule_of_zeros_is_the_unfused_model_bit_for_bit():
     assert torch.equal(fused(images), plain(images))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.integers(1, 4), st.sampled_from(["middle", "head", "none"]), st.sampled_from(["scan", "append"]))
 def test_images_of_a_batch_do_not_affect_each_other(b, cls_position, order):
     pool = "mean" if cls_position == "none" else "cls"
