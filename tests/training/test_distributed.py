@@ -2,10 +2,10 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 from processes import wait_until
 
 from famba import InputError, config, data
+from famba.cli import main
 from famba.config import Params
 from famba.errors import TrainingError
 from famba.storage import runs
@@ -73,20 +74,28 @@ def test_parts_of_an_odd_number_of_images_cannot_be_mixed():
 
 
 @pytest.mark.slow
-def test_a_run_of_one_process_goes_on_with_two_that_give_the_same_losses(interrupt):
+def test_a_run_of_one_process_goes_on_with_two_that_give_the_same_losses(interrupt, repository, capfd):
     undisturbed = fit.fit(smoke(MIXED), seed=4)
     shutil.rmtree("build")
     interrupt(smoke(MIXED), seed=4)
-    told: list[int] = []
-    p = smoke(MIXED, processes=2)
-    run = fit.fit(p, seed=4, callbacks=[lambda history, cost: told.append(len(history))])
+    (repository / "asked.json").write_text(json.dumps(smoke(MIXED, processes=2).as_dict()))
+    capfd.readouterr()
+    assert main(["train", "--resolved", "asked.json", "--seed", "4", "--out", "run"]) == 0
+    printed = capfd.readouterr()
+    assert printed.out.count("\n") == 1
+    stated = (
+        "a step takes 16 images: 2 processes x 1 parts x 8 images on cpu; 4 steps an epoch, 2 epochs; peak learning"
+    )
+    assert printed.err.count(stated) == 1
+    assert "rate 0.005; fp32" in printed.err
+    run = runs.read(repository / "run")
     assert numbers(run) == pytest.approx(numbers(undisturbed), rel=1e-5)
     assert run.history[0] == undisturbed.history[0]  # that epoch was not trained again
     assert run.history[1]["train_top1_percent"] == undisturbed.history[1]["train_top1_percent"]
     assert run.metrics["top1_percent"] == undisturbed.metrics["top1_percent"]
-    assert told[-1] == 2
     assert (undisturbed.cost["processes"], run.cost["processes"]) == (1, 2)
     assert run.cost["command"].startswith("torchrun --nproc-per-node 2 -m famba train --profile smoke")
+    assert not list((repository / "build" / "checkpoints").iterdir())
 
 
 @pytest.mark.slow
@@ -172,19 +181,3 @@ def test_every_image_of_an_evaluation_counts_once_however_many_share_it(count):
     alone = evaluate(model, images.val, images, batch_size=50)
     assert (100 * top1 / n, 100 * top5 / n) == (alone["top1_percent"], alone["top5_percent"])
     assert loss / n == pytest.approx(alone["loss"], rel=1e-6)
-
-
-@pytest.mark.slow
-def test_torchrun_in_a_shell_does_the_same_and_states_batch_and_rate(repository):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "famba"]
-    given = ["train", "--profile", "smoke", "--strategy", "upper", "--seed", "1", "--out", "run"]
-    done = subprocess.run([*command, *given], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 1
-    stated = (
-        "a step takes 32 images: 2 processes x 1 parts x 16 images on cpu; 4 steps an epoch, 2 epochs; peak learning"
-    )
-    assert done.stderr.count(stated) == 1
-    assert "rate 0.005; fp32" in done.stderr
-    assert runs.read(repository / "run").cost["processes"] == 2
-    assert not list((repository / "build" / "checkpoints").iterdir())
