@@ -194,10 +194,7 @@ def _table(rows: Sequence[Mapping[Any, Any]]) -> str:
 
 
 def _entry(effect: Mapping[Any, Any]) -> str:
-    mean = intervals.signed(effect["mean"])
-    if math.isnan(effect["low"]):
-        return mean
-    text = f"{mean} ({intervals.signed(effect['low'])} to {intervals.signed(effect['high'])})"
+    text = intervals.with_interval(intervals.signed, effect["mean"], effect["low"], effect["high"])
     return f"**{text}**" if is_significant(effect) else text
 
 

@@ -25,7 +25,7 @@ import pandas as pd
 from scipy import stats
 
 from famba import config
-from famba.analysis import summary
+from famba.analysis import intervals, summary
 from famba.config import ClaimParams
 from famba.storage.files import write_atomic
 
@@ -105,8 +105,8 @@ def _markdown(found: pd.DataFrame) -> str:
     for _, own in found.groupby("claim", sort=False):
         first = own.iloc[0]
         effects = [
-            f"{x['strategy']} against {x['against']}: {x['effect']:.2f}"
-            + ("" if math.isnan(x["low"]) else f" ({x['low']:.2f} to {x['high']:.2f})")
+            f"{x['strategy']} against {x['against']}: "
+            + intervals.with_interval("{:.2f}".format, x["effect"], x["low"], x["high"])
             for x in own.to_dict("records")
             if not math.isnan(x["effect"])
         ]
@@ -115,14 +115,13 @@ def _markdown(found: pd.DataFrame) -> str:
             {
                 "claim": f"{first['says']} ({first['source']})",
                 "verdict": f"**{first['verdict']}**",
-                "required": f"{LABELS[first['quantity']]} {first['required']}" if effects else "",
+                "required": f"{LABELS[first['quantity']]} {first['required'].replace('-', '−')}" if effects else "",
                 "effect": "<br>".join(effects),
                 "p": "" if math.isnan(first["p"]) else f"{first['p']:.2g}",
                 "n": ", ".join(n),
             }
         )
-    shown = pd.DataFrame(rows).replace({"required": "-", "effect": "-"}, "\N{MINUS SIGN}", regex=True)
-    return shown.to_markdown(index=False, disable_numparse=True)
+    return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
 
 
 def holm(p: pd.Series) -> pd.Series:

@@ -7,7 +7,7 @@ need Student's quantile and not percentiles.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -66,3 +66,11 @@ def student(values: Sequence[float], confidence: float = 0.95) -> tuple[float, f
 def signed(points: float) -> str:
     """A difference as text, to one digit: +0.0, never -0.0."""
     return f"{round(points, 1) + 0.0:+.1f}".replace("-", "−")
+
+
+def with_interval(form: Callable[[float], str], value: float, low: float, high: float) -> str:
+    """A value and its interval as text; the value alone where there is no interval, "" where there is no value."""
+    if math.isnan(value):
+        return ""
+    text = form(value) + ("" if math.isnan(low) else f" ({form(low)} to {form(high)})")
+    return text.replace("-", "−")

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from scipy import stats
 
 from famba import config
+from famba.analysis.intervals import with_interval
 from famba.analysis.summary import BASELINE
 from famba.errors import InputError
 from famba.fusion.strategies import ordered
@@ -124,7 +125,7 @@ def text(frame: pd.DataFrame) -> str:
             f"({upper}) minus median of the lower third ({lower}), mean over {len(rises)} images with its 95% "
             "bootstrap interval:",
             "",
-            *(f"- {name}: {_interval(*interval)}" for name, interval in intervals.items()),
+            *(f"- {name}: {with_interval('{:+.4f}'.format, *interval)}" for name, interval in intervals.items()),
             "",
             f"What fuses, in patches, medians over the images; random patches are {chance_distance(frame):.2f} apart:",
             "",
@@ -150,10 +151,6 @@ def write(frame: pd.DataFrame, folder: str | Path, *, seed: int, profile: str) -
     )
     write_atomic(folder / "similarity.md", f"{text(frame)}\n{setting}\n".encode())
     return table
-
-
-def _interval(mean: float, low: float, high: float) -> str:
-    return f"{mean:+.4f} ({low:+.4f} to {high:+.4f})".replace("-", "\N{MINUS SIGN}")
 
 
 def _verdict(low: float, high: float, gain_low: float, gain_high: float) -> str:

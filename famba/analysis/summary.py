@@ -217,26 +217,9 @@ def write_curves(history: pd.DataFrame, folder: str | Path) -> pd.DataFrame:
 
 def markdown(summary: pd.DataFrame) -> str:
     """The summary as a reader wants it: accuracy and cost, what is Pareto-optimal, the paper beside it, and where."""
-    top1, top5 = (
-        [_number(mean, sd) for mean, sd in summary[[f"{key}_mean", f"{key}_sd"]].to_numpy()]
-        for key in ("top1_percent", "top5_percent")
-    )
-    shown = {
-        "strategy": summary["strategy"],
-        "n": summary["n"],
-        "top-1 (%)": top1,
-        "difference to `none` (points)": _differences(summary),
-        "top-5 (%)": top5,
-        "training time": _times(summary),
-        "step (ms)": summary["step_time_ms"].map("{:.3g}".format),
-        "images/s": summary["throughput_img_s"].map("{:,.0f}".format),
-        "peak memory": summary["memory_ratio"].map("{:.2f}".format),
-        "MiB": summary["peak_memory_mib"].map("{:,.1f}".format),
-        "FLOPs (M)": (summary["flops_per_image"] / 1e6).map("{:,.2f}".format),
-    }
     fronts = summary.rename(columns={"top1_percent_mean": "top1_percent"})
     lines = [
-        _table(pd.DataFrame(shown)),
+        _table(_readable(summary)),
         "",
         _explained(summary),
         "",
@@ -257,16 +240,8 @@ def markdown(summary: pd.DataFrame) -> str:
 
 def markdown_short(summary: pd.DataFrame) -> str:
     """The summary in one small table: top-1 and its difference to `none`, training time and peak memory."""
-    top1 = summary[["top1_percent_mean", "top1_percent_sd"]].to_numpy()
-    shown = {
-        "strategy": summary["strategy"],
-        "n": summary["n"],
-        "top-1 (%)": [_number(mean, sd) for mean, sd in top1],
-        "difference to `none` (points)": _differences(summary),
-        "training time": _times(summary),
-        "peak memory": summary["memory_ratio"].map("{:.2f}".format),
-    }
-    return "\n".join([_table(pd.DataFrame(shown)), "", _explained(summary), "", setting(summary)]) + "\n"
+    shown = ["strategy", "n", "top-1 (%)", "difference to `none` (points)", "training time", "peak memory"]
+    return "\n".join([_table(_readable(summary).loc[:, shown]), "", _explained(summary), "", setting(summary)]) + "\n"
 
 
 def paper_table() -> pd.DataFrame:
@@ -398,21 +373,28 @@ def _number(mean: float, sd: float) -> str:
     return f"{mean:.1f}" + ("" if math.isnan(sd) else f" ± {sd:.1f}")
 
 
-def _differences(summary: pd.DataFrame) -> list[str]:
-    columns = [f"top1_percent_diff{end}" for end in ("", "_low", "_high")]
-    return [
-        "" if math.isnan(mean) else intervals.signed(mean) + _between(intervals.signed, low, high)
-        for mean, low, high in summary[columns].to_numpy(float)
-    ]
-
-
-def _times(summary: pd.DataFrame) -> list[str]:
-    found = summary[["time_ratio", "time_ratio_low", "time_ratio_high"]].to_numpy(float)
-    return [f"{ratio:.2f}" + _between("{:.2f}".format, low, high) for ratio, low, high in found]
-
-
-def _between(form: Any, low: float, high: float) -> str:
-    return "" if math.isnan(low) else f" ({form(low)} to {form(high)})"
+def _readable(summary: pd.DataFrame) -> pd.DataFrame:
+    """The summary as text, under the names that readers see."""
+    differences = summary[[f"top1_percent_diff{end}" for end in ("", "_low", "_high")]].to_numpy(float)
+    times = summary[["time_ratio", "time_ratio_low", "time_ratio_high"]].to_numpy(float)
+    top1, top5 = (
+        [_number(mean, sd) for mean, sd in summary[[f"{key}_mean", f"{key}_sd"]].to_numpy()]
+        for key in ("top1_percent", "top5_percent")
+    )
+    columns = {
+        "strategy": summary["strategy"],
+        "n": summary["n"],
+        "top-1 (%)": top1,
+        "difference to `none` (points)": [intervals.with_interval(intervals.signed, *row) for row in differences],
+        "top-5 (%)": top5,
+        "training time": [intervals.with_interval("{:.2f}".format, *row) for row in times],
+        "step (ms)": summary["step_time_ms"].map("{:.3g}".format),
+        "images/s": summary["throughput_img_s"].map("{:,.0f}".format),
+        "peak memory": summary["memory_ratio"].map("{:.2f}".format),
+        "MiB": summary["peak_memory_mib"].map("{:,.1f}".format),
+        "FLOPs (M)": (summary["flops_per_image"] / 1e6).map("{:,.2f}".format),
+    }
+    return pd.DataFrame(columns)
 
 
 def _table(frame: pd.DataFrame) -> str:

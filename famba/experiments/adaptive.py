@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from famba import config
-from famba.analysis import calibration, summary
+from famba.analysis import calibration, intervals, summary
 from famba.analysis.calibration import Plan
 from famba.config import FusionRule, SweepParams
 from famba.errors import InputError
@@ -208,9 +208,7 @@ def _signed(value: float, form: str) -> str:
 
 
 def _ahead(row: dict[Any, Any], kind: str) -> str:
-    mean, low, high = (row[f"{kind}_ahead{end}"] for end in ("", "_low", "_high"))
-    text = f"{mean:+.1f}" + ("" if math.isnan(low) else f" ({low:+.1f} to {high:+.1f})")
-    return text.replace("-", "−")
+    return intervals.with_interval(intervals.signed, *(row[f"{kind}_ahead{end}"] for end in ("", "_low", "_high")))
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

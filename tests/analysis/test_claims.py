@@ -98,6 +98,7 @@ def test_the_page_has_verdict_effect_n_and_the_digests_of_the_tables_that_it_tra
     assert "It is so. (Table 1)" in row
     assert "**confirmed**" in row
     assert "all against none: \N{MINUS SIGN}30.50 (\N{MINUS SIGN}" in row
+    assert "| difference in top-1 (points) below 0 |" in row
     assert "4 seeds, 100 images" in row
     assert "**not measured**" in text
     assert "Profile `default`" in text

@@ -74,12 +74,13 @@ def test_parts_of_an_odd_number_of_images_cannot_be_mixed():
 
 
 @pytest.mark.slow
-def test_a_run_of_one_process_goes_on_with_two_that_give_the_same_losses(interrupt, repository, capfd):
+def test_a_run_of_one_process_goes_on_with_two_that_give_the_same_losses(interrupt, repository, capfd, monkeypatch):
     undisturbed = fit.fit(smoke(MIXED), seed=4)
     shutil.rmtree("build")
     interrupt(smoke(MIXED), seed=4)
     (repository / "asked.json").write_text(json.dumps(smoke(MIXED, processes=2).as_dict()))
     capfd.readouterr()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # else what the processes write is shown with errors alone
     assert main(["train", "--resolved", "asked.json", "--seed", "4", "--out", "run"]) == 0
     printed = capfd.readouterr()
     assert printed.out.count("\n") == 1
