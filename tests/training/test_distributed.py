@@ -145,6 +145,11 @@ def test_several_processes_need_accelerate(monkeypatch):
         distributed.join(torch.device("cpu"))
 
 
+def test_an_error_that_is_not_of_the_connection_stays_as_it_is():
+    with pytest.raises(RuntimeError, match=r"^out of memory$"), distributed.Processes(torch.device("cpu")).connected():
+        raise RuntimeError("out of memory")
+
+
 class Rank(distributed.Processes):
     """One of several processes whose sums are kept, not made."""
 
