@@ -15,9 +15,10 @@ import timm.optim
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_pretrained import said
 
 import famba.models.timm_models  # noqa: F401 (registers)
-from famba import FusionOptions, InputError, VisionMamba, create_model, load_vim
+from famba import FusionOptions, VisionMamba, create_model, load_vim
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = FusionOptions(order="append", weighting="mean")
@@ -57,13 +58,6 @@ def hub(tmp_path, monkeypatch) -> Path:
 
 def images(channels: int = 3) -> torch.Tensor:
     return torch.randn(2, channels, 8, 8, generator=torch.Generator().manual_seed(1))
-
-
-def said(action) -> str:
-    with pytest.raises(InputError) as error:
-        action()
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def same(back: VisionMamba, model: VisionMamba) -> bool:
