@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 
-from latex2mathml.converter import convert
 from nbformat import reads, v4, writes
 
 import famba
@@ -60,6 +59,7 @@ results/adaptive
 :hidden:
 :caption: Notebooks
 :glob:
+notebooks/ind*
 notebooks/method
 notebooks/data
 notebooks/train
@@ -112,6 +112,7 @@ def texts(notebook):
 
 def setup(app):
     """Formulas become MathML, which browsers draw without a script or a font from the network."""
+    from latex2mathml.converter import convert
 
     def inline(translator, node):
         translator.body.append(convert(node.astext()))
