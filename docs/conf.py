@@ -1,4 +1,4 @@
-"""The site that `make docs` builds from README.md, docs/, results/ and notebooks/, where they lie, and from docstrings."""
+"""The site that `make docs` builds: README.md, docs/, results/ and notebooks/, where they lie, and the docstrings."""
 
 import os
 from pathlib import Path
