@@ -8,6 +8,7 @@ from nbformat import reads, v4, writes
 import famba
 
 EXECUTED = Path(__file__).parents[1] / "build" / "executed"
+WIDGET = "application/vnd.jupyter.widget-view+json"
 REPOSITORY = os.environ.get("GITHUB_REPOSITORY")  # owner/name: set where the site is published
 
 project = "famba"
@@ -23,7 +24,7 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"
 nb_render_markdown_format = "myst"
-nb_ipywidgets_js = {}  # from the network, and without a kernel a slider does nothing
+nb_ipywidgets_js = {}  # from the network
 autodoc_typehints = "signature"
 python_maximum_signature_line_length = 88
 default_role = "code"
@@ -65,6 +66,8 @@ notebooks/data
 notebooks/train
 notebooks/cost
 notebooks/compare
+notebooks/tok*
+notebooks/own*
 notebooks/*
 ```
 ```{toctree}
@@ -101,6 +104,9 @@ def shown(name, notebook):
     if REPOSITORY:
         line += f" Try it in [Colab](https://colab.research.google.com/github/{REPOSITORY}/blob/main/notebooks/{name}.ipynb)"
         line += f" or [Binder](https://mybinder.org/v2/gh/{REPOSITORY}/main?labpath=notebooks/{name}.ipynb)."
+    for output in (output for cell in cells for output in cell.outputs):
+        if WIDGET in output.get("data", {}):
+            output.data = {"text/markdown": "*Sliders and buttons, which work in JupyterLab.*"}
     notebook.cells.insert(1, v4.new_markdown_cell(line))
     return notebook
 
@@ -112,13 +118,15 @@ def texts(notebook):
 
 def setup(app):
     """Formulas become MathML, which browsers draw without a script or a font from the network."""
-    from latex2mathml.converter import convert
+    from docutils.nodes import SkipNode
+    from math_core import LatexToMathML
 
-    def inline(translator, node):
-        translator.body.append(convert(node.astext()))
+    def formula(display):
+        def visit(translator, node):
+            translator.body.append(LatexToMathML().convert_with_local_state(node.astext(), displaystyle=display))
+            raise SkipNode
 
-    def block(translator, node):
-        translator.body.append(convert(node.astext(), display="block"))
+        return visit, None
 
-    app.add_html_math_renderer("mathml", (inline, lambda *_: None), (block, lambda *_: None))
+    app.add_html_math_renderer("mathml", formula(False), formula(True))
     app.connect("source-read", complete)
