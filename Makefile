@@ -72,9 +72,9 @@ test-fast: env  ## run the tests that are not marked slow
 lint: env  ## check style and types
 	$(IN_VENV) ruff check . && ruff format --check . && pyright
 
-# Git applies the filter to what .gitattributes names, so that saved outputs are no change.
+# For what .gitattributes names, so that outputs of notebooks are in no diff.
 lab: env  ## open the notebooks in JupyterLab
-	-git config filter.nbstripout.clean '$(VENV)/bin/nbstripout --keep-id --extra-keys metadata.language_info'
+	-git config diff.ipynb.textconv '$(VENV)/bin/nbstripout -t --keep-id --extra-keys metadata.language_info'
 	$(IN_VENV) jupyter lab --notebook-dir=.
 
 docs: $(VENV)/ready-docs-$(KEY)  ## build the documentation's site in build/site

@@ -63,7 +63,7 @@ def test_the_site_has_no_broken_link_or_reference(tmp_path):
 
 def test_the_diff_of_an_executed_notebook_holds_its_edited_lines_and_no_outputs(tmp_path):
     lab = subprocess.run(["make", "-n", "lab"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    (configure,) = re.findall(r"^git config filter.*", lab, re.MULTILINE)
+    (configure,) = re.findall(r"^git config diff.*", lab, re.MULTILINE)
     for name in (".gitattributes", "notebooks/train.ipynb"):
         shutil.copy(ROOT / name, tmp_path)
 
