@@ -31,6 +31,7 @@ default_role = "code"
 html_math_renderer = "mathml"
 html_theme = "furo"
 html_copy_source = False
+html_show_copyright = False
 html_static_path = ["site.css"]
 html_css_files = ["site.css"]
 if REPOSITORY:
@@ -83,6 +84,8 @@ SECURITY
 def complete(app, docname, source):
     """README.md gets the table of contents, a table without a title its name, a notebook its outputs."""
     name = Path(docname).name
+    if REPOSITORY:
+        source[0] = source[0].replace("<this repository>", f"https://github.com/{REPOSITORY}")
     if docname == "README":
         source[0] += CONTENTS
     elif docname.startswith("results/") and not source[0].startswith("# "):
@@ -102,8 +105,9 @@ def shown(name, notebook):
     state = "with its outputs" if any(cell.outputs for cell in cells) else "without outputs: it was not executed here"
     line = f"{{download}}`{name}.ipynb`, {state}."
     if REPOSITORY:
-        line += f" Try it in [Colab](https://colab.research.google.com/github/{REPOSITORY}/blob/main/notebooks/{name}.ipynb)"
-        line += f" or [Binder](https://mybinder.org/v2/gh/{REPOSITORY}/main?labpath=notebooks/{name}.ipynb)."
+        line += f" Try it in [Colab](https://colab.research.google.com/github/{REPOSITORY}/blob/main/notebooks/{name}.ipynb),"
+        line += " after [a first cell](../docs/how-to.md#notebooks), or"
+        line += f" [Binder](https://mybinder.org/v2/gh/{REPOSITORY}/main?labpath=notebooks/{name}.ipynb)."
     for output in (output for cell in cells for output in cell.outputs):
         if WIDGET in output.get("data", {}):
             output.data = {"text/markdown": "*Sliders and buttons, which work in JupyterLab.*"}

@@ -27,7 +27,7 @@ def test_the_table_of_contents_names_every_page():
 
 
 def test_every_public_name_has_an_entry_in_the_api():
-    entries = re.findall(r"^\.\. auto\w+:: (\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    entries = re.findall(r"^\.\. (?:auto\w+|data):: (\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
     assert sorted(entries) == sorted(famba.__all__)
 
 
