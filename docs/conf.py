@@ -10,14 +10,19 @@ import famba
 EXECUTED = Path(__file__).parents[1] / "build" / "executed"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 REPOSITORY = os.environ.get("GITHUB_REPOSITORY")  # owner/name: set where the site is published
+CHAPTERS = {
+    "Documentation": "docs/how-to docs/full-size docs/performance docs/design docs/differences docs/api",
+    "Results": "docs/results results/claims results/similarity results/ablation results/adaptive",
+    "Notebooks": "notebooks/[im]* notebooks/data notebooks/train notebooks/cost notebooks/compare notebooks/*",
+    "Project": "CONTRIBUTING CHANGELOG SECURITY",
+}
 
 project = "famba"
 version = release = famba.__version__
 html_title = f"famba {version}"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "README"
-include_patterns = ["*.md", "docs/*.md", "notebooks/*.ipynb"]
-include_patterns += [f"results/{name}.md" for name in ("claims", "similarity", "ablation", "adaptive")]
+include_patterns = [f"{page}.*" for page in ["README", *" ".join(CHAPTERS.values()).split()]]
 exclude_patterns = [".*", "build", "famba", "tests"]
 
 myst_enable_extensions = ["dollarmath"]
@@ -37,49 +42,6 @@ html_css_files = ["site.css"]
 if REPOSITORY:
     html_theme_options = {"source_repository": f"https://github.com/{REPOSITORY}", "source_branch": "main"}
 
-CONTENTS = """
-```{toctree}
-:hidden:
-:caption: Documentation
-docs/how-to
-docs/full-size
-docs/performance
-docs/design
-docs/differences
-docs/api
-```
-```{toctree}
-:hidden:
-:caption: Results
-docs/results
-results/claims
-results/similarity
-results/ablation
-results/adaptive
-```
-```{toctree}
-:hidden:
-:caption: Notebooks
-:glob:
-notebooks/ind*
-notebooks/method
-notebooks/data
-notebooks/train
-notebooks/cost
-notebooks/compare
-notebooks/tok*
-notebooks/own*
-notebooks/*
-```
-```{toctree}
-:hidden:
-:caption: Project
-CONTRIBUTING
-CHANGELOG
-SECURITY
-```
-"""
-
 
 def complete(app, docname, source):
     """README.md gets the table of contents, a table without a title its name, a notebook its outputs."""
@@ -87,7 +49,9 @@ def complete(app, docname, source):
     if REPOSITORY:
         source[0] = source[0].replace("<this repository>", f"https://github.com/{REPOSITORY}")
     if docname == "README":
-        source[0] += CONTENTS
+        for chapter, pages in CHAPTERS.items():
+            lines = ["", "```{toctree}", ":hidden:", ":glob:", f":caption: {chapter}", *pages.split(), "```", ""]
+            source[0] += "\n".join(lines)
     elif docname.startswith("results/") and not source[0].startswith("# "):
         source[0] = f"# {name.capitalize()}\n\n{source[0]}"
     elif docname.startswith("notebooks/"):
