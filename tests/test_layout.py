@@ -224,7 +224,7 @@ def test_everything_but_torch_is_pinned_and_torch_in_one_place():
     assert all(specifier.startswith("==") for specifier in pinned.values())
     asked = [
         *project["dependencies"],
-        *(line for extra in ("notebooks", "paper", "dev") for line in project["optional-dependencies"][extra]),
+        *(line for extra in ("notebooks", "paper", "dev", "docs") for line in project["optional-dependencies"][extra]),
     ]
     for req in map(Requirement, asked):
         name = re.sub(r"[-_.]+", "-", req.name).lower()
