@@ -87,6 +87,28 @@ def accuracy_against(runs: pd.DataFrame, table: pd.DataFrame, cost: str) -> Figu
 
 
 @styled
+def paired_accuracy(runs: pd.DataFrame) -> Figure:
+    """Each seed's accuracy without fusion and with a strategy, joined by a line; one panel for each strategy.
+
+    Args:
+        runs: as from `summary.load_runs`.
+    """
+    scores = runs.pivot(index="strategy", columns="seed", values="top1_percent")
+    names = [name for name in strategies_in(runs) if name != summary.BASELINE]
+    figure = Figure(figsize=(2.3 * len(names) + 0.6, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=True):
+        pair = scores.loc[[summary.BASELINE, name]]
+        axes.plot(pair.index, pair, color=STRATEGY_COLOURS[name], marker=MARKERS[name], alpha=0.5, linewidth=1.2)
+        axes.plot(pair.index, pair.mean(axis=1), color="black", linewidth=2.2)
+        axes.set_title(f"{pair.diff().iloc[1].mean():+.1f} points".replace("-", "\N{MINUS SIGN}"), fontsize=10)
+        axes.margins(x=0.2)
+    panels[0].set_ylabel(_TOP1)
+    caption(figure, f"A line is a seed; black: the mean of {_seeds(runs)}.")
+    return figure
+
+
+@styled
 def costs(table: pd.DataFrame) -> Figure:
     """What each strategy's training step costs in units of `none`: time with its interval, memory, FLOPs.
 

@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+from famba.plots.explorer import Explorer
 from PIL import Image
 from test_tokens import run  # noqa: F401 (a fixture)
 
@@ -11,7 +12,6 @@ from famba import plots
 from famba.analysis import tokens
 from famba.fusion import strategies
 from famba.fusion.strategies import STRATEGIES
-from famba.plots.explorer import Explorer
 
 
 @pytest.fixture
