@@ -28,5 +28,5 @@ def growth(frame: pd.DataFrame) -> Figure:
                 panel.scatter(part["x"], part[name], s=26, color=colours[backend], facecolor=face, zorder=3)
             panel.set(xscale="log", yscale="log", xlabel=axis, ylabel=label)
     panels[0, 0].legend(fontsize=8)
-    caption(figure, "Medians of steps taken in turn; filled: fitted, open: predicted.", width=45 * len(axes))
+    caption(figure, "Medians of steps taken in turn; filled: fitted, open: predicted.")
     return figure

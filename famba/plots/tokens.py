@@ -154,7 +154,7 @@ def matching_steps(
     figure.colorbar(panels[1].collections[0], cax=below, orientation="horizontal")
     below.tick_params(labelsize=7)
     below.set_xlabel("cosine similarity", fontsize=8, labelpad=1)
-    _colour_groups(panels[3], groups.reshape(down, across), patches, tint=0)
+    _colour_groups(panels[3], groups.reshape(down, across), patches, tint=0.0)
     titles = (
         "even tokens (blue), odd ones (orange)",
         "each even token's best match",

@@ -9,6 +9,7 @@ import html
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,10 +70,12 @@ class Report:
             plots.save(figure, self.folder / "figures" / f"{name}{suffix}")
 
     def _repr_html_(self) -> str:
+        warning, colours = "", ("#2ca02c", "#e8f5e9")
         if self.smoke:
-            warned = "<b>Smoke run: these numbers mean nothing.</b> A tiny model was trained for seconds. "
-            return f'<div style="{_BOX.format("#d62728", "#fde0dd")}">{warned}{html.escape(self.shown)}</div>'
-        return f'<div style="{_BOX.format("#2ca02c", "#e8f5e9")}">{html.escape(self.shown)}</div>'
+            warning = "<b>Smoke run: these numbers mean nothing.</b> Tiny models were trained for seconds. "
+            colours = ("#d62728", "#fde0dd")
+        said = re.sub("`(.+?)`", r"<code>\1</code>", html.escape(self.shown))
+        return f'<div style="{_BOX.format(*colours)}">{warning}{said}</div>'
 
 
 def opened(
@@ -134,7 +137,7 @@ def _shown(file: Path, of: Path | None, runs_dir: Path, profile: str) -> str:
         raise InputError(f"{missing[0]}: missing")
     if of is None:
         return f"Committed results: {file.relative_to(config.root())}, made by `{{command}}`."
-    runs = pd.read_csv(of, float_precision="round_trip")
+    runs = pd.read_csv(of)
     if set(runs["profile"]) != {profile}:
         raise InputError(f"{of}: of the profile {runs['profile'][0]!r}; {profile!r} is asked for")
     if all(_is_run(runs_dir, run) for _, run in runs.drop(columns="profile").iterrows()):

@@ -21,7 +21,7 @@ from famba import config, create_model, data, fuse, match_tokens, plots
 from famba.analysis import summary, tokens
 from famba.analysis.tokens import Traced
 from famba.bench import fusing
-from famba.errors import InputError
+from famba.errors import FambaError, InputError
 from famba.fusion import merge, strategies
 from famba.fusion.strategies import STRATEGIES
 from famba.profiling import flops
@@ -81,7 +81,7 @@ class ScheduleExplorer(ipywidgets.VBox):
         table["ratio"] = table[name] / table["no fusion"]
         self.table.value = table.style.format("{:,.2f}", na_rep="too few tokens to say").to_html()
 
-    def _costs(self, schedule: Sequence[int]) -> dict[str, float]:
+    def _costs(self, schedule: Sequence[int]) -> dict[str, Any]:
         cost = flops.analyse(self._sizes, schedule, batch=self._batch, backend="native")
         try:
             time_s = fusing.predicted_ms(cost.token_counts[1:], self._ms) / 1000
@@ -273,12 +273,14 @@ class ScheduleTrainer(ipywidgets.VBox):
 
     def _train(self, _: object) -> None:
         """Train with the seed, as every strategy was, and add the run to the figure."""
-        name = f"own-{len(self._table) - len(STRATEGIES) + 1}"
+        name = f"own_{self._table['strategy'].str.startswith('own_').sum() + 1}"
         p = config.load(self._profile, strategy=name, given={f"fusion.{name}.schedule": self.schedule})
-        self.train.disabled = True
-        run = fit.fit(p, seed=self._seed, callbacks=[self._advance])
+        try:
+            run = fit.fit(p, seed=self._seed, callbacks=[self._advance])
+        except FambaError as error:
+            self.message.value = _refused(error)
+            return
         fit.forget(p, seed=self._seed)
-        self.train.disabled = False
         cost = {key: run.cost[key] for key in ("flops_per_image", "peak_memory_mib")}
         top1 = run.metrics["top1_percent"]
         line = np.polyfit(self._table["flops_per_image"], self._table["time_ratio"], 1)
