@@ -28,6 +28,10 @@ from famba.profiling import flops
 from famba.reports import Report
 from famba.training import fit
 
+# r and first fusing layer of the paper's Table 1.
+_PAPER = {"none": (0, 1), "all": (7, 1), "interleaved": (14, 1), "lower": (9, 1), "upper": (9, 6)}
+_TRAINED = "as trained"
+
 
 def _dropdown(description: str, options: Any, value: Any) -> ipywidgets.Dropdown:
     return ipywidgets.Dropdown(options=options, value=value, description=description)
@@ -61,10 +65,14 @@ class ScheduleExplorer(ipywidgets.VBox):
         self.first_layer = _slider("first layer", 6, 1, self._sizes["depth"])
         self.picture, self.table = ipywidgets.Image(format="png"), ipywidgets.HTML()
         controls = self.strategy, self.r, self.first_layer
+        self.strategy.observe(self._set_as_in_the_paper, "value")
         for control in controls:
             control.observe(self._show, "value")
         self._show()
-        super().__init__([ipywidgets.HBox(controls), ipywidgets.HBox([self.picture, self.table])])
+        super().__init__([ipywidgets.HBox(controls), self.table, self.picture])
+
+    def _set_as_in_the_paper(self, _: object) -> None:
+        self.r.value, self.first_layer.value = _PAPER[str(self.strategy.value)]
 
     def _show(self, _: object = None) -> None:
         depth, name = self._sizes["depth"], str(self.strategy.value)
@@ -156,14 +164,14 @@ class TokenExplorer(ipywidgets.VBox):
         self._models = dict(models)
         self._scheduled, self._png = functools.cache(self._fuse), functools.cache(self._draw)
         self.model = _dropdown("model", list(models), next(iter(models)))
-        self.strategy = _dropdown("strategy", STRATEGIES, "none")
+        self.strategy = _dropdown("strategy", (_TRAINED, *STRATEGIES), _TRAINED)
         self.r, self.layer = _slider("r", 0, 0, 0), _slider("layer", 0, 0, 0)
         self.image = _dropdown("image", [("", 0)], 0)
         self.upload = ipywidgets.FileUpload(accept="image/*", multiple=True, description="own images")
         self.picture, self.message = ipywidgets.Image(format="png"), ipywidgets.HTML()
         self._choosing = False
         self.model.observe(self._choose_model, "value")
-        self.strategy.observe(self._limit_r, "value")
+        self.strategy.observe(self._set_r, "value")
         self.upload.observe(self._take, "value")
         for control in self._controls():
             control.observe(self._show, "value")
@@ -177,17 +185,19 @@ class TokenExplorer(ipywidgets.VBox):
     def _choose_model(self, _: object = None) -> None:
         """Begin with the schedule that a model was trained with, after its last layer."""
         traced, self._choosing = self._models[str(self.model.value)], True
-        self.strategy.value = traced.strategy
-        self._limit_r()
-        self.r.value = max(traced.model.schedule)
+        self.strategy.value = _TRAINED
         self.layer.max = self.layer.value = traced.model.depth
         self.image.options = [(f"{number}: {label}", number - 1) for number, label in enumerate(traced.labels, start=1)]
         self._choosing = False
         self._show()
 
-    def _limit_r(self, _: object = None) -> None:
-        """At most what the strategy can remove; a lower maximum lowers the value."""
-        self.r.max = tokens.largest_r(self._models[str(self.model.value)].model, str(self.strategy.value))
+    def _set_r(self, _: object) -> None:
+        """Begin with about as many tokens in all as the model was trained to remove; at most what a strategy can."""
+        model, name = self._models[str(self.model.value)].model, str(self.strategy.value)
+        fuses = name not in (_TRAINED, "none")
+        self.r.max = tokens.largest_r(model, name) if fuses else 0
+        total = sum(model.schedule)
+        self.r.value = max(strategies.schedule(name, depth=model.depth, total=total)) if fuses else 0
 
     def _take(self, _: object) -> None:
         """Look at the uploaded images instead, with every model."""
@@ -222,6 +232,8 @@ class TokenExplorer(ipywidgets.VBox):
 
     def _fuse(self, model: str, strategy: str, r: int) -> Traced:
         traced, asked = self._models[model], None if strategy == "none" else r
+        if strategy == _TRAINED:
+            return traced
         return tokens.with_schedule(traced, strategies.schedule(strategy, depth=traced.model.depth, r=asked))
 
 

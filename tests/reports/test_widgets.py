@@ -43,18 +43,18 @@ def pixels(explorer):
 
 
 def test_it_starts_at_the_run_as_it_was_trained_after_its_last_layer(explorer):
-    assert (explorer.strategy.value, explorer.r.value, explorer.layer.value, explorer.image.value) == ("upper", 8, 4, 0)
+    assert [control.value for control in explorer._controls()] == ["upper-0", "as trained", 0, 4, 0]
     assert pixels(explorer).shape == (270, 960, 3)
 
 
 def test_every_control_redraws_and_going_back_shows_the_same_again(explorer):
     first = bytes(explorer.picture.value)
     shown = {first}
-    for control, value in ((explorer.image, 2), (explorer.layer, 2), (explorer.r, 3), (explorer.strategy, "lower")):
+    for control, value in ((explorer.image, 2), (explorer.layer, 3), (explorer.strategy, "lower"), (explorer.r, 3)):
         control.value = value
         assert bytes(explorer.picture.value) not in shown, control.description
         shown.add(bytes(explorer.picture.value))
-    for control, value in ((explorer.strategy, "upper"), (explorer.r, 8), (explorer.layer, 4), (explorer.image, 0)):
+    for control, value in ((explorer.strategy, "as trained"), (explorer.layer, 4), (explorer.image, 0)):
         control.value = value
     assert bytes(explorer.picture.value) == first
 
@@ -92,10 +92,9 @@ def test_an_update_is_one_picture_and_the_model_runs_only_for_another_schedule(e
     updates = [
         (explorer.layer, 1, picture),
         (explorer.image, 1, picture),
-        (explorer.r, 2, under),
         (explorer.strategy, "all", under),
-        (explorer.strategy, "upper", []),
-        (explorer.r, 8, []),
+        (explorer.r, 2, under),
+        (explorer.strategy, "as trained", []),
         (explorer.layer, 3, picture),
     ]
     for control, value, expected in updates:
@@ -106,7 +105,9 @@ def test_an_update_is_one_picture_and_the_model_runs_only_for_another_schedule(e
 
 def test_another_model_begins_with_its_own_schedule_and_images(explorer):
     explorer.model.value = "photos"
-    assert (explorer.strategy.value, explorer.r.value, explorer.layer.value, explorer.layer.max) == ("lower", 5, 3, 3)
+    assert (explorer.strategy.value, explorer.layer.value, explorer.layer.max) == ("as trained", 3, 3)
+    explorer.strategy.value = "all"
+    assert explorer.r.value == 2, "as 0 + 2 + 5 tokens in three layers"
     assert [label for label, _ in explorer.image.options] == ["1: china.jpg", "2: flower.jpg"]
 
 
@@ -131,12 +132,13 @@ def test_the_sliders_over_vim_tiny_say_what_a_schedule_costs_or_why_it_cannot_be
     assert numbers[0].tolist() == [197, 26, 0.13], "tokens after the last layer"
     assert (numbers[:, 2] < 1).all()
     first = bytes(explorer.picture.value)
-    explorer.first_layer.value = 20
+    explorer.strategy.value = "all"
+    assert (explorer.r.value, explorer.first_layer.value) == (7, 1)
     assert bytes(explorer.picture.value) != first
-    explorer.strategy.value, explorer.r.value = "all", 60
-    assert "layer 22: r = 60 of t = 77 tokens" in explorer.table.value
+    explorer.r.value = 60
+    assert "layer 3: r = 60 of t = 77 tokens" in explorer.table.value
     explorer.strategy.value = "none"
-    assert "layer 22" not in explorer.table.value
+    assert "layer 3" not in explorer.table.value
 
 
 def test_a_matching_is_drawn_anew_for_another_r_and_image():
