@@ -97,8 +97,8 @@ def paired_accuracy(runs: pd.DataFrame) -> Figure:
     scores = runs.pivot(index="strategy", columns="seed", values="top1_percent")
     names = [name for name in strategies_in(runs) if name != summary.BASELINE]
     figure = Figure(figsize=(2.3 * len(names) + 0.6, 3.6), layout="constrained")
-    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
-    for axes, name in zip(panels, names, strict=True):
+    panels = figure.subplots(1, len(names) or 1, sharey=True, squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=False):  # an empty panel where nothing fuses
         pair = scores.loc[[summary.BASELINE, name]]
         axes.plot(pair.index, pair, color=STRATEGY_COLOURS[name], marker=MARKERS[name], alpha=0.5, linewidth=1.2)
         axes.plot(pair.index, pair.mean(axis=1), color="black", linewidth=2.2)

@@ -12,7 +12,8 @@ _SMOKE: dict[str, Any] = {"strategies": ["lower"], "factors": ["order"], "contro
 
 def make(report: Report) -> None:
     """Train what is missing of the ablation's runs, and compare them."""
-    asked = config.load_ablation(**(_SMOKE | {"seeds": report.sweep().seeds} if report.smoke else {}))
+    changes: Any = _SMOKE | {"seeds": report.sweep().seeds} if report.smoke else {}
+    asked = config.load_ablation(**changes)
     reference = config.load(report.profile, strategy=asked.strategy).options
     runs = ablation.run(asked, profile=report.profile, runs_dir=report.runs_dir)
     effects = analysis.effects(runs, grid=asked.strategy, reference=reference, controls=asked.controls)

@@ -1,6 +1,7 @@
 """The sweep's results: the tables that the notebooks `compare` and `cost` show, and what their figures say in words."""
 
 import math
+from typing import Any
 
 import pandas as pd
 from IPython.display import Markdown
@@ -45,19 +46,18 @@ def schedules(profile: str) -> pd.DataFrame:
 
 def accuracy_in_words(table: pd.DataFrame, cost: str) -> Markdown:
     """What each strategy saves of a cost and loses in accuracy, and which are on the Pareto front."""
-    word, rows = summary.COSTS[cost], table.set_index("strategy")
-    base = rows.loc[summary.BASELINE]
+    word, base = summary.COSTS[cost], table.set_index("strategy").loc[summary.BASELINE]
     front = summary.pareto(table.rename(columns={"top1_percent_mean": "top1_percent"}), cost)
     lines = [
         f"Without fusion top-1 accuracy is {base['top1_percent_mean']:.1f} %, mean over {base['n']} seeds. "
         f"On the Pareto front of accuracy and {word}: {_listed(front)}.",
         "",
     ]
-    for name, row in rows.drop(summary.BASELINE).iterrows():
+    for row in table.loc[table["strategy"] != summary.BASELINE].to_dict("records"):
         low, high = row["top1_percent_diff_low"], row["top1_percent_diff_high"]
         sure = "one seed has no interval" if math.isnan(low) else f"95 % interval {low:+.1f} to {high:+.1f}"
         lines.append(
-            f"- `{name}` has {row[cost] / base[cost]:.2f} times the {word} and changes accuracy by "
+            f"- `{row['strategy']}` has {row[cost] / base[cost]:.2f} times the {word} and changes accuracy by "
             f"{row['top1_percent_diff']:+.1f} points ({sure})."
         )
     return Markdown("\n".join(lines).replace(" -", " \N{MINUS SIGN}").replace("(-", "(\N{MINUS SIGN}"))
@@ -66,32 +66,33 @@ def accuracy_in_words(table: pd.DataFrame, cost: str) -> Markdown:
 def pairs_in_words(runs: pd.DataFrame) -> Markdown:
     """In how many of the seeds each strategy is less accurate than no fusion."""
     scores = runs.pivot(index="seed", columns="strategy", values="top1_percent")
-    below = scores.lt(scores[summary.BASELINE], axis=0).sum().drop(summary.BASELINE)
+    below: Any = scores.lt(scores[summary.BASELINE], axis=0).sum().drop(summary.BASELINE)
     told = _listed([f"{name} in {count}" for name, count in below.items()])
     return Markdown(
-        f"Of {len(scores)} seeds, accuracy falls by fusing with {told}. Lines that cross say that the seed (its images "
-        "and initial weights) matters more than the strategy, which is why differences are taken within a seed."
+        f"Of {len(scores)} seeds, accuracy falls by fusing with {told}. Where lines are parallel, a strategy has the "
+        "same effect in every seed; where they cross, its effect differs from seed to seed."
     )
 
 
 def curves_in_words(history: pd.DataFrame) -> Markdown:
     """Where training ends, and by how much it fits its own images better than others."""
-    last = history[history["epoch"] == history["epoch"].max()]
-    means = last.groupby("strategy")[["train_top1_percent", "val_top1_percent"]].mean()
-    best, worst = means["val_top1_percent"].idxmax(), means["val_top1_percent"].idxmin()
-    gap = (means["train_top1_percent"] - means["val_top1_percent"]).max()
+    if history.empty:
+        return Markdown("")
+    last = history.loc[history["epoch"] == history["epoch"].max()]
+    by_strategy: Any = last.groupby("strategy")
+    val, train = by_strategy["val_top1_percent"].mean(), by_strategy["train_top1_percent"].mean()
     return Markdown(
-        f"After epoch {last['epoch'].max()} accuracy on the validation images is highest with `{best}` "
-        f"({means.loc[best, 'val_top1_percent']:.1f} %) and lowest with `{worst}` "
-        f"({means.loc[worst, 'val_top1_percent']:.1f} %). On its own, augmented images training is at most {gap:.1f} "
-        "points better than on those: the larger this is, the more it has learned by heart."
+        f"After epoch {last['epoch'].max()} accuracy on the validation images is highest with `{val.idxmax()}` "
+        f"({val.max():.1f} %) and lowest with `{val.idxmin()}` ({val.min():.1f} %). On its own, augmented images a "
+        f"model is at most {(train - val).max():.1f} points better than on those: the larger this is, the more it has "
+        "learned by heart."
     )
 
 
 def schedules_in_words(schedules: pd.DataFrame) -> Markdown:
     """How many tokens a layer has on average, by strategy."""
-    entering = schedules["tokens"] + schedules["removed"]
-    means = entering[schedules["layer"] > 0].groupby(schedules["strategy"], sort=False).mean()
+    layers = schedules.loc[schedules["layer"] > 0].assign(entering=lambda x: x["tokens"] + x["removed"])
+    means: Any = layers.groupby("strategy", sort=False)["entering"].mean()
     told = _listed([f"{name} {mean:.1f}" for name, mean in means.items()])
     return Markdown(
         f"A layer starts with this many tokens on average: {told}. What a model computes is in proportion to that, not "
@@ -101,10 +102,15 @@ def schedules_in_words(schedules: pd.DataFrame) -> Markdown:
 
 def costs_in_words(costs: pd.DataFrame) -> Markdown:
     """By how much time falls short of FLOPs."""
-    rows = costs.set_index("strategy")
-    flops = rows["flops_per_image"] / rows.loc[summary.BASELINE, "flops_per_image"]
-    fused = rows.index.drop(summary.BASELINE)
-    told = _listed([f"{x} {rows['time_ratio'][x]:.2f} of the time with {flops[x]:.2f} of the FLOPs" for x in fused])
+    rows = costs.set_index("strategy").to_dict("index")
+    none = rows.pop(summary.BASELINE)
+    told = _listed(
+        [
+            f"{name} {row['time_ratio']:.2f} of the time with {row['flops_per_image'] / none['flops_per_image']:.2f} "
+            "of the FLOPs"
+            for name, row in rows.items()
+        ]
+    )
     return Markdown(
         f"In units of no fusion: {told}. What time has above FLOPs is matching, merging, and what does not depend on "
         "tokens at all, such as the optimiser."
@@ -112,10 +118,10 @@ def costs_in_words(costs: pd.DataFrame) -> Markdown:
 
 
 def claims_in_words(found: pd.DataFrame) -> Markdown:
-    verdicts = found.groupby("claim", sort=False)["verdict"].first()
+    verdicts: Any = found.groupby("claim", sort=False)["verdict"].first()
     told = _listed([f"{count} {verdict}" for verdict, count in verdicts.value_counts(sort=False).items()])
     return Markdown(f"Of {len(verdicts)} claims: {told}. A claim holds only if each of its comparisons does.")
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(names[:-1]) + (" and " if len(names) > 1 else "") + names[-1]
+    return " and ".join([", ".join(names[:-1]), *names[-1:]] if len(names) > 1 else names)

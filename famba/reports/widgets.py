@@ -41,6 +41,10 @@ def _slider(description: str, value: int, low: int, high: int) -> ipywidgets.Int
     return ipywidgets.IntSlider(value, low, high, description=description, continuous_update=False)
 
 
+def _picture(width: str) -> ipywidgets.Image:
+    return ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width=width, object_fit="contain"))
+
+
 def _refused(error: Exception) -> str:
     return f'<span style="color: #d62728">{error}</span>'
 
@@ -63,7 +67,7 @@ class ScheduleExplorer(ipywidgets.VBox):
         self.strategy = _dropdown("strategy", STRATEGIES, "upper")
         self.r = _slider("r", 9, 0, 60)
         self.first_layer = _slider("first layer", 6, 1, self._sizes["depth"])
-        self.picture, self.table = ipywidgets.Image(format="png"), ipywidgets.HTML()
+        self.picture, self.table = _picture("48em"), ipywidgets.HTML()
         controls = self.strategy, self.r, self.first_layer
         self.strategy.observe(self._set_as_in_the_paper, "value")
         for control in controls:
@@ -87,7 +91,7 @@ class ScheduleExplorer(ipywidgets.VBox):
         self.picture.value = plots.tokens_per_layer(frame)._repr_png_()
         table = pd.DataFrame(columns)
         table["ratio"] = table[name] / table["no fusion"]
-        self.table.value = table.style.format("{:,.2f}", na_rep="too few tokens to say").to_html()
+        self.table.value = table.to_html(float_format="{:,.2f}".format, na_rep="too few tokens to say", border=0)
 
     def _costs(self, schedule: Sequence[int]) -> dict[str, Any]:
         cost = flops.analyse(self._sizes, schedule, batch=self._batch, backend="native")
@@ -116,7 +120,7 @@ class MatchingExplorer(ipywidgets.VBox):
         self._patches = plots.Patches(patch_size, patch_size)
         self.image = _dropdown("image", list(images), next(iter(images)))
         self.r = _slider("r", 40, 0, (img_size // patch_size) ** 2 // 2)
-        self.picture = ipywidgets.Image(format="png")
+        self.picture = _picture("80em")
         for control in (self.image, self.r):
             control.observe(self._show, "value")
         self._show()
@@ -131,7 +135,8 @@ def matching_steps(pixels: torch.Tensor, patches: plots.Patches, r: int) -> plot
     """`plots.matching_steps` of an image (3, h, w) whose tokens are the pixels of its patches."""
     x = functional.unfold(pixels[None].double() / 255, patches.patch_size, stride=patches.stride).mT
     chosen = match_tokens(x, x.shape[1] // 2)  # every even token's best; the most similar come first
-    taken = match_tokens(x, r)
+    taken, similarity = match_tokens(x, r), chosen.similarity
+    assert similarity is not None
     groups = merge.plan(taken, torch.ones(x.shape[:2], dtype=x.dtype)).destination
     merged = functional.fold(
         fuse(x, taken)[0].gather(1, groups[..., None].expand_as(x)).mT,
@@ -144,7 +149,7 @@ def matching_steps(pixels: torch.Tensor, patches: plots.Patches, r: int) -> plot
         (255 * merged[0]).round().to(torch.uint8).permute(1, 2, 0).numpy(),
         patches,
         pairs=torch.stack([chosen.source[0], chosen.target[0]], 1).numpy(),
-        similarity=chosen.similarity[0].numpy(),
+        similarity=similarity[0].numpy(),
         groups=groups[0].numpy(),
     )
 
@@ -168,7 +173,7 @@ class TokenExplorer(ipywidgets.VBox):
         self.r, self.layer = _slider("r", 0, 0, 0), _slider("layer", 0, 0, 0)
         self.image = _dropdown("image", [("", 0)], 0)
         self.upload = ipywidgets.FileUpload(accept="image/*", multiple=True, description="own images")
-        self.picture, self.message = ipywidgets.Image(format="png"), ipywidgets.HTML()
+        self.picture, self.message = _picture("64em"), ipywidgets.HTML()
         self._choosing = False
         self.model.observe(self._choose_model, "value")
         self.strategy.observe(self._set_r, "value")
@@ -253,14 +258,14 @@ class ScheduleTrainer(ipywidgets.VBox):
         p = config.load(report.profile, strategy="upper")
         model = fit.build(p, classes=len(data.load(p.data).classes), seed=seed)
         self._tokens = model.tokens
-        layout = ipywidgets.Layout(width="3.2em", height="9em")
+        layout = ipywidgets.Layout(width="3.2em", height="14em", overflow="visible")
         self.removed = tuple(
             ipywidgets.IntSlider(r, 0, model.tokens // 2, description=str(layer), orientation="vertical", layout=layout)
             for layer, r in enumerate(model.schedule, start=1)
         )
         self.train = ipywidgets.Button(description="train", button_style="primary")
         self.progress = ipywidgets.IntProgress(0, 0, p.train.epochs)
-        self.picture, self.message = ipywidgets.Image(format="png"), ipywidgets.HTML()
+        self.picture, self.message = _picture("48em"), ipywidgets.HTML()
         self.train.on_click(self._train)
         for slider in self.removed:
             slider.observe(self._show, "value")
