@@ -25,7 +25,7 @@ SMOKE = "smoke"
 _BOX = "border-left: 6px solid {}; background: {}; color: #222; padding: 0.6em 1em; font-size: 105%"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What there is to show; as the value of a cell it is the banner.
 
@@ -68,6 +68,9 @@ class Report:
         for name, figure in figures.items() if self.made else ():
             suffix = ".gif" if isinstance(figure, plots.Animation) else ".png"
             plots.save(figure, self.folder / "figures" / f"{name}{suffix}")
+
+    def __repr__(self) -> str:
+        return self.shown
 
     def _repr_html_(self) -> str:
         warning, colours = "", ("#2ca02c", "#e8f5e9")
