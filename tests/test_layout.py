@@ -108,18 +108,31 @@ def test_what_reads_results_needs_no_torch_and_training_needs_nothing_that_reads
     assert not [name for name in needed if package(name) > package("famba.training")]
 
 
+def loaded_after(code: str) -> set[str]:
+    """The modules that a Python process has imported after some code."""
+    command = [sys.executable, "-c", f"import sys\n{code}\nprint(*sys.modules)"]
+    return set(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.split())
+
+
 def test_the_package_hands_out_its_public_names_and_imports_nothing_for_it():
-    done = subprocess.run(
-        [sys.executable, "-c", "import sys, famba; print('torch' in sys.modules, 'famba.config' in sys.modules)"],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-    )
-    assert done.stdout == "False False\n"
+    assert not {"torch", "famba.config"} & loaded_after("import famba")
     assert len(famba.__all__) > 5
     for name in famba.__all__:
         assert getattr(famba, name) is not None
+
+
+def test_a_model_is_made_without_the_compiler_and_what_is_for_tables_and_parameters():
+    """torch's compiler takes as long to import as all the rest of torch."""
+    found = loaded_after("import famba; famba.create_model('vim_nano', num_classes=10, img_size=8)")
+    assert "torch" in found
+    assert not {"torch._dynamo", "pandas", "scipy", "sklearn", "pydantic", "matplotlib"} & found
+
+
+def test_stages_are_resolved_without_torch_and_what_is_for_tables():
+    """`dvc repro` does that each time."""
+    found = loaded_after("from famba.cli import main; main(['resolve', '--out', 'build/resolved'])")
+    assert "famba.storage.provenance" in found
+    assert not {"torch", "pandas", "scipy"} & found
 
 
 def test_each_stage_depends_on_the_digest_of_the_notebook_that_it_runs():

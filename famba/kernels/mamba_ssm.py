@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from famba.errors import BackendError
+from famba.kernels import dispatch
 
 # pip takes the wheels that the releases pages have for this torch, CUDA and Python, and compiles where they have none.
 # Without the variable mamba-ssm does neither since July 2026 (state-spaces/mamba#977), and lacks the kernel of Mamba-1.
@@ -43,19 +44,19 @@ _INSTALLED = {  # by package: the function, its module, and the library of the k
 _Found = tuple[str, Callable[..., Tensor] | None]  # the function, or the reason why it is not to be had
 
 
-@torch.compiler.assume_constant_result
+@dispatch.constant
 def unavailable() -> str:
     """Why the scan cannot run here ("": it can)."""
     return _no_device() or _find("mamba_ssm", False)[0]
 
 
-@torch.compiler.assume_constant_result
+@dispatch.constant
 def conv_unavailable() -> str:
     """Why the convolution cannot run here ("": it can)."""
     return _no_device() or _find("causal_conv1d", False)[0]
 
 
-@torch.compiler.assume_constant_result
+@dispatch.constant
 def hub_unavailable() -> str:
     """Why the hub's kernels cannot run here, as far as it is known before they are downloaded ("": they may)."""
     if not (_PROJECT / "pyproject.toml").exists():

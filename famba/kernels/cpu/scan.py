@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from famba.kernels import reference
+from famba.kernels import dispatch, reference
 from famba.kernels.cpu import build, runtime
 from famba.kernels.cpu.runtime import View, float32, like, pointer
 
@@ -35,7 +35,7 @@ class _Job(ctypes.Structure):
     )
 
 
-@torch.compiler.assume_constant_result
+@dispatch.constant
 def unavailable() -> str:
     """The reason why the native scan cannot run here ("": it can)."""
     return build.unavailable()

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from famba.kernels import dispatch
+
 try:
     import triton
     import triton.language as tl
@@ -33,7 +35,7 @@ PARAMETERS = (torch.float32, torch.bfloat16, torch.float16)  # taken as float32
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
-@torch.compiler.assume_constant_result
+@dispatch.constant
 def unavailable() -> str:
     """Why the kernels cannot run here ("": they can)."""
     if triton is None:
