@@ -91,6 +91,17 @@ def test_train_completes_an_unfinished_run_and_leaves_other_folders_alone(name, 
     assert (tmp_path / "metrics.json").exists() == (status == 0)
 
 
+@pytest.mark.parametrize(
+    ("command", "missing", "extra"), [("readme", "pandas", "plots"), ("notebook a b", "papermill", "notebooks")]
+)
+def test_a_command_that_lacks_a_package_names_the_extra_that_brings_it(command, missing, extra):
+    code = (
+        f"import sys; sys.modules['{missing}'] = None; from famba.cli import main; sys.exit(main('{command}'.split()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, f"famba: {missing} is not installed: pip install 'famba[{extra}]'\n")
+
+
 def test_the_version_is_that_of_the_package(capsys):
     with pytest.raises(SystemExit):
         main(["--version"])

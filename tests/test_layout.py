@@ -35,6 +35,7 @@ PACKAGES = (
     *("models", "data", "profiling", "training", "analysis", "experiments", "plots", "bench", "diagnostics"),
     *("gpu_check", "notebook", "cli", "__main__"),
 )
+FOR_ALL = ("plots", "notebooks", "paper", "dev")  # the extras that `make env` installs
 # What reads parameters and results, and draws them.
 NO_TORCH = (
     *("config", "storage.files", "storage.provenance", "storage.runs", "fusion.options", "fusion.strategies"),
@@ -211,7 +212,7 @@ def test_notebook_defaults_are_the_smoke_run():
 def test_the_conda_environments_ask_for_what_pyproject_asks_for():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["notebooks"], *extras["paper"], *extras["dev"]]
+    wanted = [*project["dependencies"], *(line for name in FOR_ALL for line in extras[name])]
     conda = {"torch": "pytorch-cpu", "matplotlib": "matplotlib-base"}
     for file, torch, more in (
         ("environment.yml", "pytorch-cpu", []),
@@ -219,13 +220,16 @@ def test_the_conda_environments_ask_for_what_pyproject_asks_for():
     ):
         document = YAML(typ="safe", pure=True).load((ROOT / file).read_text())
         *by_conda, by_pip = document["dependencies"]
-        given = [Requirement(line) for line in [*by_conda, *by_pip["pip"][1:]]]
         asked = [Requirement(line) for line in [*wanted, *more] if not line.startswith("famba")]
-        expected = {(conda | {"torch": torch}).get(req.name, req.name): req.specifier for req in asked}
-        expected |= {"python": Requirement(f"python{project['requires-python']}").specifier}
-        got = {req.name: req.specifier for req in given if req.name not in ("pip", "cxx-compiler")}
+        expected = {(conda | {"torch": torch}).get(req.name, req.name): (req.specifier, req.marker) for req in asked}
+        expected |= {"python": (Requirement(f"python{project['requires-python']}").specifier, None)}
+        if file == "environment-cuda.yml":
+            expected["triton"] = (expected["triton"][0], None)  # it is for Linux only
+        given = [Requirement(line) for line in [*by_conda, *by_pip["pip"][1:]]]
+        got = {req.name: (req.specifier, req.marker) for req in given if req.name not in ("pip", "cxx-compiler")}
         assert len(expected) > 20
         assert got == expected, file
+        assert not any(";" in line for line in by_conda), "conda knows no markers"
         assert by_pip["pip"][0] == "-e ."
 
 
@@ -237,7 +241,7 @@ def test_everything_but_torch_is_pinned_and_torch_in_one_place():
     assert all(specifier.startswith("==") for specifier in pinned.values())
     asked = [
         *project["dependencies"],
-        *(line for extra in ("notebooks", "paper", "dev") for line in project["optional-dependencies"][extra]),
+        *(line for extra in FOR_ALL for line in project["optional-dependencies"][extra]),
     ]
     for req in map(Requirement, asked):
         name = re.sub(r"[-_.]+", "-", req.name).lower()

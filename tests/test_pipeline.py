@@ -13,7 +13,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 pytestmark = pytest.mark.slow
-RESOLVE = ("python", "-m", "famba", "resolve", "--profile", "smoke", "--out", "build/resolved")
+RESOLVE = ("python", "-m", "famba", "resolve", "--out", "build/resolved")
 
 
 @pytest.fixture(scope="module")
