@@ -6,14 +6,12 @@ item fails, and when the process that started it is gone, however that ended.
 
 import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
 from typing import TypeVar
 
+from famba import supervision
 from famba.errors import FambaError
 
 Item = TypeVar("Item")
@@ -58,13 +56,5 @@ def run(task: Callable[[Item], Result], items: Mapping[str, Item], *, jobs: int)
 
 
 def _initialise() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the process that started this one answers it
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin would take the others' cores
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
+    supervision.start_worker()
