@@ -172,7 +172,7 @@ def test_training_outputs_are_cached_and_only_gathering_ones_are_not():
             path, cached = (
                 (out, True) if isinstance(out, str) else next((k, v.get("cache", True)) for k, v in out.items())
             )
-            assert cached == path.startswith(("results/runs/", "results/experiments/")), (name, out)
+            assert cached == path.startswith("results/runs/"), (name, out)
 
 
 def test_stage_notebooks_hold_no_outputs_and_every_notebook_asks_for_the_same_kernel():

@@ -133,7 +133,8 @@ def test_a_new_seed_runs_the_new_runs_only(copy, first):
 
 def test_an_experiment_trains_what_it_changes_in_a_copy_and_shows_it_in_few_columns(copy, first):
     experiment = ("dvc", "exp", "run", "--temp", "compare", "-S", "profiles.smoke.fusion.upper.r=6")
-    assert ran(run(copy, *experiment)) == {"train@upper-0", "cost", "compare"}
+    said = run(copy, *experiment)
+    assert ran(said) == {"train@upper-0", "cost", "compare"}
     assert outputs(copy) == first
     assert run(copy, "git", "status", "--porcelain") == ""
     shown = run(copy, "dvc", "exp", "show", "--only-changed", "--drop", "build/|results/", "--csv").splitlines()[0]
@@ -141,6 +142,13 @@ def test_an_experiment_trains_what_it_changes_in_a_copy_and_shows_it_in_few_colu
     assert "time_ratio.upper" in shown
     assert shown.count(",") < 40
     assert "top1_percent" in run(copy, "dvc", "metrics", "show", "--md")
+    run(copy, "dvc", "exp", "apply", re.search(r"Ran experiment\(s\): (\S+)", said)[1])
+    after = outputs(copy)
+    run(copy, "git", "checkout", ".")
+    run(copy, "dvc", "checkout")
+    changed = {name.split("/")[2] for name in first if after[name] != first[name] and name.startswith("results/runs/")}
+    assert changed == {"upper-0"}
+    assert outputs(copy) == first
 
 
 def test_without_the_lock_file_finished_runs_are_taken_from_the_cache(copy, first):
