@@ -76,7 +76,6 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("params", _params, "print the parameters that a run gets, its profile applied, as JSON")
     sub.add_argument("--strategy", required=True, help="one of params.yaml's, under fusion")
     sub.add_argument("--profile", help="one of params.yaml's; the one that it names itself if not given")
-    sub.add_argument("--out", type=Path, help="write them to this file instead")
 
     sub = command("resolve", _resolve, "write what the pipeline's stages depend on: parameters, and digests of code")
     sub.add_argument("--out", type=Path, required=True, help="folder for params/<strategy>.json, code/<notebook>.json")
@@ -163,11 +162,7 @@ def _train(options: argparse.Namespace) -> int:
 def _params(options: argparse.Namespace) -> int:
     from famba import config
 
-    content = json_bytes(config.load(options.profile, strategy=options.strategy).as_dict())
-    if options.out is None:
-        print(content.decode(), end="")
-    else:
-        write_atomic(options.out, content)
+    print(json_bytes(config.load(options.profile, strategy=options.strategy).as_dict()).decode(), end="")
     return 0
 
 

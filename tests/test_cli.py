@@ -35,13 +35,6 @@ def test_params_prints_what_a_run_gets(capsys):
     assert json.loads(capsys.readouterr().out) == config.load("smoke", strategy="upper").as_dict()
 
 
-def test_params_writes_a_file_in_a_folder_that_is_not_there_yet(tmp_path, capsys):
-    out = tmp_path / "new" / "none.json"
-    assert main(["params", "--strategy", "none", "--out", str(out)]) == 0
-    assert json.loads(out.read_text())["strategy"] == "none"
-    assert capsys.readouterr().out == ""
-
-
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
