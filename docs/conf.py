@@ -13,7 +13,7 @@ REPOSITORY = os.environ.get("GITHUB_REPOSITORY")  # owner/name: set where the si
 CHAPTERS = {
     "Documentation": "docs/how-to docs/full-size docs/performance docs/design docs/differences docs/api",
     "Results": "docs/results results/claims results/similarity results/ablation results/adaptive",
-    "Notebooks": "notebooks/index notebooks/method notebooks/own-schedule notebooks/data notebooks/train notebooks/cost notebooks/compare notebooks/*",
+    "Notebooks": "notebooks/index notebooks/method notebooks/data notebooks/train notebooks/cost notebooks/*",
     "Project": "CONTRIBUTING CHANGELOG SECURITY",
 }
 

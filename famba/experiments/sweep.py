@@ -6,18 +6,18 @@ checkout without runs, trains the small ones that it shows.
 
 import dataclasses
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from famba import config
-from famba.analysis import cost
 from famba.config import SweepParams
 from famba.errors import InputError
 from famba.experiments import launcher
 from famba.fusion import strategies
 from famba.models import presets
 from famba.storage import runs
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def resolve(profile: str | None) -> list[config.Params]:
@@ -65,7 +65,7 @@ def ensure_runs(
     return list(launcher.run(_ensure_run, wanted, jobs=jobs).values())
 
 
-def ensure_costs(sweep: SweepParams, *, profile: str, results_dir: str | Path, rounds: int | None) -> pd.DataFrame:
+def ensure_costs(sweep: SweepParams, *, profile: str, results_dir: str | Path, rounds: int | None) -> "pd.DataFrame":
     """What a training step of each strategy costs, as `analysis.cost.table` has it.
 
     Args:
@@ -75,6 +75,8 @@ def ensure_costs(sweep: SweepParams, *, profile: str, results_dir: str | Path, r
     Raises:
         InputError: nothing has been measured; as from `training.cost.measure`.
     """
+    from famba.analysis import cost
+
     if rounds is not None:
         from famba.training.cost import measure
 
