@@ -77,7 +77,8 @@ class Report:
         if self.smoke:
             warning = "<b>Smoke run: these numbers mean nothing.</b> Tiny models were trained for seconds. "
             colours = ("#d62728", "#fde0dd")
-        said = re.sub("`(.+?)`", r"<code>\1</code>", html.escape(self.shown))
+        shown = self.shown.replace(f"{config.root()}/", "")  # a published page names no machine's folders
+        said = re.sub("`(.+?)`", r"<code>\1</code>", html.escape(shown))
         return f'<div style="{_BOX.format(*colours)}">{warning}{said}</div>'
 
 
