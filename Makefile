@@ -17,7 +17,7 @@ KEY   := $(shell { cat pyproject.toml constraints.txt .ci/setup; echo '$(TORCH) 
 READY := $(VENV)/ready-$(KEY)
 
 # What make started ends with it (famba/supervision.py).
-repro ablation adaptive photographs: export FAMBA_ENDS_WITH := $(shell echo $$PPID)
+repro ablation claims adaptive photographs: export FAMBA_ENDS_WITH := $(shell echo $$PPID)
 
 # Spinning OpenMP threads make a step several times slower when something else runs on the same cores.
 export OMP_WAIT_POLICY := passive
@@ -36,7 +36,7 @@ JOBS ?= 2
 # A file is one process's, for what its tests share; slow files come first (tests/conftest.py).
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help env repro ablation adaptive photographs readme test test-fast lint lab bench bench-gpu gpu-check
+.PHONY: help env repro ablation claims adaptive photographs readme test test-fast lint lab bench bench-gpu gpu-check
 .PHONY: gpu-check-wheels doctor fuzz sanitize clean
 .DEFAULT_GOAL := help
 
@@ -50,13 +50,15 @@ $(READY): ; .ci/setup $(VENV) $(READY)
 repro: env  ## train every strategy and draw the results: `dvc repro`, JOBS stages at a time
 	$(IN_VENV) .ci/repro $(JOBS)
 
-ablation: env  ## train every option of fusion with several seeds: results/ablation.md, about twenty minutes
+ablation: env  ## train strategies with one change at a time (params.yaml: ablation): results/ablation/, 600 runs
+
+claims: env  ## test the claims of params.yaml on the sweep and the ablations, trained first: results/claims.md
 
 adaptive: env  ## train schedules made from the measured cost of fusing: results/adaptive.md
 
 photographs: env  ## train the strategies on photographs (params.yaml: photographs): about forty minutes on two cores
 
-ablation adaptive photographs:
+ablation claims adaptive photographs:
 	$(IN_VENV) dvc --wait-for-lock repro experiments/dvc.yaml:$@
 
 readme: env  ## write the tables of README.md and docs/results.md from results/
