@@ -224,8 +224,9 @@ class SweepParams:
 
     strategies: Annotated[Strategies, Field(min_length=1)]  # as the profile has them
     seeds: Seeds
-    varied: Strategies = ()  # those with each of the changes, too
-    changes: dict[Strategy, dict[str, Any]] = dataclasses.field(default_factory=dict)  # by name, as `given` of `load`
+    varied: Strategies = dataclasses.field(default=(), kw_only=True)  # those with each of the changes, too
+    # By name, as `given` of `load`.
+    changes: dict[Strategy, dict[str, Any]] = dataclasses.field(default_factory=dict, kw_only=True)
 
     @property
     def variants(self) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -241,11 +242,10 @@ class SweepParams:
 
 
 @section
-class PhotographsParams:
-    """The sweep's strategies once more, on other images."""
+class PhotographsParams(SweepParams):
+    """A sweep of another profile, on other images."""
 
     profile: str
-    seeds: Seeds
     jobs: Jobs
 
 
@@ -260,7 +260,7 @@ class ClaimParams:
     strategies: Annotated[Strategies, Field(min_length=1)]
     against: Annotated[Strategies, Field(min_length=1)] = ("none",)
     ablation: Text | None = None  # whose variants are compared; null: the sweep's strategies
-    # Compared at the same of this: with the mixture of two variants of `against`, the next below and above in it.
+    # Compared at the same of this: interpolated between two variants of `against`, the next below and above in it.
     at_same: Literal["time_ratio", "memory_ratio"] | None = None
     below: Float | None = None  # exactly one of the two
     above: Float | None = None  # -1.0: worse by less than a margin of one point

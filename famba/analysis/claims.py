@@ -49,7 +49,8 @@ def load(folder: str | Path) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
     """
     folders = {"": config.root() / folder}
     folders |= {name: folders[""] / "ablation" / name for name in config.load_ablations()}
-    found, kinds = {}, {"correct": "str", "threads": "str", "disturbed": "str"}
+    kinds: Any = {"correct": "str", "threads": "str", "disturbed": "str"}
+    found = {}
     for name, path in folders.items():
         if (path / "summary.csv").is_file():
             runs, table = (pd.read_csv(path / f"{x}.csv", dtype=kinds) for x in ("runs", "summary"))
