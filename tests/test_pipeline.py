@@ -13,7 +13,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 pytestmark = pytest.mark.slow
-RESOLVE = ("python", "-m", "famba", "resolve", "--profile", "smoke", "--out", "build/resolved")
+RESOLVE = ("python", "-m", "famba", "resolve", "--out", "build/resolved")
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +22,9 @@ def copy(tmp_path_factory) -> Path:
     folder = copy_to(tmp_path_factory.mktemp("copy"), without=("tests/golden/", "figures/", "results/", "dvc.lock"))
     edit(folder, lambda document: document.update(profile="smoke"))
     edit(folder, lambda document: document["sweep"].update(strategies=["none", "upper"], seeds=[0]))
-    less = {"strategies": [], "factors": ["order"], "controls": ["reduction"], "seeds": [3], "epochs": None}
-    edit(folder, lambda document: document["ablation"].update(less))
+    changes = {"append": {"options.order": "append"}, "r2": {"fusion.upper.r": 2}}
+    less = {"strategies": ["none", "upper"], "varied": ["upper"], "changes": changes, "seeds": [3]}
+    edit(folder, lambda document: document["ablation"]["options"].update(less))
     commit(folder)
     return folder
 
@@ -132,36 +133,53 @@ def test_a_new_seed_runs_the_new_runs_only(copy, first):
     assert planned == {"train@none-1", "train@upper-1", "compare", "similarity"}
 
 
-def test_another_r_of_one_strategy_reruns_that_strategy_and_the_gathering(copy, first):
-    assert ran(run(copy, "dvc", "exp", "run", "train@upper-0", "-S", "profiles.smoke.fusion.upper.r=6")) == {
-        "train@upper-0"
-    }
-    after = outputs(copy)
-    assert {name.split("/")[2] for name in first if after[name] != first[name]} == {"upper-0"}
-    assert after["results/runs/upper-0/schedule.json"] != first["results/runs/upper-0/schedule.json"]
+def test_an_experiment_trains_what_it_changes_in_a_copy_and_shows_it_in_few_columns(copy, first):
+    experiment = ("dvc", "exp", "run", "--temp", "compare", "-S", "profiles.smoke.fusion.upper.r=6")
+    said = run(copy, *experiment)
+    assert ran(said) == {"train@upper-0", "cost", "compare"}
+    assert outputs(copy) == first
+    assert run(copy, "git", "status", "--porcelain") == ""
     shown = run(copy, "dvc", "exp", "show", "--only-changed", "--drop", "build/|results/", "--csv").splitlines()[0]
     assert "profiles.smoke.fusion.upper.r" in shown
+    assert "time_ratio.upper" in shown
     assert shown.count(",") < 40
-    assert ran(run(copy, "dvc", "repro", "--dry")) == {"cost", "compare", "similarity", "tokens@upper"}
     assert "top1_percent" in run(copy, "dvc", "metrics", "show", "--md")
+    run(copy, "dvc", "exp", "apply", re.search(r"Ran experiment\(s\): (\S+)", said)[1])
+    after = outputs(copy)
+    run(copy, "git", "checkout", ".")
+    run(copy, "dvc", "checkout")
+    changed = {name.split("/")[2] for name in first if after[name] != first[name] and name.startswith("results/runs/")}
+    assert changed == {"upper-0"}
+    assert outputs(copy) == first
 
 
-ABLATION, ADAPTIVE = "experiments/dvc.yaml:ablation", "experiments/dvc.yaml:adaptive"
+def test_without_the_lock_file_finished_runs_are_taken_from_the_cache(copy, first):
+    """As after `git checkout .`, which undoes what `dvc repro` has written into dvc.lock."""
+    lock = copy / "dvc.lock"
+    made = lock.read_bytes()
+    lock.unlink()
+    said = run(copy, "dvc", "repro", "-s", "train@none-0", "train@upper-0")
+    lock.write_bytes(made)
+    assert said.count("is cached - skipping run") == 2
+    assert outputs(copy) == first
 
 
-def test_the_ablation_is_a_pipeline_of_its_own_that_keeps_its_runs(copy, first):
+ABLATION, ADAPTIVE = "experiments/dvc.yaml:ablation@options", "experiments/dvc.yaml:adaptive"
+
+
+def test_an_ablation_is_a_pipeline_of_its_own_that_keeps_its_runs(copy, first):
     assert ran(run(copy, "dvc", "repro", ABLATION)) == {ABLATION}
-    results = {name: copy / name for name in ("results/ablation.csv", "results/ablation.md", "figures/ablation.png")}
-    made = {name: path.read_bytes() for name, path in results.items()}
-    assert b"Keeping scan order instead of" in made["results/ablation.md"]
-    assert pd.read_csv(results["results/ablation.csv"])["seed"].tolist() == [3] * 3
-    with Image.open(results["figures/ablation.png"]) as image:
-        assert min(image.size) > 200
+    results, figures = copy / "results" / "ablation" / "options", copy / "figures" / "ablation" / "options"
+    made = (results / "runs.csv").read_bytes()
+    table = pd.read_csv(results / "runs.csv")
+    assert table["strategy"].tolist() == ["none", "upper", "upper_append", "upper_r2"]
+    assert (set(table["seed"]), set(table["command"])) == ({3}, {"make ablation"})
+    assert {path.stem for path in figures.iterdir()} == {"effects", "time_ratio", "peak_memory_mib", "paper"}
     assert (copy / "experiments" / "dvc.lock").is_file()
     assert ran(run(copy, "dvc", "repro", ABLATION)) == set()
 
-    runs = {path: path.stat().st_mtime_ns for path in copy.glob("results/experiments/ablation/*/metrics.json")}
-    assert len(runs) == 3  # as it is, with the other order and with the other reduction
+    runs = {path: path.stat().st_mtime_ns for path in copy.glob("results/experiments/ablation/options/*/metrics.json")}
+    assert len(runs) == 4
     module = copy / "famba" / "analysis" / "ablation.py"
     text = module.read_text()
     module.write_text(text + "\nTOUCHED = 1\n")
@@ -169,11 +187,18 @@ def test_the_ablation_is_a_pipeline_of_its_own_that_keeps_its_runs(copy, first):
     module.write_text(text)
     assert again == {ABLATION}
     assert {path: path.stat().st_mtime_ns for path in runs} == runs
-    assert {name: path.read_bytes() for name, path in results.items()} == made
+    assert (results / "runs.csv").read_bytes() == made
     edit(copy, lambda document: document.update(profile="default"))
     planned = run(copy, "dvc", "repro", "--dry", ABLATION)
     edit(copy, lambda document: document.update(profile="smoke"))
     assert "-p profile default" in planned
+
+
+def test_claims_are_judged_by_the_sweep_and_the_ablations_that_were_run(copy, first):
+    run(copy, "dvc", "repro", "--single-item", "experiments/dvc.yaml:claims")
+    found = pd.read_csv(copy / "results" / "claims.csv")
+    assert "not measured" not in set(found.loc[found["claim"] == "upper_keeps_accuracy", "verdict"])
+    assert set(found.loc[found["claim"] == "later_start", "verdict"]) == {"not measured"}
 
 
 def test_the_adaptive_pipeline_stands_on_the_sweeps_runs_and_leaves_them_alone(copy, first):

@@ -6,18 +6,18 @@ checkout without runs, trains the small ones that it shows.
 
 import dataclasses
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from famba import config
-from famba.analysis import cost
 from famba.config import SweepParams
 from famba.errors import InputError
 from famba.experiments import launcher
 from famba.fusion import strategies
 from famba.models import presets
 from famba.storage import runs
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def resolve(profile: str | None) -> list[config.Params]:
@@ -42,31 +42,37 @@ def resolve(profile: str | None) -> list[config.Params]:
 
 
 def ensure_runs(
-    sweep: SweepParams, *, profile: str, runs_dir: str | Path, train_missing: bool, jobs: int = 1
+    sweep: SweepParams,
+    *,
+    profile: str,
+    runs_dir: str | Path,
+    train_missing: bool,
+    jobs: int = 1,
+    command: str | None = None,
 ) -> list[Path]:
-    """The folders of all runs that a sweep names, in its order; arguments and errors as in `ensure_run`.
+    """The folders of all runs that a sweep names, in its order; arguments and errors as in `ensure`.
 
     Args:
         jobs: runs trained at the same time, each in a process of its own if there are several.
     """
     wanted = {
-        runs.run_name(strategy, seed): {
-            "run_dir": Path(runs_dir) / runs.run_name(strategy, seed),
-            "strategy": strategy,
+        runs.run_name(name, seed): {
+            "run_dir": Path(runs_dir) / runs.run_name(name, seed),
+            "p": p,
             "seed": seed,
-            "profile": profile,
             "train_missing": train_missing,
+            "command": command,
         }
-        for strategy in sweep.strategies
+        for name, p in sweep.params(profile).items()
         for seed in sweep.seeds
     }
     if jobs == 1:
-        return [ensure_run(**run) for run in wanted.values()]
-    return list(launcher.run(_ensure_run, wanted, jobs=jobs).values())
+        return [ensure(**run) for run in wanted.values()]
+    return list(launcher.run(_ensure, wanted, jobs=jobs).values())
 
 
-def ensure_costs(sweep: SweepParams, *, profile: str, results_dir: str | Path, rounds: int | None) -> pd.DataFrame:
-    """What a training step of each strategy costs, as `analysis.cost.table` has it.
+def ensure_costs(sweep: SweepParams, *, profile: str, results_dir: str | Path, rounds: int | None) -> "pd.DataFrame":
+    """What training each variant costs, as `analysis.cost.table` has it.
 
     Args:
         results_dir: where cost.csv is.
@@ -75,10 +81,12 @@ def ensure_costs(sweep: SweepParams, *, profile: str, results_dir: str | Path, r
     Raises:
         InputError: nothing has been measured; as from `training.cost.measure`.
     """
+    from famba.analysis import cost
+
     if rounds is not None:
         from famba.training.cost import measure
 
-        cost.write(cost.table(measure(profile, sweep.strategies, rounds=rounds)), results_dir)
+        cost.write(cost.table(measure(sweep.params(profile), rounds=rounds)), results_dir)
     return cost.load(results_dir)
 
 
@@ -95,8 +103,8 @@ def ensure_run(run_dir: str | Path, *, strategy: str, seed: int, profile: str, t
     return ensure(run_dir, config.load(profile, strategy=strategy), seed=seed, train_missing=train_missing)
 
 
-def _ensure_run(run: dict[str, Any]) -> Path:
-    return ensure_run(**run)
+def _ensure(run: dict[str, Any]) -> Path:
+    return ensure(**run)
 
 
 def ensure(

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import seaborn
-from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from famba.analysis import ablation as ablation_table
 from famba.analysis import cost as cost_table
 from famba.analysis import intervals, summary
 from famba.analysis.claims import LABELS, VERDICTS
@@ -27,18 +27,18 @@ from famba.plots.style import (
     STRATEGY_COLOURS,
     Figure,
     caption,
+    label_rows,
     rows_of,
     strategies_in,
     styled,
 )
 
 _LABELS = {
-    "time_ratio": "time of a training step (1 is that of none)",
+    "time_ratio": "training time (1 is that of none)",
     "peak_memory_mib": "peak memory of training (MiB)",
     "flops_per_image": "forward FLOPs of an image",
 }
 _TOP1 = "top-1 accuracy (%)"
-_PAIR = ["factor", "kept", "instead"]
 
 
 @styled
@@ -55,7 +55,8 @@ def accuracy_against(runs: pd.DataFrame, table: pd.DataFrame, cost: str) -> Figu
     """
     names, costs = strategies_in(table), table.set_index("strategy")
     front = summary.pareto(table.rename(columns={"top1_percent_mean": "top1_percent"}), cost)
-    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    columns = math.ceil(len(names) / 20)
+    figure = Figure(figsize=(5.4 + 1.8 * columns, 4.6), layout="constrained")
     axes, handles = figure.add_subplot(), {}
     for name in names:
         own, points = costs.loc[name], rows_of(runs, name)["top1_percent"]
@@ -75,7 +76,7 @@ def accuracy_against(runs: pd.DataFrame, table: pd.DataFrame, cost: str) -> Figu
     axes.margins(0.08)
     if cost == "flops_per_image":
         axes.xaxis.set_major_formatter(EngFormatter())
-    figure.legend(handles.values(), handles, loc="outside right upper", handlelength=1.6)
+    figure.legend(handles.values(), handles, loc="outside right upper", handlelength=1.6, ncols=columns)
     spread = "one run each, so without spread" if set(table["n"]) == {1} else f"mean over {_seeds(runs)}, bars ± 1 sd"
     how = f" {cost_table.caption(table).replace('**', '')}" if cost == "time_ratio" else ""
     caption(
@@ -83,6 +84,28 @@ def accuracy_against(runs: pd.DataFrame, table: pd.DataFrame, cost: str) -> Figu
         f"Large: {spread}. Small: single runs. Up and left is better; no strategy beats one on the Pareto front in "
         f"both means.{how}",
     )
+    return figure
+
+
+@styled
+def paired_accuracy(runs: pd.DataFrame) -> Figure:
+    """Each seed's accuracy without fusion and with a strategy, joined by a line; one panel for each strategy.
+
+    Args:
+        runs: as from `summary.load_runs`.
+    """
+    scores = runs.pivot(index="strategy", columns="seed", values="top1_percent")
+    names = [name for name in strategies_in(runs) if name != summary.BASELINE]
+    figure = Figure(figsize=(2.3 * len(names) + 0.6, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(names) or 1, sharey=True, squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=False):  # an empty panel where nothing fuses
+        pair = scores.loc[[summary.BASELINE, name]]
+        axes.plot(pair.index, pair, color=STRATEGY_COLOURS[name], marker=MARKERS[name], alpha=0.5, linewidth=1.2)
+        axes.plot(pair.index, pair.mean(axis=1), color="black", linewidth=2.2)
+        axes.set_title(f"{pair.diff().iloc[1].mean():+.1f} points".replace("-", "\N{MINUS SIGN}"), fontsize=10)
+        axes.margins(x=0.2)
+    panels[0].set_ylabel(_TOP1)
+    caption(figure, f"A line is a seed; black: the mean of {_seeds(runs)}.")
     return figure
 
 
@@ -106,9 +129,8 @@ def costs(table: pd.DataFrame) -> Figure:
             xerr = ends.abs().fillna(0).to_numpy(float).T
         axes.errorbar(ratios[names], places, xerr=xerr, fmt=mark, color=PALETTE[len(label) % 4], capsize=3, label=label)
     axes.axvline(1, color="0.6", linewidth=0.9, linestyle="--")
-    axes.set_yticks(range(len(names)), names)
-    axes.set(ylim=(len(names) - 0.5, -0.5), xlim=(0, None), xlabel="of a training step, in units of none")
-    axes.grid(False, axis="y")
+    label_rows(axes, names)
+    axes.set(xlim=(0, None), xlabel="of a training step, in units of none")
     figure.legend(loc="outside upper center", ncols=3)
     caption(figure, cost_table.caption(table).replace("**", ""))
     return figure
@@ -138,9 +160,8 @@ def claims(verdicts: pd.DataFrame) -> Figure:
         sign = "\N{MINUS SIGN}" if quantity == "top1_percent_diff" else "/"
         pairs = own[["claim", "strategy", "against"]].to_numpy(str)
         labels = [f"{name.replace('_', ' ')}:  {ours} {sign} {theirs}" for name, ours, theirs in pairs]
-        axes.set_yticks(range(len(own)), labels)
-        axes.set(ylim=(len(own) - 0.5, -0.5), xlabel=LABELS[quantity])
-        axes.grid(False, axis="y")
+        label_rows(axes, labels)
+        axes.set(xlabel=LABELS[quantity])
     handles = [Line2D([], [], color=colour, marker="o", linestyle="none") for colour in colours.values()]
     figure.legend(handles, colours, loc="outside upper right", ncols=3)
     caption(
@@ -193,7 +214,7 @@ def training_curves(history: pd.DataFrame) -> Figure:
     }
     figure = Figure(figsize=(9.6, 3.7), layout="constrained")
     if history.empty:
-        caption(figure, "Nothing was trained: the runs evaluate the weights that they were given.", width=130)
+        caption(figure, "Nothing was trained: the runs evaluate the weights that they were given.")
         return figure
     names = strategies_in(history)
     panels = figure.subplots(1, len(columns))
@@ -203,7 +224,7 @@ def training_curves(history: pd.DataFrame) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     figure.legend(panels[0].get_lines(), names, loc="outside upper center", ncols=len(names))
     band = "" if _seeds(history) == "n = 1 seed" else "; the band is ± 1 sd"
-    caption(figure, f"Mean over {_seeds(history)}{band}.", width=130)
+    caption(figure, f"Mean over {_seeds(history)}{band}.")
     return figure
 
 
@@ -243,83 +264,106 @@ def strategies_overview(schedules: pd.DataFrame) -> Figure:
 
 
 @styled
-def ablation(effects: pd.DataFrame, runs: pd.DataFrame) -> Figure:
-    """What each option of fusion is worth, with 95% intervals, beside the mean accuracy of every cell of the grid.
+def ablation(effects: pd.DataFrame) -> Figure:
+    """What each change is worth: a row for each, in it a mark with its interval for each strategy.
 
     Args:
         effects: as from `ablation.effects`.
-        runs: what they were made from, as from `ablation.run`.
     """
-    pairs = effects[_PAIR].drop_duplicates()
-    cells = _grid_of_means(rows_of(runs, _of_grid(effects)), effects)
-    height = max(3.6, 0.85 * len(pairs) + 1.2)
-    figure = Figure(figsize=(7.4 + 0.75 * cells.shape[1], height), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[5.2, 1.2 + 0.75 * cells.shape[1]])
-    _effects(left, effects, [tuple(pair) for pair in pairs.to_numpy()])
-    right.set_title(f"{_of_grid(effects)}: mean top-1 accuracy (%)", loc="left", fontsize=10)
-    look = {"cmap": "viridis", "annot": True, "fmt": ".1f", "cbar": False, "linewidths": 1}
-    seaborn.heatmap(cells, **look, ax=right)
-    right.tick_params(rotation=0, labelsize=8.5, length=0)
-    right.set(xlabel="", ylabel=cells.index.name)
-    n = " or ".join(str(count) for count in sorted(set(effects["n"])))
+    changes = effects["change"].unique().tolist()
+    names = strategies_in(effects)
+    figure = Figure(figsize=(7.2, 1.8 + 0.14 * len(changes) * (2 + len(names))), layout="constrained")
+    axes = figure.add_subplot()
+    for name, offset in zip(names, np.linspace(-0.3, 0.3, len(names)) if len(names) > 1 else [0.0], strict=True):
+        rows = rows_of(effects, name)
+        mean, low, high = rows[["mean", "low", "high"]].to_numpy(float).T
+        xerr = None if np.isnan(low).all() else (mean - low, high - mean)
+        look: dict[str, Any] = {"fmt": MARKERS[name], "color": STRATEGY_COLOURS[name], "label": name}
+        axes.errorbar(mean, offset + np.array([changes.index(x) for x in rows["change"]]), xerr=xerr, **look)
+    axes.axvline(0, color="0.4", linewidth=0.9, zorder=0)
+    for row in range(1, len(changes)):
+        axes.axhline(row - 0.5, color="0.9", linewidth=0.8, zorder=0)
+    axes.set_yticks(range(len(changes)), changes)
+    axes.set(ylim=(len(changes) - 0.5, -0.5), xlabel="change of top-1 accuracy (points)")
+    axes.grid(False, axis="y")
+    figure.legend(loc="outside upper center", ncols=len(names))
     caption(
         figure,
-        "Left: top-1 with the first value minus top-1 with the second, mean and 95% interval over "
-        f"n = {n} seeds and images, pairs of one seed averaged first; right of zero, the first is better. Over the "
-        "grid: the mean over every combination of the other options. The others: only this option changed. "
-        f"Right: mean over {_seeds(runs)}.",
-        width=round(16 * figure.get_figwidth()),
+        "Top-1 with one change minus top-1 of the same strategy without it, mean and 95% interval over "
+        f"n = {effects['n'].iloc[0]} seeds and images.",
     )
     return figure
+
+
+def ablations(effects: pd.DataFrame, runs: pd.DataFrame, table: pd.DataFrame) -> dict[str, Figure]:
+    """All figures of an ablation by name; the paper's beside it where the first layer or r of `upper` is what changes.
+
+    Args:
+        effects: as from `ablation.effects`.
+        runs, table: as for `accuracy_against`.
+    """
+    figures = {"effects": ablation(effects)}
+    figures |= {cost: accuracy_against(runs, table, cost) for cost in ("time_ratio", "peak_memory_mib")}
+    varied = [x for x in ("first_layer", "r") if len(set(_of_upper(table)[x])) > 1]
+    return figures | ({"paper": upper_beside_paper(table, varied[0])} if varied else {})
+
+
+def _of_upper(table: pd.DataFrame) -> pd.DataFrame:
+    return table.loc[table["strategy"].str.match("upper(_|$)")]
+
+
+@styled
+def upper_beside_paper(table: pd.DataFrame, column: str) -> Figure:
+    """What upper-layer fusion changes against its first layer or against r: the paper's Table 2 or 3, and here.
+
+    Args:
+        table: as from `summary.summary`; of `upper` and its changes.
+        column: first_layer or r.
+    """
+    number, label = {"first_layer": (2, "first fusing layer"), "r": (3, "tokens fused by each layer, r")}[column]
+    rows = {
+        "top1_percent_diff": "change of top-1\n(points)",
+        "time_ratio": "training time",
+        "memory_ratio": "peak memory",
+    }
+    figure = Figure(figsize=(8.4, 6.4), layout="constrained")
+    panels = figure.subplots(3, 2, sharex="col", sharey="row")
+    sides = {f"Famba-V, Table {number} (Vim-Ti)": ablation_table.paper(number), "here": _of_upper(table)}
+    for (title, side), axes in zip(sides.items(), panels.T, strict=True):
+        side = side.sort_values(column)
+        axes[0].set_title(title)
+        axes[-1].set_xlabel(label)
+        axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
+        for panel, (quantity, name) in zip(axes, rows.items(), strict=True):
+            yerr = None
+            if f"{quantity}_low" in side:
+                yerr = (side[quantity] - side[f"{quantity}_low"], side[f"{quantity}_high"] - side[quantity])
+            panel.errorbar(
+                side[column], side[quantity], yerr=yerr, fmt="^-", color=STRATEGY_COLOURS["upper"], capsize=3
+            )
+            panel.axhline(0 if quantity == "top1_percent_diff" else 1, color="0.4", linewidth=0.9, linestyle="--")
+            panel.set_ylabel(name if title != "here" else "")
+    told = ""
+    if column == "r":
+        told = " ".join(f"{title}: {_break_even(side)}." for title, side in sides.items())
+    caption(
+        figure,
+        "Dashed: the same model without fusion, which all are relative to. The paper's are one run each; here 95% "
+        f"intervals, of accuracy over seeds and images, of time over rounds. {told}",
+    )
+    return figure
+
+
+def _break_even(side: pd.DataFrame) -> str:
+    found = cost_table.break_even(side)
+    if math.isnan(found):
+        return "no r saves time"
+    return f"time is saved from r = {found:.1f} on" if found else f"even r = {side['r'].min()} saves time"
 
 
 def _by_strategy(names: list[str]) -> dict[str, Any]:
     """seaborn's arguments for one line of each strategy."""
     return {"hue": "strategy", "hue_order": names, "palette": STRATEGY_COLOURS, "legend": False}
-
-
-def _effects(axes: Axes, effects: pd.DataFrame, pairs: list[tuple[str, ...]]) -> None:
-    """A row for each pair of values, in it a mark for each strategy, and one for the grid where it has the pair."""
-    series = list(effects.groupby(["strategy", "over"], sort=False))
-    offsets = np.linspace(-0.3, 0.3, len(series)) if len(series) > 1 else [0.0]
-    for offset, (_, rows) in zip(offsets, series, strict=True):
-        strategy, whole = rows["strategy"].iloc[0], rows["over"].iloc[0] == "grid"
-        mean, low, high = rows[["mean", "low", "high"]].to_numpy(float).T
-        axes.errorbar(
-            mean,
-            offset + np.array([pairs.index(row) for row in zip(*(rows[x] for x in _PAIR), strict=True)]),
-            xerr=None if np.isnan(low).all() else (mean - low, high - mean),
-            fmt=MARKERS[strategy],
-            color="black" if whole else STRATEGY_COLOURS[strategy],
-            markersize=8 if whole else 5,
-            linewidth=2.2 if whole else 1.2,
-            capsize=0,
-            label=f"{strategy}, over the grid" if whole else strategy,
-        )
-    axes.axvline(0, color="0.4", linewidth=0.9, zorder=0)
-    for row in range(1, len(pairs)):
-        axes.axhline(row - 0.5, color="0.9", linewidth=0.8, zorder=0)
-    axes.set_yticks(range(len(pairs)), [f"{kept} \N{MINUS SIGN} {instead}" for _, kept, instead in pairs])
-    axes.set(ylim=(len(pairs) - 0.5, -0.5), xlabel="difference in top-1 accuracy (points)")
-    axes.grid(False, axis="y")
-    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=len(series))
-
-
-def _of_grid(effects: pd.DataFrame) -> str:
-    return str(effects.loc[effects["over"] == "grid", "strategy"].iloc[0])
-
-
-def _grid_of_means(runs: pd.DataFrame, effects: pd.DataFrame) -> pd.DataFrame:
-    """Mean accuracy by what is compared (down) and the other options that vary in the grid (across)."""
-    combined = set(effects.loc[effects["over"] == "grid", "factor"])
-    for factor, kept in effects[["factor", "kept"]].drop_duplicates().to_numpy():
-        runs = runs if factor in combined else runs.loc[runs[factor] == kept]
-    varied = [factor for factor in ("feature", "order", "weighting", "position") if len(set(runs[factor])) > 1]
-    down, across = varied[0], varied[1:]
-    rows = list(dict.fromkeys(runs[down]))
-    table = runs.assign(column=["\n".join(values) for values in runs[across].to_numpy(str)] if across else "")
-    columns = list(dict.fromkeys(table["column"]))
-    return table.pivot_table(index=down, columns="column", values="top1_percent").loc[rows, columns]
 
 
 # In the order in which they are drawn, below the named strategies.
@@ -364,15 +408,13 @@ def adaptive_schedules(schedules: pd.DataFrame, runs: pd.DataFrame) -> Figure:
     assert bars is not None
     bars.set_xlabel("layer")
     bars.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
-    score.set(xlabel=_TOP1, yticks=range(len(names)), yticklabels=[])
-    score.set_ylim(len(names) - 0.5, -0.5)
-    score.grid(False, axis="y")
+    label_rows(score, [""] * len(names))
+    score.set(xlabel=_TOP1)
     n = sorted({len(rows_of(runs, name)) for name in names})
     caption(
         figure,
         f"Bars: tokens removed by each layer. Right: single runs, small; their mean and its 95% t-interval, large; "
         f"n = {' or '.join(map(str, n))} seed{'' if n == [1] else 's'}.",
-        width=130,
     )
     return figure
 
@@ -410,6 +452,5 @@ def paper_memory(shares: pd.DataFrame) -> Figure:
         "Points: Famba-V, Tables 2 and 3, one run each. Lines: the analytic memory of a training step here. Left, r "
         "falls as more layers fuse, so that about as many tokens go; right, layers 6 to 24 fuse. The direction is the "
         "same; the paper's runs save less, and with r of 1 and 2 they take more memory than without fusion.",
-        width=130,
     )
     return figure

@@ -165,13 +165,13 @@ TEST, FIRST = "plain_text/test-00000-of-00001.parquet", "plain_text/train-00000-
 )
 def test_a_copy_that_is_not_whole_is_an_error_of_one_line(copied, spoil, parts):
     spoil(copied)
-    one_line(lambda: load(), *parts)
+    one_line(load, *parts)
 
 
 def test_integers_without_names_are_no_classes(copied):
     for file in (copied / "plain_text").iterdir():
         write(file, {"label": [0, 1]}, described=False)
-    one_line(lambda: find(), "its class label columns are none of ['img', 'label']", "exactly one class label column")
+    one_line(find, "its class label columns are none of ['img', 'label']", "exactly one class label column")
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_integers_without_names_are_no_classes(copied):
 )
 def test_what_cannot_be_found_is_an_error_of_one_line(copied, changes, parts):
     (copied.parent / "empty").mkdir()
-    one_line(partial(find, **changes), *parts)
+    one_line(lambda: find(**changes), *parts)
 
 
 # the hub
@@ -222,7 +222,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, answer: object) -> list[str]:
 def splits(top: Path, **names: str) -> datasets.DatasetDict:
     """The set in the folder under other names of its splits."""
     files = {"train": str(top / FIRST), "test": str(top / TEST)}
-    with sources._quiet(datasets):
+    with sources._quiet("a/b"):
         kept = datasets.load_dataset("parquet", data_files=files, cache_dir=str(top.parent / "build" / "other"))
     return datasets.DatasetDict({names.get(name, name): split for name, split in kept.items()})
 
@@ -283,7 +283,8 @@ def test_without_the_package_the_error_says_what_to_install(copied, monkeypatch)
 
 def test_the_librarys_bars_and_log_are_afterwards_as_they_were():
     before = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
-    with sources._quiet(datasets):
+    with sources._quiet("a/b") as library:
+        assert library is datasets
         assert datasets.are_progress_bars_disabled()
         assert datasets.logging.get_verbosity() == datasets.logging.ERROR
     assert (datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()) == before

@@ -38,10 +38,6 @@ def test_the_papers_schedules_leave_the_tokens_worked_out_by_hand(strategy, left
     assert counts[-1] == left
 
 
-def test_token_counts_fall_layer_by_layer():
-    assert token_counts([0, 3, 0, 2], 10) == [10, 10, 7, 7, 5]
-
-
 @pytest.mark.parametrize("strategy", ["all", "interleaved", "lower", "upper"])
 def test_a_budget_of_the_papers_tokens_gives_the_papers_r(strategy):
     budget = sum(schedule(strategy, depth=24, r=PAPER[strategy]))
