@@ -7,6 +7,7 @@ intervals of the runs.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,23 +18,11 @@ from famba import config
 from famba.config import AblationParams, Params
 from famba.errors import InputError
 from famba.experiments import launcher, sweep
+from famba.experiments.sweep import Cell
 from famba.fusion.options import FusionOptions, levels
 from famba.storage import runs
 
 COMMAND = "make ablation"
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One run of an ablation.
-
-    Attributes:
-        name: of its folder.
-    """
-
-    name: str
-    params: Params
-    seed: int
 
 
 def run(asked: AblationParams, *, profile: str, runs_dir: str | Path) -> pd.DataFrame:
@@ -55,7 +44,8 @@ def run(asked: AblationParams, *, profile: str, runs_dir: str | Path) -> pd.Data
     """
     folder = config.root() / runs_dir
     wanted = cells(asked, profile=profile)
-    launcher.run(_train, {cell.name: (cell, folder / cell.name) for cell in wanted}, jobs=asked.jobs)
+    task = functools.partial(sweep.ensure_cell, folder=folder, train_missing=True, command=COMMAND)
+    launcher.run(task, {cell.name: cell for cell in wanted}, jobs=asked.jobs)
     table = pd.DataFrame([_row(cell, runs.read(folder / cell.name)) for cell in wanted])
     return table.assign(profile_epochs=config.load(profile, strategy=asked.strategy).train.epochs)
 
@@ -104,11 +94,6 @@ def _shortened(p: Params, asked: AblationParams) -> Params:
             f"{p.profile}, {p.train.warmup_epochs}"
         )
     return dataclasses.replace(p, train=dataclasses.replace(p.train, epochs=epochs, threads=1))
-
-
-def _train(what: tuple[Cell, Path]) -> None:
-    cell, folder = what
-    sweep.ensure(folder, cell.params, seed=cell.seed, train_missing=True, command=COMMAND)
 
 
 def _row(cell: Cell, record: runs.RunRecord) -> Mapping[str, object]:

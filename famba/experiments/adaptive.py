@@ -19,15 +19,23 @@ from famba.analysis.calibration import Plan
 from famba.config import FusionRule, SweepParams
 from famba.errors import InputError
 from famba.experiments import sweep
+from famba.experiments.sweep import Cell
 from famba.fusion.strategies import ADAPTIVE, STRATEGIES
 from famba.storage import runs
 from famba.storage.files import json_bytes, write_atomic
 
-_COMMAND = "make adaptive"
+COMMAND = "make adaptive"
 _COLUMNS = ["strategy", "seed", "top1_percent", "correct", "peak_memory_mib", "flops_per_image", "tokens_removed"]
 
 
-def plans(asked: SweepParams, *, profile: str, runs_dir: str | Path, kinds: Sequence[str], images: int) -> list[Plan]:
+def plans(
+    asked: SweepParams,
+    *,
+    profile: str,
+    runs_dir: str | Path,
+    kinds: Sequence[str] = calibration.KINDS,
+    images: int = 256,
+) -> list[Plan]:
     """A schedule for each measure of costs, by the budget of `fusion.adaptive` and the sweep's runs of `none`.
 
     Args:
@@ -63,16 +71,27 @@ def run_plans(
     if set(asked.strategies) <= {summary.BASELINE}:
         raise InputError(f"sweep.strategies: {list(asked.strategies)}: none that fuses, so nothing to compare with")
     rows = summary.load_runs(asked, runs_dir).filter(_COLUMNS).to_dict("records")
-    base = config.load(profile, strategy=summary.BASELINE)
-    for plan in plans:
-        p = dataclasses.replace(base, strategy=ADAPTIVE, fusion=FusionRule(schedule=tuple(plan.schedule)))
-        for seed in asked.seeds:
-            folder = Path(trained_dir) / runs.run_name(name(plan), seed)
-            run = runs.read(sweep.ensure(folder, p, seed=seed, train_missing=True, command=_COMMAND))
-            measured = {key: run.cost[key] for key in ("peak_memory_mib", "flops_per_image")} | {"correct": run.correct}
-            score = {"top1_percent": run.metrics["top1_percent"], "tokens_removed": sum(run.schedule)}
-            rows.append({"strategy": name(plan), "seed": run.seed, **score, **measured})
+    for cell in cells(plans, asked, profile=profile):
+        folder = sweep.ensure_cell(cell, folder=Path(trained_dir), train_missing=True, command=COMMAND)
+        run = runs.read(folder)
+        measured = {key: run.cost[key] for key in ("peak_memory_mib", "flops_per_image")} | {"correct": run.correct}
+        score = {"top1_percent": run.metrics["top1_percent"], "tokens_removed": sum(run.schedule)}
+        rows.append({"strategy": cell.name.removesuffix(f"-{cell.seed}"), "seed": run.seed, **score, **measured})
     return pd.DataFrame(rows, columns=_COLUMNS)
+
+
+def cells(plans: Sequence[Plan], asked: SweepParams, *, profile: str) -> list[Cell]:
+    """The runs of the plans with the sweep's seeds."""
+    base = config.load(profile, strategy=summary.BASELINE)
+    return [
+        Cell(
+            runs.run_name(name(plan), seed),
+            dataclasses.replace(base, strategy=ADAPTIVE, fusion=FusionRule(schedule=tuple(plan.schedule))),
+            seed,
+        )
+        for plan in plans
+        for seed in asked.seeds
+    ]
 
 
 def schedules(plans: Sequence[Plan], asked: SweepParams, *, runs_dir: str | Path) -> pd.DataFrame:

@@ -6,7 +6,6 @@ item fails, and when the process that started it is gone, however that ended.
 
 import multiprocessing
 import os
-import signal
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -58,7 +57,7 @@ def run(task: Callable[[Item], Result], items: Mapping[str, Item], *, jobs: int)
 
 
 def _initialise() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the process that started this one answers it
+    os.setpgrp()  # what Ctrl-C and a scheduler send to a group is answered by the process that started this one
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin would take the others' cores
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 

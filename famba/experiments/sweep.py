@@ -5,6 +5,8 @@ checkout without runs, trains the small ones that it shows.
 """
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,19 @@ from famba.experiments import launcher
 from famba.fusion import strategies
 from famba.models import presets
 from famba.storage import runs
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """What one run is trained from.
+
+    Attributes:
+        name: of its folder.
+    """
+
+    name: str
+    params: config.Params
+    seed: int
 
 
 def resolve(profile: str | None) -> list[config.Params]:
@@ -49,20 +64,32 @@ def ensure_runs(
     Args:
         jobs: runs trained at the same time, each in a process of its own if there are several.
     """
-    wanted = {
-        runs.run_name(strategy, seed): {
-            "run_dir": Path(runs_dir) / runs.run_name(strategy, seed),
-            "strategy": strategy,
-            "seed": seed,
-            "profile": profile,
-            "train_missing": train_missing,
-        }
+    one = functools.partial(ensure_cell, folder=Path(runs_dir), train_missing=train_missing)
+    wanted = {cell.name: cell for cell in cells(sweep, profile=profile)}
+    if jobs == 1:
+        return [one(cell) for cell in wanted.values()]
+    return list(launcher.run(one, wanted, jobs=jobs).values())
+
+
+def cells(sweep: SweepParams, *, profile: str) -> list[Cell]:
+    """The runs of a sweep under a profile, in its order."""
+    return [
+        Cell(runs.run_name(strategy, seed), config.load(profile, strategy=strategy), seed)
         for strategy in sweep.strategies
         for seed in sweep.seeds
-    }
-    if jobs == 1:
-        return [ensure_run(**run) for run in wanted.values()]
-    return list(launcher.run(_ensure_run, wanted, jobs=jobs).values())
+    ]
+
+
+def missing(cells: Sequence[Cell], folder: Path) -> list[Cell]:
+    """Those whose runs are not in the folder, complete, with these parameters and trained by the code of today."""
+    from famba.training import fit
+
+    made_of = {cell.name: fit.made_of(cell.params, seed=cell.seed) for cell in cells}
+    return [
+        cell
+        for cell in cells
+        if _why_not(folder / cell.name, cell.params, cell.seed, made_of[cell.name], known_code=True)
+    ]
 
 
 def ensure_costs(sweep: SweepParams, *, profile: str, results_dir: str | Path, rounds: int | None) -> pd.DataFrame:
@@ -95,12 +122,19 @@ def ensure_run(run_dir: str | Path, *, strategy: str, seed: int, profile: str, t
     return ensure(run_dir, config.load(profile, strategy=strategy), seed=seed, train_missing=train_missing)
 
 
-def _ensure_run(run: dict[str, Any]) -> Path:
-    return ensure_run(**run)
+def ensure_cell(cell: Cell, *, folder: Path, **asked: Any) -> Path:
+    """The run of a cell in its place in the folder; further arguments and errors as in `ensure`."""
+    return ensure(folder / cell.name, cell.params, seed=cell.seed, **asked)
 
 
 def ensure(
-    run_dir: str | Path, p: config.Params, *, seed: int, train_missing: bool, command: str | None = None
+    run_dir: str | Path,
+    p: config.Params,
+    *,
+    seed: int,
+    train_missing: bool,
+    command: str | None = None,
+    known_code: bool = False,
 ) -> Path:
     """The folder of the run of any parameters, checked; arguments and errors as in `ensure_run`.
 
@@ -109,6 +143,7 @@ def ensure(
 
     Args:
         command: what to type for this run, where it is more than a strategy and a seed of a profile.
+        known_code: train a run again that does not say by what code it was trained.
     """
     folder = config.root() / run_dir
     if not train_missing:
@@ -118,7 +153,7 @@ def ensure(
     from famba.training import fit
 
     made_of = fit.made_of(p, seed=seed)
-    if _why_not(folder, p, seed, made_of):
+    if _why_not(folder, p, seed, made_of, known_code):
         with runs.held(folder):
             run = fit.fit(p, seed=seed)
             cost = {**run.cost, "made_of": made_of, "command": command or run.cost["command"]}
@@ -127,7 +162,7 @@ def ensure(
     return folder
 
 
-def _why_not(folder: Path, p: config.Params, seed: int, made_of: str | None = None) -> str:
+def _why_not(folder: Path, p: config.Params, seed: int, made_of: str | None = None, known_code: bool = False) -> str:
     """Empty if the folder holds the run of these parameters and this seed, else the reason."""
     try:
         run = runs.read(folder)
@@ -139,6 +174,6 @@ def _why_not(folder: Path, p: config.Params, seed: int, made_of: str | None = No
         return f"{folder / 'params.json'}: other parameters than params.yaml gives for {p.strategy} in {p.profile}"
     if run.metrics.get("init_sha256") != p.init_sha256(seed):
         return f"{folder / 'metrics.json'}: init_sha256: started from other weights than {p.init_path(seed)} holds now"
-    if made_of is not None and run.cost.get("made_of", made_of) != made_of:
-        return f"{folder / 'cost.json'}: made_of: {run.cost['made_of']}, other code than today's"
+    if made_of is not None and run.cost.get("made_of", "" if known_code else made_of) != made_of:
+        return f"{folder / 'cost.json'}: made_of: {run.cost.get('made_of')}, other code than today's"
     return ""

@@ -1,0 +1,169 @@
+"""`famba sweep`: what is missing of a stage's runs, trained in processes of this machine or as the jobs of a cluster.
+
+On Slurm each run is a job, through submitit. One that is preempted or reaches its time limit is queued again and
+continues from its last epoch. Jobs outlive the command that submitted them; the same command waits for those that have
+not ended. On this machine, worker processes take run after run: submitit's own would import torch for each, start all
+at once and hide the GPUs.
+"""
+
+import functools
+import logging
+import shutil
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from famba import config
+from famba.errors import FambaError, InputError
+from famba.experiments import ablation, launcher, sweep
+from famba.experiments.sweep import Cell
+from famba.storage.files import claimed
+
+STAGES = {"train": "runs", "ablation": "experiments/ablation", "adaptive": "experiments/adaptive"}
+
+_TIME_LIMITS = 1000  # that one run may reach, each time continuing in the next job
+_POLL_S = 5.0
+_POLLS = 6  # until a job that has ended without a result is given up: a shared file system may show it late
+
+_log = logging.getLogger(__name__)
+
+
+def train(stage: str, *, profile: str | None, cluster: str, jobs: int | None, slurm: Mapping[str, Any]) -> Path:
+    """Train what is missing of a stage's runs; their folder, which is the pipeline's or one of another profile.
+
+    Args:
+        stage: of `STAGES`.
+        cluster: local or slurm.
+        jobs: runs at the same time; None is 1 here, and all on Slurm.
+        slurm: parameters of `submitit.SlurmExecutor`.
+
+    Raises:
+        InputError: an argument that is not allowed; no Slurm or submitit; what Slurm refuses; jobs of an earlier sweep
+            that have other parameters.
+        FambaError: runs that failed. On Slurm the others are finished.
+    """
+    if jobs is not None and jobs < 1:
+        raise InputError(f"--jobs: {jobs}; must be at least 1")
+    if slurm and cluster == "local":
+        raise InputError(f"--slurm: {dict(slurm)}; allowed with --cluster slurm only")
+    if not isinstance(slurm.get("time", 0), int):
+        raise InputError(f"--slurm time: {slurm['time']!r}; must be a whole number of minutes")
+    own = config.load(None, strategy="none").profile
+    results = Path("results") if profile in (None, own) else Path("build") / profile
+    cells, command = _cells(stage, profile or own, results / STAGES["train"])
+    folder = config.root() / results / STAGES[stage]
+    logs = config.root() / "build" / "slurm" / results / STAGES[stage]
+    task = functools.partial(sweep.ensure_cell, folder=folder, train_missing=True, command=command, known_code=True)
+    with claimed(logs.with_suffix(".lock"), f"{folder}: another famba sweep trains these runs"):
+        missing = sweep.missing(cells, folder)
+        _log.info("%s: %d runs, %d of them missing", folder, len(cells), len(missing))
+        if cluster == "local":
+            launcher.run(task, {cell.name: cell for cell in missing}, jobs=jobs or 1)
+        else:
+            _run_on_slurm(task, cells, missing, logs, {"array_parallelism": jobs or len(cells)} | slurm)
+        if failed := sweep.missing(cells, folder):
+            raise FambaError(f"{len(failed)} of {len(cells)} runs failed, the first {failed[0].name}; logs: {logs}")
+        shutil.rmtree(logs, ignore_errors=True)
+    return folder
+
+
+def _cells(stage: str, profile: str, trained: Path) -> tuple[list[Cell], str | None]:
+    """The runs of a stage, and the command that they record where that is not the run's own."""
+    asked = config.load_sweep()
+    if stage == "ablation":
+        return ablation.cells(config.load_ablation(), profile=profile), ablation.COMMAND
+    if stage == "adaptive":
+        from famba.experiments import adaptive  # imports torch, which a job needs in its worker process only
+
+        plans = adaptive.plans(asked, profile=profile, runs_dir=trained)
+        return adaptive.cells(plans, asked, profile=profile), adaptive.COMMAND
+    return sweep.cells(asked, profile=profile), None
+
+
+class Job:
+    """What submitit pickles, and calls in a job: trains one run."""
+
+    def __init__(self, task: Callable[[Cell], Path], cell: Cell) -> None:
+        self.task, self.cell = task, cell
+
+    def __call__(self) -> str:
+        """Empty, or the error in a line. The run has a process of its own, which the signals of Slurm do not reach."""
+        try:
+            launcher.run(self.task, {self.cell.name: self.cell}, jobs=1)
+        except FambaError as error:
+            return str(error)
+        return ""
+
+    def checkpoint(self) -> Any:
+        """What is queued again: the same, since a run continues from its last epoch by itself."""
+        from submitit.core.utils import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def _run_on_slurm(
+    task: Callable[[Cell], Path],
+    cells: Sequence[Cell],
+    missing: Sequence[Cell],
+    logs: Path,
+    parameters: Mapping[str, Any],
+) -> None:
+    """Submit a job for each missing run that has none, and wait until all jobs have ended; failures are logged."""
+    try:
+        import submitit
+        from submitit.core.utils import FailedJobError, pickle_load
+    except ImportError:
+        raise InputError("--cluster slurm: needs submitit: pip install 'famba[cluster]'") from None
+    try:
+        executor = submitit.SlurmExecutor(logs, max_num_timeout=_TIME_LIMITS)
+        executor.update_parameters(**{"job_name": "famba", "time": 240} | parameters)
+        running = _running(logs, {cell.name: cell for cell in cells})
+        wanted = [Job(task, cell) for cell in missing if cell.name not in running]
+        submitted = executor.submit_array(wanted) if wanted else []
+    except (FailedJobError, RuntimeError, ValueError) as error:  # no Slurm, an unknown parameter, or sbatch's refusal
+        raise InputError(f"--cluster slurm: {' '.join(str(error).split())}") from None
+    running |= {job.cell.name: found for job, found in zip(wanted, submitted, strict=True)}
+    count, polls = len(running), Counter[str]()
+    _log.info("%d jobs, %d of them submitted now; they outlive this command; logs: %s", count, len(wanted), logs)
+    while running:
+        time.sleep(_POLL_S)
+        active = _active()
+        for name, job in list(running.items()):
+            result = job.paths.result_pickle
+            polls[name] += job.job_id not in active
+            if job.job_id in active or (not result.exists() and polls[name] < _POLLS):
+                continue
+            del running[name]
+            state, value = pickle_load(result) if result.exists() else ("", f"job {job.job_id} ended without a result")
+            if state != "success" or value:
+                _log.error("%s: %s; log: %s", name, value.strip().splitlines()[-1], job.paths.stderr)
+            _log.info("%d of %d jobs have ended", count - len(running), count)
+
+
+def _running(logs: Path, cells: Mapping[str, Cell]) -> dict[str, Any]:
+    """The jobs of an earlier sweep that have not ended, by the names of their runs."""
+    import submitit
+
+    active, found = _active(), {}
+    for path in logs.glob("*_submitted.pkl"):
+        job = submitit.SlurmJob(logs, path.name.removesuffix("_submitted.pkl"))
+        if job.job_id in active:
+            cell = job.submission().function.cell
+            if cells.get(cell.name) != cell:
+                raise InputError(f"{cell.name}: job {job.job_id} has other parameters; wait for it, or cancel it")
+            found[cell.name] = job
+    return found
+
+
+def _active() -> set[str]:
+    """The numbers of this user's jobs that have not ended; of all, since sacct would need an accounting database."""
+    while True:
+        squeue = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
+        done = subprocess.run(squeue, capture_output=True, text=True)
+        if not done.returncode:
+            return set(done.stdout.split())
+        _log.warning("squeue: %s; asked again", " ".join(done.stderr.split()))
+        time.sleep(_POLL_S)
