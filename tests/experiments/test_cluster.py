@@ -25,6 +25,8 @@ from famba.training import fit
 
 SAME = ("metrics.json", "history.csv", "schedule.json", "model.safetensors")
 RUNS = Path("build/smoke/runs")
+SEEDS = int(os.environ.get("FAMBA_SWEEP_SEEDS", "2"))  # of five strategies each: 40 are two hundred runs
+JOBS = min(8, SEEDS + 1)
 
 
 def checkout(folder: Path, monkeypatch, *, seeds: int, epochs: int = 2) -> Path:
@@ -61,22 +63,23 @@ def written() -> dict[str, int]:
 
 @pytest.mark.slow
 def test_many_runs_at_once_are_each_trained_once_though_the_sweep_is_killed(tmp_path, monkeypatch):
-    checkout(tmp_path / "here", monkeypatch, seeds=2)
-    wanted, rng, seen = {cell.name for cell in cells()}, random.Random(0), {}
-    for point in (2, 6):
-        with start("--jobs", "3") as sweeping:
+    checkout(tmp_path / "here", monkeypatch, seeds=SEEDS)
+    wanted, rng, seen = {cell.name for cell in cells()}, random.Random(SEEDS), {}
+    for point in sorted(rng.sample(range(1, len(wanted) - JOBS), min(5, SEEDS))):
+        with start("--jobs", f"{JOBS}") as sweeping:
             wait_until(lambda point=point: len(written()) >= point, sweeping)
             wait_until(lambda: rng.random() < 0.05, sweeping)
-            workers = psutil.Process(sweeping.pid).children(recursive=True)
+            started, others = (psutil.Process(sweeping.pid).children(recursive=each) for each in (False, True))
             sweeping.kill()
-        assert not psutil.wait_procs(workers, timeout=PATIENCE_S)[1]
-        assert all(written()[name] == when for name, when in seen.items())
+        assert len(started) <= JOBS + 1, "more than the workers and multiprocessing's resource tracker"
+        assert not psutil.wait_procs(others, timeout=PATIENCE_S)[1]
+        assert written().items() >= seen.items()
         seen = written()
-    assert len(seen) < len(wanted) == 10
-    with start("--jobs", "3") as sweeping:
+    assert len(seen) < len(wanted)
+    with start("--jobs", f"{JOBS}") as sweeping:
         assert sweeping.wait(FOREVER_S) == 0, Path("log.txt").read_text()
     assert set(written()) == wanted
-    assert all(written()[name] == when for name, when in seen.items())
+    assert written().items() >= seen.items()
     assert not list(Path("build/checkpoints").glob("*/epoch-*"))
     assert sweep.missing(cells(), RUNS) == []
 
@@ -126,8 +129,8 @@ def slurm(tmp_path, monkeypatch):
     home = tmp_path / "slurm"
     for name in ("state", "spool-a", "spool-b"):
         (home / name).mkdir(parents=True)
-    (home / "key").write_bytes(random.randbytes(128))
-    (home / "key").chmod(0o400)
+    (home / "key-file").write_bytes(random.randbytes(128))
+    (home / "key-file").chmod(0o400)
     with socket.socket() as one, socket.socket() as two, socket.socket() as three:
         for each in (one, two, three):
             each.bind(("127.0.0.1", 0))
@@ -162,9 +165,7 @@ def slurm(tmp_path, monkeypatch):
     lines += [f"PartitionName={name} Nodes=a,b PriorityTier={tier}" for tier, name in enumerate(("low", "high"), 1)]
     (home / "slurm.conf").write_text("\n".join([*lines, ""]))
     monkeypatch.setenv("SLURM_CONF", str(home / "slurm.conf"))
-    munge = [
-        f"--{key}={home}/{key.split('-')[0]}" for key in ("socket", "key-file", "log-file", "seed-file", "pid-file")
-    ]
+    munge = [f"--{name}={home}/{name}" for name in ("socket", "key-file", "log-file", "seed-file", "pid-file")]
     try:
         ask(programs["munged"], "--force", *munge)
         ask(programs["slurmctld"], "-i")
@@ -176,7 +177,7 @@ def slurm(tmp_path, monkeypatch):
         if (home / "slurmctld.pid").exists():
             ask("scancel", "--me")
             wait_until(lambda: not ask("squeue", "--noheader"))
-        for file in ("slurmd-a.pid", "slurmd-b.pid", "slurmctld.pid", "pid"):
+        for file in ("slurmd-a.pid", "slurmd-b.pid", "slurmctld.pid", "pid-file"):
             if (home / file).exists():
                 daemon = psutil.Process(int((home / file).read_text()))
                 daemon.terminate()
@@ -195,10 +196,10 @@ def hold(number: int) -> dict[str, psutil.Process]:
 
     def one_more() -> bool:
         for process in psutil.process_iter(["cmdline", "environ"]):
-            task = (process.info["environ"] or {}).get("SLURM_ARRAY_TASK_ID")
-            if task is None or not any("spawn_main" in word for word in process.info["cmdline"] or []):
+            environ, command = process.info["environ"] or {}, " ".join(process.info["cmdline"] or [])
+            if environ.get("SLURM_CONF") != os.environ["SLURM_CONF"] or "spawn_main" not in command:
                 continue
-            cell = cells()[int(task)]
+            cell = cells()[int(environ["SLURM_ARRAY_TASK_ID"])]
             if cell.name not in held and list(fit.folder(cell.params, seed=cell.seed).glob("epoch-*")):
                 process.suspend()
                 held[cell.name] = process
@@ -211,31 +212,29 @@ def hold(number: int) -> dict[str, psutil.Process]:
 
 @pytest.mark.slow
 def test_on_slurm_runs_end_with_the_same_bytes_whatever_happens_to_their_jobs(tmp_path, monkeypatch, slurm, capsys):
-    expected = checkout(tmp_path / "here", monkeypatch, seeds=1, epochs=6)
+    expected = checkout(tmp_path / "here", monkeypatch, seeds=1, epochs=10)
     sweep.ensure_runs(config.load_sweep(), profile="smoke", runs_dir=RUNS, train_missing=True)
 
-    checkout(tmp_path / "there", monkeypatch, seeds=1, epochs=6)
-    options = ("--cluster", "slurm", "--slurm", "partition", "low", "--slurm", "time", "2")
-    options += ("--slurm", "signal_delay_s", "30")
+    checkout(tmp_path / "there", monkeypatch, seeds=1, epochs=10)
+    options = ("--cluster", "slurm", "--slurm", "partition", "low", "--slurm", "time", "10")
     with start(*options) as sweeping:
-        hold(4)
+        preempted = set(hold(4))
         sweeping.kill()
     submitted = jobs()
     assert len(submitted) == 5
 
     text = Path("params.yaml").read_text()
-    Path("params.yaml").write_text(text.replace("train: {epochs: 6,", "train: {epochs: 7,"))
+    Path("params.yaml").write_text(text.replace("train: {epochs: 10,", "train: {epochs: 11,"))
     assert main(["sweep", "--profile", "smoke", *options]) == 1
     assert "has other parameters; wait for it, or cancel it" in capsys.readouterr().err
     Path("params.yaml").write_text(text)
 
     with start(*options) as sweeping:
-        ask(
-            "sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"
-        )  # preempts all
+        wait_until(lambda: "5 jobs, 0 of them submitted now" in Path("log.txt").read_text(), sweeping)
+        preempts = ("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+        ask("sbatch", *preempts)
         wait_until(lambda: not ask("squeue", "--noheader", "--states=RUNNING", "--partition=low"), sweeping)
         held = hold(4)
-        assert jobs() == submitted, "those that were there are waited for"
         on = {node: [name for name in held if held[name].environ()["SLURMD_NODENAME"] == node] for node in "ab"}
         assert [len(names) for names in on.values()] == [2, 2]
         ask("scontrol", "update", "nodename=b", "state=drain", "reason=test")
@@ -243,20 +242,17 @@ def test_on_slurm_runs_end_with_the_same_bytes_whatever_happens_to_their_jobs(tm
             ask("scontrol", "requeue", submitted[name])
         killed, limited = on["a"]
         held[killed].parent().kill()  # the step; what runs in it ends too
+        minutes = int(ask("squeue", "--noheader", "--format=%M", f"--jobs={submitted[limited]}").split(":")[-2])
+        ask("scontrol", "update", f"jobid={submitted[limited]}", f"timelimit={minutes + 2}")
         assert sweeping.wait(FOREVER_S) == 1
-    log, of_limited = (
-        Path("log.txt").read_text(),
-        Path("build/slurm", RUNS, f"{submitted[limited]}_0_log.err").read_text(),
-    )
-    assert f"{killed}: job {submitted[killed]} ended without a result; log: " in log
-    assert log.endswith(
-        f"famba: 1 of 5 runs failed, the first {killed}; logs: {Path('build/slurm', RUNS).absolute()}\n"
-    )
-    assert "this job is timed-out" in of_limited
+    log, logs = Path("log.txt").read_text(), Path("build/slurm", RUNS).absolute()
+    assert f"{killed}: job {submitted[killed]} ended without a result; log: {logs}/" in log
+    assert log.endswith(f"famba: 1 of 5 runs failed, the first {killed}; logs: {logs}\n")
+    assert "this job is timed-out" in (logs / f"{submitted[limited]}_0_log.err").read_text()
     assert set(written()) == set(submitted) - {killed}
     for name in held:
         restarts = ask("scontrol", "show", "job", submitted[name]).split("Restarts=")[1].split()[0]
-        assert int(restarts) == (1 if name == killed else 2), name
+        assert int(restarts) >= (name in preempted) + (name != killed), name
 
     before = written()
     with start(*options) as sweeping:
@@ -265,4 +261,4 @@ def test_on_slurm_runs_end_with_the_same_bytes_whatever_happens_to_their_jobs(tm
     for name in submitted:
         for file in SAME:
             assert (RUNS / name / file).read_bytes() == (expected / RUNS / name / file).read_bytes(), (name, file)
-    assert not Path("build/slurm", RUNS).exists()
+    assert not logs.exists()

@@ -37,6 +37,10 @@ def die_at_two(x: int) -> int:
     return x
 
 
+def has_a_group_of_its_own(_: None) -> bool:
+    return os.getpgrp() != os.getpgid(os.getppid())
+
+
 def say_and_wait(path: Path) -> None:
     path.write_text(str(os.getpid()))
     time.sleep(FOREVER_S)
@@ -68,6 +72,10 @@ def test_results_come_in_the_order_of_the_items_and_every_process_works_on_sever
 
 def test_no_items_are_no_work():
     assert launcher.run(square, {}, jobs=2) == {}
+
+
+def test_a_signal_to_the_group_of_the_process_that_asked_reaches_no_worker():
+    assert launcher.run(has_a_group_of_its_own, {"it": None}, jobs=1) == {"it": True}
 
 
 def test_an_error_keeps_its_kind_and_names_the_item():
