@@ -64,7 +64,7 @@ readme: env  ## write the tables of README.md and docs/results.md from results/
 
 test: env  ## run all tests: style, types, units, notebooks, pipeline
 	$(IN_VENV) pytest $(TWO) tests
-	$(IN_VENV) pytest --nbval-lax notebooks  # one after the other, since they share smoke runs
+	$(IN_VENV) pytest $(TWO) --nbval-lax notebooks
 
 test-fast: env  ## run the tests that are not marked slow
 	$(IN_VENV) pytest $(TWO) -m "not slow" tests

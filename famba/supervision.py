@@ -6,10 +6,13 @@ it started with, up to its supervisor: the DVC that runs it as a stage, and the 
 `FAMBA_ENDS_WITH`, as the Makefile gives make's. A command that a shell started has no supervisor.
 """
 
+import contextlib
+import multiprocessing
 import os
 import signal
 import threading
 import time
+from multiprocessing.connection import wait
 from typing import Any
 
 from famba.errors import InputError
@@ -59,6 +62,20 @@ def start() -> None:
         length = max(length, count + 1)
     if length:
         threading.Thread(target=_poll, args=(pids[:length],), name="supervision", daemon=True).start()
+
+
+def start_worker() -> None:
+    """In a worker of multiprocessing: exit when the process that started it does, and leave Ctrl-C to that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    with contextlib.suppress(OSError):
+        wait([parent.sentinel])
+    os._exit(1)
 
 
 def _exit(number: int, frame: Any) -> None:

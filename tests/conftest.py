@@ -11,8 +11,7 @@ from famba.kernels.triton import conv, fuse, match, norm, scan  # noqa: F401 (Tr
 
 jaxtyping.install_import_hook("famba", "beartype.beartype")
 
-from famba.errors import BackendError  # noqa: E402 (after the hook)
-from famba.kernels.cpu import build, runtime  # noqa: E402
+from famba.kernels.cpu import build  # noqa: E402 (after the hook)
 from famba.kernels.triton import runtime as gpu_runtime  # noqa: E402
 
 
@@ -52,14 +51,21 @@ def on_paper(monkeypatch):
     return emptied, mode
 
 
-@pytest.fixture(params=runtime.INSTRUCTION_SETS)
-def instruction_set(request):
+@pytest.fixture
+def threads():
+    """Sets torch's thread count; put back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=build.INSTRUCTION_SETS)
+def instruction_set(request, monkeypatch):
     """Each instruction set that the native kernels have and this machine can run, in turn."""
-    if build.unavailable():
-        pytest.skip(build.unavailable())
-    try:
-        runtime.use_instruction_set(request.param)
-    except BackendError as error:
-        pytest.skip(str(error))
-    yield request.param
-    runtime.use_instruction_set("auto")
+    sets = list(build.INSTRUCTION_SETS)
+    if sets.index(request.param) < sets.index(build.instruction_set()):
+        pytest.skip(f"this processor lacks {request.param}")
+    monkeypatch.setattr(build, "instruction_set", lambda: request.param)
+    if reason := build.unavailable():
+        pytest.skip(reason)
+    return request.param

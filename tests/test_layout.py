@@ -253,7 +253,7 @@ def test_a_wheel_made_of_the_sdist_carries_all_that_it_reads_and_its_kernels_run
         archive.extractall(tmp_path / "installed")
     wanted = {name for name in tracked() if name.startswith("famba/")}
     table = "famba/analysis/paper/famba_v_results.csv"
-    assert {"famba/kernels/cpu/scan.cpp", "famba/kernels/cpu/scan.h", table, "famba/py.typed"} <= wanted
+    assert {"famba/kernels/cpu/scan.cpp", "famba/kernels/cpu/jobs.h", table, "famba/py.typed"} <= wanted
     assert packed == wanted | {"famba/params.yaml"}
     command = [sys.executable, "-m", "famba", "train", "--profile", "smoke", "--set", "train.epochs=1", "--out", "run"]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed"), "XDG_CACHE_HOME": str(tmp_path)}

@@ -15,7 +15,7 @@ from famba.bench.timing import interleaved, summary
 from famba.config import IMAGENET_MEAN, IMAGENET_STD, DataParams
 from famba.data import augment, loader, timm_transforms
 from famba.data.datasets import Files
-from famba.data.timm_transforms import Recipe
+from famba.data.timm_transforms import TimmAugmentation
 from famba.errors import InputError
 
 _CLASSES = 100
@@ -37,14 +37,14 @@ def bench_loading(setting: Setting) -> list[dict[str, Any]]:
 def left_out() -> list[dict[str, str]]:
     """timm, where it cannot run, and why."""
     try:
-        _recipe(config.load("paper", strategy="none").data).transform  # noqa: B018 (made, or refused)
+        _augmentation(config.load("paper", strategy="none").data).transform  # noqa: B018 (made, or refused)
     except InputError as error:
         return [{"what": _TIMM, "reason": str(error)}]
     return []
 
 
-def _recipe(p: DataParams) -> Recipe:
-    return Recipe(p, IMAGENET_MEAN, IMAGENET_STD)
+def _augmentation(p: DataParams) -> TimmAugmentation:
+    return TimmAugmentation(p, IMAGENET_MEAN, IMAGENET_STD)
 
 
 def _in_memory(setting: Setting, img_size: int) -> list[dict[str, Any]]:
@@ -62,7 +62,7 @@ def _in_memory(setting: Setting, img_size: int) -> list[dict[str, Any]]:
 
     calls: _Calls = {"tensors, whole batches": (whole_batches, len(split))}
     if not left_out():
-        transform = _recipe(replace(p, augment="timm", shift=0)).transform
+        transform = _augmentation(replace(p, augment="timm", shift=0)).transform
         mix = timm_transforms.mixer(p, _CLASSES, 0.1)
 
         def image_by_image() -> None:
@@ -85,9 +85,9 @@ def _streamed(setting: Setting, img_size: int) -> list[dict[str, Any]]:
                 coarse = torch.randint(0, 256, (4, 4, 3), dtype=torch.uint8, generator=generator)
                 Image.fromarray(coarse.numpy()).resize((32, 32), Image.Resampling.BICUBIC).save(path)
             images = loader.Images(Files(paths), torch.arange(len(paths)), img_size, 1.0)
-            recipe = _recipe(replace(config.load("paper", strategy="none").data, img_size=img_size))
+            augmentation = _augmentation(replace(config.load("paper", strategy="none").data, img_size=img_size))
             for workers in _WORKERS:
-                split = loader.Streamed(images, torch.arange(len(paths)) % _CLASSES, recipe, workers)
+                split = loader.Streamed(images, torch.arange(len(paths)) % _CLASSES, augmentation, workers)
 
                 def epoch(split: loader.Streamed = split) -> None:
                     for _ in data.batches(split, b, generator=torch.Generator().manual_seed(0)):

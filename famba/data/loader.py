@@ -4,16 +4,11 @@ Axes as in splits.py. What an image becomes follows from its place in the split 
 it falls to: any number of workers gives the same batches.
 """
 
-import contextlib
 import multiprocessing
-import os
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import wait
 from typing import Any
 
 import numpy as np
@@ -23,9 +18,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from famba import supervision
 from famba.data import datasets
 from famba.data.datasets import Encoded
-from famba.data.timm_transforms import Recipe, image_seed
+from famba.data.timm_transforms import TimmAugmentation, image_seed
 from famba.errors import FambaError, InputError
 
 
@@ -67,13 +63,13 @@ class Streamed:
 
     Attributes:
         images, labels: as those of `data.Split`, the images on the CPU; batches are moved to where the labels lie.
-        recipe: varies and normalises what is trained on; None leaves that to whoever takes the batches.
+        augmentation: varies and normalises what is trained on; None leaves that to whoever takes the batches.
         workers: processes that decode; 0 decodes in this one.
     """
 
     images: Images
     labels: Int64[Tensor, "n"]
-    recipe: Recipe | None
+    augmentation: TimmAugmentation | None
     workers: int
 
     def __len__(self) -> int:
@@ -88,13 +84,13 @@ def read(
     Worker processes live from the first batch to the last, or until the iterator is given up.
 
     Args:
-        seed: what the recipe draws follows from it and the image's place; None varies nothing.
+        seed: what the augmentation draws follows from it and the image's place; None varies nothing.
 
     Raises:
         InputError: an image that is not whole.
         FambaError: a worker was killed.
     """
-    items = _Items(split.images, split.recipe, seed)
+    items = _Items(split.images, split.augmentation, seed)
     places = [part.tolist() for part in parts]
     device = split.labels.device
     loaded = _loader(items, places, split.workers, device) if split.workers else map(items.__getitem__, places)
@@ -119,15 +115,15 @@ class _Items(Dataset):
     """Batches by the places of their images: what a worker gets, and does."""
 
     images: Images
-    recipe: Recipe | None
+    augmentation: TimmAugmentation | None
     seed: int | None
 
     def __getitem__(self, places: list[int]) -> UInt8[Tensor, "b 3 h w"] | Float32[Tensor, "b 3 h w"] | InputError:
         """An error is handed over, since torch would raise it with a traceback in its message."""
         try:
-            if self.recipe is None or self.seed is None:
+            if self.augmentation is None or self.seed is None:
                 return self.images[torch.tensor(places, dtype=torch.int64)]
-            return self.recipe(map(self._plain, places), [image_seed(self.seed, place) for place in places])
+            return self.augmentation(map(self._plain, places), [image_seed(self.seed, place) for place in places])
         except InputError as error:
             return error
 
@@ -151,7 +147,7 @@ def _loader(items: _Items, places: list[list[int]], workers: int, device: torch.
             collate_fn=_as_it_is,
             pin_memory=device.type == "cuda",
             multiprocessing_context=context,
-            worker_init_fn=_begin,
+            worker_init_fn=_start_worker,
             generator=torch.Generator(),  # its own: torch draws a seed for the workers, which nothing here uses
         )
 
@@ -160,14 +156,5 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _begin(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the process that started this one answers it
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    with contextlib.suppress(OSError):
-        wait([parent.sentinel])
-    os._exit(1)
+def _start_worker(worker: int) -> None:
+    supervision.start_worker()

@@ -34,7 +34,7 @@ from famba.data import datasets, loader
 from famba.data.datasets import DATASETS as DATASETS
 from famba.data.datasets import Files, Found
 from famba.data.loader import Streamed
-from famba.data.timm_transforms import Recipe
+from famba.data.timm_transforms import TimmAugmentation
 from famba.errors import InputError
 from famba.storage.files import json_bytes, write_atomic
 
@@ -113,12 +113,15 @@ def load(p: DataParams, *, seed: int = 0) -> Dataset:
     train = split("train", 1.0) if p.augment == "tensor" or p.normalise == "train" else None
     if p.normalise == "train":
         assert train is not None
-        mean, std = _statistics(train.images) if isinstance(train, Split) else _streamed_statistics(found, train)
+        if isinstance(train, Split):
+            mean, std = _moments(_counts(train.images))
+        else:
+            mean, std = _streamed_statistics(found, train)
     if p.augment == "timm":
-        recipe = Recipe(p, mean, std)
-        recipe.transform  # noqa: B018 (said now if it cannot be had)
+        augmentation = TimmAugmentation(p, mean, std)
+        augmentation.transform  # noqa: B018 (said now if it cannot be had)
         images = loader.Images(found.images, rows["train"], p.img_size, 1.0)
-        train = Streamed(images, found.labels[rows["train"]], recipe, p.workers)
+        train = Streamed(images, found.labels[rows["train"]], augmentation, p.workers)
     assert train is not None
     return Dataset(train, val, test, found.classes, mean, std, rows["test"])
 
@@ -158,7 +161,7 @@ def batches(
         order = order.to(split.labels.device)
         return ((split.images[part[rows]], split.labels[part[rows]]) for part in order.split(batch_size))
     seed = None
-    if generator is not None and split.recipe is not None:
+    if generator is not None and split.augmentation is not None:
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     return loader.read(split, [part[rows] for part in order.cpu().split(batch_size)], seed)
 
@@ -177,8 +180,8 @@ def to_device(images: Dataset, device: torch.device) -> Dataset:
 def renormalised(images: Dataset, mean: tuple[float, ...], std: tuple[float, ...]) -> Dataset:
     """The same images for weights that know them by another mean and deviation."""
     train = images.train
-    if isinstance(train, Streamed) and train.recipe is not None:
-        train = dataclasses.replace(train, recipe=dataclasses.replace(train.recipe, mean=mean, std=std))
+    if isinstance(train, Streamed) and train.augmentation is not None:
+        train = dataclasses.replace(train, augmentation=dataclasses.replace(train.augmentation, mean=mean, std=std))
     return dataclasses.replace(images, train=train, mean=mean, std=std)
 
 
@@ -286,13 +289,8 @@ def _read_cache(path: Path, shape: tuple[int, ...]) -> UInt8[Tensor, "n h w 3"]:
     return images
 
 
-def _statistics(images: UInt8[Tensor, "n 3 h w"]) -> _Statistics:
-    """Mean and standard deviation of each channel, from counts of the 256 values: exact whatever the order."""
-    return _moments(_counts(images))
-
-
 def _streamed_statistics(found: Found, train: Streamed) -> _Statistics:
-    """The same in one pass over images that stream, kept in build/cache/."""
+    """`_moments` of images that stream, in one pass; kept in build/cache/."""
     rows = hashlib.sha256(train.images.rows.numpy().tobytes()).hexdigest()
     path = _cache(found, train.images.img_size, "json", rows)
     if path is not None and path.exists():
@@ -315,6 +313,7 @@ def _counts(images: UInt8[Tensor, "n 3 h w"]) -> Int64[Tensor, "3 256"]:
 
 
 def _moments(counts: Int64[Tensor, "3 256"]) -> _Statistics:
+    """Mean and standard deviation of each channel, from counts of the 256 values: exact whatever the order."""
     values = torch.arange(256, dtype=torch.float64) / 255
     mean, std = [], []
     for channel in range(3):

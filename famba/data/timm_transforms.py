@@ -1,4 +1,4 @@
-"""The reference's recipe: timm's augmentation, image by image, and its mixing.
+"""The augmentation of the reference: timm's, image by image, and its mixing.
 
 timm draws from the global generators of Python, NumPy and torch, which are seeded and restored around each call: the
 result depends on the call's seed alone. Nothing else in famba imports timm or torchvision.
@@ -26,7 +26,7 @@ _SMALL = 32  # pixels; up to this size DeiT crops a padded image instead of a re
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class TimmAugmentation:
     """Augments training images; pickled as its parameters only.
 
     Attributes:

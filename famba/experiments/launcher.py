@@ -6,13 +6,12 @@ item fails, and when the process that started it is gone, however that ended.
 
 import multiprocessing
 import os
-import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
 from typing import TypeVar
 
+from famba import supervision
 from famba.errors import FambaError
 
 Item = TypeVar("Item")
@@ -57,13 +56,6 @@ def run(task: Callable[[Item], Result], items: Mapping[str, Item], *, jobs: int)
 
 
 def _initialise() -> None:
-    os.setpgrp()  # what Ctrl-C and a scheduler send to a group is answered by the process that started this one
+    os.setpgrp()  # the signals that a scheduler sends to a group are for the process that started this one
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin would take the others' cores
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
+    supervision.start_worker()

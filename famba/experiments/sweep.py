@@ -139,7 +139,7 @@ def ensure(
     """The folder of the run of any parameters, checked; arguments and errors as in `ensure_run`.
 
     A run that was trained here says by what code, and is trained again by other code where that is allowed. The
-    pipeline, which must not train here, sees to that itself.
+    pipeline, which must not train here, sees to that itself. A run that another process is making is waited for.
 
     Args:
         command: what to type for this run, where it is more than a strategy and a seed of a profile.
@@ -154,11 +154,12 @@ def ensure(
 
     made_of = fit.made_of(p, seed=seed)
     if _why_not(folder, p, seed, made_of, known_code):
-        with runs.held(folder):
-            run = fit.fit(p, seed=seed)
-            cost = {**run.cost, "made_of": made_of, "command": command or run.cost["command"]}
-            runs.write(dataclasses.replace(run, cost=cost), folder)
-        fit.forget(p, seed=seed)
+        with runs.held(folder, wait=True):
+            if _why_not(folder, p, seed, made_of, known_code):  # else a process that was waited for has made it
+                run = fit.fit(p, seed=seed)
+                cost = {**run.cost, "made_of": made_of, "command": command or run.cost["command"]}
+                runs.write(dataclasses.replace(run, cost=cost), folder)
+                fit.forget(p, seed=seed)
     return folder
 
 

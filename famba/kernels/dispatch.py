@@ -36,6 +36,18 @@ class Backend:
     unsuited: Callable[..., str] = lambda *tensors: ""
 
 
+def unsuited(device: str, allowed: tuple[torch.dtype, ...], *tensors: Tensor | None) -> str:
+    """The reason why what runs on tensors of a device and of some types cannot run on these ("": it can)."""
+    *others, last = (str(dtype).removeprefix("torch.") for dtype in allowed)
+    names = f"{', '.join(others)} and {last}" if others else last
+    for x in tensors:
+        if x is not None and x.device.type != device:
+            return f"it runs on {device} tensors, got {x.device}"
+        if x is not None and x.dtype not in allowed:
+            return f"it runs on {names}, got {x.dtype}"
+    return ""
+
+
 _B = TypeVar("_B", bound=Backend)
 
 

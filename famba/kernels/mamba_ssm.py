@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from famba.errors import BackendError
+from famba.kernels import dispatch
 
 # pip takes the wheels that the releases pages have for this torch, CUDA and Python, and compiles where they have none.
 # Without the variable mamba-ssm does neither since July 2026 (state-spaces/mamba#977), and lacks the kernel of Mamba-1.
@@ -65,10 +66,8 @@ def hub_unavailable() -> str:
 
 def unsuited(u, delta, A, B, C, D, z, delta_bias) -> str:
     """Why the scan cannot run on these tensors ("": it can)."""
-    if u.device.type != _DEVICE:
-        return f"it runs on {_DEVICE} tensors, got {u.device}"
-    if u.dtype not in _DTYPES:
-        return f"it runs on float32, float16 and bfloat16, got {u.dtype}"
+    if reason := dispatch.unsuited(_DEVICE, _DTYPES, u):
+        return reason
     for name, x in (("delta", delta), ("B", B), ("C", C), ("z", z)):
         if x is not None and x.dtype != u.dtype:
             return f"u, delta, B, C and z must have one type, got {u.dtype} and {name} of {x.dtype}"
@@ -81,11 +80,8 @@ def unsuited(u, delta, A, B, C, D, z, delta_bias) -> str:
 
 def conv_unsuited(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     """Why the convolution cannot run on these tensors ("": it can)."""
-    if x.device.type != _DEVICE:
-        return f"it runs on {_DEVICE} tensors, got {x.device}"
-    for tensor in (x, weight, bias):
-        if tensor is not None and tensor.dtype not in _DTYPES:
-            return f"it runs on float32, float16 and bfloat16, got {tensor.dtype}"
+    if reason := dispatch.unsuited(_DEVICE, _DTYPES, x, weight, bias):
+        return reason
     if weight.shape[1] not in _TAPS:
         return f"it runs with {_TAPS[0]} to {_TAPS[-1]} taps, got {weight.shape[1]}"
     return ""

@@ -1,18 +1,72 @@
 """The functions of these kernels by torch's own operations: the reference in tests, and the path of other derivatives.
 
-A kernel has its first derivatives, for backward. A gradient that is itself to be differentiated (create_graph), and
-everything inside torch.func's transforms or forward-mode differentiation, is computed by these functions instead.
+A kernel is registered as an operator, and has its first derivatives, for backward. A gradient that is itself to be
+differentiated (create_graph), and everything inside torch.func's transforms or forward-mode differentiation, is
+computed by these functions instead.
 
 Axes: b batch, e channels (d_inner), t tokens in scan order, n states per channel, k taps, d d_model.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd import forward_ad
+
+_library = torch.library.Library("famba", "FRAGMENT")
+
+
+def register(schema: str, kernel: Callable, fake: Callable, device: str = "CompositeExplicitAutograd") -> None:
+    """Register an operator on the tensors of a device, of any unless one is given. What is absent has no elements in
+    the result.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, kernel, device)
+    torch.library.register_fake(f"famba::{name}", fake, lib=_library)
+
+
+def register_backward(name: str, backward: Callable, setup_context: Callable) -> None:
+    torch.library.register_autograd(f"famba::{name}", backward, setup_context=setup_context, lib=_library)
+
+
+def register_gradient(name: str, function: Callable[..., Any], kept: int = 0) -> None:
+    """Register the gradient of an operator of tensors, then options: the operator `{name}_backward`.
+
+    That takes the gradients of the outputs, the tensors, what was kept for it and the options.
+
+    Args:
+        function: the operator by torch's operations.
+        kept: how many of the operator's outputs, its last, are only for backward; its last option is to keep them.
+    """
+
+    def setup_context(ctx, inputs, output) -> None:
+        tensors = [x for x in inputs if x is None or isinstance(x, Tensor)]
+        ctx.options = inputs[len(tensors) : len(inputs) - bool(kept)]
+        if kept and not inputs[-1]:
+            raise RuntimeError(f"famba::{name} was called with keep=False, and so kept no states for the gradient")
+        if kept:
+            ctx.set_materialize_grads(False)  # zeros for those of the states would be as large as they are
+        ctx.save_for_backward(*tensors, *(output[-kept:] if kept else ()))
+
+    def backward(ctx, *grads):
+        saved, count = ctx.saved_tensors, len(ctx.saved_tensors) - kept
+        tensors, given = saved[:count], grads[: len(grads) - kept]
+        run = getattr(torch.ops.famba, f"{name}_backward")
+        found = gradients(
+            lambda: run(*given, *saved, *ctx.options), lambda *x: function(*x, *ctx.options), tensors, *given
+        )
+        return *found, *(len(ctx.options) + bool(kept)) * [None]
+
+    register_backward(name, backward, setup_context)
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a gradient by any of these may be asked for later."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def is_transformed() -> bool:

@@ -14,6 +14,7 @@ order and layouts are those of mamba-ssm's `selective_scan_fn`.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,14 @@ from famba.errors import InputError
 from famba.kernels import dispatch, mamba_ssm
 from famba.kernels.cpu import scan as native
 from famba.kernels.cpu.mixer import mix
-from famba.kernels.reference import gradients, selective_scan_ref, state_dtype, token_order
+from famba.kernels.reference import (
+    register,
+    register_gradient,
+    selective_scan_ref,
+    state_dtype,
+    token_order,
+    wants_gradient,
+)
 from famba.kernels.triton import runtime as gpu
 from famba.kernels.triton import scan as triton
 
@@ -82,21 +90,9 @@ _CHUNK = 16
 _BLOCK = 1 << 19
 
 
-def _chunked_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus: bool, reverse: bool) -> Tensor:
-    """The scan by plain torch; states are kept only if a gradient may be asked for."""
-    inputs = (u, delta, A, B, C, D, z, delta_bias)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    return torch.ops.famba.chunked_scan(*inputs, delta_softplus, reverse, keep)[0]
-
-
-# An operator, so that nothing inside is traced, and its products do not count as the model's.
-_INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
-_library = torch.library.Library("famba", "FRAGMENT")
-_library.define(f"chunked_scan({_INPUTS}, bool softplus, bool reverse, bool keep) -> (Tensor, Tensor, Tensor)")
-_library.define(
-    f"chunked_scan_backward(Tensor grad, {_INPUTS}, Tensor y, Tensor starts, bool softplus, bool reverse) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)  # what is absent has no elements in the result
+def _chunked_scan(*arguments: Any) -> Tensor:
+    """`selective_scan_ref` by vectorised operations; states are kept only if a gradient may be asked for."""
+    return torch.ops.famba.chunked_scan(*arguments, wants_gradient(*arguments[:8]))[0]
 
 
 def _forward(u, delta, A, B, C, D, z, delta_bias, softplus: bool, reverse: bool, keep: bool):
@@ -222,30 +218,20 @@ def _backward(grad, u, delta, A, B, C, D, z, delta_bias, y, starts, softplus: bo
     return tuple(u.new_empty(0) if x is None else x for x in grads)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.softplus, ctx.reverse, keep = inputs
-    if not keep:
-        raise RuntimeError("famba::chunked_scan was called with keep=False, and so kept no states for the gradient")
-    ctx.set_materialize_grads(False)  # zeros for those of y and the states would be as large as they are
-    ctx.save_for_backward(*tensors, *output[1:])
-
-
-def _gradients(ctx, grad, *_):
-    *tensors, y, starts = ctx.saved_tensors
-    found = gradients(
-        lambda: torch.ops.famba.chunked_scan_backward(grad, *tensors, y, starts, ctx.softplus, ctx.reverse),
-        partial(selective_scan_ref, delta_softplus=ctx.softplus, reverse=ctx.reverse),
-        tensors,
-        grad,
-    )
-    return *found, None, None, None
-
-
-_library.impl("chunked_scan", _forward, "CompositeExplicitAutograd")
-_library.impl("chunked_scan_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("famba::chunked_scan", _fake_forward, lib=_library)
-torch.library.register_fake("famba::chunked_scan_backward", _fake_backward, lib=_library)
-torch.library.register_autograd("famba::chunked_scan", _gradients, setup_context=_setup_context, lib=_library)
+# Operators, so that nothing inside is traced, and their products do not count as the model's
+_INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
+register(
+    f"chunked_scan({_INPUTS}, bool softplus, bool reverse, bool keep) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+)
+register(
+    f"chunked_scan_backward(Tensor grad, {_INPUTS}, Tensor y, Tensor starts, bool softplus, bool reverse) -> "
+    f"({', '.join(8 * ['Tensor'])})",
+    _backward,
+    _fake_backward,
+)
+register_gradient("chunked_scan", selective_scan_ref, kept=2)
 
 
 def _block(u, delta, B, C, delta_bias, delta_softplus: bool, rows: slice, chunk: slice, dtype: torch.dtype):

@@ -7,6 +7,7 @@ copies. Parameter names and shapes are those of the released weights.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,11 +15,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from famba.errors import InputError
 from famba.kernels.cpu.conv import MOST_TAPS
 from famba.kernels.cpu.mixer import Direction
 from famba.kernels.ops import Side, bidirectional_conv1d_silu, bidirectional_scan
-from famba.kernels.scan import choose
+from famba.kernels.scan import choose, selective_scan
 
 _DT_RANGE = (1e-3, 1e-1)  # softplus(dt_bias) is drawn log-uniformly from this range
 _DT_FLOOR = 1e-4
@@ -87,26 +87,36 @@ class BidirectionalMixer(nn.Module):
             dt = torch.empty_like(dt_proj.bias).uniform_(low, high).exp().clamp(min=_DT_FLOOR)
             dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
-    def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
-        """The mixed tokens."""
-        return self.out_proj(self.mix(x))
+    def forward(
+        self, x: Float[Tensor, "b t d"], fuse: Callable[[Tensor], Tensor] | None = None
+    ) -> Float[Tensor, "b s d"]:
+        """The mixed tokens.
 
-    def mix(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t e"]:
-        """The gated sum or average of both scans: the input of the output projection."""
-        for name in ("conv1d", "conv1d_b", "dt_proj", "dt_proj_b"):
-            refuse_hooks(name, getattr(self, name))
+        Args:
+            fuse: applied to the gated sum or average of both scans, before the output projection.
+        """
+        mixed = self._mix(x)
+        return self.out_proj(mixed if fuse is None else fuse(mixed))
+
+    def _mix(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t e"]:
         xz = self.in_proj(x)
         scale = 0.5 if self.average_directions else 1.0
         left = self._direction(self.conv1d, self.x_proj, self.A_log, self.D, self.dt_proj)
         right = self._direction(self.conv1d_b, self.x_proj_b, self.A_b_log, self.D_b, self.dt_proj_b)
         chosen = choose(self.backend, xz, xz, left.A, xz, xz, left.D, None, left.dt_bias)
-        plain = _is_plain(self.x_proj) and _is_plain(self.x_proj_b) and self.conv1d.kernel_size[0] <= MOST_TAPS
-        if chosen.run_mixer is not None and plain:
+        plain_x_proj = _are_plain(self.x_proj, self.x_proj_b)
+        if chosen.run_mixer and plain_x_proj and self._has_plain and self.conv1d.kernel_size[0] <= MOST_TAPS:
             return chosen.run_mixer(xz, left, right, scale)
         x, z = xz.chunk(2, dim=-1)
+        one, other = self._select(x)
+        if not self._has_plain:
+            how = {"delta_softplus": True, "backend": self.backend}
+            delta, delta_b = self.dt_proj(one.dt.mT).mT, self.dt_proj_b(other.dt.mT).mT
+            y = selective_scan(one.u, delta, left.A, one.B, one.C, left.D, z.mT, **how)
+            y_b = selective_scan(other.u, delta_b, right.A, other.B, other.C, right.D, z.mT, reverse=True, **how)
+            return scale * (y + y_b).mT
         one, other = (
-            Side(s.u, s.dt, d.dt_proj, d.A, s.B, s.C, d.D, d.dt_bias)
-            for s, d in zip(self._select(x), (left, right), strict=True)
+            Side(s.u, s.dt, d.dt_proj, d.A, s.B, s.C, d.D, d.dt_bias) for s, d in ((one, left), (other, right))
         )
         return bidirectional_scan(one, other, z.mT, scale=scale, backend=self.backend).mT
 
@@ -115,19 +125,31 @@ class BidirectionalMixer(nn.Module):
         forward, backward = self._select(self.in_proj(x).chunk(2, dim=-1)[0])
         if kind == "delta":
             sides = ((forward.dt.mT, self.dt_proj), (backward.dt.mT, self.dt_proj_b))
-            deltas = [functional.linear(dt, proj.weight) + proj.bias for dt, proj in sides]
+            plain = self._has_plain
+            deltas = [functional.linear(x, proj.weight) + proj.bias if plain else proj(x) for x, proj in sides]
             return functional.softplus(torch.cat(deltas, dim=-1))
         return torch.cat([getattr(forward, kind).mT, getattr(backward, kind).mT], dim=-1)
 
     def _select(self, x: Float[Tensor, "b t e"]) -> list[Selection]:
         """The convolutions and x_proj, of both directions."""
-        weights = [(conv.weight[:, 0], conv.bias) for conv in (self.conv1d, self.conv1d_b)]
-        inputs = bidirectional_conv1d_silu(x.mT, *weights, backend=self.backend)
+        if self._has_plain:
+            weights = [(conv.weight[:, 0], conv.bias) for conv in (self.conv1d, self.conv1d_b)]
+            inputs = bidirectional_conv1d_silu(x.mT, *weights, backend=self.backend)
+        else:
+            before = (self.conv1d.kernel_size[0] - 1, 0)
+            convolved = self.conv1d(functional.pad(x.mT, before))
+            convolved_b = self.conv1d_b(functional.pad(x.mT.flip(-1), before)).flip(-1)
+            inputs = functional.silu(convolved), functional.silu(convolved_b)
         found = []
         for u, x_proj in zip(inputs, (self.x_proj, self.x_proj_b), strict=True):
             dt, B, C = x_proj(u.mT).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
             found.append(Selection(u, dt.mT, B.mT, C.mT))
         return found
+
+    @property
+    def _has_plain(self) -> bool:
+        """Whether kernels take the weights of the convolutions and of dt_proj; else these modules are called."""
+        return _are_plain(self.conv1d, self.dt_proj, self.conv1d_b, self.dt_proj_b)
 
     def _direction(self, conv: nn.Conv1d, x_proj: nn.Linear, A_log: Tensor, D: Tensor, dt_proj: nn.Linear) -> Direction:
         A = -torch.exp(A_log.float() if A_log.dtype != torch.float64 else A_log)
@@ -135,21 +157,10 @@ class BidirectionalMixer(nn.Module):
         return Direction(conv.weight[:, 0], conv.bias, x_proj.weight, A, D, dt_proj.bias, dt_proj.weight)
 
 
-def refuse_hooks(name: str, module: nn.Module) -> None:
-    """Raise InputError where a module has hooks: it is not called, and they would not run."""
-    if _has_hooks(module):
-        raise InputError(
-            f"{name}: a hook on it would never run: kernels compute with its weights; allowed: hooks on blocks, norm, "
-            "in_proj, x_proj, out_proj, and on mixer where fusion's position is before_mixer"
-        )
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+def _are_plain(*modules: nn.Module) -> bool:
+    """Whether their weights say all that these modules do: no hook, and no adapter in the place of one."""
+    return all(
+        type(m) in (nn.Linear, nn.Conv1d)
+        and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+        for m in modules
     )
-
-
-def _is_plain(linear: nn.Module) -> bool:
-    """Whether a product with its weight is all that it does: no hook, and no adapter in its place."""
-    return type(linear) is nn.Linear and not _has_hooks(linear)

@@ -23,7 +23,7 @@ from famba.fusion.options import FusionOptions
 from famba.kernels import dispatch, ops, scan
 from famba.kernels.cpu import runtime as native
 from famba.kernels.ops import add_rms_norm
-from famba.models.mixer import BidirectionalMixer, refuse_hooks
+from famba.models.mixer import BidirectionalMixer
 from famba.models.presets import grid, sizes
 
 _NORM_EPS = 1e-5
@@ -111,7 +111,7 @@ class Trace:
     pooled: Tensor | None = None
 
 
-class _Stream(NamedTuple):
+class _Tokens(NamedTuple):
     """The tokens on their way through the layers; a tuple, so that a block's backward hooks run."""
 
     hidden: Float[Tensor, "b t d"]
@@ -307,7 +307,7 @@ class VisionMamba(nn.Module):
         hidden = self.embed(images)
         b, t, _ = hidden.shape
         cls_index = None if self.cls_index is None else torch.full((b,), self.cls_index, device=hidden.device)
-        at = _Stream(hidden, None, torch.ones(b, t, dtype=self.pos_embed.dtype, device=hidden.device), cls_index)
+        at = _Tokens(hidden, None, torch.ones(b, t, dtype=self.pos_embed.dtype, device=hidden.device), cls_index)
         if trace is not None:
             trace.token_counts.append(t)
         for block, r in zip(self.layers, self.schedule, strict=True):
@@ -319,7 +319,7 @@ class VisionMamba(nn.Module):
         if self.pool == "cls":
             assert at.cls_index is not None
             return x[torch.arange(b, device=x.device), at.cls_index]
-        if self.options.weighting == "mean" or not any(self.schedule):  # unfused, no option may matter to a bit
+        if self.options.weighting == "mean" or not any(self.schedule):  # unfused: independent of the options
             return x.mean(1)
         return (x * (at.size / t)[..., None]).sum(1)
 
@@ -378,12 +378,9 @@ class _Block(nn.Module):
         self.norm = _AddNorm(d_model, backend)
         self._backend = backend
 
-    def forward(self, at: _Stream, r: int, options: FusionOptions, trace: Trace | None) -> _Stream:
+    def forward(self, at: _Tokens, r: int, options: FusionOptions, trace: Trace | None) -> _Tokens:
         normed, residual = self.norm(at.hidden, at.residual)
-        mixer, size, cls_index = self.mixer, at.size, at.cls_index
-        late = options.position == "after_scan"
-        if late:
-            refuse_hooks("mixer", mixer)
+        size, cls_index = at.size, at.cls_index
         feature = pairs = plan = None
         if r:
             compared = options.feature if options.matching == "similarity" else "normed"
@@ -394,10 +391,14 @@ class _Block(nn.Module):
             plan = merge.plan(pairs, size, **how, backend=backend)
             size = plan.size
             cls_index = None if cls_index is None else plan.destination.gather(1, cls_index[:, None])[:, 0]
-        mixed = mixer.mix(normed) if late else normed
-        if plan is not None:
-            mixed, residual = merge.apply_both(plan, mixed, residual, backend=self._backend)
-        hidden = mixer.out_proj(mixed) if late else mixer(mixed)
+
+        def fuse(x: Tensor) -> Tensor:
+            nonlocal residual
+            if plan is not None:
+                x, residual = merge.apply_both(plan, x, residual, backend=self._backend)
+            return x
+
+        hidden = self.mixer(normed, fuse) if options.position == "after_scan" else self.mixer(fuse(normed))
         if self.training and self.drop_path_rate:
             hidden = hidden * functional.dropout(hidden.new_ones(hidden.shape[0], 1, 1), self.drop_path_rate)
 
@@ -412,7 +413,7 @@ class _Block(nn.Module):
             trace.residuals.append(residual.detach())
             trace.groups.append(destination.gather(1, trace.groups[-1]) if trace.groups else destination)
             trace.sizes.append(size)
-        return _Stream(hidden, residual, size, cls_index)
+        return _Tokens(hidden, residual, size, cls_index)
 
     @torch.no_grad()
     def _feature(self, kind: str, normed: Tensor, residual: Tensor) -> Float[Tensor, "b t c"]:

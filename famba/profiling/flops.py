@@ -338,9 +338,9 @@ def _head(w: _Width, config: Mapping[str, Any], s: int, options: FusionOptions) 
 def flops_counted(model: nn.Module, images: Tensor) -> int:
     """FLOPs of one forward pass as torch's own counter sees them, to compare with `Cost.product_flops`.
 
-    It knows matrix products and convolutions, and is told of famba's where their tables are (famba.kernels.ops,
-    famba.fusion.merge). The selective scan is left out: it is one operator without a formula. The backend `reference`
-    is made of torch's operators, and its products count.
+    It knows matrix products and convolutions; formulas of famba's operators are registered beside them
+    (famba.kernels.ops, famba.fusion.merge). The selective scan is left out: it is one operator without a formula. The
+    backend `reference` is made of torch's operators, and its products count.
     """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(images)

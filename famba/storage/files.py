@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from famba.errors import InputError
+
+_log = logging.getLogger(__name__)
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -27,7 +30,7 @@ def write_atomic(path: Path, content: bytes) -> None:
     draft = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_name(f".{path.name}.lock"), blocking=True):
+        with _locked(path.with_name(f".{path.name}.lock")):
             try:
                 with draft.open("wb") as file:
                     file.write(content)
@@ -46,12 +49,13 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def claimed(lock: Path, refusal: str) -> Iterator[None]:
+def claimed(lock: Path, taken: str, *, wait: bool = False) -> Iterator[None]:
     """Hold a lock file, which is removed in the end; one that a kill left is free. A thread may claim it again.
 
     Args:
         lock: its folder is made if need be.
-        refusal: the message, should another process or thread hold it.
+        taken: what to say if another process or thread holds it.
+        wait: say so in the log and wait, instead of raising.
 
     Raises:
         InputError: another holds it, or it cannot be written there.
@@ -59,9 +63,13 @@ def claimed(lock: Path, refusal: str) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(_locked(lock, blocking=False))
-        except Timeout:
-            raise InputError(refusal) from None
+            try:
+                held.enter_context(_locked(lock, blocking=False))
+            except Timeout:
+                if not wait:
+                    raise InputError(taken) from None
+                _log.warning("%s; waiting for it", taken)
+                held.enter_context(_locked(lock))
         except OSError as error:
             raise InputError(f"{lock}: cannot be written ({error.strerror})") from None
         yield
@@ -77,10 +85,10 @@ def json_bytes(value: Any) -> bytes:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, *, blocking: bool) -> Iterator[None]:
-    """Hold a lock file and remove it in the end. Who waited for the removed one finds that out and tries again."""
-    lock = FileLock(path, blocking=blocking, is_singleton=True)
-    with lock:
+def _locked(path: Path, *, blocking: bool = True) -> Iterator[None]:
+    """Hold a lock file and remove it in the end. A process that waited for the removed file tries again."""
+    lock = FileLock(path, is_singleton=True)
+    with lock.acquire(blocking=blocking):
         try:
             yield
         finally:

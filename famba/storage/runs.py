@@ -225,19 +225,20 @@ def write(run: Run, run_dir: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def held(run_dir: str | Path) -> Iterator[Path]:
+def held(run_dir: str | Path, *, wait: bool = False) -> Iterator[Path]:
     """Hold a run's folder, so that no other process writes a run there: from before training, best.
 
     A thread that holds it may do so again. A killed process leaves nothing that is in the way.
 
     Args:
         run_dir: if relative, from the repository root; made if need be.
+        wait: until no other process holds it, which the log then says.
 
     Raises:
         InputError: another process holds it, or it cannot be written to.
     """
     folder = config.root() / run_dir
-    with claimed(folder / ".lock", f"{folder}: another process is making a run there"):
+    with claimed(folder / ".lock", f"{folder}: another process is making a run there", wait=wait):
         yield folder
 
 
@@ -341,11 +342,7 @@ def _json(value: Any, path: Path) -> bytes:
 
 def _object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        value = json.loads(_text(path), parse_constant=_refuse_constant)
     except ValueError as error:
         raise InputError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(value, dict):

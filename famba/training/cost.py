@@ -4,14 +4,12 @@ Steps that take turns are slowed alike by what slows the machine; so ratios hold
 """
 
 import dataclasses
-import os
-import resource
 import time
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
+import psutil
 import torch
 
 from famba import config, data
@@ -23,11 +21,10 @@ from famba.training.distributed import Processes
 from famba.training.trainer import Trainer
 
 _WARMUP = 2  # rounds: the first step makes the optimiser's moments
-# Above these the machine was busy with other things.
-_SWITCHES_PER_S = 20
-_SPREAD = 0.1
+_OTHERS_PERCENT = 10  # of all CPUs, above which other processes disturb a measurement
 
 
+@precision.settings_restored()
 def measure(profile: str | None, strategies: Sequence[str], *, rounds: int) -> pd.DataFrame:
     """Time a training step of every strategy in every round, all on the same batch of training images.
 
@@ -41,7 +38,8 @@ def measure(profile: str | None, strategies: Sequence[str], *, rounds: int) -> p
     Returns:
         One row per strategy and round: strategy, round, step_time_ms. The same in all rows of a strategy: batch_size,
         peak_memory_mib, flops_per_image, tokens_left; in all rows: profile, device, threads, versions, and disturbed,
-        which says how the machine was busy, "" if it was not.
+        which says how the machine was busy, "" if it was not. The spread of the times does not tell: on a virtual
+        machine they spread when it is idle, too.
 
     Raises:
         InputError: fewer than 2 rounds; as from `config.load`.
@@ -65,22 +63,24 @@ def measure(profile: str | None, strategies: Sequence[str], *, rounds: int) -> p
         model.train()
     batch = next(steps[first.strategy]._steps(torch.Generator().manual_seed(0)))
     clocks = {name: timing.StepClock(device, warmup_steps=_WARMUP) for name in steps}
-    began, switches = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+    psutil.cpu_percent()  # the next call gives the mean from here on
+    began, used = time.perf_counter(), time.process_time()
     for number in range(_WARMUP + rounds):
         turn = number % len(steps)
         for name in [*steps, *steps][turn : turn + len(steps)]:
             with clocks[name].step():
                 steps[name]._step(batch, 0.0, number)
-    switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - switches
+    own_percent = 100 * (time.process_time() - used) / (time.perf_counter() - began) / (psutil.cpu_count() or 1)
+    others_percent = psutil.cpu_percent() - own_percent
     found = environment.environment(device)
     setting = {
         "profile": first.profile,
         "device": found["device"],
         "threads": found["threads"],
         "versions": ", ".join(f"{name} {version}" for name, version in sorted(found["versions"].items())),
-        "disturbed": disturbances(
-            clocks[first.strategy].step_time_ms, switches / (time.perf_counter() - began), os.getloadavg()[0]
-        ),
+        "disturbed": f"other processes used {others_percent:.0f}% of the CPU"
+        if others_percent > _OTHERS_PERCENT
+        else "",
     }
     rows: list[dict[str, Any]] = []
     for name, trainer in steps.items():
@@ -94,21 +94,3 @@ def measure(profile: str | None, strategies: Sequence[str], *, rounds: int) -> p
         times = enumerate(clocks[name].step_time_ms, start=1)
         rows += [{"strategy": name, "round": i, "step_time_ms": ms, **own, **setting} for i, ms in times]
     return pd.DataFrame(rows)
-
-
-def disturbances(times_ms: Sequence[float], switches_per_s: float, load: float) -> str:
-    """How the machine was busy beside a measurement, "" if it was not.
-
-    Args:
-        times_ms: of steps that should take equally long.
-        switches_per_s: involuntary context switches of this process.
-        load: average number of runnable processes in the last minute, this one among them.
-    """
-    low, middle, high = np.quantile(times_ms, [0.25, 0.5, 0.75])
-    cores, spread = os.cpu_count() or 1, (high - low) / middle
-    found = {
-        f"load average {load:.1f} on {cores} cores": load > cores,
-        f"{switches_per_s:.0f} involuntary context switches a second": switches_per_s > _SWITCHES_PER_S,
-        f"middle half of the step times spread over {spread:.0%}": spread > _SPREAD,
-    }
-    return "; ".join(said for said, is_busy in found.items() if is_busy)

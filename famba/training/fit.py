@@ -44,7 +44,8 @@ def fit(p: Params, *, seed: int, progress: bool = False, callbacks: Sequence[Cal
 
     A checkpoint is kept for each epoch under build/checkpoints, named by all parameters, the seed, the code and the
     kernels that run it. A run that was killed goes on from there, and ends with the same metrics, bit for bit on a CPU;
-    where other kernels would run it, it starts anew and says so. `forget` removes them.
+    where other kernels would run it, it starts anew and says so. `forget` removes them. While another process trains
+    this very run, this one waits, and says so.
 
     With `train.init_from` the weights of that file are where it starts, and their normalisation of the images is kept.
     With `train.epochs` 0 as well they are evaluated as they are, fused by the strategy's schedule.
@@ -59,7 +60,7 @@ def fit(p: Params, *, seed: int, progress: bool = False, callbacks: Sequence[Cal
 
     Raises:
         InputError: parameters that do not fit each other, the data, or the weights to start from, before anything is
-            trained; another process that is training this very run.
+            trained.
         TrainingError: a loss or gradient that is not finite (names step, learning rate, layer and the last good
             checkpoint), tokens that were not fused as the schedule promises, or a process of several that was stopped.
     """
@@ -78,7 +79,7 @@ def fit(p: Params, *, seed: int, progress: bool = False, callbacks: Sequence[Cal
     if processes.rank == 0 and not any(checkpoints.glob("epoch-*")):
         for other in sorted({path.parent for path in checkpoints.parent.glob(f"{p.digest(seed)}-*/epoch-*")}):
             _log.warning("%s: not continued: of other code, kernels, processor or weights to start from", other)
-    mine = claimed(checkpoints / "lock", f"{checkpoints}: another process is training this run")
+    mine = claimed(checkpoints / "lock", f"{checkpoints}: another process is training this run", wait=True)
     with mine if processes.rank == 0 else contextlib.nullcontext():
         images = data.to_device(_start(p, seed, model, images), processes.device)
         trainer = Trainer(p, seed, model, images, processes, checkpoints, progress=progress)

@@ -29,7 +29,6 @@ from famba.config import Params, TrainParams
 from famba.data import Dataset, augment, timm_transforms
 from famba.data.loader import Streamed
 from famba.errors import InputError, TrainingError
-from famba.fusion import strategies
 from famba.kernels.precision import autocast, first_not_finite, nondeterministic
 from famba.models import saved
 from famba.models.vim import VisionMamba, kernels
@@ -144,7 +143,7 @@ class Trainer:
             # Not torch's AveragedModel: it counts its steps in a tensor, which it copies to the GPU and waits for.
             self.ema, self.average = copy.deepcopy(model), get_ema_multi_avg_fn(t.ema_decay)
         self.wrapped = processes.wrap(model)
-        self.warm = False
+        self.is_warmed_up = False
         self.given: list[Part] = []  # where a captured step reads its images and labels
         self.replay: Callable[[], tuple[Tensor, Tensor]] | None = None
         self.epoch = 0
@@ -162,9 +161,9 @@ class Trainer:
         """One pass over the training images, validation, and a checkpoint."""
         epoch = self.epoch + 1
         left = (self.p.train.epochs - self.epoch) * self.steps_per_epoch
-        clock = timing.StepClock(self.device, warmup_steps=int(not self.warm and left > 1))
-        self.warm = True
-        generator = torch.Generator().manual_seed(_epoch_seed(self.seed, epoch))
+        clock = timing.StepClock(self.device, warmup_steps=int(not self.is_warmed_up and left > 1))
+        self.is_warmed_up = True
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         self.model.train()
         loss_sum, hits, seen, lr = 0.0, 0, 0, 0.0
         bar = tqdm(
@@ -189,7 +188,9 @@ class Trainer:
         self.epoch = epoch
         learned = {"lr": lr, "train_loss": loss_sum / seen, "train_top1_percent": 100 * hits / seen}
         self.history.append({"epoch": epoch, **learned, **self._validate()})
-        self._run_callbacks()  # before saving: a resumed run does not replay them
+        if self.processes.rank == 0:
+            for callback in self.callbacks:  # before saving: a resumed run does not replay them
+                callback(self.history, self._measured())
         self._save()
 
     @torch.no_grad()
@@ -294,7 +295,8 @@ class Trainer:
         probe.model.train()
         probe._step(parts, lr, 0)
         probe.optimiser.zero_grad(set_to_none=True)
-        resident = [images, labels, *probe.model.state_dict().values(), *probe._moments()]
+        moments = (x for state in probe.optimiser.state.values() for x in state.values() if isinstance(x, Tensor))
+        resident = [images, labels, *probe.model.state_dict().values(), *moments]
         if probe.ema is not None:
             resident += probe.ema.state_dict().values()
         peak = memory.peak_memory(lambda: probe._step(parts, lr, 1), resident, self.device)
@@ -451,12 +453,10 @@ class Trainer:
         self.model.eval()
         with torch.no_grad(), autocast(self.device, self.p.train.precision):
             _, trace = self.model.forward_with_trace(two)
-        promised = strategies.token_counts(
-            self.model.schedule, self.model.tokens, protected=int(self.model.cls_token is not None)
-        )
-        if trace.token_counts != promised:
+        if trace.token_counts != self.model.token_counts:
             raise TrainingError(
-                f"strategy {self.p.strategy!r}: the trace shows {trace.token_counts} tokens; promised were {promised}"
+                f"strategy {self.p.strategy!r}: the trace shows {trace.token_counts} tokens; promised were "
+                f"{self.model.token_counts}"
             )
         return trace.token_counts
 
@@ -495,11 +495,6 @@ class Trainer:
         if self.processes.count > 1:
             return f"torchrun --nproc-per-node {self.processes.count} -m famba {asked}"
         return f"python -m famba {asked}"
-
-    def _run_callbacks(self) -> None:
-        if self.processes.rank == 0:
-            for callback in self.callbacks:
-                callback(self.history, self._measured())
 
     def _save(self) -> None:
         """Rank 0 writes; all wait, so that no process is an epoch ahead of what is kept."""
@@ -565,9 +560,6 @@ class Trainer:
             setattr(self, name, described[name])
         self.peak_memory_mib = described["peak_memory_mib"]
 
-    def _moments(self) -> list[Tensor]:
-        return [t for state in self.optimiser.state.values() for t in state.values() if isinstance(t, Tensor)]
-
 
 def _parts(t: TrainParams, processes: int) -> int:
     """Into how many parts a process takes its share of a step."""
@@ -591,8 +583,3 @@ def _by_image(ids: Tensor | None, correct: Tensor) -> str:
 def _is_better(entry: Mapping[str, Any], than: Mapping[str, Any]) -> bool:
     """Higher accuracy; at equal accuracy the lower loss. Equal in both: the earlier one stays."""
     return (entry["top1_percent"], -entry["loss"]) > (than["top1_percent"], -than["loss"])
-
-
-def _epoch_seed(seed: int, epoch: int) -> int:
-    """A seed for each epoch of each run; neighbouring ones must not be alike, which the generator sees to."""
-    return seed * 1_000_003 + epoch

@@ -304,7 +304,7 @@ def test_bf16_is_compared_with_fp32_in_time_and_loss():
 def test_loading_is_measured_in_turn_with_the_step_that_takes_the_images(monkeypatch, workers):
     import bridge  # before timm
 
-    monkeypatch.setattr(loading, "Recipe", bridge.Bridged)
+    monkeypatch.setattr(loading, "TimmAugmentation", bridge.Bridged)
     monkeypatch.setattr(loading, "_WORKERS", workers)
     result = bench.run(["data"], quick=True)
     assert result["left_out"] == []

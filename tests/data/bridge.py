@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from famba.data.timm_transforms import Recipe
+from famba.data.timm_transforms import TimmAugmentation
 
 try:
     import torchvision
@@ -21,5 +21,5 @@ except RuntimeError:
     import torchvision  # noqa: F401
 
 
-class Bridged(Recipe):
-    """A recipe; a process that it is sent to imports this module first."""
+class Bridged(TimmAugmentation):
+    """An augmentation; a process that it is sent to imports this module first."""

@@ -21,7 +21,7 @@ from test_splits import DIGITS, checkout, folder, one_line  # noqa: F401 (fixtur
 from famba import config, data
 from famba.config import DataParams
 from famba.data import augment, splits
-from famba.data.timm_transforms import Recipe
+from famba.data.timm_transforms import TimmAugmentation
 from famba.errors import FambaError, InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +37,7 @@ def streamed(**changes: object) -> data.Dataset:
     return load(memory_mib=1, **changes)
 
 
-class Shade(Recipe):
+class Shade(TimmAugmentation):
     """Stands in for timm: as bright as the seed says. None of the global generators matters to it."""
 
     def __call__(self, images: Iterable[Image.Image], seeds: Sequence[int]) -> torch.Tensor:
@@ -51,7 +51,7 @@ class Shade(Recipe):
 def varied(**changes: object) -> data.Streamed:
     split = streamed(**changes).train
     assert isinstance(split, data.Streamed)
-    return dataclasses.replace(split, recipe=Shade(DataParams(**DIGITS), (0.0,) * 3, (1.0,) * 3))
+    return dataclasses.replace(split, augmentation=Shade(DataParams(**DIGITS), (0.0,) * 3, (1.0,) * 3))
 
 
 def epoch(split: data.Split | data.Streamed, seed: int | None = 0, size: int = 4, **options: object):
@@ -94,7 +94,7 @@ def test_augmentation_on_tensors_is_the_same_for_both(folder: Path):  # noqa: F8
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_what_a_recipe_makes_does_not_depend_on_the_workers(folder: Path, workers: int):  # noqa: F811
+def test_what_an_augmentation_makes_does_not_depend_on_the_workers(folder: Path, workers: int):  # noqa: F811
     expected = epoch(varied())
     assert {images.dtype for images, _ in expected} == {torch.float32}
     random.seed(3)
@@ -187,8 +187,8 @@ def test_weights_that_know_other_numbers_see_images_normalised_by_those(folder: 
     other = data.renormalised(d, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert (other.mean, other.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert isinstance(other.train, data.Streamed)
-    assert isinstance(other.train.recipe, Shade)
-    assert (other.train.recipe.mean, other.train.recipe.std) == (other.mean, other.std)
+    assert isinstance(other.train.augmentation, Shade)
+    assert (other.train.augmentation.mean, other.train.augmentation.std) == (other.mean, other.std)
     assert other.val is d.val
     assert data.renormalised(load(), other.mean, other.std).mean == other.mean
 

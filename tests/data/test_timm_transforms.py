@@ -28,8 +28,8 @@ def asked(**changes: object) -> DataParams:
     return DataParams(**{**DIGITS, "augment": "timm", **PAPER, **changes})
 
 
-def made(**changes: object) -> timm_transforms.Recipe:
-    return timm_transforms.Recipe(asked(**changes), MEAN, STD)
+def made(**changes: object) -> timm_transforms.TimmAugmentation:
+    return timm_transforms.TimmAugmentation(asked(**changes), MEAN, STD)
 
 
 def photographs(count: int, size: tuple[int, int] = (60, 50)) -> list[Image.Image]:
@@ -58,7 +58,7 @@ def test_images_become_what_timms_transform_makes_of_them():
     assert len({x.numpy().tobytes() for x in made()(photographs(1) * 12, range(12))}) == 12
 
 
-def kinds(p: timm_transforms.Recipe) -> list[str]:
+def kinds(p: timm_transforms.TimmAugmentation) -> list[str]:
     return [type(step).__name__ for step in p.transform.transforms]
 
 
@@ -129,7 +129,7 @@ def test_an_image_depends_on_its_own_seed():
     assert vary([], []).shape == (0, 3, 48, 48)
 
 
-def test_a_pickled_recipe_gives_the_same_images():
+def test_a_pickled_augmentation_gives_the_same_images():
     vary = made()
     expected = vary(photographs(2), [1, 2])
     sent = pickle.dumps(vary)
@@ -215,7 +215,7 @@ def test_nothing_else_imports_timm_or_torchvision():
 def test_worker_processes_make_the_same_images(folder: Path):  # noqa: F811
     split = data.load(asked(dataset="folder", root="images", val_fraction=0.2)).train
     assert isinstance(split, data.Streamed)
-    split = dataclasses.replace(split, recipe=bridge.Bridged(asked(), MEAN, STD))
+    split = dataclasses.replace(split, augmentation=bridge.Bridged(asked(), MEAN, STD))
 
     def epoch(workers: int) -> torch.Tensor:
         source = dataclasses.replace(split, workers=workers)

@@ -14,27 +14,13 @@ from famba.errors import InputError
 from famba.experiments import adaptive, sweep
 from famba.storage import runs
 
+COSTS = {
+    "logits": [[0.0, 1.0, 2.0, 3.0, 4.5], [0.0, 0.0, 0.5, 1.0, 2.0]],
+    "similarity": [[0.0, 1.0, 2.0, 3.0, 4.0], [0.0, 2.0, 4.0, 6.0, 8.0]],
+}
 PLANS = [
-    Plan(
-        "logits",
-        AdaptiveRule(total=4),
-        [0, 4],
-        0.8,
-        0.9,
-        [[0.0, 1.0, 2.0, 3.0, 4.5], [0.0, 0.0, 0.5, 1.0, 2.0]],
-        ["none-0"],
-        9,
-    ),
-    Plan(
-        "similarity",
-        AdaptiveRule(total=4),
-        [4, 0],
-        0.5,
-        0.6,
-        [[0.0, 1.0, 2.0, 3.0, 4.0], [0.0, 2.0, 4.0, 6.0, 8.0]],
-        ["none-0"],
-        9,
-    ),
+    Plan(kind, AdaptiveRule(total=4), schedule, 0.8, 0.9, COSTS[kind], ["none-0"], 9)
+    for kind, schedule in {"logits": [0, 4], "similarity": [4, 0]}.items()
 ]
 SCORES = {
     "none": [96.0, 97.0, 98.0],

@@ -2,11 +2,15 @@
 
 import dataclasses
 import json
+import logging
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from types import SimpleNamespace
 
 import pytest
+from processes import PATIENCE_S
 
 from famba import config, training
 from famba.cli import main
@@ -117,6 +121,26 @@ def test_a_run_of_other_code_is_trained_again_where_that_is_allowed(tmp_path, tr
     sweep.ensure_run(tmp_path, **run, train_missing=True)
     assert len(trained) == 2
     assert runs.read(tmp_path).cost["made_of"].endswith("-changed")
+
+
+def test_a_run_that_another_process_is_making_is_waited_for_and_taken(tmp_path, trained, monkeypatch):
+    fake, said = sys.modules["famba.training.fit"], SimpleQueue()
+    fit = fake.fit
+    monkeypatch.setattr(
+        logging.getLogger("famba.storage.files"), "warning", lambda text, *words: said.put(text % words)
+    )
+    waiting = f"{tmp_path}: another process is making a run there; waiting for it"
+
+    def fit_when_waited_for(p, *, seed):
+        assert said.get(timeout=PATIENCE_S) == waiting
+        return fit(p, seed=seed)
+
+    monkeypatch.setattr(fake, "fit", fit_when_waited_for)
+    run = {"strategy": "none", "seed": 0, "profile": "smoke", "train_missing": True}
+    with ThreadPoolExecutor(2) as both:
+        ensured = [both.submit(sweep.ensure_run, tmp_path, **run) for _ in range(2)]
+        assert [done.result() for done in ensured] == [tmp_path, tmp_path]
+    assert trained == [("none, forgotten", 0)]
 
 
 def test_a_run_that_was_trained_elsewhere_and_does_not_say_by_what_code_is_taken(tmp_path, trained):

@@ -17,10 +17,10 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
     """An empty cache, and instead of the kernels a library that is compiled in no time."""
-    (tmp_path / "one.cpp").write_text('extern "C" int one() { return 1; }\n')
+    (tmp_path / "one.cpp").write_text('extern "C" __attribute__((visibility("default"))) int one() { return 1; }\n')
     compiled = []
 
-    def compile_one(compiler, variants, flags, folder):
+    def compile_one(compiler, folder):
         compiled.append(compiler)
         subprocess.run([*compiler, "-shared", "-fPIC", tmp_path / "one.cpp", "-o", folder / "k.so"], check=True)
         return folder / "k.so"
@@ -32,20 +32,20 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 
 def load() -> tuple[str, int | None]:
-    reason, library = build._attempt.__wrapped__()
+    reason, library = build._attempt.__wrapped__("baseline")
     return reason, None if library is None else library.one()
 
 
 def refused() -> str:
     with pytest.raises(BackendError) as error:
-        build.build()
+        build.build("baseline")
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
 @pytest.mark.parametrize("damaged", [lambda whole: b"", lambda whole: whole[:-5000], lambda whole: whole[:-1] + b"!"])
 def test_a_library_that_is_empty_truncated_or_changed_is_built_again(cache, damaged):
-    path = build.build()
+    path = build.build("baseline")
     whole = path.read_bytes()
     path.write_bytes(damaged(whole))
     assert load() == ("", 1)
@@ -53,17 +53,17 @@ def test_a_library_that_is_empty_truncated_or_changed_is_built_again(cache, dama
 
 
 def test_a_library_that_does_not_load_here_is_built_again(cache):
-    whole = build.build().read_bytes()
-    build.build().unlink()
-    name = build.build().name.rpartition("-")[0]
-    build.build().unlink()
+    whole = build.build("baseline").read_bytes()
+    build.build("baseline").unlink()
+    name = build.build("baseline").name.rpartition("-")[0]
+    build.build("baseline").unlink()
     (cache / f"{name}-{build._sha256(b'for another system')}.so").write_bytes(b"for another system")
     assert load() == ("", 1)
     assert [x.read_bytes() for x in cache.iterdir()] == [whole]
 
 
 def test_the_cache_is_the_users_alone_and_another_is_refused(cache, monkeypatch):
-    build.build()
+    build.build("baseline")
     assert cache.stat().st_mode & 0o777 == 0o700
     cache.chmod(0o777)
     assert refused().startswith(f"{cache}: drwxrwxrwx of user {os.geteuid()}; must be a folder that user")

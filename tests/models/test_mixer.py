@@ -1,5 +1,6 @@
 """The mixer alone against an independent one: output and every gradient, by each backend."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -66,6 +67,17 @@ def test_the_fused_mixer_has_torchs_gradients_and_gradients_of_gradients(adapted
         found[backend] = [*once, *plain, *twice]
     for expected, native in zip(found["torch"], found["native"], strict=True):
         torch.testing.assert_close(native, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["conv1d", "conv1d_b", "dt_proj", "dt_proj_b"])
+def test_what_stands_in_the_place_of_a_module_is_called(name):
+    torch.manual_seed(0)
+    mixer, x = BidirectionalMixer(16, 4), torch.randn(2, 7, 16)
+    doubled, module = copy.deepcopy(mixer), mixer.get_submodule(name)
+    for weight in doubled.get_submodule(name).parameters():
+        weight.data *= 2
+    module.__class__ = type("Adapted", (kind := type(module),), {"forward": lambda m, x: 2 * kind.forward(m, x)})
+    torch.testing.assert_close(mixer(x), doubled(x))
 
 
 @pytest.mark.skipif("native" not in BACKENDS, reason="cannot run")

@@ -3,8 +3,7 @@
 The library has a plain C interface, so it does not care which torch is installed. Its name in the cache holds a hash of
 the sources, the flags and the compiler's version, so nothing stale is loaded, and the SHA-256 of its own bytes, so
 nothing truncated or changed is. It is moved into place in one step, so any number of processes may build at once. The
-folder must be the user's alone: loading a library runs its code. Kernels are compiled once per instruction set and
-chosen when they run.
+folder must be the user's alone: loading a library runs its code. There is a library for each instruction set.
 
 Environment: CXX names the compiler, which may have a launcher and flags (`ccache g++ -m64`); XDG_CACHE_HOME the cache;
 FAMBA_CXXFLAGS adds flags (the sanitizers use it).
@@ -28,9 +27,11 @@ from famba.errors import BackendError, InputError
 from famba.storage.files import write_atomic
 
 SOURCES = Path(__file__).parent
-KERNELS = ("scan", "conv", "norm", "match", "fuse")
-_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
-_VARIANTS = {
+_FLAGS = (
+    *("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+)
+INSTRUCTION_SETS = {  # widest first; the compiler's default is SSE2 on x86-64, NEON on ARM
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
     "avx2": ("-mavx2", "-mfma"),
     "baseline": (),
@@ -39,13 +40,21 @@ _TIME_LIMIT_S = 120
 
 
 @functools.cache
+def instruction_set() -> str:
+    """The one to compile for: the widest that this processor and its system have, as torch finds."""
+    import torch  # the doctor reports on a machine without it
+
+    found = torch.backends.cpu.get_cpu_capability().lower()
+    return found if found in INSTRUCTION_SETS else "baseline"
+
+
 def library() -> ctypes.CDLL:
     """The compiled kernels, built if need be.
 
     Raises:
         BackendError: no compiler, or it failed, or the cache cannot be written.
     """
-    reason, loaded = _attempt()
+    reason, loaded = _attempt(instruction_set())
     if loaded is None:
         raise BackendError(reason)
     return loaded
@@ -53,42 +62,38 @@ def library() -> ctypes.CDLL:
 
 def unavailable() -> str:
     """The reason why the kernels cannot run here ("": they can). Builds them if need be."""
-    return _attempt()[0]
+    return _attempt(instruction_set())[0]
 
 
 @functools.cache
-def _attempt() -> tuple[str, ctypes.CDLL | None]:
+def _attempt(wanted: str) -> tuple[str, ctypes.CDLL | None]:
     if sys.byteorder != "little":
         return "the native kernels know little-endian machines only", None
     try:
-        path = build()
+        path = build(wanted)
         try:
             return "", ctypes.CDLL(str(path))
         except OSError:  # whole, but built beside another C library, say: once more, for this machine
             path.unlink(missing_ok=True)
-            return "", ctypes.CDLL(str(build()))
+            return "", ctypes.CDLL(str(build(wanted)))
     except BackendError as error:
         return str(error), None
     except OSError as error:
         return f"the compiled kernels did not load: {_first_line(str(error))}", None
 
 
-def build() -> Path:
-    """Path of the library in the cache, compiled unless it is there, whole.
+def build(wanted: str) -> Path:
+    """Path of the library for an instruction set in the cache, compiled unless it is there, whole.
 
     Raises:
         BackendError: as `library`; or the cache's folder is not this user's alone.
     """
     compiler = _compiler()
     version = _run([*compiler, "--version"])
-    machine = platform.machine()
-    variants = _VARIANTS if machine in ("x86_64", "AMD64") else {"baseline": ()}
-    extra = tuple(os.environ.get("FAMBA_CXXFLAGS", "").split())
+    flags = [*_FLAGS, *INSTRUCTION_SETS[wanted], *os.environ.get("FAMBA_CXXFLAGS", "").split()]
     sources = sorted(x for x in SOURCES.iterdir() if x.suffix in (".cpp", ".h"))
-    recipe = repr(
-        (machine, compiler[1:], version, _FLAGS, extra, variants, [(x.name, x.read_bytes()) for x in sources])
-    )
-    name = f"kernels-{_sha256(recipe.encode())[:24]}"
+    inputs = (platform.machine(), compiler[1:], version, flags, [(x.name, x.read_bytes()) for x in sources])
+    name = f"kernels-{_sha256(repr(inputs).encode())[:24]}"
     folder = _folder()
     try:
         for found in folder.glob(f"{name}-*.so"):
@@ -96,7 +101,7 @@ def build() -> Path:
                 return found
             found.unlink()
         with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as scratch:
-            built = _compile(compiler, variants, (*_FLAGS, *extra), Path(scratch)).read_bytes()
+            built = _compile([*compiler, *flags], Path(scratch)).read_bytes()
         target = folder / f"{name}-{_sha256(built)}.so"
         write_atomic(target, built)
     except OSError as error:
@@ -128,17 +133,12 @@ def runtime_of(name: str) -> str:
     return _run([*_compiler(), f"-print-file-name={name}"]).strip()
 
 
-def _compile(compiler: list[str], variants: dict[str, tuple[str, ...]], flags: tuple[str, ...], folder: Path) -> Path:
-    jobs = {
-        f"{kernel}-{variant}.o": [*flags, *own, f"-DVARIANT={variant}", str(SOURCES / f"{kernel}.cpp")]
-        for kernel in KERNELS
-        for variant, own in variants.items()
-    }
-    jobs["dispatch.o"] = [*flags, str(SOURCES / "dispatch.cpp")]
+def _compile(compiler: list[str], folder: Path) -> Path:
+    sources = sorted(SOURCES.glob("*.cpp"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda job: _run([*compiler, "-c", *job[1], "-o", str(folder / job[0])]), jobs.items()))
+        list(pool.map(lambda x: _run([*compiler, "-c", str(x), "-o", str(folder / f"{x.stem}.o")]), sources))
     built = folder / "kernels.so"
-    _run([*compiler, "-shared", "-pthread", *flags, *(str(folder / name) for name in jobs), "-o", str(built)])
+    _run([*compiler, "-shared", "-pthread", *(str(folder / f"{x.stem}.o") for x in sources), "-o", str(built)])
     return built
 
 

@@ -5,8 +5,6 @@
 // side. Nothing is kept for backward but the input: the sums before silu are cheaper to recompute than to store. Two
 // directions of one input are two jobs in the same unit of work; the second adds its gradient to the first one's.
 
-#include "conv.h"
-
 #include "tile.h"
 
 namespace {
@@ -103,30 +101,30 @@ void backward(const Conv& p, int64_t unit, float* memory) {
 
 }  // namespace
 
-KERNEL(int64_t conv_scratch)(const Conv*) { return sizeof(ConvTiles) / 4 + 64; }
+int64_t conv_scratch() { return sizeof(ConvTiles) / 4 + 64; }
 
-KERNEL(void conv_lanes)(const Conv* p, float* lanes) {
-    for (int64_t e = 0; e < padded(p->e); e++)
-        for (int64_t j = 0; j <= p->k; j++) {
+void conv_lanes(const Conv& p, float* lanes) {
+    for (int64_t e = 0; e < padded(p.e); e++)
+        for (int64_t j = 0; j <= p.k; j++) {
             float x = 0.0f;
-            if (e < p->e && j < p->k) x = p->weight[e * p->k + (p->reverse ? p->k - 1 - j : j)];
-            if (e < p->e && j == p->k && p->bias) x = p->bias[e];
-            lanes[(e / W * (p->k + 1) + j) * W + e % W] = x;
+            if (e < p.e && j < p.k) x = p.weight[e * p.k + (p.reverse ? p.k - 1 - j : j)];
+            if (e < p.e && j == p.k && p.bias) x = p.bias[e];
+            lanes[(e / W * (p.k + 1) + j) * W + e % W] = x;
         }
 }
 
-KERNEL(void conv_forward)(const void* given, int64_t unit, float* memory) {
+void conv_forward(const void* given, int64_t unit, float* memory) {
     const Conv* p = (const Conv*)given;
     for (int64_t i = 0; i < p->directions; i++) p->k == 4 ? forward<4>(p[i], unit, memory) : forward<0>(p[i], unit, memory);
 }
 
-KERNEL(void conv_backward)(const void* given, int64_t unit, float* memory) {
+void conv_backward(const void* given, int64_t unit, float* memory) {
     const Conv* p = (const Conv*)given;
     for (int64_t i = 0; i < p->directions; i++) p->k == 4 ? backward<4>(p[i], unit, memory) : backward<0>(p[i], unit, memory);
 }
 
 // Sums over sequences, first to last, of one vector of channels
-KERNEL(void conv_sum_sequences)(const void* given, int64_t unit, float*) {
+void conv_sum_sequences(const void* given, int64_t unit, float*) {
     const Conv& p = ((const Conv*)given)[unit / ceil_div(((const Conv*)given)->e, W)];
     int64_t e0 = unit % ceil_div(p.e, W) * W, each = p.k + 1;
     int lanes = (int)least(W, p.e - e0);

@@ -3,29 +3,18 @@
 Axes: b batch, e channels, t tokens, k taps. Strides, types and layout of the results are as in famba.kernels.cpu.scan.
 """
 
-import ctypes
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from famba.kernels import reference
 from famba.kernels.cpu import runtime
-from famba.kernels.cpu.runtime import View, float32, like, pointer
+from famba.kernels.cpu.runtime import float32, like, pointer, view
+from famba.kernels.reference import register, register_gradient
 
 MOST_TAPS = 8
 
 
-class _Job(ctypes.Structure):
-    """conv.h's Conv."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("b", "e", "t", "k", "reverse", "groups", "directions", "add")),
-        *((name, View) for name in ("x", "out")),
-        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
-        *((name, View) for name in ("grad_out", "grad_x")),
-        *((name, ctypes.c_void_p) for name in ("grad_weight", "grad_bias", "part", "lanes")),
-    )
+Conv = runtime.structure("Conv")
 
 
 def unsuited(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
@@ -42,12 +31,12 @@ def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: 
     return torch.ops.famba.conv(x, weight, bias, reverse)
 
 
-def _job(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, **views: Tensor) -> _Job:
-    return _Job(
-        *x.shape, weight.shape[1], reverse, 0, 1, 0, View.of(x),
+def _job(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, **views: Tensor):
+    return Conv(
+        *x.shape, weight.shape[1], reverse, 0, 1, 0, view(x),
         weight=weight.data_ptr(),
         bias=pointer(bias),
-        **{name: View.of(tensor) for name, tensor in views.items()},
+        **{name: view(tensor) for name, tensor in views.items()},
     )  # fmt: skip
 
 
@@ -73,27 +62,9 @@ def _conv_backward_fake(grad, x, weight, bias, reverse):
     return like(x), weight.new_empty(weight.shape), grad_bias
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    x, weight, bias, ctx.reverse = inputs
-    ctx.save_for_backward(x, weight, bias)
-
-
-def _backward(ctx, grad):
-    tensors = ctx.saved_tensors
-    found = reference.gradients(
-        lambda: torch.ops.famba.conv_backward(grad, *tensors, ctx.reverse),
-        partial(reference.conv, reverse=ctx.reverse),
-        tensors,
-        grad,
-    )
-    return *found, None
-
-
-runtime.operator(
-    "conv(Tensor x, Tensor weight, Tensor? bias, bool reverse) -> Tensor",
-    _conv, lambda x, weight, bias, reverse: like(x), _backward, _setup_context,
-)  # fmt: skip
-runtime.operator(
+register("conv(Tensor x, Tensor weight, Tensor? bias, bool reverse) -> Tensor", _conv, lambda x, *_: like(x), "CPU")
+register(
     "conv_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, bool reverse) -> (Tensor, Tensor, Tensor)",
-    _conv_backward, _conv_backward_fake,
+    _conv_backward, _conv_backward_fake, "CPU",
 )  # fmt: skip
+register_gradient("conv", reference.conv)

@@ -3,23 +3,19 @@
 // A unit of work is one sequence of one tensor. Memory is what this costs, so each row is read once and written once;
 // a token that nothing joins is copied bit for bit.
 
-#include "fuse.h"
-
 #include "tile.h"
 
 namespace {
 
 INLINE void refuse(int64_t* flag) { __atomic_store_n(flag, 1, __ATOMIC_RELAXED); }
 
-INLINE vf read_lanes(const float* x, int64_t from, int lanes) { return load_lanes(x, from, lanes); }
-INLINE void write_lanes(float* x, int64_t from, int lanes, vf v) { store_lanes(x, from, lanes, v); }
-INLINE vf read_lanes(const uint16_t* x, int64_t from, int lanes) {
+INLINE vf load_lanes(const uint16_t* x, int64_t from, int lanes) {
     if (lanes == W) return load_bf16(x + from);
     vf v = {};
     for (int l = 0; l < lanes; l++) v[l] = scalar_at(x, from + l, BFLOAT16);
     return v;
 }
-INLINE void write_lanes(uint16_t* x, int64_t from, int lanes, vf v) {
+INLINE void store_lanes(uint16_t* x, int64_t from, int lanes, vf v) {
     if (lanes == W) return store_bf16(x + from, v);
     for (int l = 0; l < lanes; l++) scalar_to(x, from + l, BFLOAT16, v[l]);
 }
@@ -38,12 +34,13 @@ INLINE bool groups_of(const int64_t* destination, int64_t t, int64_t s, int32_t*
 }
 
 template <class T>
-INLINE void fuse(const Fuse& p, const T* x, T* out, int64_t d, int64_t b, float* memory) {
+void forward(const Fuse& p, int64_t n, int64_t b, float* memory) {
+    const int64_t d = p.d[n];
+    const T* x = (const T*)p.x[n] + b * p.t * d;
+    T* out = (T*)p.out[n] + b * p.s * d;
     int32_t *first = (int32_t*)take(memory, p.s), *next = (int32_t*)take(memory, p.t);
     const float* weight = p.weight + b * p.t;
     if (!groups_of(p.destination + b * p.t, p.t, p.s, first, next)) return refuse(p.refused);
-    x += b * p.t * d;
-    out += b * p.s * d;
     for (int64_t place = 0; place < p.s; place++, out += d) {
         int64_t one = first[place];
         if (one >= 0 && next[one] < 0 && weight[one] == 1.0f) {
@@ -53,18 +50,19 @@ INLINE void fuse(const Fuse& p, const T* x, T* out, int64_t d, int64_t b, float*
         for (int64_t k = 0; k < d; k += W) {
             int lanes = (int)least(W, d - k);
             vf sum = {};
-            for (int64_t i = one; i >= 0; i = next[i]) sum += read_lanes(x + i * d, k, lanes) * weight[i];
-            write_lanes(out, k, lanes, sum);
+            for (int64_t i = one; i >= 0; i = next[i]) sum += load_lanes(x + i * d, k, lanes) * weight[i];
+            store_lanes(out, k, lanes, sum);
         }
     }
 }
 
 template <class T>
-INLINE void fuse_back(const Fuse& p, const T* grad, T* out, int64_t d, int64_t b) {
+void backward(const Fuse& p, int64_t n, int64_t b) {
+    const int64_t d = p.d[n];
+    const T* grad = (const T*)p.x[n] + b * p.s * d;
+    T* out = (T*)p.out[n] + b * p.t * d;
     const int64_t* destination = p.destination + b * p.t;
     const float* weight = p.weight + b * p.t;
-    grad += b * p.s * d;
-    out += b * p.t * d;
     for (int64_t i = 0; i < p.t; i++, out += d) {
         if (destination[i] < 0 || destination[i] >= p.s) return refuse(p.refused);
         const T* row = grad + destination[i] * d;
@@ -74,7 +72,7 @@ INLINE void fuse_back(const Fuse& p, const T* grad, T* out, int64_t d, int64_t b
         }
         for (int64_t k = 0; k < d; k += W) {
             int lanes = (int)least(W, d - k);
-            write_lanes(out, k, lanes, read_lanes(row, k, lanes) * weight[i]);
+            store_lanes(out, k, lanes, load_lanes(row, k, lanes) * weight[i]);
         }
     }
 }
@@ -97,7 +95,7 @@ INLINE bool places_of(const Plan& p, const int64_t* source, const int64_t* targe
 
 }  // namespace
 
-KERNEL(void plan_sequence)(const void* given, int64_t b, float* memory) {
+void plan_sequence(const void* given, int64_t b, float* memory) {
     const Plan& p = *(const Plan*)given;
     const int64_t s = p.t - p.r, *source = p.source + b * p.r, *target = p.target + b * p.r;
     const float* size = p.size + b * p.t;
@@ -118,24 +116,14 @@ KERNEL(void plan_sequence)(const void* given, int64_t b, float* memory) {
     for (int64_t i = 0; i < p.t; i++) weight[i] = (p.by_size ? size[i] : 1.0f) / whole[destination[i]];
 }
 
-KERNEL(int64_t fuse_scratch)(const Fuse* p) { return p->s + p->t + 64; }
-
-KERNEL(void fuse_forward)(const void* given, int64_t unit, float* memory) {
+void fuse_forward(const void* given, int64_t unit, float* memory) {
     const Fuse& p = *(const Fuse*)given;
     int64_t n = unit % 2, b = unit / 2;
-    if (!p.x[n]) return;
-    if (p.type[n] == BFLOAT16)
-        fuse(p, (const uint16_t*)p.x[n], (uint16_t*)p.out[n], p.d[n], b, memory);
-    else
-        fuse(p, (const float*)p.x[n], (float*)p.out[n], p.d[n], b, memory);
+    if (p.x[n]) (p.type[n] == BFLOAT16 ? forward<uint16_t> : forward<float>)(p, n, b, memory);
 }
 
-KERNEL(void fuse_backward)(const void* given, int64_t unit, float*) {
+void fuse_backward(const void* given, int64_t unit, float*) {
     const Fuse& p = *(const Fuse*)given;
     int64_t n = unit % 2, b = unit / 2;
-    if (!p.x[n]) return;
-    if (p.type[n] == BFLOAT16)
-        fuse_back(p, (const uint16_t*)p.x[n], (uint16_t*)p.out[n], p.d[n], b);
-    else
-        fuse_back(p, (const float*)p.x[n], (float*)p.out[n], p.d[n], b);
+    if (p.x[n]) (p.type[n] == BFLOAT16 ? backward<uint16_t> : backward<float>)(p, n, b);
 }

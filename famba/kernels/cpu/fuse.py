@@ -12,27 +12,10 @@ from torch import Tensor
 from famba.errors import InputError
 from famba.kernels import reference
 from famba.kernels.cpu import runtime
+from famba.kernels.reference import register, register_backward
 
-
-class _Plan(ctypes.Structure):
-    """fuse.h's Plan."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("b", "t", "r", "in_order", "by_size")),
-        *((name, ctypes.c_void_p) for name in ("source", "target", "size")),
-        *((name, ctypes.c_void_p) for name in ("survivors", "destination", "weight", "total", "refused")),
-    )
-
-
-class _Fuse(ctypes.Structure):
-    """fuse.h's Fuse."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("b", "t", "s")),
-        *((name, ctypes.c_int64 * 2) for name in ("d", "type")),
-        *((name, ctypes.c_void_p * 2) for name in ("x", "out")),
-        *((name, ctypes.c_void_p) for name in ("destination", "weight", "refused")),
-    )
+Plan = runtime.structure("Plan")
+Fuse = runtime.structure("Fuse")
 
 
 def unsuited_plan(source: Tensor, target: Tensor, size: Tensor) -> str:
@@ -57,16 +40,16 @@ def fuse(x: Tensor, other: Tensor | None, destination: Tensor, weight: Tensor, s
     return torch.ops.famba.fuse(x, other, destination, weight, s)
 
 
-def _plan_fake(source, target, size, in_order, by_size):
+def plan_fake(source, target, size, in_order, by_size):
     (b, t), s = size.shape, size.shape[1] - source.shape[1]
     return source.new_empty(b, s), source.new_empty(b, t), size.new_empty(b, t), size.new_empty(b, s)
 
 
 def _plan(source: Tensor, target: Tensor, size: Tensor, in_order: bool, by_size: bool) -> tuple[Tensor, ...]:
-    made = _plan_fake(source, target, size, in_order, by_size)
+    made = plan_fake(source, target, size, in_order, by_size)
     given, refused = [x.contiguous() for x in (source, target, size)], ctypes.c_int64()
     pointers = [x.data_ptr() for x in (*given, *made)]
-    job = _Plan(*size.shape, source.shape[1], in_order, by_size, *pointers, ctypes.addressof(refused))
+    job = Plan(*size.shape, source.shape[1], in_order, by_size, *pointers, ctypes.addressof(refused))
     runtime.call("famba_plan", job)
     if refused.value:
         end = size.shape[1] - 1
@@ -82,7 +65,7 @@ def _fuse_fake(x, other, destination, weight, s):
     return x.new_empty(b, s, d), x.new_empty(0) if other is None else other.new_empty(b, s, other.shape[2])
 
 
-def _fuse_backward_fake(grad, other, destination, weight):
+def fuse_backward_fake(grad, other, destination, weight):
     return tuple(weight.new_empty(0) if x is None else x.new_empty(*weight.shape, x.shape[2]) for x in (grad, other))
 
 
@@ -93,7 +76,7 @@ def _fuse(x: Tensor, other: Tensor | None, destination: Tensor, weight: Tensor, 
 
 
 def _fuse_backward(grad: Tensor | None, other: Tensor | None, destination: Tensor, weight: Tensor):
-    made = _fuse_backward_fake(grad, other, destination, weight)
+    made = fuse_backward_fake(grad, other, destination, weight)
     s = next((x.shape[1] for x in (grad, other) if x is not None), 0)
     _run("famba_fuse_backward", (grad, other), made, destination, weight, s)
     return made
@@ -102,7 +85,7 @@ def _fuse_backward(grad: Tensor | None, other: Tensor | None, destination: Tenso
 def _run(name: str, given, made: tuple[Tensor, ...], destination: Tensor, weight: Tensor, s: int) -> None:
     given = [x if x is None else x.contiguous() for x in given]
     destination, weight, refused = destination.contiguous(), weight.contiguous(), ctypes.c_int64()
-    job = _Fuse(
+    job = Fuse(
         *weight.shape, s, tuple(x.shape[-1] for x in made),
         tuple(0 if x is None else runtime.DTYPES.index(x.dtype) for x in given),
         tuple(map(runtime.pointer, given)), tuple(x.data_ptr() for x in made),
@@ -127,15 +110,16 @@ def _backward(ctx, grad, other):
     return *(None if grad is None else x for grad, x in zip(grads, found, strict=True)), None, None, None
 
 
-runtime.operator(
+register(
     "plan(Tensor source, Tensor target, Tensor size, bool in_order, bool by_size) -> (Tensor, Tensor, Tensor, Tensor)",
-    _plan, _plan_fake,
+    _plan, plan_fake, "CPU",
 )  # fmt: skip
-runtime.operator(
+register(
     "fuse(Tensor x, Tensor? other, Tensor destination, Tensor weight, SymInt s) -> (Tensor, Tensor)",
-    _fuse, _fuse_fake, _backward, _setup_context,
+    _fuse, _fuse_fake, "CPU",
 )  # fmt: skip
-runtime.operator(
+register(
     "fuse_backward(Tensor? grad, Tensor? other, Tensor destination, Tensor weight) -> (Tensor, Tensor)",
-    _fuse_backward, _fuse_backward_fake,
+    _fuse_backward, fuse_backward_fake, "CPU",
 )  # fmt: skip
+register_backward("fuse", _backward, _setup_context)

@@ -4,8 +4,6 @@
 // ones; the scores of a few even tokens at a time stay in the nearest cache until the best of each is known. Every
 // score is one sum in one order, whichever block it falls in, so equal tokens have equal scores.
 
-#include "match.h"
-
 #include "tile.h"
 
 namespace {
@@ -108,12 +106,12 @@ INLINE void refuse(const Match& p) { __atomic_store_n(p.refused, 1, __ATOMIC_REL
 
 }  // namespace
 
-KERNEL(int64_t match_scratch)(const Match* p) {
-    Sizes n = sizes_of(*p);
+int64_t match_scratch(const Match& p) {
+    Sizes n = sizes_of(p);
     return (n.even_rows + n.odd_rows) * n.c + EVENS * padded(n.odds) + 64;
 }
 
-KERNEL(void match_sequence)(const void* given, int64_t b, float* memory) {
+void match_sequence(const void* given, int64_t b, float* memory) {
     const Match& p = *(const Match*)given;
     const Sizes n = sizes_of(p);
     float *even = take(memory, n.even_rows * n.c), *odd = take(memory, n.odd_rows * n.c);

@@ -10,15 +10,9 @@ from torch import Tensor
 
 from famba.errors import InputError
 from famba.kernels.cpu import runtime
+from famba.kernels.reference import register
 
-
-class _Job(ctypes.Structure):
-    """match.h's Match."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("b", "t", "c", "r", "guards")),
-        *((name, ctypes.c_void_p) for name in ("feature", "guarded", "source", "target", "similarity", "refused")),
-    )
+Match = runtime.structure("Match")
 
 
 def unsuited(feature: Tensor) -> str:
@@ -36,17 +30,17 @@ def match_tokens(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Ten
     return torch.ops.famba.match(feature.detach(), positions, r)
 
 
-def _match_fake(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Tensor, Tensor, Tensor]:
+def match_fake(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Tensor, Tensor, Tensor]:
     b = feature.shape[0]
     source, target = (feature.new_empty(b, r, dtype=torch.int64) for _ in range(2))
     return source, target, feature.new_empty(b, r)
 
 
 def _match(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    found = source, target, similarity = _match_fake(feature, protected, r)
+    found = source, target, similarity = match_fake(feature, protected, r)
     feature, refused = feature.contiguous(), ctypes.c_int64()
     protected = None if protected is None else protected.contiguous()
-    job = _Job(
+    job = Match(
         *feature.shape, r, 0 if protected is None else protected.shape[1], feature.data_ptr(),
         runtime.pointer(protected), source.data_ptr(), target.data_ptr(),
         similarity.data_ptr(), ctypes.addressof(refused),
@@ -57,4 +51,4 @@ def _match(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Tensor, T
     return found
 
 
-runtime.operator("match(Tensor feature, Tensor? protected, SymInt r) -> (Tensor, Tensor, Tensor)", _match, _match_fake)
+register("match(Tensor feature, Tensor? protected, SymInt r) -> (Tensor, Tensor, Tensor)", _match, match_fake, "CPU")

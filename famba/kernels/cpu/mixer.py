@@ -18,6 +18,7 @@ from torch.utils.flop_counter import baddbmm_flop, register_flop_formula
 from famba.kernels import reference
 from famba.kernels.cpu import conv, runtime, scan
 from famba.kernels.cpu.runtime import View, float32
+from famba.kernels.reference import register
 
 
 class Direction(NamedTuple):
@@ -35,7 +36,7 @@ class Direction(NamedTuple):
 def mix(xz: Tensor, forward: Direction, backward: Direction, scale: float) -> Tensor:
     """`BidirectionalMixer.mix` after the input projection."""
     tensors = (xz, *forward, *backward)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+    if reference.wants_gradient(*tensors):
         return _Mix.apply(scale, *tensors)  # pyright: ignore[reportReturnType]
     return _forward(*tensors, scale=scale, keep=False)[0]
 
@@ -96,7 +97,7 @@ def _split(parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], li
     return [*one[:2], *other[:2]], [one[2], other[2]], [*one[3:], *other[3:]]
 
 
-def _view(x: Tensor, direction: int = 0, channel: int = 0) -> View:
+def _view(x: Tensor, direction: int = 0, channel: int = 0):
     """From a channel of (b, t, c), or of (2, b, t, c), as (b, c, t)."""
     *first, batch, token, row = x.stride()
     offset = (direction * first[0] if first else 0) + channel * row
@@ -106,9 +107,9 @@ def _view(x: Tensor, direction: int = 0, channel: int = 0) -> View:
 def _conv_jobs(xz: Tensor, parameters: list[Tensor]):
     b, t, e2 = xz.shape
     k = parameters[0].shape[1]
-    jobs = (conv._Job * 2)()
+    jobs = (conv.Conv * 2)()
     for i in (0, 1):
-        jobs[i] = conv._Job(b, e2 // 2, t, k, i, 0, 2, 0, _view(xz))
+        jobs[i] = conv.Conv(b, e2 // 2, t, k, i, 0, 2, 0, _view(xz))
         jobs[i].weight, jobs[i].bias = (x.data_ptr() for x in parameters[2 * i : 2 * i + 2])
     return jobs
 
@@ -143,10 +144,10 @@ def _scan_jobs(xz: Tensor, u: Tensor, x_dbl: Tensor, states: Tensor, parameters:
     _, b, t, e = u.shape
     n, m = parameters[0].shape[1], parameters[3].shape[1]
     keep = states.numel() > 0
-    jobs = (scan._Job * 2)()
+    jobs = (scan.Scan * 2)()
     for i in (0, 1):
         A, D, dt_bias, dt_proj = (x.data_ptr() for x in parameters[4 * i : 4 * i + 4])
-        jobs[i] = scan._Job(
+        jobs[i] = scan.Scan(
             b, e, t, n, m, True, i, 0, keep, 2, scale,
             u=_view(u, i), delta=_view(x_dbl, i), B=_view(x_dbl, i, m), C=_view(x_dbl, i, m + n),
             A=A, D=D, dt_bias=dt_bias, dt_proj=dt_proj, states=states.data_ptr() + i * states.stride(0) * 4,
@@ -200,24 +201,27 @@ def _projection_flops(xz, u, x_dbl, parameters, *_, **__) -> int:
     return 2 * math.prod(u) * parameters[3][1]
 
 
-runtime.operator("convs(Tensor xz, Tensor[] parameters) -> Tensor", _convs, _convs_fake)
-runtime.operator(
+register("convs(Tensor xz, Tensor[] parameters) -> Tensor", _convs, _convs_fake, "CPU")
+register(
     f"convs_backward(Tensor grad, Tensor xz, Tensor[] parameters, Tensor(a!) grad_xz) -> ({', '.join(4 * ['Tensor'])})",
     _convs_backward,
     lambda grad, xz, parameters, grad_xz: tuple(torch.empty_like(x) for x in parameters),
+    "CPU",
 )
-runtime.operator(
+register(
     "scans(Tensor xz, Tensor u, Tensor x_dbl, Tensor[] parameters, float scale, bool keep) -> (Tensor, Tensor, Tensor)",
     _scans,
     _scans_fake,
+    "CPU",
 )
-runtime.operator(
+register(
     "scans_backward(Tensor grad, Tensor xz, Tensor u, Tensor x_dbl, Tensor y, Tensor states, Tensor[] parameters, "
     f"float scale, Tensor(a!) grad_xz) -> ({', '.join(10 * ['Tensor'])})",
     _scans_backward,
     lambda grad, xz, u, x_dbl, y, states, parameters, scale, grad_xz: tuple(
         torch.empty_like(x) for x in (u, x_dbl, *parameters)
     ),
+    "CPU",
 )
 register_flop_formula(torch.ops.famba.convs)(_conv_flops)
 register_flop_formula(torch.ops.famba.scans)(_projection_flops)

@@ -1,25 +1,17 @@
 // Add -> RMSNorm in one pass, and its gradient (Zhang and Sennrich 2019, arXiv:1910.07467).
 //
-// Vectors run along a row. A unit of work is a block of ROWS rows, so the sum over rows that is the weight's gradient
-// has one order at any thread count.
-
-#include "norm.h"
+// Vectors run along a row. A unit of work is a block of rows, so the sum over rows that is the weight's gradient has one
+// order at any thread count.
 
 #include "tile.h"
-
-namespace {
-
-constexpr int64_t ROWS = 64;
 
 #define FOR_VECTORS(from, lanes)                                                                \
     for (int64_t from = 0, lanes##_; from < p.d; from += W)                                     \
         if (lanes##_ = least(W, p.d - from); const int lanes = (int)lanes##_)
 
-}  // namespace
-
-KERNEL(void norm_forward)(const void* given, int64_t unit, float*) {
+void norm_forward(const void* given, int64_t unit, float*) {
     const Norm& p = *(const Norm*)given;
-    for (int64_t row = unit * ROWS; row < least((unit + 1) * ROWS, p.rows); row++) {
+    for (int64_t row = unit * NORM_ROWS; row < least((unit + 1) * NORM_ROWS, p.rows); row++) {
         const float* x = p.x + row * p.d;
         vf squares = {};
         FOR_VECTORS(i, lanes) {
@@ -38,11 +30,11 @@ KERNEL(void norm_forward)(const void* given, int64_t unit, float*) {
     }
 }
 
-KERNEL(void norm_backward)(const void* given, int64_t unit, float*) {
+void norm_backward(const void* given, int64_t unit, float*) {
     const Norm& p = *(const Norm*)given;
     float* part = p.part + unit * padded(p.d);
     for (int64_t i = 0; i < padded(p.d); i += W) store(part + i, vf{});
-    for (int64_t row = unit * ROWS; row < least((unit + 1) * ROWS, p.rows); row++) {
+    for (int64_t row = unit * NORM_ROWS; row < least((unit + 1) * NORM_ROWS, p.rows); row++) {
         const float *x = p.x + row * p.d, *g = p.grad_out ? p.grad_out + row * p.d : nullptr;
         float scale = p.scale[row];
         vf dot = {};
@@ -64,9 +56,9 @@ KERNEL(void norm_backward)(const void* given, int64_t unit, float*) {
 }
 
 // Sum over blocks of rows, first to last, of one vector of the weight's gradient
-KERNEL(void norm_sum_blocks)(const void* given, int64_t v, float*) {
+void norm_sum_blocks(const void* given, int64_t v, float*) {
     const Norm& p = *(const Norm*)given;
     vf sum = {};
-    for (int64_t block = 0; block < ceil_div(p.rows, ROWS); block++) sum += load(p.part + block * padded(p.d) + v * W);
+    for (int64_t block = 0; block < ceil_div(p.rows, NORM_ROWS); block++) sum += load(p.part + block * padded(p.d) + v * W);
     store_lanes(p.grad_weight, v * W, (int)least(W, p.d - v * W), sum);
 }

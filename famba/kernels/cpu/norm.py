@@ -3,26 +3,15 @@
 Axes: b batch, t tokens, d d_model.
 """
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from famba.kernels import reference
 from famba.kernels.cpu import runtime
 from famba.kernels.cpu.runtime import pointer
+from famba.kernels.reference import register, register_backward
 
-
-class _Job(ctypes.Structure):
-    """norm.h's Norm."""
-
-    _fields_ = (
-        ("rows", ctypes.c_int64),
-        ("d", ctypes.c_int64),
-        ("eps", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in ("x", "residual", "weight", "out", "sum", "scale")),
-        *((name, ctypes.c_void_p) for name in ("grad_out", "grad_sum", "grad_x", "grad_weight", "part")),
-    )
+Norm = runtime.structure("Norm")
 
 
 def unsuited(x: Tensor, residual: Tensor | None, weight: Tensor) -> str:
@@ -49,7 +38,7 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float):
     out, total, scale = _norm_fake(x, residual, weight, eps)
     x, weight = x.contiguous(), weight.contiguous()
     residual = None if residual is None else residual.contiguous()
-    job = _Job(
+    job = Norm(
         scale.numel(), x.shape[-1], eps, x=x.data_ptr(), residual=pointer(residual),
         weight=weight.data_ptr(), out=out.data_ptr(), sum=total.data_ptr(), scale=scale.data_ptr(),
     )  # fmt: skip
@@ -61,7 +50,7 @@ def _norm_backward(grad_out: Tensor | None, grad_sum: Tensor | None, x: Tensor, 
     grad_x, grad_weight = _norm_backward_fake(grad_out, grad_sum, x, scale, weight)
     x, weight = x.contiguous(), weight.contiguous()
     grad_out, grad_sum = (g if g is None else g.contiguous() for g in (grad_out, grad_sum))
-    job = _Job(
+    job = Norm(
         scale.numel(), x.shape[-1], 0, x=x.data_ptr(), weight=weight.data_ptr(), scale=scale.data_ptr(),
         grad_out=pointer(grad_out), grad_sum=pointer(grad_sum),
         grad_x=grad_x.data_ptr(), grad_weight=grad_weight.data_ptr(),
@@ -93,11 +82,11 @@ def _backward(ctx, grad_out, grad_sum, _):
     return grad_x, grad_x if ctx.added else None, grad_weight, None
 
 
-runtime.operator(
-    "norm(Tensor x, Tensor? residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
-    _norm, _norm_fake, _backward, _setup_context,
-)  # fmt: skip
-runtime.operator(
+register(
+    "norm(Tensor x, Tensor? residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)", _norm, _norm_fake, "CPU"
+)
+register(
     "norm_backward(Tensor? grad_out, Tensor? grad_sum, Tensor x, Tensor scale, Tensor weight) -> (Tensor, Tensor)",
-    _norm_backward, _norm_backward_fake,
+    _norm_backward, _norm_backward_fake, "CPU",
 )  # fmt: skip
+register_backward("norm", _backward, _setup_context)

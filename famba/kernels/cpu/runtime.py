@@ -1,37 +1,39 @@
-"""Shared by the kernels' bindings: the library, its threads and operators, and tensors as it sees them."""
+"""Shared by the kernels' bindings: the library, its threads, and tensors as it sees them."""
 
 import ctypes
 import functools
-from collections.abc import Callable
+import re
 from pathlib import Path
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from famba.errors import BackendError, InputError
-from famba.kernels.cpu.build import library
+from famba.kernels import dispatch
+from famba.kernels.cpu.build import SOURCES, library
 
-INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
 DTYPES = (torch.float32, torch.bfloat16)  # in the order of vector.h's Type
+_HEADER = re.sub("//.*", "", (SOURCES / "jobs.h").read_text(encoding="utf-8"))
+_TYPES: dict[str, Any] = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}
 
 
-class View(ctypes.Structure):
-    """view.h's View: where a tensor lies, its strides in elements, its type."""
+def structure(name: str) -> Any:
+    """The structure of that name in jobs.h: a field for each `type name`, `type *name` and `type name[count]`."""
+    found = re.search(rf"struct {name} {{(.*?)}};", _HEADER, re.DOTALL)
+    assert found is not None
+    fields = []
+    for kind, names in re.findall(r"(?:const )?(\w+)([^;]+);", found[1]):
+        for pointer, field, count in re.findall(r"(\*?) *(\w+)(?:\[(\d+)\])?", names):
+            type_ = ctypes.c_void_p if pointer else _TYPES[kind]
+            fields.append((field, type_ * int(count) if count else type_))
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
 
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("batch", ctypes.c_int64),
-        ("row", ctypes.c_int64),
-        ("token", ctypes.c_int64),
-        ("type", ctypes.c_int64),
-    )
 
-    @classmethod
-    def of(cls, tensor: Tensor | None) -> "View":
-        if tensor is None:
-            return cls()
-        return cls(tensor.data_ptr(), *tensor.stride(), DTYPES.index(tensor.dtype))
+View = _TYPES["View"] = structure("View")
+
+
+def view(x: Tensor | None) -> Any:
+    return View() if x is None else View(x.data_ptr(), *x.stride(), DTYPES.index(x.dtype))
 
 
 def pointer(x: Tensor | None) -> int | None:
@@ -41,26 +43,7 @@ def pointer(x: Tensor | None) -> int | None:
 
 def unsuited(*tensors: Tensor | None, allowed: tuple[torch.dtype, ...] = DTYPES) -> str:
     """The reason why a kernel cannot run on these tensors ("": it can)."""
-    names = " and ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-    for x in tensors:
-        if x is not None and x.device.type != "cpu":
-            return f"it runs on cpu tensors, got {x.device}"
-        if x is not None and x.dtype not in allowed:
-            return f"it runs on {names}, got {x.dtype}"
-    return ""
-
-
-_library = torch.library.Library("famba", "FRAGMENT")
-
-
-def operator(schema: str, kernel: Callable, fake: Callable, backward: Any = None, setup_context: Any = None) -> None:
-    """Register an operator on CPU tensors, with its gradient where there is one."""
-    name = schema.partition("(")[0]
-    _library.define(schema)
-    _library.impl(name, kernel, "CPU")
-    torch.library.register_fake(f"famba::{name}", fake, lib=_library)
-    if backward is not None:
-        torch.library.register_autograd(f"famba::{name}", backward, setup_context=setup_context, lib=_library)
+    return dispatch.unsuited("cpu", allowed, *tensors)
 
 
 def like(x: Tensor) -> Tensor:
@@ -83,30 +66,10 @@ def float32(x: Tensor | None) -> Tensor | None:
 
 
 def instruction_set() -> str:
-    """The target that the kernels in use were compiled for: avx512, avx2, neon or baseline."""
+    """The one that the kernels in use were compiled for, by their compiler: avx512, avx2, neon or baseline."""
     name = library().famba_instruction_set
     name.restype = ctypes.c_char_p
     return name().decode()
-
-
-def vector_width() -> int:
-    """Floats per vector of the kernels in use."""
-    width = library().famba_width
-    width.restype = ctypes.c_int64
-    return width()
-
-
-def use_instruction_set(name: str) -> None:
-    """Run the kernels of one instruction set from here on, or of the best there is ("auto").
-
-    Raises:
-        InputError: there is no such set.
-        BackendError: this machine lacks it.
-    """
-    if name not in ("auto", *INSTRUCTION_SETS):
-        raise InputError(f"instruction set: {name!r} is unknown; allowed: auto, {', '.join(INSTRUCTION_SETS)}")
-    if not library().famba_use_instruction_set(name.encode()):
-        raise BackendError(f"instruction set {name!r} cannot run here: this processor lacks it")
 
 
 def call(name: str, job: ctypes.Structure | ctypes.Array) -> None:

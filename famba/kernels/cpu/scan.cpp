@@ -14,8 +14,6 @@
 // "In lanes" means [vector of channels][state][lane]. Nothing depends on how units fall on threads, and sums over
 // sequences and groups run in one fixed order, so results are the same bit for bit at any thread count.
 
-#include "scan.h"
-
 #include "tile.h"
 
 namespace {
@@ -139,41 +137,6 @@ void backward_states(Tiles& s, Recomputed& r, const float* A, const float* B, co
 #pragma GCC unroll 8
     for (int k = 0; k < N; k++) store(grad_h + k * W, g[k]), store(grad_A + k * W, dA[k]);
 }
-
-}  // namespace
-
-KERNEL(const char* scan_compiled_for)() {
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && defined(__FMA__)
-    return "avx512";
-#elif defined(__AVX2__) && defined(__FMA__)
-    return "avx2";
-#elif defined(__ARM_NEON)
-    return "neon";
-#else
-    return "baseline";
-#endif
-}
-
-KERNEL(int64_t scan_width)() { return W; }
-
-// Floats of scratch memory that one thread needs
-KERNEL(int64_t scan_scratch)(const Scan* p) {
-    int64_t vectors = ceil_div(p->e, W), rows = 2 * p->n + p->m;
-    return (sizeof(Tiles) + sizeof(Recomputed)) / 4 + vectors * p->n * W + CHUNK * rows * (W + 2) + 512;
-}
-
-// A times log2(e), then the projection's weight, in lanes
-KERNEL(void scan_lanes)(const Scan* p, float* lanes) {
-    float* weight = lanes + padded(p->e) * p->n;
-    for (int64_t e = 0; e < padded(p->e); e++) {
-        for (int64_t k = 0; k < p->n; k++)
-            lanes[(e / W * p->n + k) * W + e % W] = e < p->e ? p->A[e * p->n + k] * LOG2E : 0.0f;
-        for (int64_t j = 0; j < p->m; j++)
-            weight[(e / W * p->m + j) * W + e % W] = e < p->e ? p->dt_proj[e * p->m + j] : 0.0f;
-    }
-}
-
-namespace {
 
 void forward(const Scan& p, int64_t unit, float* memory) {
     Group at = group_of(p.e, p.groups, unit);
@@ -325,18 +288,34 @@ void backward(const Scan& p, int64_t unit, float* memory) {
 
 }  // namespace
 
-KERNEL(void scan_forward)(const void* given, int64_t unit, float* memory) {
+int64_t scan_scratch(const Scan& p) {
+    int64_t vectors = ceil_div(p.e, W), rows = 2 * p.n + p.m;
+    return (sizeof(Tiles) + sizeof(Recomputed)) / 4 + vectors * p.n * W + CHUNK * rows * (W + 2) + 512;
+}
+
+// A times log2(e), then the projection's weight
+void scan_lanes(const Scan& p, float* lanes) {
+    float* weight = lanes + padded(p.e) * p.n;
+    for (int64_t e = 0; e < padded(p.e); e++) {
+        for (int64_t k = 0; k < p.n; k++)
+            lanes[(e / W * p.n + k) * W + e % W] = e < p.e ? p.A[e * p.n + k] * LOG2E : 0.0f;
+        for (int64_t j = 0; j < p.m; j++)
+            weight[(e / W * p.m + j) * W + e % W] = e < p.e ? p.dt_proj[e * p.m + j] : 0.0f;
+    }
+}
+
+void scan_forward(const void* given, int64_t unit, float* memory) {
     const Scan* p = (const Scan*)given;
     for (int64_t i = 0; i < p->directions; i++) forward(p[i], unit, memory);
 }
 
-KERNEL(void scan_backward)(const void* given, int64_t unit, float* memory) {
+void scan_backward(const void* given, int64_t unit, float* memory) {
     const Scan* p = (const Scan*)given;
     for (int64_t i = 0; i < p->directions; i++) backward(p[i], unit, memory);
 }
 
 // Sums over sequences, first to last: grad_A, grad_D, grad_bias and grad_weight of one vector of channels
-KERNEL(void scan_sum_sequences)(const void* given, int64_t unit, float*) {
+void scan_sum_sequences(const void* given, int64_t unit, float*) {
     const Scan& p = ((const Scan*)given)[unit / ceil_div(((const Scan*)given)->e, W)];
     int64_t n = p.n, rows = n + 2 + p.m, e0 = unit % ceil_div(p.e, W) * W;
     int lanes = (int)least(W, p.e - e0);
@@ -352,7 +331,7 @@ KERNEL(void scan_sum_sequences)(const void* given, int64_t unit, float*) {
 }
 
 // Sums over groups of channels, first to last: grad_B, grad_C and that of dt, of one sequence
-KERNEL(void scan_sum_groups)(const void* given, int64_t unit, float*) {
+void scan_sum_groups(const void* given, int64_t unit, float*) {
     const Scan& p = ((const Scan*)given)[unit / ((const Scan*)given)->b];
     int64_t b = unit % p.b, n = p.n, sums = 2 * n + p.m;
     for (int64_t t0 = 0; t0 < p.t; t0 += CHUNK) {

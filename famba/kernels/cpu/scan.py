@@ -5,34 +5,22 @@ any strides; vectors run over channels, so the fast layout is (b, t, e) in memor
 float32. Outputs and gradients lie as the tensors they belong to.
 """
 
-import ctypes
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from famba.kernels import reference
 from famba.kernels.cpu import build, runtime
-from famba.kernels.cpu.runtime import View, float32, like, pointer
+from famba.kernels.cpu.runtime import float32, like, pointer, view
+from famba.kernels.reference import register, register_gradient
 
 _CHUNK = 16  # tokens between kept states, and _PAD channels: scan.cpp's CHUNK and PAD
 _PAD = 16
 MOST_STATES = 64
 
 
-class _Job(ctypes.Structure):
-    """scan.h's Scan."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("b", "e", "t", "n", "m", "softplus", "reverse")),
-        *((name, ctypes.c_int64) for name in ("groups", "keep", "directions")),
-        ("scale", ctypes.c_double),
-        *((name, View) for name in ("u", "delta", "z", "B", "C", "out", "other", "y")),
-        *((name, ctypes.c_void_p) for name in ("A", "D", "dt_bias", "dt_proj", "states")),
-        *((name, View) for name in ("grad_out", "grad_u", "grad_delta", "grad_z", "grad_B", "grad_C")),
-        *((name, ctypes.c_void_p) for name in ("grad_A", "grad_D", "grad_dt_bias", "grad_dt_proj")),
-        *((name, ctypes.c_void_p) for name in ("part", "part_rows", "lanes_A", "lanes_dt_proj")),
-    )
+Scan = runtime.structure("Scan")
 
 
 @torch.compiler.assume_constant_result
@@ -50,22 +38,9 @@ def unsuited(u, delta, A, B, C, D, z, delta_bias) -> str:
     return ""
 
 
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-) -> Tensor:
-    """`famba.kernels.scan.selective_scan` by the native kernel; states are kept only if a gradient may be asked for."""
-    inputs = (u, delta, A, B, C, D, z, delta_bias)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    return torch.ops.famba.scan(*inputs, delta_softplus, reverse, keep)[0]
+def selective_scan(*arguments: Any) -> Tensor:
+    """`selective_scan_ref` by the native kernel; states are kept only if a gradient may be asked for."""
+    return torch.ops.famba.scan(*arguments, reference.wants_gradient(*arguments[:8]))[0]
 
 
 _INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
@@ -95,11 +70,11 @@ def _gradients(u, delta, A, B, C, D, z, delta_bias) -> tuple[Tensor, ...]:
 
 def _job(u, delta, A, B, C, D, z, delta_bias, softplus: bool, reverse: bool, states: Tensor, **views: Tensor | None):
     (b, e, t), n = u.shape, A.shape[1]
-    return _Job(
+    return Scan(
         b, e, t, n, 0, softplus, reverse, 0, states.numel() > 0, 1, 1.0,
-        *(View.of(x) for x in (u, delta, z, B, C)),
+        *(view(x) for x in (u, delta, z, B, C)),
         A=A.data_ptr(), D=pointer(D), dt_bias=pointer(delta_bias), states=states.data_ptr(),
-        **{name: View.of(x) for name, x in views.items()},
+        **{name: view(x) for name, x in views.items()},
     )  # fmt: skip
 
 
@@ -137,31 +112,10 @@ def _scan_backward_fake(grad, u, delta, A, B, C, D, z, delta_bias, states, softp
     return tuple(x if kind is None else x.to(kind.dtype) for x, kind in zip(gradients, kinds, strict=True))
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.softplus, ctx.reverse, keep = inputs
-    if not keep:
-        raise RuntimeError("famba::scan was called with keep=False, and so kept no states for the gradient")
-    ctx.set_materialize_grads(False)  # zeros for that of the states would be as large as they are
-    ctx.save_for_backward(*tensors, output[1])
-
-
-def _backward(ctx, grad, _):
-    *tensors, states = ctx.saved_tensors
-    found = reference.gradients(
-        lambda: torch.ops.famba.scan_backward(grad, *tensors, states, ctx.softplus, ctx.reverse),
-        partial(reference.selective_scan_ref, delta_softplus=ctx.softplus, reverse=ctx.reverse),
-        tensors,
-        grad,
-    )
-    return *found, None, None, None
-
-
-runtime.operator(
-    f"scan({_INPUTS}, bool softplus, bool reverse, bool keep) -> (Tensor, Tensor)",
-    _scan, _scan_fake, _backward, _setup_context,
-)  # fmt: skip
-runtime.operator(
+register(f"scan({_INPUTS}, bool softplus, bool reverse, bool keep) -> (Tensor, Tensor)", _scan, _scan_fake, "CPU")
+register(
     f"scan_backward(Tensor grad, {_INPUTS}, Tensor states, bool softplus, bool reverse) -> "
     f"({', '.join(8 * ['Tensor'])})",
-    _scan_backward, _scan_backward_fake,
+    _scan_backward, _scan_backward_fake, "CPU",
 )  # fmt: skip
+register_gradient("scan", reference.selective_scan_ref, kept=1)

@@ -1,8 +1,8 @@
 // Tiles: one vector of channels over a few tokens, as floats; where strides, types and the last channels are dealt with.
 #pragma once
 
+#include "jobs.h"
 #include "vector.h"
-#include "view.h"
 
 namespace {
 
@@ -94,8 +94,3 @@ INLINE Group group_of(int64_t e, int64_t groups, int64_t unit) {
 }
 
 }  // namespace
-
-#define CONCATENATE(a, b) a##_##b
-#define NAMED(a, b) CONCATENATE(a, b)
-// One function of this translation unit's instruction set, VARIANT
-#define KERNEL(name) extern "C" __attribute__((visibility("hidden"))) NAMED(name, VARIANT)

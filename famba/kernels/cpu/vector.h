@@ -1,8 +1,4 @@
-// Vectors of floats in whatever width the instruction set of this translation unit has, and the few functions on them.
-//
-// Every kernel file is compiled once per instruction set, and all of them end in one library. So nothing here may have
-// linkage: two copies of one inline function would be merged, and the copy that stays could hold instructions that the
-// running machine lacks. For the same reason no C++ standard header is included.
+// Vectors of floats in whatever width the instruction set has, and the few functions on them.
 #pragma once
 
 #include <stddef.h>

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from famba.kernels import reference
+from famba.kernels.reference import register, register_gradient
 from famba.kernels.triton import runtime
 from famba.kernels.triton.runtime import jit, launch, tl
 
@@ -19,7 +20,7 @@ _CHANNELS = 64
 
 def unsuited(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     """Why the kernel cannot run on these tensors ("": it can)."""
-    if reason := runtime.unsuited(x) or runtime.unsuited(weight, bias, dtypes=runtime.PARAMETERS):
+    if reason := runtime.unsuited(x) or runtime.unsuited(weight, bias, allowed=runtime.PARAMETERS):
         return reason
     return "" if weight.shape[1] <= MOST_TAPS else f"it runs with at most {MOST_TAPS} taps, got {weight.shape[1]}"
 
@@ -121,15 +122,6 @@ def bidirectional_conv1d_silu(
     return torch.ops.famba.gpu_conv(x, *forward, *backward, False)
 
 
-_library = torch.library.Library("famba", "FRAGMENT")
-_WEIGHTS = "Tensor weight0, Tensor? bias0, Tensor? weight1, Tensor? bias1"
-_library.define(f"gpu_conv(Tensor x, {_WEIGHTS}, bool reverse) -> (Tensor, Tensor)")
-_library.define(
-    f"gpu_conv_backward(Tensor grad0, Tensor grad1, Tensor x, {_WEIGHTS}, bool reverse) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-
-
 def _grid(x: Tensor) -> tuple[int, int, int, int]:
     """Blocks of channels, tiles of tokens, and what each holds."""
     _, e, t = x.shape
@@ -182,30 +174,17 @@ def _conv_backward_fake(grad0, grad1, x, weight0, bias0, weight1, bias1, reverse
     return runtime.channels_last(x), *parameters
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.reverse = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, *grads):
-    tensors = ctx.saved_tensors
-    return *reference.gradients(
-        lambda: torch.ops.famba.gpu_conv_backward(*grads, *tensors, ctx.reverse),
-        lambda *tensors: _by_torch(*tensors, ctx.reverse),
-        tensors,
-        *grads,
-    ), None
-
-
 def _by_torch(*inputs):
     x, weight0, bias0, weight1, bias1, reverse = inputs
     first = reference.conv(x, weight0, bias0, reverse)
     return first, first[0, 0, :0] if weight1 is None else reference.conv(x, weight1, bias1, not reverse)
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("gpu_conv", _conv, _device)
-    _library.impl("gpu_conv_backward", _conv_backward, _device)
-torch.library.register_fake("famba::gpu_conv", _conv_fake, lib=_library)
-torch.library.register_fake("famba::gpu_conv_backward", _conv_backward_fake, lib=_library)
-torch.library.register_autograd("famba::gpu_conv", _backward, setup_context=_setup_context, lib=_library)
+_WEIGHTS = "Tensor weight0, Tensor? bias0, Tensor? weight1, Tensor? bias1"
+register(f"gpu_conv(Tensor x, {_WEIGHTS}, bool reverse) -> (Tensor, Tensor)", _conv, _conv_fake)
+register(
+    f"gpu_conv_backward(Tensor grad0, Tensor grad1, Tensor x, {_WEIGHTS}, bool reverse) -> "
+    f"({', '.join(5 * ['Tensor'])})",
+    _conv_backward, _conv_backward_fake,
+)  # fmt: skip
+register_gradient("gpu_conv", _by_torch)

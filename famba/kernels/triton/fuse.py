@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from famba.kernels import reference
+from famba.kernels.cpu.fuse import fuse_backward_fake, plan_fake
+from famba.kernels.reference import register, register_backward
 from famba.kernels.triton import runtime
 from famba.kernels.triton.runtime import jit, launch, tl
 
@@ -22,14 +24,14 @@ MOST_TOKENS = 8192
 def unsuited_plan(source: Tensor, target: Tensor, size: Tensor) -> str:
     """Why `plan` cannot run on these tensors ("": it can)."""
     integers = (torch.int64, torch.int32)
-    if reason := runtime.unsuited(source, target, dtypes=integers) or runtime.unsuited(size, dtypes=(torch.float32,)):
+    if reason := runtime.unsuited(source, target, allowed=integers) or runtime.unsuited(size, allowed=(torch.float32,)):
         return reason
     return "" if size.shape[1] <= MOST_TOKENS else f"it runs on at most {MOST_TOKENS} tokens, got {size.shape[1]}"
 
 
 def unsuited(weight: Tensor, *tensors: Tensor) -> str:
     """Why `fuse` cannot run on these tensors ("": it can)."""
-    return runtime.unsuited(*tensors) or runtime.unsuited(weight, dtypes=(torch.float32,))
+    return runtime.unsuited(*tensors) or runtime.unsuited(weight, allowed=(torch.float32,))
 
 
 @jit
@@ -157,7 +159,7 @@ def _backward_kernel(
 
 
 def plan(source: Tensor, target: Tensor, size: Tensor, order: str, weighting: str) -> tuple[Tensor, ...]:
-    """`famba.fusion.merge.merge.plan` by the kernel: survivors, destination, weight, size."""
+    """`famba.fusion.merge.plan` by the kernel: survivors, destination, weight, size."""
     source, target = source.to(torch.int64), target.to(torch.int64)
     return torch.ops.famba.gpu_plan(source, target, size.detach(), order == "scan", weighting == "size")
 
@@ -165,31 +167,12 @@ def plan(source: Tensor, target: Tensor, size: Tensor, order: str, weighting: st
 def fuse(
     x: Tensor, other: Tensor | None, survivors: Tensor, destination: Tensor, weight: Tensor, source: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`famba.fusion.merge.merge.apply` by the kernel, to one tensor or two."""
+    """`famba.fusion.merge.apply` by the kernel, to one tensor or two."""
     return torch.ops.famba.gpu_fuse(x, other, survivors, destination, weight, source)
 
 
-_library = torch.library.Library("famba", "FRAGMENT")
-_library.define(
-    "gpu_plan(Tensor source, Tensor target, Tensor size, bool in_order, bool by_size) -> "
-    "(Tensor, Tensor, Tensor, Tensor)"
-)
-_library.define(
-    "gpu_fuse(Tensor x, Tensor? other, Tensor survivors, Tensor destination, Tensor weight, Tensor source) -> "
-    "(Tensor, Tensor)"
-)
-_library.define(
-    "gpu_fuse_backward(Tensor? grad, Tensor? other, Tensor destination, Tensor weight) -> (Tensor, Tensor)"
-)  # what is absent has no elements in the result
-
-
-def _plan_fake(source, target, size, in_order, by_size):
-    (b, t), s = size.shape, size.shape[1] - source.shape[1]
-    return source.new_empty(b, s), source.new_empty(b, t), size.new_empty(b, t), size.new_empty(b, s)
-
-
 def _plan(source, target, size, in_order, by_size):
-    made = _plan_fake(source, target, size, in_order, by_size)
+    made = plan_fake(source, target, size, in_order, by_size)
     (b, t), r = size.shape, source.shape[1]
     tokens = runtime.power_of_two(t)
     pairs = min(runtime.power_of_two(r), max(1, _COMPARED // tokens))
@@ -220,12 +203,8 @@ def _fuse(x, other, survivors, destination, weight, source):
     return made
 
 
-def _fuse_backward_fake(grad, other, destination, weight):
-    return tuple(weight.new_empty(0) if x is None else x.new_empty(*weight.shape, x.shape[2]) for x in (grad, other))
-
-
 def _fuse_backward(grad, other, destination, weight):
-    made = _fuse_backward_fake(grad, other, destination, weight)
+    made = fuse_backward_fake(grad, other, destination, weight)
     given = [x if x is None else x.contiguous() for x in (grad, other)]
     present = [x for x in given if x is not None]
     if not present:
@@ -261,11 +240,18 @@ def _backward(ctx, grad, other):
     return *(None if grad is None else x for grad, x in zip(grads, found, strict=True)), None, None, None, None
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("gpu_plan", _plan, _device)
-    _library.impl("gpu_fuse", _fuse, _device)
-    _library.impl("gpu_fuse_backward", _fuse_backward, _device)
-torch.library.register_fake("famba::gpu_plan", _plan_fake, lib=_library)
-torch.library.register_fake("famba::gpu_fuse", _fuse_fake, lib=_library)
-torch.library.register_fake("famba::gpu_fuse_backward", _fuse_backward_fake, lib=_library)
-torch.library.register_autograd("famba::gpu_fuse", _backward, setup_context=_setup_context, lib=_library)
+register(
+    "gpu_plan(Tensor source, Tensor target, Tensor size, bool in_order, bool by_size) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+    _plan, plan_fake,
+)  # fmt: skip
+register(
+    "gpu_fuse(Tensor x, Tensor? other, Tensor survivors, Tensor destination, Tensor weight, Tensor source) -> "
+    "(Tensor, Tensor)",
+    _fuse, _fuse_fake,
+)  # fmt: skip
+register(
+    "gpu_fuse_backward(Tensor? grad, Tensor? other, Tensor destination, Tensor weight) -> (Tensor, Tensor)",
+    _fuse_backward, fuse_backward_fake,
+)  # fmt: skip
+register_backward("gpu_fuse", _backward, _setup_context)

@@ -8,6 +8,8 @@ Nothing waits for the host, which therefore does not look at positions: those ou
 import torch
 from torch import Tensor
 
+from famba.kernels.cpu.match import match_fake
+from famba.kernels.reference import register
 from famba.kernels.triton import runtime
 from famba.kernels.triton.runtime import jit, launch, tl
 
@@ -17,7 +19,7 @@ _NUMBERS = 32  # compared at once
 
 def unsuited(feature: Tensor) -> str:
     """Why the kernel cannot run on these tensors ("": it can)."""
-    return runtime.unsuited(feature, dtypes=(torch.float32,))
+    return runtime.unsuited(feature, allowed=(torch.float32,))
 
 
 @jit
@@ -95,7 +97,7 @@ def _rank_kernel(best, odd, source, target, similarity, blocks, evens, r, EVENS:
 
 
 def match_tokens(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`famba.fusion.merge.matching.match_tokens` by the kernels: source, target, similarity.
+    """`famba.fusion.matching.match_tokens` by the kernels: source, target, similarity.
 
     Args:
         protected: (b, k) positions.
@@ -104,18 +106,8 @@ def match_tokens(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Ten
     return torch.ops.famba.gpu_match(feature.detach(), positions, r)
 
 
-_library = torch.library.Library("famba", "FRAGMENT")
-_library.define("gpu_match(Tensor feature, Tensor? protected, SymInt r) -> (Tensor, Tensor, Tensor)")
-
-
-def _match_fake(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    b = feature.shape[0]
-    source, target = (feature.new_empty(b, r, dtype=torch.int64) for _ in range(2))
-    return source, target, feature.new_empty(b, r)
-
-
 def _match(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    found = source, target, similarity = _match_fake(feature, protected, r)
+    found = source, target, similarity = match_fake(feature, protected, r)
     (b, t, c), evens = feature.shape, (feature.shape[1] + 1) // 2
     best = feature.new_empty(b, evens)
     odd = feature.new_empty(b, evens, dtype=torch.int32)
@@ -131,6 +123,4 @@ def _match(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Tensor, T
     return found
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("gpu_match", _match, _device)
-torch.library.register_fake("famba::gpu_match", _match_fake, lib=_library)
+register("gpu_match(Tensor feature, Tensor? protected, SymInt r) -> (Tensor, Tensor, Tensor)", _match, match_fake)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from famba.kernels import reference
+from famba.kernels.reference import register, register_backward
 from famba.kernels.triton import runtime
 from famba.kernels.triton.runtime import jit, launch, tl
 
@@ -17,7 +18,7 @@ MOST_WIDTH = 16384
 
 def unsuited(x: Tensor, residual: Tensor | None, weight: Tensor) -> str:
     """Why the kernel cannot run on these tensors ("": it can)."""
-    if reason := runtime.unsuited(x) or runtime.unsuited(residual, weight, dtypes=(torch.float32,)):
+    if reason := runtime.unsuited(x) or runtime.unsuited(residual, weight, allowed=(torch.float32,)):
         return reason
     return "" if x.shape[2] <= MOST_WIDTH else f"it runs on rows of at most {MOST_WIDTH}, got {x.shape[2]}"
 
@@ -69,14 +70,6 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     """`famba.kernels.ops.add_rms_norm` by the kernel."""
     out, total, _ = torch.ops.famba.gpu_norm(x, residual, weight, eps)
     return out, total
-
-
-_library = torch.library.Library("famba", "FRAGMENT")
-_library.define("gpu_norm(Tensor x, Tensor? residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)")
-_library.define(
-    "gpu_norm_backward(Tensor? grad_out, Tensor? grad_sum, Tensor total, Tensor scale, Tensor weight) -> "
-    "(Tensor, Tensor)"
-)
 
 
 def _tiling(rows: int, d: int) -> tuple[int, int, int]:
@@ -140,9 +133,12 @@ def _backward(ctx, grad_out, grad_sum, _):
     return None if to_x is None else to_x.to(ctx.dtype), to_x if ctx.added else None, to_weight, None
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("gpu_norm", _norm, _device)
-    _library.impl("gpu_norm_backward", _norm_backward, _device)
-torch.library.register_fake("famba::gpu_norm", _norm_fake, lib=_library)
-torch.library.register_fake("famba::gpu_norm_backward", _norm_backward_fake, lib=_library)
-torch.library.register_autograd("famba::gpu_norm", _backward, setup_context=_setup_context, lib=_library)
+register(
+    "gpu_norm(Tensor x, Tensor? residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)", _norm, _norm_fake
+)
+register(
+    "gpu_norm_backward(Tensor? grad_out, Tensor? grad_sum, Tensor total, Tensor scale, Tensor weight) -> "
+    "(Tensor, Tensor)",
+    _norm_backward, _norm_backward_fake,
+)  # fmt: skip
+register_backward("gpu_norm", _backward, _setup_context)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from famba.kernels import dispatch
+
 try:
     import triton
     import triton.language as tl
@@ -46,15 +48,9 @@ def unavailable() -> str:
     return ""
 
 
-def unsuited(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str:
+def unsuited(*tensors: Tensor | None, allowed: tuple[torch.dtype, ...] = DTYPES) -> str:
     """Why the kernels cannot run on tensors of such a device and type ("": they can)."""
-    for x in tensors:
-        if x is not None and x.device.type != DEVICE:
-            return f"it runs on {DEVICE} tensors, got {x.device}"
-        if x is not None and x.dtype not in dtypes:
-            names = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            return f"it runs on {names}, got {x.dtype}"
-    return ""
+    return dispatch.unsuited(DEVICE, allowed, *tensors)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:

@@ -35,11 +35,14 @@ both directions, and 668 in backward for each, for 32 channels at once (tests/ke
 multiprocessors at 1.75 GHz, each of which starts four in a clock, that takes 0.56 ms at the very least.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from famba.kernels import reference
+from famba.kernels.reference import register, register_gradient
 from famba.kernels.triton import runtime
 from famba.kernels.triton.runtime import jit, launch, tl
 
@@ -74,7 +77,7 @@ def scratch_bytes(b: int, e: int, t: int, n: int) -> int:
 
 def unsuited(u, delta, A, B, C, D, z, delta_bias) -> str:
     """Why the kernels cannot run on these tensors ("": they can)."""
-    if reason := runtime.unsuited(u, delta, B, C, z) or runtime.unsuited(A, D, delta_bias, dtypes=runtime.PARAMETERS):
+    if reason := runtime.unsuited(u, delta, B, C, z) or runtime.unsuited(A, D, delta_bias, allowed=runtime.PARAMETERS):
         return reason
     return "" if A.shape[1] <= MOST_STATES else f"it runs with at most {MOST_STATES} states, got {A.shape[1]}"
 
@@ -90,10 +93,26 @@ def _softplus(x):
 
 
 @jit
-def _numbered(ER: tl.constexpr, NR: tl.constexpr, NL: tl.constexpr, EL: tl.constexpr):
-    # state and channel of each number of a tile as a matrix
+def _parameters(
+    A, D, bias, block, e, n, LOG2_E: tl.constexpr,
+    ER: tl.constexpr, NR: tl.constexpr, NL: tl.constexpr, EL: tl.constexpr,
+):  # fmt: skip
+    """A block's channels and states, its numbers' places in memory, and its A times log2(e), D and bias."""
     register, lane = tl.arange(0, ER * NR)[:, None], tl.arange(0, NL * EL)[None, :]
-    return register % NR * NL + lane // EL, register // NR * EL + lane % EL
+    row, column = register % NR * NL + lane // EL, register // NR * EL + lane % EL
+    tile = row * (ER * EL) + column  # whatever the pass: by states, then channels
+    column += block * (ER * EL)
+    rate = tl.load(A + row * e + column, mask=(row < n) & (column < e), other=0.0)
+    rate = tl.reshape(rate * LOG2_E, [ER, NR, NL, EL])
+    channel = block * (ER * EL) + tl.arange(0, ER)[:, None] * EL + tl.arange(0, EL)[None, :]
+    state = tl.arange(0, NR)[:, None] * NL + tl.arange(0, NL)[None, :]
+    skip = tl.zeros([ER, EL], dtype=tl.float32)
+    shift = tl.zeros([ER, EL], dtype=tl.float32)
+    if D is not None:
+        skip += tl.load(D + channel, mask=channel < e, other=0.0)
+    if bias is not None:
+        shift += tl.load(bias + channel, mask=channel < e, other=0.0)
+    return channel, state, tile, rate, skip, shift
 
 
 @jit
@@ -119,21 +138,9 @@ def _direction(
     KEEP_Y: tl.constexpr, ER: tl.constexpr, NR: tl.constexpr, NL: tl.constexpr, EL: tl.constexpr,
     CHUNK: tl.constexpr, LOG2_E: tl.constexpr,
 ):  # fmt: skip
-    channel = block * (ER * EL) + tl.arange(0, ER)[:, None] * EL + tl.arange(0, EL)[None, :]
-    state = tl.arange(0, NR)[:, None] * NL + tl.arange(0, NL)[None, :]
+    channel, state, tile, rate, skip, shift = _parameters(A, D, bias, block, e, n, LOG2_E, ER, NR, NL, EL)
     here, real = channel < e, state < n
-    row, column = _numbered(ER, NR, NL, EL)
-    tile = row * (ER * EL) + column  # in memory, whatever the pass: by states, then channels
-    column += block * (ER * EL)
-    rate = tl.load(A + row * e + column, mask=(row < n) & (column < e), other=0.0)
-    rate = tl.reshape(rate * LOG2_E, [ER, NR, NL, EL])
     h = tl.zeros([ER, NR, NL, EL], dtype=tl.float32)
-    skip = tl.zeros([ER, EL], dtype=tl.float32)
-    shift = tl.zeros([ER, EL], dtype=tl.float32)
-    if D is not None:
-        skip += tl.load(D + channel, mask=here, other=0.0)
-    if bias is not None:
-        shift += tl.load(bias + channel, mask=here, other=0.0)
 
     u += batch * u_b + channel * u_e
     delta += batch * delta_b + channel * delta_e
@@ -237,20 +244,8 @@ def _backward_kernel(
     start = backwards * (t - 1)  # the token that is scanned first
     stride = 1 - 2 * backwards
 
-    channel = block * (ER * EL) + tl.arange(0, ER)[:, None] * EL + tl.arange(0, EL)[None, :]
-    state = tl.arange(0, NR)[:, None] * NL + tl.arange(0, NL)[None, :]
+    channel, state, tile, rate, skip, shift = _parameters(A, D, bias, block, e, n, LOG2_E, ER, NR, NL, EL)
     here, real = channel < e, state < n
-    row, column = _numbered(ER, NR, NL, EL)
-    tile = row * (ER * EL) + column  # in memory, whatever the pass: by states, then channels
-    column += block * (ER * EL)
-    rate = tl.load(A + row * e + column, mask=(row < n) & (column < e), other=0.0)
-    rate = tl.reshape(rate * LOG2_E, [ER, NR, NL, EL])
-    skip = tl.zeros([ER, EL], dtype=tl.float32)
-    shift = tl.zeros([ER, EL], dtype=tl.float32)
-    if D is not None:
-        skip += tl.load(D + channel, mask=here, other=0.0)
-    if bias is not None:
-        shift += tl.load(bias + channel, mask=here, other=0.0)
 
     u += batch * u_b + channel * u_e
     delta += batch * delta_b + channel * delta_e
@@ -264,7 +259,7 @@ def _backward_kernel(
         to_z += dense
     to_u += dense
     to_delta += dense
-    summed = ((side.to(tl.int64) * blocks + block) * b + batch) * t * n + state
+    summed = ((tl.cast(side, tl.int64) * blocks + block) * b + batch) * t * n + state
     to_B += summed
     to_C += summed
     program = (side * b + batch) * blocks + block
@@ -356,22 +351,11 @@ def _backward_kernel(
     tl.store(to_bias + place, grad_shift)
 
 
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-) -> Tensor:
-    """`famba.kernels.scan.selective_scan` by the kernel; states are kept only if a gradient may be asked for."""
-    inputs = (u, delta, A, B, C, D, delta_bias)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, z))
-    return torch.ops.famba.gpu_scan(*inputs, *_NONE, z, delta_softplus, reverse, 1.0, keep)[0]
+def selective_scan(*arguments: Any) -> Tensor:
+    """`selective_scan_ref` by the kernel; states are kept only if a gradient may be asked for."""
+    *inputs, z, bias, softplus, reverse = arguments
+    keep = reference.wants_gradient(*inputs, z, bias)
+    return torch.ops.famba.gpu_scan(*inputs, bias, *_NONE, z, softplus, reverse, 1.0, keep)[0]
 
 
 _NONE = 7 * (None,)
@@ -382,7 +366,7 @@ def bidirectional_scan(
 ) -> Tensor:
     """`famba.kernels.ops.bidirectional_scan` by the kernel."""
     inputs = (*forward, *backward, z)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+    if reference.wants_gradient(*inputs):
         return _BidirectionalScan.apply(*inputs, scale)  # pyright: ignore[reportReturnType]
     return torch.ops.famba.gpu_scan(*_with_delta(*inputs), True, False, scale, False)[0]
 
@@ -438,22 +422,6 @@ def _by_torch(*inputs):
     if sides[7] is not None:
         y = y + scan(sides[7:], not reverse)
     return y if z is None else reference.gate(y, z, scale)
-
-
-_SIDES = ", ".join(
-    f"Tensor{'' if side == 0 else '?'} u{side}, Tensor{'' if side == 0 else '?'} delta{side}, "
-    f"Tensor{'' if side == 0 else '?'} A{side}, Tensor{'' if side == 0 else '?'} B{side}, "
-    f"Tensor{'' if side == 0 else '?'} C{side}, Tensor? D{side}, Tensor? bias{side}"
-    for side in (0, 1)
-)
-_library = torch.library.Library("famba", "FRAGMENT")
-_library.define(
-    f"gpu_scan({_SIDES}, Tensor? z, bool softplus, bool reverse, float scale, bool keep) -> (Tensor, Tensor, Tensor)"
-)
-_library.define(
-    f"gpu_scan_backward(Tensor grad, {_SIDES}, Tensor? z, Tensor y, Tensor states, bool softplus, bool reverse, "
-    f"float scale) -> ({', '.join(15 * ['Tensor'])})"
-)
 
 
 def _shape(n: int, forward: bool = False) -> tuple[int, int, int, int]:
@@ -567,34 +535,18 @@ def _scan_backward_fake(grad, *inputs):
     return (*gradients, u.new_empty(0) if z is None else runtime.channels_last(z))
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.softplus, ctx.reverse, ctx.scale, keep = inputs
-    if not keep:
-        raise RuntimeError("famba::gpu_scan was called with keep=False, and so kept no states for the gradient")
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[1], output[2])
-
-
-def _backward(ctx, grad, *_):
-    *tensors, y, states = ctx.saved_tensors
-    options = ctx.softplus, ctx.reverse, ctx.scale
-    return (
-        *reference.gradients(
-            lambda: torch.ops.famba.gpu_scan_backward(grad, *tensors, y, states, *options),
-            lambda *tensors: _by_torch(*tensors, *options),
-            tensors,
-            grad,
-        ),
-        None,
-        None,
-        None,
-        None,
-    )
-
-
-for _device in ("CPU", "CUDA"):
-    _library.impl("gpu_scan", _scan, _device)
-    _library.impl("gpu_scan_backward", _scan_backward, _device)
-torch.library.register_fake("famba::gpu_scan", _scan_fake, lib=_library)
-torch.library.register_fake("famba::gpu_scan_backward", _scan_backward_fake, lib=_library)
-torch.library.register_autograd("famba::gpu_scan", _backward, setup_context=_setup_context, lib=_library)
+_SIDES = ", ".join(
+    f"Tensor{absent} u{side}, Tensor{absent} delta{side}, Tensor{absent} A{side}, Tensor{absent} B{side}, "
+    f"Tensor{absent} C{side}, Tensor? D{side}, Tensor? bias{side}"
+    for side, absent in ((0, ""), (1, "?"))
+)
+register(
+    f"gpu_scan({_SIDES}, Tensor? z, bool softplus, bool reverse, float scale, bool keep) -> (Tensor, Tensor, Tensor)",
+    _scan, _scan_fake,
+)  # fmt: skip
+register(
+    f"gpu_scan_backward(Tensor grad, {_SIDES}, Tensor? z, Tensor y, Tensor states, bool softplus, bool reverse, "
+    f"float scale) -> ({', '.join(15 * ['Tensor'])})",
+    _scan_backward, _scan_backward_fake,
+)  # fmt: skip
+register_gradient("gpu_scan", _by_torch, kept=2)
