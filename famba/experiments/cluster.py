@@ -31,7 +31,7 @@ _POLLS = 6  # until a job that has ended without a result is given up: a shared 
 _log = logging.getLogger(__name__)
 
 
-def train(stage: str, *, profile: str | None, cluster: str, jobs: int | None, slurm: Mapping[str, Any]) -> Path:
+def train(stage: str, *, profile: str | None, cluster: str, jobs: int | None, slurm: dict[str, Any]) -> Path:
     """Train what is missing of a stage's runs; their folder, which is the pipeline's or one of another profile.
 
     Args:
@@ -48,9 +48,11 @@ def train(stage: str, *, profile: str | None, cluster: str, jobs: int | None, sl
     if jobs is not None and jobs < 1:
         raise InputError(f"--jobs: {jobs}; must be at least 1")
     if slurm and cluster == "local":
-        raise InputError(f"--slurm: {dict(slurm)}; allowed with --cluster slurm only")
+        raise InputError(f"--slurm: {slurm}; allowed with --cluster slurm only")
     if not isinstance(slurm.get("time", 0), int):
         raise InputError(f"--slurm time: {slurm['time']!r}; must be a whole number of minutes")
+    from famba.training import fit  # imports torch, which a job needs in its worker process only
+
     own = config.load(None, strategy="none").profile
     results = Path("results") if profile in (None, own) else Path("build") / profile
     cells, command = _cells(stage, profile or own, results / STAGES["train"])
@@ -67,6 +69,8 @@ def train(stage: str, *, profile: str | None, cluster: str, jobs: int | None, sl
         if failed := sweep.missing(cells, folder):
             raise FambaError(f"{len(failed)} of {len(cells)} runs failed, the first {failed[0].name}; logs: {logs}")
         shutil.rmtree(logs, ignore_errors=True)
+        for cell in cells:  # a worker that was killed may have left those of a finished run
+            fit.forget(cell.params, seed=cell.seed)
     return folder
 
 
@@ -76,7 +80,7 @@ def _cells(stage: str, profile: str, trained: Path) -> tuple[list[Cell], str | N
     if stage == "ablation":
         return ablation.cells(config.load_ablation(), profile=profile), ablation.COMMAND
     if stage == "adaptive":
-        from famba.experiments import adaptive  # imports torch, which a job needs in its worker process only
+        from famba.experiments import adaptive  # imports torch
 
         plans = adaptive.plans(asked, profile=profile, runs_dir=trained)
         return adaptive.cells(plans, asked, profile=profile), adaptive.COMMAND
@@ -90,7 +94,10 @@ class Job:
         self.task, self.cell = task, cell
 
     def __call__(self) -> str:
-        """Empty, or the error in a line. The run has a process of its own, which the signals of Slurm do not reach."""
+        """Empty, or the error in a line. The run has a process of its own, which ignores the signals of Slurm."""
+        import submitit
+
+        submitit.JobEnvironment().paths.result_pickle.unlink(missing_ok=True)  # of the same job before a preemption
         try:
             launcher.run(self.task, {self.cell.name: self.cell}, jobs=1)
         except FambaError as error:
@@ -109,7 +116,7 @@ def _run_on_slurm(
     cells: Sequence[Cell],
     missing: Sequence[Cell],
     logs: Path,
-    parameters: Mapping[str, Any],
+    parameters: dict[str, Any],
 ) -> None:
     """Submit a job for each missing run that has none, and wait until all jobs have ended; failures are logged."""
     try:
@@ -151,7 +158,8 @@ def _running(logs: Path, cells: Mapping[str, Cell]) -> dict[str, Any]:
     for path in logs.glob("*_submitted.pkl"):
         job = submitit.SlurmJob(logs, path.name.removesuffix("_submitted.pkl"))
         if job.job_id in active:
-            cell = job.submission().function.cell
+            submitted: Any = job.submission().function
+            cell = submitted.cell
             if cells.get(cell.name) != cell:
                 raise InputError(f"{cell.name}: job {job.job_id} has other parameters; wait for it, or cancel it")
             found[cell.name] = job

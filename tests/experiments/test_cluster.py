@@ -3,6 +3,7 @@
 The Slurm is a real one, started for these tests under their own user: a controller, two nodes, two partitions.
 """
 
+import contextlib
 import getpass
 import json
 import os
@@ -12,6 +13,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import psutil
@@ -190,6 +193,14 @@ def jobs() -> dict[str, str]:
     return {pickle.loads(path.read_bytes()).function.cell.name: path.name.split("_sub")[0] for path in submitted}
 
 
+def suspend(process: psutil.Process) -> None:
+    """For good, though Slurm resumes what it is about to kill."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while True:
+            process.suspend()
+            time.sleep(0.005)
+
+
 def hold(number: int) -> dict[str, psutil.Process]:
     """Stop the workers of so many jobs after an epoch, by run; Slurm may still kill them."""
     held = {}
@@ -201,7 +212,7 @@ def hold(number: int) -> dict[str, psutil.Process]:
                 continue
             cell = cells()[int(environ["SLURM_ARRAY_TASK_ID"])]
             if cell.name not in held and list(fit.folder(cell.params, seed=cell.seed).glob("epoch-*")):
-                process.suspend()
+                threading.Thread(target=suspend, args=(process,), daemon=True).start()
                 held[cell.name] = process
         return len(held) == number
 
@@ -212,10 +223,10 @@ def hold(number: int) -> dict[str, psutil.Process]:
 
 @pytest.mark.slow
 def test_on_slurm_runs_end_with_the_same_bytes_whatever_happens_to_their_jobs(tmp_path, monkeypatch, slurm, capsys):
-    expected = checkout(tmp_path / "here", monkeypatch, seeds=1, epochs=10)
+    expected = checkout(tmp_path / "here", monkeypatch, seeds=1, epochs=5)
     sweep.ensure_runs(config.load_sweep(), profile="smoke", runs_dir=RUNS, train_missing=True)
 
-    checkout(tmp_path / "there", monkeypatch, seeds=1, epochs=10)
+    checkout(tmp_path / "there", monkeypatch, seeds=1, epochs=5)
     options = ("--cluster", "slurm", "--slurm", "partition", "low", "--slurm", "time", "10")
     with start(*options) as sweeping:
         preempted = set(hold(4))
@@ -224,7 +235,7 @@ def test_on_slurm_runs_end_with_the_same_bytes_whatever_happens_to_their_jobs(tm
     assert len(submitted) == 5
 
     text = Path("params.yaml").read_text()
-    Path("params.yaml").write_text(text.replace("train: {epochs: 10,", "train: {epochs: 11,"))
+    Path("params.yaml").write_text(text.replace("train: {epochs: 5,", "train: {epochs: 6,"))
     assert main(["sweep", "--profile", "smoke", *options]) == 1
     assert "has other parameters; wait for it, or cancel it" in capsys.readouterr().err
     Path("params.yaml").write_text(text)
@@ -244,11 +255,14 @@ def test_on_slurm_runs_end_with_the_same_bytes_whatever_happens_to_their_jobs(tm
         held[killed].parent().kill()  # the step; what runs in it ends too
         minutes = int(ask("squeue", "--noheader", "--format=%M", f"--jobs={submitted[limited]}").split(":")[-2])
         ask("scontrol", "update", f"jobid={submitted[limited]}", f"timelimit={minutes + 2}")
+        said = Path("build/slurm", RUNS, f"{submitted[limited]}_0_log.out")
+        wait_until(lambda: "remaining timeouts" in said.read_text(), sweeping)
+        ask("scontrol", "update", f"jobid={submitted[limited]}", "timelimit=10")
         assert sweeping.wait(FOREVER_S) == 1
     log, logs = Path("log.txt").read_text(), Path("build/slurm", RUNS).absolute()
     assert f"{killed}: job {submitted[killed]} ended without a result; log: {logs}/" in log
     assert log.endswith(f"famba: 1 of 5 runs failed, the first {killed}; logs: {logs}\n")
-    assert "this job is timed-out" in (logs / f"{submitted[limited]}_0_log.err").read_text()
+    assert "this job is timed-out" in said.read_text()
     assert set(written()) == set(submitted) - {killed}
     for name in held:
         restarts = ask("scontrol", "show", "job", submitted[name]).split("Restarts=")[1].split()[0]

@@ -37,8 +37,8 @@ def die_at_two(x: int) -> int:
     return x
 
 
-def has_a_group_of_its_own(_: None) -> bool:
-    return os.getpgrp() != os.getpgid(os.getppid())
+def signal_itself(number: int) -> None:
+    os.kill(os.getpid(), number)
 
 
 def say_and_wait(path: Path) -> None:
@@ -74,8 +74,9 @@ def test_no_items_are_no_work():
     assert launcher.run(square, {}, jobs=2) == {}
 
 
-def test_a_signal_to_the_group_of_the_process_that_asked_reaches_no_worker():
-    assert launcher.run(has_a_group_of_its_own, {"it": None}, jobs=1) == {"it": True}
+def test_the_signals_of_a_scheduler_do_not_end_a_worker():
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+    assert launcher.run(signal_itself, {number.name: number for number in numbers}, jobs=1)
 
 
 def test_an_error_keeps_its_kind_and_names_the_item():
