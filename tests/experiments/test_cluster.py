@@ -229,7 +229,7 @@ def test_on_slurm_runs_end_with_the_same_bytes_whatever_happens_to_their_jobs(tm
     checkout(tmp_path / "there", monkeypatch, seeds=1, epochs=5)
     options = ("--cluster", "slurm", "--slurm", "partition", "low", "--slurm", "time", "10")
     with start(*options) as sweeping:
-        preempted = set(hold(4))
+        preempted = hold(4)
         sweeping.kill()
     submitted = jobs()
     assert len(submitted) == 5
@@ -244,7 +244,7 @@ def test_on_slurm_runs_end_with_the_same_bytes_whatever_happens_to_their_jobs(tm
         wait_until(lambda: "5 jobs, 0 of them submitted now" in Path("log.txt").read_text(), sweeping)
         preempts = ("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
         ask("sbatch", *preempts)
-        wait_until(lambda: not ask("squeue", "--noheader", "--states=RUNNING", "--partition=low"), sweeping)
+        assert not psutil.wait_procs(preempted.values(), timeout=PATIENCE_S)[1]
         held = hold(4)
         on = {node: [name for name in held if held[name].environ()["SLURMD_NODENAME"] == node] for node in "ab"}
         assert [len(names) for names in on.values()] == [2, 2]
