@@ -37,7 +37,7 @@ JOBS ?= 2
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help env repro ablation adaptive photographs readme test test-fast lint lab bench bench-gpu gpu-check
-.PHONY: gpu-check-wheels doctor fuzz sanitize clean
+.PHONY: gpu-check-wheels doctor fuzz sanitize audit licences sbom clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -98,6 +98,21 @@ fuzz: env  ## test with thousands of damaged files and random arguments: some se
 
 sanitize: env  ## test the CPU kernels under the address and undefined-behaviour sanitizers: some minutes
 	$(IN_VENV) python -m famba.kernels.cpu.sanitize
+
+audit: env build/lock.txt  ## look for known vulnerabilities of the pinned packages, which needs pypi.org
+	$(IN_VENV) uv tool run pip-audit==2.10.1 --strict --no-deps --disable-pip -r build/lock.txt
+
+# DVC and the hub's kernels bring these; famba imports none of them. sigstore-models states no licence.
+licences: env  ## check that no installed package but a few tools has a copyleft or unknown licence
+	$(IN_VENV) uv tool run pip-licenses==5.5.5 --python=$(VENV)/bin/python --partial-match --fail-on='GPL;GNU;UNKNOWN' \
+	  --ignore-packages asyncssh dulwich grandalf pygit2 sigstore-models
+
+sbom: env build/lock.txt  ## list the pinned packages in build/sbom.json, in CycloneDX's format
+	$(IN_VENV) uv tool run --from cyclonedx-bom==7.5.0 cyclonedx-py requirements build/lock.txt \
+	  --pyproject pyproject.toml --output-reproducible -o build/sbom.json
+
+build/lock.txt: constraints.txt Makefile
+	mkdir -p build && { cat constraints.txt && echo "$(TORCH)"; } > $@
 
 clean:  ## remove build/ and tool caches; keep results, figures, the DVC cache and .venv
 	rm -rf build .pytest_cache .ruff_cache .hypothesis

@@ -249,11 +249,10 @@ class AblationParams:
 
 
 @section
-class PhotographsParams:
-    """The sweep's strategies once more, on other images."""
+class PhotographsParams(SweepParams):
+    """A sweep of another profile, on other images."""
 
     profile: str
-    seeds: Seeds
     jobs: Jobs
 
 

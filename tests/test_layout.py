@@ -234,6 +234,21 @@ def test_everything_but_torch_is_pinned_and_torch_in_one_place():
     assert len(re.findall(r"^TORCH +:= torch==", (ROOT / "Makefile").read_text(), re.MULTILINE)) == 1
 
 
+def test_security_gives_a_reason_for_every_dependency_of_the_core():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    _, section = (ROOT / "SECURITY.md").read_text().split("| package | reason |")
+    rows = re.findall(r"^\| (\S+) \| \S.+ \|$", section, re.MULTILINE)
+    assert rows == [Requirement(line).name for line in project["dependencies"]]
+
+
+def test_workflows_pin_actions_by_commit():
+    used = [
+        line for path in ROOT.glob(".github/workflows/*.yml") for line in re.findall(r"uses: (.+)", path.read_text())
+    ]
+    assert len(used) >= 2
+    assert [line for line in used if not re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v\d+(\.\d+)*", line)] == []
+
+
 def test_no_tracked_file_is_large():
     assert not [x for x in tracked() if (ROOT / x).stat().st_size > 2**20 and not x.startswith("tests/golden/")]
 

@@ -1,22 +1,24 @@
-"""Time and memory of a training step against tokens, width, depth and batch: `python -m famba.bench.growth CSV PNG`.
+"""Time and memory of a training step against tokens, width, depth and batch: `python -m famba.bench.growth`.
 
-Time and memory are a + b x in tokens, depth and batch, and a + b x + c x^2 in width, whose weights and products grow
-with its square. The laws are fitted to small sizes, relative errors weighted equally; 224 and 448 px are predictions.
+Both are a + b x in tokens, depth and batch, and a + b x + c x^2 in width, since weights grow with its square. The laws
+are fitted to small sizes with relative errors weighted equally; larger ones, 224 and 448 px among them, are predictions
+that one measurement each tests.
 """
 
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from famba import config
 from famba.bench.model import FULL, Setting, Training, available
-from famba.profiling import memory
-from famba.storage.files import write_atomic
+from famba.bench.timing import table
+from famba.kernels import precision
+from famba.profiling import environment, memory
+from famba.storage.files import json_bytes, write_atomic
 
 _BASE = replace(FULL, depth=4, batch=4, img_sizes=(112,), rounds=3)
+_TOLERANCE = 0.1  # relative, within which a law holds
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Axis:
 
     field: str
     fitted: tuple[int, ...]
-    predicted: tuple[int, ...] = ()
+    predicted: tuple[int, ...]
     degree: int = 1
 
 
@@ -37,47 +39,52 @@ AXES = {
 }
 
 
-def bench_growth(base: Setting = _BASE, axes: dict[str, Axis] | None = None) -> pd.DataFrame:
-    """One row for each axis, backend and size: time and memory, their laws, and `_off`, the measured over the law."""
-    rows: list[dict[str, Any]] = []
-    for axis, law in (axes or AXES).items():
+def bench_growth(base: Setting = _BASE, axes: dict[str, Axis] = AXES) -> pd.DataFrame:
+    """One row for each axis, backend and size: all sizes, time and memory.
+
+    For each of these `_law` is the law's value, `_off` the measured value over it, and `_coefficients` are the law's,
+    constant first.
+    """
+    parts = []
+    for axis, law in axes.items():
         for backend in available("native", "torch"):
-            trainings, peaks = {}, {}
+            trainings, rows = {}, []
             for size in (*law.fitted, *law.predicted):
                 value = (size,) if law.field == "img_sizes" else size
-                training = Training(replace(base, **{law.field: value}), backend)
+                training = trainings[str(size)] = Training(replace(base, **{law.field: value}), backend)
                 training.step()  # creates the optimiser's moments
-                x = training.model.tokens if axis == "tokens" else size
-                trainings[x] = training
-                peaks[x] = memory.peak_memory(training.step, training.resident(), "cpu") / 2**20
-            times = base.times({str(x): training.step for x, training in trainings.items()}, rounds=base.rounds)
-            x = np.array(list(trainings), float)
-            ms, mib = np.array([times[str(k)]["median_ms"] for k in trainings]), np.array(list(peaks.values()))
-            n = len(law.fitted)
-            for i, size in enumerate((*law.fitted, *law.predicted)):
-                row = {"axis": axis, "backend": backend, "size": size, "x": int(x[i]), "fitted": i < n}
-                for name, y in (("time_ms", ms), ("memory_mib", mib)):
-                    fit = np.polyfit(x[:n], y[:n], law.degree, w=1 / y[:n])
-                    row |= {
-                        name: y[i],
-                        f"{name}_law": np.polyval(fit, x[i]),
-                        f"{name}_off": y[i] / np.polyval(fit, x[i]),
-                    }
-                rows.append(row)
-    return pd.DataFrame(rows)
+                model, peak = training.model, memory.peak_memory(training.step, training.resident(), "cpu")
+                sizes = {"tokens": model.tokens, "d_model": model.num_features, "depth": model.depth}
+                rows.append({**sizes, "batch": len(training.images), "memory_mib": peak / 2**20})
+            times = base.times({name: training.step for name, training in trainings.items()}, rounds=base.rounds)
+            part = pd.DataFrame(rows).assign(axis=axis, backend=backend, rounds=base.rounds)
+            part["time_ms"] = [row["median_ms"] for row in times.values()]
+            part["fitted"] = np.arange(len(part)) < len(law.fitted)
+            known = part[part["fitted"]]
+            for name in ("time_ms", "memory_mib"):
+                fit = np.polynomial.Polynomial.fit(known[axis], known[name], law.degree, w=1 / known[name]).convert()
+                part[f"{name}_law"] = fit(part[axis].to_numpy(float))
+                part[f"{name}_off"] = part[name] / part[f"{name}_law"]
+                part[f"{name}_coefficients"] = [fit.coef.tolist()] * len(part)
+            parts.append(part)
+    return pd.concat(parts, ignore_index=True)
 
 
-def main(csv: Path, png: Path) -> None:
-    """Measure, write and draw, and print where a size is more than 10% off its law."""
+def main() -> None:
+    """Measure, write results/growth.json, draw figures/growth.png, and print the sizes that are off their law."""
     from famba import plots
 
+    precision.configure()
     frame = bench_growth()
-    write_atomic(csv.absolute(), frame.round(4).to_csv(index=False).encode())
-    plots.save(plots.growth(frame), png.absolute())
-    print(frame.to_string(index=False, float_format="%.2f"))
-    off = frame.loc[frame[["time_ms_off", "memory_mib_off"]].sub(1).abs().gt(0.1).any(axis=1)]
-    print(f"more than 10% off the law:\n{off[['axis', 'backend', 'x']].to_string(index=False)}")
+    at = {**environment.environment("cpu"), "command": "python -m famba.bench.growth"}
+    write_atomic(config.root() / "results/growth.json", json_bytes({**at, "growth": frame.to_dict("records")}))
+    plots.save(plots.growth(frame), "figures/growth.png")
+    print(table(frame.to_dict("records")))
+    ratios = ["time_ms_off", "memory_mib_off"]
+    off = frame.loc[frame[ratios].sub(1).abs().gt(_TOLERANCE).any(axis=1), ["axis", "backend", *AXES, *ratios]]
+    print(f"\nmore than {_TOLERANCE:.0%} off the law:")
+    print(table(off.to_dict("records")))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main()

@@ -1,11 +1,13 @@
 """How time and memory of a training step grow with its sizes."""
 
+import numpy as np
 import pandas as pd
-import seaborn
+from matplotlib.ticker import LogLocator
 
-from famba.plots.style import Figure, caption, styled
+from famba.plots.style import PALETTE, Figure, caption, styled
 
 _LABELS = {"time_ms": "training step (ms)", "memory_mib": "peak memory (MiB)"}
+_UNITS = {"d_model": "d_model (channels)", "depth": "depth (layers)", "batch": "batch (images)"}
 
 
 @styled
@@ -15,18 +17,43 @@ def growth(frame: pd.DataFrame) -> Figure:
     Args:
         frame: as from `bench.growth.bench_growth`.
     """
-    axes, backends = frame["axis"].unique(), frame["backend"].unique()
-    figure = Figure(figsize=(3.2 * len(axes), 5.6), layout="constrained")
+    axes, colours = list(frame["axis"].unique()), dict(zip(frame["backend"].unique(), PALETTE, strict=False))
+    figure = Figure(figsize=(3.4 * len(axes), 6.2), layout="constrained")
     panels = figure.subplots(2, len(axes), squeeze=False)
-    colours = dict(zip(backends, seaborn.color_palette("colorblind"), strict=False))
     for _, rows in frame.groupby(["axis", "backend"], sort=False):
-        axis, backend = rows["axis"].iloc[0], rows["backend"].iloc[0]
-        for panel, (name, label) in zip(panels[:, list(axes).index(axis)], _LABELS.items(), strict=True):
-            panel.plot(rows["x"], rows[f"{name}_law"], color=colours[backend], linewidth=1.2, label=f"{backend}, law")
+        axis, backend = rows[["axis", "backend"]].iloc[0]
+        colour, below = colours[backend], backend == frame["backend"].iloc[0]
+        x = np.geomspace(rows[axis].min(), rows[axis].max())
+        for panel, (name, label) in zip(panels[:, axes.index(axis)], _LABELS.items(), strict=True):
+            law = np.polynomial.Polynomial(rows[f"{name}_coefficients"].iloc[0])
+            panel.plot(x, law(x), color=colour, linewidth=1.2, label=f"{backend}: {_formula(law.coef)}")
             for fitted, part in rows.groupby("fitted"):
-                face = colours[backend] if fitted else "white"
-                panel.scatter(part["x"], part[name], s=26, color=colours[backend], facecolor=face, zorder=3)
-            panel.set(xscale="log", yscale="log", xlabel=axis, ylabel=label)
-    panels[0, 0].legend(fontsize=8)
-    caption(figure, "Medians of steps taken in turn; filled: fitted, open: predicted.", width=45 * len(axes))
+                panel.scatter(
+                    part[axis], part[name], s=26, color=colour, facecolor=colour if fitted else "white", zorder=3
+                )
+            for place in rows.loc[~rows["fitted"], [axis, name, f"{name}_off"]].itertuples(index=False):
+                beside = {"xytext": (0, -5), "va": "top"} if below else {"xytext": (0, 5), "va": "bottom"}
+                shown = {"textcoords": "offset points", "ha": "center", "fontsize": 7, **beside}
+                panel.annotate(f"{place[2] - 1:+.0%}", place[:2], **shown)
+            panel.set(xscale="log", yscale="log", xlabel=_UNITS.get(axis, axis), ylabel=label)
+            panel.set_xticks(rows[axis], rows[axis])
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.minorticks_off()
+            panel.legend(loc="lower left", bbox_to_anchor=(0, 1), fontsize=7)
+    base = ", ".join(
+        f"{name} {frame.loc[frame['axis'] != name, name].iloc[0]}" for name in axes if (frame["axis"] != name).any()
+    )
+    text = (
+        f"Sizes that do not grow: {base}. Lines: laws fitted to the filled points; open points: predictions, with the "
+        f"measured value's distance from the law. Times: medians of {frame['rounds'].iloc[0]} steps taken in turn."
+    )
+    caption(figure, text)
     return figure
+
+
+def _formula(coefficients: np.ndarray) -> str:
+    """A polynomial in x, constant first, with three digits."""
+    powers = ["", " x", " x²"]
+    terms = [f"{value:+.3g}{power}" for value, power in zip(coefficients, powers[: len(coefficients)], strict=True)]
+    return " ".join(terms).removeprefix("+").replace(" +", " + ").replace(" -", " − ")

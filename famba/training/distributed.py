@@ -10,7 +10,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,7 +21,12 @@ from famba import supervision
 from famba.errors import InputError, TrainingError
 
 _MISSING = "several processes need Accelerate, which is not installed: pip install 'famba[paper]'"
+_AGAIN = "run it again to go on from the last checkpoint"
+_LOST = "lost the other processes"
 _POLL_S = 0.2
+# How long a training process on a CPU waits for another, say for rank 0 to write a checkpoint. Before training it waits
+# half an hour, since each compiles kernels and reads images. On a GPU NCCL's ten minutes stay.
+_TIMEOUT = timedelta(seconds=30)
 
 
 class Processes:
@@ -46,7 +52,26 @@ class Processes:
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model as it is trained: its gradients are averaged over the processes, its weights start as rank 0's."""
-        return model if self._accelerator is None else self._accelerator.prepare_model(model)
+        if self._accelerator is None:
+            return model
+        wrapped = self._accelerator.prepare_model(model)  # waits for all
+        if self.device.type == "cpu":
+            torch.distributed.distributed_c10d._set_pg_timeout(_TIMEOUT)
+        return wrapped
+
+    @contextlib.contextmanager
+    def connected(self) -> Iterator[None]:
+        """Around training: a lost connection is an error of one line.
+
+        Raises:
+            TrainingError: another process has ended or cannot be reached.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if "gloo" not in str(error):
+                raise
+            raise TrainingError(f"rank {self.rank} {_LOST}: {str(error).splitlines()[0]}; {_AGAIN}") from None
 
     def no_sync(self, model: nn.Module) -> contextlib.AbstractContextManager:
         """Around a backward pass whose gradients are not averaged yet, since more are to be added to them."""
@@ -163,11 +188,12 @@ def _wait(process: subprocess.Popen, on_poll: Callable[[], None]) -> str:
 def _reason(stderr: str, status: int) -> str:
     """One line: the error of a process of famba, else which one was stopped, else torchrun's own status."""
     lines = [line.partition("famba: ")[2] for line in stderr.splitlines() if "famba: " in line]
-    lines = [line for line in lines if line != supervision.TERMINATED]  # those that were stopped because of another
+    # Not of those that were stopped because of another.
+    lines = [line for line in lines if line != supervision.TERMINATED and _LOST not in line]
     if lines:
         return lines[0]
     if found := re.search(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", stderr, re.DOTALL):
         rank, code = map(int, found.groups())
         how = f"was stopped by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
-        return f"rank {rank} {how}, and all others with it; run it again to go on from the last checkpoint"
-    return f"the processes ended with exit status {status}; run it again to go on from the last checkpoint"
+        return f"rank {rank} {how}, and all others with it; {_AGAIN}"
+    return f"the processes ended with exit status {status}; {_AGAIN}"

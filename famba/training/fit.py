@@ -62,7 +62,8 @@ def fit(p: Params, *, seed: int, progress: bool = False, callbacks: Sequence[Cal
         InputError: parameters that do not fit each other, the data, or the weights to start from, before anything is
             trained.
         TrainingError: a loss or gradient that is not finite (names step, learning rate, layer and the last good
-            checkpoint), tokens that were not fused as the schedule promises, or a process of several that was stopped.
+            checkpoint), tokens that were not fused as the schedule promises, or one of several processes was stopped
+            or lost.
     """
     if p.train.processes > 1 and not distributed.started():
         return _fit_in_processes(p, seed, progress, callbacks)
@@ -88,7 +89,7 @@ def fit(p: Params, *, seed: int, progress: bool = False, callbacks: Sequence[Cal
         trainer.restore()
         if processes.rank == 0:
             _log.info("%s; its history so far: %s", trainer.describe(), checkpoints / LIVE_HISTORY)
-        with _callbacks(p, seed, trainer, callbacks) as trainer.callbacks:
+        with _callbacks(p, seed, trainer, callbacks) as trainer.callbacks, processes.connected():
             if p.train.epochs:
                 trainer.measure_memory()
             else:

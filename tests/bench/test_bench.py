@@ -333,16 +333,20 @@ def test_without_timm_its_rows_are_left_out_with_the_reason(monkeypatch):
 
 
 def test_growth_compares_measured_steps_with_the_law_of_the_fitted_sizes(monkeypatch):
-    """A clock and memory of 5 + 2 x in all but the last size, which is 20% above."""
-    sizes = iter([7.0, 9.0, 13.0, 21.0 * 1.2] * 2 * len(BACKENDS))
+    """A clock and memory of 5 + 2 x in all but the last size, whose memory is 20% above."""
+    sizes = iter([7.0, 9.0, 13.0, 21.0 * 1.2] * len(BACKENDS))
     monkeypatch.setattr(growth.memory, "peak_memory", lambda *_: next(sizes) * 2**20)
     step = lambda self, calls, **_: {x: {"median_ms": 5 + 2 * int(x)} for x in calls}  # noqa: E731
     monkeypatch.setattr(model.Setting, "times", step)
     frame = growth.bench_growth(QUICK, {"depth": growth.Axis("depth", (1, 2, 4), (8,))})
-    assert frame["x"].tolist() == [1, 2, 4, 8] * len(BACKENDS)
+    assert frame["depth"].tolist() == [1, 2, 4, 8] * len(BACKENDS)
     assert frame["fitted"].tolist() == [True, True, True, False] * len(BACKENDS)
     np.testing.assert_allclose(frame["time_ms_off"], 1)
     np.testing.assert_allclose(frame["memory_mib_off"], [1, 1, 1, 1.2] * len(BACKENDS))
-    figure = plots.growth(frame)
-    assert [axes.get_xlabel() for axes in figure.axes] == ["depth", "depth"]
-    assert len(figure.axes[0].get_lines()) == len(BACKENDS)
+    np.testing.assert_allclose(frame["time_ms_coefficients"].tolist(), [[5, 2]] * len(frame))
+    time, memory = plots.growth(frame).axes
+    assert [axes.get_xlabel() for axes in (time, memory)] == ["depth (layers)"] * 2
+    assert [text.get_text() for text in time.get_legend().get_texts()] == [
+        f"{name}: 5 + 2 x" for name in frame["backend"].unique()
+    ]
+    assert [text.get_text() for text in memory.texts] == ["+20%"] * len(BACKENDS)

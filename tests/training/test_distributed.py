@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import wait_until
+from processes import FOREVER_S, PATIENCE_S, wait_until
 
 from famba import InputError, config, data
 from famba.config import Params
@@ -41,9 +42,9 @@ def test_a_process_by_itself_takes_its_cuda_device_as_the_current_one(monkeypatc
 MIXED = {"mixup": 0.8, "cutmix": 1.0, "erase": 0.25, "flip": True}
 
 
-def smoke(varied: dict | None = None, **changes) -> Params:
-    p = config.load("smoke", strategy="upper")
-    images = dataclasses.replace(p.data, limit=64, **(varied or {}))
+def smoke(varied: dict | None = None, *, strategy: str = "upper", **changes) -> Params:
+    p = config.load("smoke", strategy=strategy)
+    images = dataclasses.replace(p.data, **{"limit": 64, **(varied or {})})
     changes = {"threads": 1, "batch_size": 16, "ema_decay": 0.9, **changes}
     return dataclasses.replace(p, data=images, train=dataclasses.replace(p.train, **changes))
 
@@ -144,6 +145,11 @@ def test_several_processes_need_accelerate(monkeypatch):
         distributed.join(torch.device("cpu"))
 
 
+def test_an_error_that_is_not_of_the_connection_stays_as_it_is():
+    with pytest.raises(RuntimeError, match=r"^out of memory$"), distributed.Processes(torch.device("cpu")).connected():
+        raise RuntimeError("out of memory")
+
+
 class Rank(distributed.Processes):
     """One of several processes whose sums are kept, not made."""
 
@@ -188,3 +194,73 @@ def test_torchrun_in_a_shell_does_the_same_and_states_batch_and_rate(repository)
     assert "rate 0.005; fp32" in done.stderr
     assert runs.read(repository / "run").cost["processes"] == 2
     assert not list((repository / "build" / "checkpoints").iterdir())
+
+
+@pytest.fixture
+def machines(tmp_path):
+    """Two network namespaces with a cable between them: what stands before a command that runs in each.
+
+    10.77.0.1 and 10.77.0.2 are the addresses of the two ends, which are both named cable.
+    """
+    spaces = [f"famba-{os.getpid()}-{i}" for i in range(2)]
+    commands = [f"netns add {space}" for space in spaces]
+    commands += [f"link add cable netns {spaces[0]} type veth peer name cable netns {spaces[1]}"]
+    for i, space in enumerate(spaces):
+        commands += [f"-n {space} addr add 10.77.0.{i + 1}/24 dev cable"]
+        commands += [f"-n {space} link set {device} up" for device in ("lo", "cable")]
+    try:
+        for command in commands:
+            done = subprocess.run(["ip", *command.split()], capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"ip {command}: {done.stderr.strip()}; network namespaces need root")
+        yield [["ip", "netns", "exec", space] for space in spaces]
+    finally:
+        for space in spaces:
+            left = subprocess.run(["ip", "netns", "pids", space], capture_output=True, text=True).stdout
+            for pid in left.split():
+                os.kill(int(pid), signal.SIGKILL)
+            subprocess.run(["ip", "netns", "delete", space], capture_output=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("ip") is None, reason="network namespaces are made by `ip`, of iproute2")
+def test_two_machines_stop_when_their_link_is_cut_and_go_on_to_the_losses_of_one(machines, repository, monkeypatch):
+    # Without fusion: over so many steps rounding may change a match.
+    p = smoke({"limit": 600}, strategy="none", batch_size=64, epochs=4)
+    alone = fit.fit(p, seed=5)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "cable")
+    folders = [repository / name for name in ("first", "second")]
+    for folder in folders:
+        folder.mkdir()
+        for name in ("params.yaml", "dvc.yaml"):  # what makes it a repository
+            shutil.copy(name, folder)
+        (folder / "asked.json").write_text(json.dumps(p.as_dict()))
+
+    def train() -> list[subprocess.Popen]:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+        torchrun += ["--master-addr=10.77.0.1", "--master-port=29500"]
+        given = ["-m", "famba", "train", "--resolved", "asked.json", "--seed", "5", "--out", "run"]
+        return [
+            subprocess.Popen(
+                [*there, *torchrun, f"--node-rank={i}", *given], cwd=folder, stderr=subprocess.PIPE, text=True
+            )
+            for i, (there, folder) in enumerate(zip(machines, folders, strict=True))
+        ]
+
+    cut = train()
+    wait_until(lambda: list(folders[0].glob("build/checkpoints/*/epoch-00001.safetensors")), cut[0])
+    subprocess.run([*machines[0], "ip", "link", "set", "cable", "down"], check=True)
+    for rank, process in enumerate(cut):
+        _, stderr = process.communicate(timeout=PATIENCE_S)
+        (said,) = [line for line in stderr.splitlines() if line.startswith("famba: ")]
+        assert said.startswith(f"famba: rank {rank} lost the other processes: ")
+        assert said.endswith("run it again to go on from the last checkpoint")
+        assert process.returncode == 1
+
+    subprocess.run([*machines[0], "ip", "link", "set", "cable", "up"], check=True)
+    resumed = train()
+    errors = [process.communicate(timeout=FOREVER_S)[1] for process in resumed]
+    assert [process.returncode for process in resumed] == [0, 0], errors
+    assert "going on after epoch" in errors[0]
+    assert numbers(runs.read(folders[0] / "run")) == pytest.approx(numbers(alone), rel=1e-5)
+    assert not (folders[1] / "run").exists()
