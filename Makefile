@@ -36,7 +36,7 @@ JOBS ?= 2
 # A file is one process's, for what its tests share; slow files come first (tests/conftest.py).
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help env repro ablation adaptive photographs readme test test-fast lint lab bench bench-gpu gpu-check
+.PHONY: help env repro ablation adaptive photographs readme test test-fast lint lab docs bench bench-gpu gpu-check
 .PHONY: gpu-check-wheels doctor fuzz sanitize audit licences sbom clean
 .DEFAULT_GOAL := help
 
@@ -72,8 +72,18 @@ test-fast: env  ## run the tests that are not marked slow
 lint: env  ## check style and types
 	$(IN_VENV) ruff check . && ruff format --check . && pyright
 
+# For what .gitattributes names, so that outputs of notebooks are in no diff.
 lab: env  ## open the notebooks in JupyterLab
+	-git config diff.ipynb.textconv '$(VENV)/bin/nbstripout -t --keep-id --extra-keys metadata.language_info'
 	$(IN_VENV) jupyter lab --notebook-dir=.
+
+docs: $(VENV)/ready-docs-$(KEY)  ## build the documentation's site in build/site
+	$(IN_VENV) sphinx-build -qWE --keep-going -c docs . build/site
+	cp build/site/README.html build/site/index.html
+
+$(VENV)/ready-docs-$(KEY): $(READY)
+	$(IN_VENV) pip install --quiet '$(TORCH)' -c constraints.txt -e '.[docs]'
+	touch $@
 
 bench: env  ## measure speed and memory on this machine, which should be idle: some minutes
 	$(IN_VENV) python -m famba bench

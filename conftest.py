@@ -6,6 +6,8 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # No test goes to the network: what is asked of the hub is out of reach at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Notebooks show smoke runs instead of results.
+os.environ["FAMBA_PROFILE"] = "smoke"
 
 from hypothesis import settings
 

@@ -34,6 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FambaError as error:
         print(f"famba: {error}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        if not options.extra:
+            raise
+        print(f"famba: {error.name} is not installed: pip install 'famba[{options.extra}]'", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         _say("interrupted")
         return 130
@@ -47,9 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"famba {famba.__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    def command(name: str, run: Any, summary: str, **more: Any) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=summary, description=summary, **more)
-        sub.set_defaults(run=run)
+    def command(name: str, run: Any, summary: str, extra: str = "") -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary)
+        sub.set_defaults(run=run, extra=extra)
         return sub
 
     sub = command("train", _train, "train one strategy with one seed, and write the run")
@@ -85,28 +90,28 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("params", _params, "print the parameters that a run gets, its profile applied, as JSON")
     sub.add_argument("--strategy", required=True, help="one of params.yaml's, under fusion")
     sub.add_argument("--profile", help="one of params.yaml's; the one that it names itself if not given")
-    sub.add_argument("--out", type=Path, help="write them to this file instead")
 
     sub = command("resolve", _resolve, "write what the pipeline's stages depend on: parameters, and digests of code")
-    sub.add_argument("--profile", help="one of params.yaml's; the one that it names itself if not given")
     sub.add_argument("--out", type=Path, required=True, help="folder for params/<strategy>.json, code/<notebook>.json")
 
-    sub = command("notebook", _notebook, "execute a notebook with parameters; an unknown one is an error")
+    sub = command("notebook", _notebook, "execute a notebook with parameters; an unknown one is an error", "notebooks")
     sub.add_argument("notebook", type=Path)
     sub.add_argument("output", type=Path, help="the executed copy")
     sub.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="given")
 
     command("doctor", _doctor, "check the environment: which backends work, why not, and how to fix it")
 
-    sub = command("estimate", _estimate, "estimate the time of the sweep on this device from a few training steps")
+    sub = command(
+        "estimate", _estimate, "estimate the time of the sweep on this device from a few training steps", "plots"
+    )
     sub.add_argument("--profile", help="one of params.yaml's; the one that it names itself if not given")
     sub.add_argument("--steps", type=int, default=20, help="timed for each strategy")
     sub.add_argument("--images", type=int, default=45_000, help="of an epoch")
     sub.add_argument("--device", help="instead of the profile's")
 
-    command("readme", _readme, "write the tables of README.md and docs/results.md from results/")
+    command("readme", _readme, "write the tables of README.md and docs/results.md from results/", "plots")
 
-    sub = command("bench", _bench, "measure scans, training steps and fusion on an idle machine")
+    sub = command("bench", _bench, "measure scans, training steps and fusion on an idle machine", "plots")
     sub.add_argument(
         "parts", nargs="*", metavar="part", help="scan, model, fusion, memory, precision, data; all if none is given"
     )
@@ -184,11 +189,7 @@ def _sweep(options: argparse.Namespace) -> int:
 def _params(options: argparse.Namespace) -> int:
     from famba import config
 
-    content = json_bytes(config.load(options.profile, strategy=options.strategy).as_dict())
-    if options.out is None:
-        print(content.decode(), end="")
-    else:
-        write_atomic(options.out, content)
+    print(json_bytes(config.load(options.profile, strategy=options.strategy).as_dict()).decode(), end="")
     return 0
 
 
@@ -197,7 +198,7 @@ def _resolve(options: argparse.Namespace) -> int:
     from famba.experiments import sweep
     from famba.storage import provenance
 
-    for p in sweep.resolve(options.profile):
+    for p in sweep.resolve(None):
         write_atomic(options.out / "params" / f"{p.strategy}.json", json_bytes(p.as_dict()))
     for notebook in sorted((config.root() / "notebooks").glob("*.ipynb")):
         write_atomic(options.out / "code" / f"{notebook.stem}.json", json_bytes(provenance.of_notebook(notebook)))

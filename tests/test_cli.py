@@ -35,13 +35,6 @@ def test_params_prints_what_a_run_gets(capsys):
     assert json.loads(capsys.readouterr().out) == config.load("smoke", strategy="upper").as_dict()
 
 
-def test_params_writes_a_file_in_a_folder_that_is_not_there_yet(tmp_path, capsys):
-    out = tmp_path / "new" / "none.json"
-    assert main(["params", "--strategy", "none", "--out", str(out)]) == 0
-    assert json.loads(out.read_text())["strategy"] == "none"
-    assert capsys.readouterr().out == ""
-
-
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -89,6 +82,17 @@ def test_train_completes_an_unfinished_run_and_leaves_other_folders_alone(name, 
     train = ["train", "--profile", "smoke", "--set", "train.epochs=1", "--out", str(tmp_path)]
     assert main(train) == status
     assert (tmp_path / "metrics.json").exists() == (status == 0)
+
+
+@pytest.mark.parametrize(
+    ("command", "missing", "extra"), [("readme", "pandas", "plots"), ("notebook a b", "papermill", "notebooks")]
+)
+def test_a_command_that_lacks_a_package_names_the_extra_that_brings_it(command, missing, extra):
+    code = (
+        f"import sys; sys.modules['{missing}'] = None; from famba.cli import main; sys.exit(main('{command}'.split()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, f"famba: {missing} is not installed: pip install 'famba[{extra}]'\n")
 
 
 def test_the_version_is_that_of_the_package(capsys):

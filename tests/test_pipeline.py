@@ -13,7 +13,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 pytestmark = pytest.mark.slow
-RESOLVE = ("python", "-m", "famba", "resolve", "--profile", "smoke", "--out", "build/resolved")
+RESOLVE = ("python", "-m", "famba", "resolve", "--out", "build/resolved")
 
 
 @pytest.fixture(scope="module")
@@ -131,18 +131,35 @@ def test_a_new_seed_runs_the_new_runs_only(copy, first):
     assert planned == {"train@none-1", "train@upper-1", "compare", "similarity"}
 
 
-def test_another_r_of_one_strategy_reruns_that_strategy_and_the_gathering(copy, first):
-    assert ran(run(copy, "dvc", "exp", "run", "train@upper-0", "-S", "profiles.smoke.fusion.upper.r=6")) == {
-        "train@upper-0"
-    }
-    after = outputs(copy)
-    assert {name.split("/")[2] for name in first if after[name] != first[name]} == {"upper-0"}
-    assert after["results/runs/upper-0/schedule.json"] != first["results/runs/upper-0/schedule.json"]
+def test_an_experiment_trains_what_it_changes_in_a_copy_and_shows_it_in_few_columns(copy, first):
+    experiment = ("dvc", "exp", "run", "--temp", "compare", "-S", "profiles.smoke.fusion.upper.r=6")
+    said = run(copy, *experiment)
+    assert ran(said) == {"train@upper-0", "cost", "compare"}
+    assert outputs(copy) == first
+    assert run(copy, "git", "status", "--porcelain") == ""
     shown = run(copy, "dvc", "exp", "show", "--only-changed", "--drop", "build/|results/", "--csv").splitlines()[0]
     assert "profiles.smoke.fusion.upper.r" in shown
+    assert "time_ratio.upper" in shown
     assert shown.count(",") < 40
-    assert ran(run(copy, "dvc", "repro", "--dry")) == {"cost", "compare", "similarity", "tokens@upper"}
     assert "top1_percent" in run(copy, "dvc", "metrics", "show", "--md")
+    run(copy, "dvc", "exp", "apply", re.search(r"Ran experiment\(s\): (\S+)", said)[1])
+    after = outputs(copy)
+    run(copy, "git", "checkout", ".")
+    run(copy, "dvc", "checkout")
+    changed = {name.split("/")[2] for name in first if after[name] != first[name] and name.startswith("results/runs/")}
+    assert changed == {"upper-0"}
+    assert outputs(copy) == first
+
+
+def test_without_the_lock_file_finished_runs_are_taken_from_the_cache(copy, first):
+    """As after `git checkout .`, which undoes what `dvc repro` has written into dvc.lock."""
+    lock = copy / "dvc.lock"
+    made = lock.read_bytes()
+    lock.unlink()
+    said = run(copy, "dvc", "repro", "-s", "train@none-0", "train@upper-0")
+    lock.write_bytes(made)
+    assert said.count("is cached - skipping run") == 2
+    assert outputs(copy) == first
 
 
 ABLATION, ADAPTIVE = "experiments/dvc.yaml:ablation", "experiments/dvc.yaml:adaptive"

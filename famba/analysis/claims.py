@@ -121,7 +121,7 @@ def _markdown(found: pd.DataFrame) -> str:
                 "n": ", ".join(n),
             }
         )
-    shown = pd.DataFrame(rows).replace({"required": "-", "effect": "-"}, "\N{MINUS SIGN}", regex=True)
+    shown = pd.DataFrame(rows).replace({"required": r"\B-", "effect": r"\B-"}, "\N{MINUS SIGN}", regex=True)
     return shown.to_markdown(index=False, disable_numparse=True)
 
 

@@ -5,7 +5,8 @@ Axes: b images, t tokens at a layer, h and w pixels. Weights are only read: anot
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,17 @@ from famba.errors import InputError
 from famba.fusion import strategies
 from famba.models import saved
 from famba.models.vim import Trace, VisionMamba
-from famba.storage import runs
+from famba.storage import checkpoint, runs
 from famba.training import fit
 
 _BATCH = 50  # images: a trace holds every layer's tokens
 _SHOWN_PX = 224  # a user's images are drawn at about this size
+# The data set of the models in weights/, which `save_pretrained` does not write.
+_PHOTOGRAPHS = {
+    "classes": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    "mean": (0.4914, 0.4822, 0.4465),
+    "std": (0.247, 0.2435, 0.2616),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,23 +43,26 @@ class Traced:
     """A model of a finished run, some images, and the trace of their way through it.
 
     Attributes:
-        strategy: that the model was trained with.
+        described: the strategy that the model was trained with, the names of its classes, and the mean and standard
+            deviation (std) of its training images.
         images: not normalised, `scale` times as large as the model's input.
         labels: class names, or names of a user's files.
         predicted: class names.
         inputs: of the model.
-        classes: names by index of a prediction.
     """
 
     model: VisionMamba
-    strategy: str
+    described: Mapping[str, Any]
     images: UInt8[np.ndarray, "b h w 3"]
     labels: list[str]
     predicted: list[str]
     trace: Trace
     inputs: Float[Tensor, "b 3 _ _"]
-    classes: tuple[str, ...]
     scale: int = 1
+
+    @property
+    def strategy(self) -> str:
+        return self.described["strategy"]
 
     @property
     def patches(self) -> dict[str, Any]:
@@ -79,22 +89,33 @@ def trace_run(run_dir: str | Path, *, count: int) -> Traced:
     return _traced(*saved.load_model(config.root() / run_dir / runs.MODEL_FILE), images, images, labels)
 
 
-def trace_images(run_dir: str | Path, sources: Sequence[str | Path | np.ndarray]) -> Traced:
-    """Trace a user's images, of any size, through the model of a finished run.
+def trace_images(folder: str | Path, sources: Sequence[str | Path | np.ndarray]) -> Traced:
+    """Trace a user's images, of any size, through the model of a finished run, or one that `save_pretrained` wrote.
 
     Each is resized and cropped at the centre to the model's size; the same square is kept larger for drawing.
 
     Args:
-        run_dir: if relative, from the repository root.
+        folder: of the run or the model, which is called photographs-<strategy>; if relative, from the repository root.
         sources: files, or arrays, as in `data.read_image`.
 
     Raises:
         InputError: no images, or one that cannot be read; a missing or damaged run.
     """
+    folder = config.root() / folder
+    if (folder / "config.json").is_file():
+        given = json.loads((folder / "config.json").read_bytes())
+        described = _PHOTOGRAPHS | {"strategy": folder.name.rpartition("-")[2]} | given
+        model = saved.rebuilt(folder, checkpoint.read(folder / runs.MODEL_FILE)[0], given)
+    else:
+        runs.read(folder)
+        model, described = saved.load_model(folder / runs.MODEL_FILE)
+    return trace(model, described, sources)
+
+
+def trace(model: VisionMamba, described: Mapping[str, Any], sources: Sequence[str | Path | np.ndarray]) -> Traced:
+    """Trace a user's images as `trace_images` does, through a model that was described as in `Traced`."""
     if not sources:
         raise InputError("sources: no images; at least 1 needed")
-    runs.read(run_dir)
-    model, described = saved.load_model(config.root() / run_dir / runs.MODEL_FILE)
     scale = max(1, _SHOWN_PX // model.img_size)
     small, large = (
         torch.stack([data.read_image(source, size) for source in sources])
@@ -114,8 +135,7 @@ def with_schedule(traced: Traced, schedule: Sequence[int]) -> Traced:
     model = copy.copy(traced.model)  # shares the weights, not the schedule
     model.set_fusion(schedule, traced.model.options)
     logits, trace = model.forward_with_trace(traced.inputs)
-    predicted = [traced.classes[label] for label in logits.argmax(-1).tolist()]
-    return dataclasses.replace(traced, model=model, trace=trace, predicted=predicted)
+    return dataclasses.replace(traced, model=model, trace=trace, predicted=_names(traced.described, logits))
 
 
 def largest_r(model: VisionMamba, strategy: str) -> int:
@@ -143,13 +163,16 @@ def similarities(trace: Trace, image: int = 0) -> list[Float[np.ndarray, "_ _"]]
 
 @torch.no_grad()
 def _traced(
-    model: VisionMamba, described: dict[str, Any], images: Tensor, shown: Tensor, labels: list[str], scale: int = 1
+    model: VisionMamba, described: Mapping[str, Any], images: Tensor, shown: Tensor, labels: list[str], scale: int = 1
 ) -> Traced:
-    inputs, classes = data.normalise(images, described["mean"], described["std"]), tuple(described["classes"])
+    inputs = data.normalise(images, described["mean"], described["std"])
     logits, trace = model.eval().forward_with_trace(inputs)
-    predicted = [classes[label] for label in logits.argmax(-1).tolist()]
-    pixels = shown.permute(0, 2, 3, 1).numpy()
-    return Traced(model, described["strategy"], pixels, labels, predicted, trace, inputs, classes, scale)
+    pixels, predicted = shown.permute(0, 2, 3, 1).numpy(), _names(described, logits)
+    return Traced(model, described, pixels, labels, predicted, trace, inputs, scale)
+
+
+def _names(described: Mapping[str, Any], logits: Float[Tensor, "b _"]) -> list[str]:
+    return [described["classes"][label] for label in logits.argmax(-1).tolist()]
 
 
 @torch.no_grad()

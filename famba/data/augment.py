@@ -56,11 +56,7 @@ class Draws:
         return self.b
 
     def __getitem__(self, rows: slice) -> "Draws":
-        """The choices for a part of the batch.
-
-        Raises:
-            InputError: it separates mixed images from their neighbours.
-        """
+        """The choices for a part of the batch, which may not separate mixed images (InputError)."""
         start, stop, step = rows.indices(self.b)
         if self.share is not None and (step != 1 or start % 2 or (stop % 2 and stop < self.b)):
             raise InputError(f"rows {start}:{stop}: mixing takes pairs; parts of a batch must be of even size")
@@ -70,11 +66,9 @@ class Draws:
 
 
 def draw(p: DataParams, b: int, generator: torch.Generator, *, classes: int) -> Draws:
-    """Draw for b images of img_size pixels.
+    """Draw, on the CPU, for the b images of a whole step over all processes.
 
-    Args:
-        b: the whole step's batch, over all processes. Images 2i and 2i + 1 are mixed; the last of an odd batch is not.
-        generator: on the CPU.
+    Images 2i and 2i + 1 are mixed; the last of an odd batch is not.
     """
     corner = mirrored = erased = noise = share = box = None
     if p.shift:
@@ -103,9 +97,6 @@ def apply(
 
     Mixed images have a distribution over classes, with label_smoothing in it. Otherwise the labels are returned, and
     smoothing is left to the loss.
-
-    Raises:
-        InputError: draws for another number of images.
     """
     if len(draws) != len(images):
         raise InputError(f"draws: for {len(draws)} images; allowed: {len(images)}, the number of images")

@@ -12,7 +12,6 @@ import io
 import os
 import random
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,19 +36,8 @@ _HUB: dict[str, tuple[str, str | None, str | None]] = {
 DATASETS = ("digits", "folder", "parquet", *_HUB)
 
 
-class Encoded(ABC):
-    """Images that are not decoded yet; it is sent to other processes, so that it must be small or be found on disk."""
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def open(self, i: int) -> Image.Image:
-        """The image as Pillow opens it; whatever Pillow raises where it is broken."""
-
-    @abstractmethod
-    def name(self, i: int) -> str:
-        """What a user can find the image by."""
+# Images that are not decoded yet. They are sent to other processes, so that they must be small or be found on disk.
+# `open` raises whatever Pillow raises; `name` is what a user can find an image by.
 
 
 def _image(path: str) -> Image.Image:
@@ -59,13 +47,10 @@ def _image(path: str) -> Image.Image:
 
 
 @dataclass(frozen=True)
-class Files(Encoded):
+class Files:
     """Image files of any format that Pillow reads."""
 
     paths: Sequence[str]
-
-    def __len__(self) -> int:
-        return len(self.paths)
 
     def open(self, i: int) -> Image.Image:
         return _image(self.paths[i])
@@ -75,15 +60,12 @@ class Files(Encoded):
 
 
 @dataclass(frozen=True)
-class Cells(Encoded):
+class Cells:
     """Images in a column of a `datasets.Dataset`: encoded bytes, or the path of a file."""
 
     table: Any
     column: str
     where: str
-
-    def __len__(self) -> int:
-        return len(self.table)
 
     def open(self, i: int) -> Image.Image:
         cell = self.table.data[self.column][i].as_py()
@@ -96,19 +78,19 @@ class Cells(Encoded):
 
 
 @dataclass(frozen=True, eq=False)
-class Grey(Encoded):
+class Grey:
     """Images in memory, of one channel."""
 
     pixels: UInt8[np.ndarray, "n h w"]
-
-    def __len__(self) -> int:
-        return len(self.pixels)
 
     def open(self, i: int) -> Image.Image:
         return Image.fromarray(self.pixels[i])
 
     def name(self, i: int) -> str:
         return f"image {i}"
+
+
+Encoded = Files | Cells | Grey
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,9 +114,7 @@ class Found:
 
 
 def find(p: DataParams) -> Found:
-    """The data set that the parameters name; where `root` is given, as it lies there.
-
-    A set of the hub without a test split is tested on its validation split.
+    """The data set that the parameters name; a set of the hub without a test split is tested on its validation split.
 
     Raises:
         InputError: an unknown name; a folder or a set that is not laid out as the data set's kind demands; a set of the
@@ -168,11 +148,7 @@ def find(p: DataParams) -> Found:
 
 
 def pixels(images: Encoded, i: int, size: int, crop: float = 1.0) -> UInt8[np.ndarray, "3 h w"]:
-    """One image decoded and brought to size x size pixels (`fit`).
-
-    Raises:
-        InputError: it is not a whole image; names it.
-    """
+    """One image decoded and brought to size x size pixels (`fit`); an InputError names one that is not whole."""
     with opened(images, i) as image:
         return fit(image, size, crop)
 
@@ -189,11 +165,7 @@ def opened(images: Encoded, i: int) -> Iterator[Image.Image]:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """Three channels of 8 bits, turned as EXIF says it was held; transparency is dropped.
-
-    Raises:
-        ValueError: it has more than 8 bits per channel.
-    """
+    """Three channels of 8 bits, or ValueError; turned as EXIF says it was held, without transparency."""
     stored = " ".join(str(tile.args) for tile in getattr(image, "tile", ()))  # Pillow makes mode RGB of 48 bits as well
     if image.mode.startswith(("I", "F")) or re.search(";16[BLNS]", stored):
         raise ValueError("more than 8 bits per channel; convert it to 8 bits")
@@ -272,10 +244,10 @@ def shipped(name: str) -> Path:
 
 
 def _folder(top: Path) -> Found:
-    """Image files in top/train/<class>/ and top/test/<class>/, of any format that Pillow reads.
+    """Image files in top/train/<class>/ and top/test/<class>/.
 
     Hidden files are passed over; anything else that is not an image is an error, since leaving it out in silence
-    would train on less than the folder seems to hold. A file's name, size and time of change tell what it holds.
+    would train on less than the folder seems to hold.
     """
     train, test = _listing(top / "train"), _listing(top / "test")
     if odd := sorted(train.keys() ^ test.keys()):
@@ -311,6 +283,7 @@ def _listing(folder: Path) -> dict[str, list[os.DirEntry[str]]]:
 
 
 def _key(files: Sequence[os.DirEntry[str] | Path]) -> str:
+    """Files' names, sizes and times of change, which tell what they hold."""
     fingerprint = hashlib.sha256()
     for file in files:
         try:
@@ -323,20 +296,19 @@ def _key(files: Sequence[os.DirEntry[str] | Path]) -> str:
 
 def _hub(dataset: str, repository: str, image: str | None, label: str | None) -> Found:
     """A set of the hub, from the cache of `datasets` if it is there."""
-    datasets = _datasets(dataset)
     asked = f"data.dataset: {dataset!r}"
-    try:
-        with _quiet(datasets):
+    with _quiet(dataset) as datasets:
+        try:
             splits = datasets.load_dataset(repository, keep_in_memory=False)
-    except FileNotFoundError as error:
-        raise InputError(f"{asked}: the hub shows no such set ({_reason(error)})") from None
-    except OSError:
-        raise InputError(
-            f"{asked}: not in the cache, and the hub cannot be reached; download {repository} on another machine "
-            f"(`hf download --repo-type dataset {repository} --local-dir DIR`) and set data.root: DIR"
-        ) from None
-    except Exception as error:  # the library raises its own kinds, Arrow's, and those of scripts
-        raise InputError(f"{asked}: cannot be loaded ({_reason(error)})") from None
+        except FileNotFoundError as error:
+            raise InputError(f"{asked}: the hub shows no such set ({_reason(error)})") from None
+        except OSError:
+            raise InputError(
+                f"{asked}: not in the cache, and the hub cannot be reached; download {repository} on another machine "
+                f"(`hf download --repo-type dataset {repository} --local-dir DIR`) and set data.root: DIR"
+            ) from None
+        except Exception as error:  # the library raises its own kinds, Arrow's, and those of scripts
+            raise InputError(f"{asked}: cannot be loaded ({_reason(error)})") from None
     return _table(asked, repository, splits, image, label, None)
 
 
@@ -348,25 +320,24 @@ def _parquet(top: Path, image: str | None, label: str | None) -> Found:
             f"data.root: {top}: {'no parquet files' if not files else 'parquet files in ' + ', '.join(folders)}; "
             "train-*.parquet and test-*.parquet must lie together in it or in one folder below"
         )
-    datasets = _datasets("parquet")
-    import pyarrow
-    from pyarrow import parquet
+    with _quiet("parquet") as datasets:
+        import pyarrow
+        from pyarrow import parquet
 
-    by_split: dict[str, list[str]] = {}
-    for file in files:
+        by_split: dict[str, list[str]] = {}
+        for file in files:
+            try:
+                if not file.is_file():
+                    raise OSError("no regular file")
+                parquet.read_schema(file)
+            except (OSError, pyarrow.ArrowException) as error:
+                raise InputError(f"{file}: not a whole parquet file ({_reason(error)})") from None
+            by_split.setdefault(file.stem.partition("-")[0], []).append(str(file))
+        kept = str(config.root() / "build" / "cache" / "datasets")
         try:
-            if not file.is_file():
-                raise OSError("no regular file")
-            parquet.read_schema(file)
-        except (OSError, pyarrow.ArrowException) as error:
-            raise InputError(f"{file}: not a whole parquet file ({_reason(error)})") from None
-        by_split.setdefault(file.stem.partition("-")[0], []).append(str(file))
-    try:
-        with _quiet(datasets):
-            kept = str(config.root() / "build" / "cache" / "datasets")
             splits = datasets.load_dataset("parquet", data_files=by_split, cache_dir=kept, keep_in_memory=False)
-    except Exception as error:  # as in _hub
-        raise InputError(f"{files[0].parent}: cannot be loaded ({_reason(error)})") from None
+        except Exception as error:  # as in _hub
+            raise InputError(f"{files[0].parent}: cannot be loaded ({_reason(error)})") from None
     return _table(str(files[0].parent), top.resolve().name, splits, image, label, files)
 
 
@@ -376,18 +347,9 @@ def _parquet_files(top: Path) -> list[Path]:
 
 
 def _table(
-    where: str,
-    name: str,
-    splits: Mapping[str, Any],
-    image: str | None,
-    label: str | None,
-    files: Sequence[Path] | None,
+    where: str, name: str, splits: Mapping[str, Any], image: str | None, label: str | None, files: list[Path] | None
 ) -> Found:
-    """The training and test splits of a set as `datasets` gives it.
-
-    Args:
-        files: what tells one content from another; None takes the library's own files, named by version and commit.
-    """
+    """The training and test splits of a set as `datasets` gives it, from these files or, if None, its cache's."""
     import datasets
 
     tested = next((split for split in ("test", "validation") if split in splits), None)
@@ -408,14 +370,8 @@ def _table(
     labels = torch.from_numpy(np.concatenate(numbers))
     both = datasets.concatenate_datasets(parts)
     kept = [Path(file["filename"]) for file in both.cache_files] if files is None else files
-    return Found(
-        images=Cells(both, image, where),
-        labels=labels,
-        test=torch.arange(len(labels)) >= len(numbers[0]),
-        classes=classes,
-        name=name.replace("/", "--"),
-        key=_key(kept),
-    )
+    test = torch.arange(len(labels)) >= len(numbers[0])
+    return Found(Cells(both, image, where), labels, test, classes, name.replace("/", "--"), _key(kept))
 
 
 def _column(where: str, features: Mapping[str, Any], kind: str, asked: str | None, able: list[str]) -> str:
@@ -434,24 +390,20 @@ def _holds_images(feature: Any) -> bool:
     return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
 
 
-def _datasets(dataset: str) -> Any:
+@contextlib.contextmanager
+def _quiet(dataset: str) -> Iterator[Any]:
+    """The package `datasets`, without bars or warnings, whose content is raised or of no use to whoever trains."""
     try:
         import datasets  # a second to import, and only needed here
     except ImportError as error:
         raise InputError(
             f"data.dataset: {dataset!r} is read by the package datasets ({error}): pip install 'famba[paper]'"
         ) from None
-    return datasets
-
-
-@contextlib.contextmanager
-def _quiet(datasets: Any) -> Iterator[None]:
-    """Neither bars nor warnings, whose content is raised or of no use to whoever trains."""
     verbosity, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
     datasets.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     try:
-        yield
+        yield datasets
     finally:
         datasets.logging.set_verbosity(verbosity)
         if not bars:

@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -45,11 +44,7 @@ class Images:
         return len(self.rows)
 
     def __getitem__(self, chosen: slice | list[int] | Int64[Tensor, "b"]) -> UInt8[Tensor, "b 3 h w"]:
-        """Decoded in this process.
-
-        Raises:
-            InputError: an image that is not whole.
-        """
+        """Decoded in this process; an InputError names an image that is not whole."""
         rows = self.rows[chosen.cpu() if isinstance(chosen, Tensor) else chosen].tolist()
         found = np.empty((len(rows), 3, self.img_size, self.img_size), dtype=np.uint8)
         for i, row in enumerate(rows):
@@ -144,16 +139,11 @@ def _loader(items: _Items, places: list[list[int]], workers: int, device: torch.
             batch_size=None,
             sampler=places,
             num_workers=workers,
-            collate_fn=_as_it_is,
             pin_memory=device.type == "cuda",
             multiprocessing_context=context,
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # its own: torch draws a seed for the workers, which nothing here uses
         )
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
 
 
 def _start_worker(worker: int) -> None:

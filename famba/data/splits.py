@@ -2,9 +2,8 @@
 
 Axes: n images of a split, b images of a batch, 3 channels (red, green, blue), h and w pixels.
 
-Images that fit into memory are one uint8 tensor, so there are no workers and no queues: a batch is one indexing. Those
-of a larger set, and those that are varied one by one, stream. Every choice comes from a seed or a generator, hence the
-same parameters give the same bytes.
+Images that fit into memory are one uint8 tensor, and a batch is one indexing. Those of a larger set, and those that are
+varied one by one, stream. Every choice comes from a seed or a generator: the same parameters give the same bytes.
 """
 
 import dataclasses
@@ -31,7 +30,6 @@ from torch import Tensor
 from famba import config
 from famba.config import IMAGENET_MEAN, IMAGENET_STD, DataParams
 from famba.data import datasets, loader
-from famba.data.datasets import DATASETS as DATASETS
 from famba.data.datasets import Files, Found
 from famba.data.loader import Streamed
 from famba.data.timm_transforms import TimmAugmentation
@@ -40,7 +38,7 @@ from famba.storage.files import json_bytes, write_atomic
 
 _log = logging.getLogger(__name__)
 
-_Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean, standard deviation
+_Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean, standard deviation
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +176,7 @@ def to_device(images: Dataset, device: torch.device) -> Dataset:
 
 
 def renormalised(images: Dataset, mean: tuple[float, ...], std: tuple[float, ...]) -> Dataset:
-    """The same images for weights that know them by another mean and deviation."""
+    """The same images, to be normalised as the weights know them."""
     train = images.train
     if isinstance(train, Streamed) and train.augmentation is not None:
         train = dataclasses.replace(train, augmentation=dataclasses.replace(train.augmentation, mean=mean, std=std))
@@ -250,7 +248,13 @@ def _decoded(found: Found, img_size: int, crop: float) -> UInt8[Tensor, "n 3 h w
     n, path = len(found.labels), _cache(found, img_size, "safetensors", crop)
     if path is not None and path.exists():
         try:
-            return _read_cache(path, (n, img_size, img_size, 3)).permute(0, 3, 1, 2)
+            with safe_open(path, "pt") as file:
+                written, result = (file.metadata() or {}).get("crc32"), file.get_tensor("images")
+            if result.shape != (n, img_size, img_size, 3) or result.dtype != torch.uint8:
+                raise ValueError(f"{tuple(result.shape)} {result.dtype} where {n} images are due")
+            if written != str(zlib.crc32(result.numpy().data)):
+                raise ValueError("the checksum does not match")
+            return result.permute(0, 3, 1, 2)
         except (SafetensorError, OSError, ValueError) as error:
             _log.warning("%s: damaged (%s); decoding the images again", path, " ".join(str(error).split()))
 
@@ -279,25 +283,15 @@ def _cache(found: Found, img_size: int, kind: str, *more: object) -> Path | None
     return config.root() / "build" / "cache" / name
 
 
-def _read_cache(path: Path, shape: tuple[int, ...]) -> UInt8[Tensor, "n h w 3"]:
-    with safe_open(path, "pt") as file:
-        metadata, images = file.metadata() or {}, file.get_tensor("images")
-    if images.shape != shape or images.dtype != torch.uint8:
-        raise ValueError(f"{tuple(images.shape)} {images.dtype} where {shape} torch.uint8 is due")
-    if metadata.get("crc32") != str(zlib.crc32(images.numpy().data)):
-        raise ValueError("the checksum does not match")
-    return images
-
-
 def _streamed_statistics(found: Found, train: Streamed) -> _Statistics:
     """`_moments` of images that stream, in one pass; kept in build/cache/."""
     rows = hashlib.sha256(train.images.rows.numpy().tobytes()).hexdigest()
     path = _cache(found, train.images.img_size, "json", rows)
     if path is not None and path.exists():
         try:
-            mean, std = json.loads(path.read_text())
-            return (float(mean[0]), float(mean[1]), float(mean[2])), (float(std[0]), float(std[1]), float(std[2]))
-        except (OSError, ValueError, TypeError, IndexError) as error:
+            (r, g, b), (r_std, g_std, b_std) = json.loads(path.read_text())
+            return (float(r), float(g), float(b)), (float(r_std), float(g_std), float(b_std))
+        except (OSError, ValueError, TypeError) as error:
             _log.warning("%s: damaged (%s); reading the images again", path, " ".join(str(error).split()))
     counts = torch.zeros(3, 256, dtype=torch.int64)
     for images, _ in batches(train, 64):
@@ -322,4 +316,4 @@ def _moments(counts: Int64[Tensor, "3 256"]) -> _Statistics:
         std.append(float((share @ (values - mean[-1]) ** 2).sqrt()))
     if min(std) == 0:
         raise InputError(f"channel {std.index(0)} is the same in every training pixel; there is nothing to learn from")
-    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+    return tuple(mean), tuple(std)

@@ -88,13 +88,10 @@ def mixer(
     [Float32[Tensor, "b 3 h w"], Int64[Tensor, "b"], int],
     tuple[Float32[Tensor, "b 3 h w"], Int64[Tensor, "b"] | Float[Tensor, "b k"]],
 ]:
-    """timm's mixing of a whole batch in place: (images, labels, seed) -> (images, targets).
+    """timm's mixing of a whole batch in place: (images, labels, seed) -> (images, targets with label smoothing).
 
-    A batch has one lambda and one choice of mixup or cutmix. Targets include label smoothing. Without mixup and cutmix,
-    images and labels are returned unchanged.
-
-    Raises:
-        InputError: timm cannot be imported; from the returned function, an odd number of images.
+    A batch has one lambda and one choice of mixup or cutmix. Without these, images and labels are returned unchanged.
+    The returned function raises an InputError for an odd number of images.
     """
     if not (p.mixup or p.cutmix):
         return lambda images, labels, seed: (images, labels)

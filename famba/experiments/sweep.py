@@ -8,18 +8,18 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from famba import config
-from famba.analysis import cost
 from famba.config import SweepParams
 from famba.errors import InputError
 from famba.experiments import launcher
 from famba.fusion import strategies
 from famba.models import presets
 from famba.storage import runs
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ def missing(cells: Sequence[Cell], folder: Path) -> list[Cell]:
     ]
 
 
-def ensure_costs(sweep: SweepParams, *, profile: str, results_dir: str | Path, rounds: int | None) -> pd.DataFrame:
+def ensure_costs(sweep: SweepParams, *, profile: str, results_dir: str | Path, rounds: int | None) -> "pd.DataFrame":
     """What a training step of each strategy costs, as `analysis.cost.table` has it.
 
     Args:
@@ -102,6 +102,8 @@ def ensure_costs(sweep: SweepParams, *, profile: str, results_dir: str | Path, r
     Raises:
         InputError: nothing has been measured; as from `training.cost.measure`.
     """
+    from famba.analysis import cost
+
     if rounds is not None:
         from famba.training.cost import measure
 

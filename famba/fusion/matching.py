@@ -62,11 +62,9 @@ def match_tokens(
     Raises:
         InputError: r is negative or exceeds (t - protected) // 2 (or what the protected positions leave on one
             side). Never clamped, unlike in Token Merging: a clamped r is another experiment under the same name.
-        BackendError: the backend asked for cannot run here or on this feature.
     """
     b, t, _ = feature.shape
-    _check_protected(protected, t)
-    _check_r(r, t, protected)
+    _check(r, t, protected)
     if feature.dtype in (torch.bfloat16, torch.float16):
         feature = feature.float()  # so that similarities that differ do not tie
     chosen = choose(_MATCH, backend, feature)
@@ -120,23 +118,20 @@ def _control_scores(kind: str, t: int, device: torch.device) -> Float[Tensor, "1
     raise InputError(f"kind: {kind!r} is not one of similarity, random, adjacent")
 
 
-def _check_r(r: int, t: int, protected: Sequence[int] | Tensor) -> None:
+def _check(r: int, t: int, protected: Sequence[int] | Tensor) -> None:
     """Refuse what cannot be fused. A tensor is not read, for which the host would wait: the worst is assumed of it."""
     if isinstance(protected, Tensor):
         fixed, evens, odds = 1, (t - 1) // 2, t // 2 - 1
     else:
+        for position in protected:
+            if not 0 <= position < t:
+                raise InputError(f"protected: position {position}; must be in 0..{t - 1}")
         fixed = len(set(protected))
         evens = (t + 1) // 2 - len({p for p in protected if p % 2 == 0})
         odds = t // 2 - len({p for p in protected if p % 2})
     most = min((t - fixed) // 2, evens if odds > 0 else 0)
     if not 0 <= r <= most:
         raise InputError(f"r = {r} of t = {t} tokens, {fixed} of them protected; allowed: 0..{most}")
-
-
-def _check_protected(protected: Sequence[int] | Tensor, t: int) -> None:
-    for position in () if isinstance(protected, Tensor) else protected:
-        if not 0 <= position < t:
-            raise InputError(f"protected: position {position}; must be in 0..{t - 1}")
 
 
 def _positions(protected: Sequence[int] | Tensor, b: int) -> Int[Tensor, "b k"] | None:

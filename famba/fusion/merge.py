@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from famba.errors import InputError
 from famba.fusion.matching import Matching
+from famba.fusion.options import levels
 from famba.kernels import reference
 from famba.kernels.cpu import fuse as fusing
 from famba.kernels.cpu.scan import unavailable
@@ -102,17 +103,13 @@ def fuse(
 
     Returns:
         The fused tokens and the patches that each stands for; the sizes' sum never changes.
-
-    Raises:
-        InputError: unknown order, weighting or reduction.
-        BackendError: the backend asked for cannot run here or on these tensors.
     """
     b, t, _ = x.shape
     ones = torch.ones(b, t, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
     flat = ones if size is None else size.reshape(b, t)
-    _known_option("order", order, ("scan", "append"))
-    _known_option("weighting", weighting, ("size", "mean"))
-    _known_option("reduction", reduction, ("mean", "drop"))
+    for option, value in {"order": order, "weighting": weighting, "reduction": reduction}.items():
+        if value not in levels(option):
+            raise InputError(f"{option}: {value!r} is not one of {', '.join(levels(option))}")
     if matching.source.shape[1] == 0:
         return x, flat if size is None else size
     worked_out = plan(matching, flat, order=order, weighting=weighting, reduction=reduction, backend=backend)
@@ -158,24 +155,11 @@ def _apply(plan: Plan, x: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor 
     return reference.fuse(x, *place), None if other is None else reference.fuse(other, *place)
 
 
-def _apply_native(plan: Plan, x: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor]:
-    return fusing.fuse(x, other, plan.destination, plan.weight, plan.survivors.shape[1])
-
-
-def _apply_triton(plan: Plan, x: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor]:
-    return triton_fusing.fuse(x, other, *plan[:4])
-
-
 def _check_planned(plan: Plan, *tensors: Tensor) -> None:
     b, t = plan.destination.shape
     for x in tensors:
         if x.ndim != 3 or x.shape[:2] != (b, t):
             raise InputError(f"x: shape {tuple(x.shape)}; allowed: ({b}, {t}, d), what the plan was made for")
-
-
-def _known_option(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InputError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
 
 
 @register_flop_formula([torch.ops.famba.match, torch.ops.famba.gpu_match])
@@ -194,6 +178,12 @@ _PLAN = {
 
 _APPLY = {
     "torch": Backend(_apply),
-    "native": Backend(_apply_native, unavailable, fusing.unsuited),
-    "triton": Backend(_apply_triton, triton_unavailable, triton_fusing.unsuited),
+    "native": Backend(
+        lambda plan, x, other: fusing.fuse(x, other, plan.destination, plan.weight, plan.survivors.shape[1]),
+        unavailable,
+        fusing.unsuited,
+    ),
+    "triton": Backend(
+        lambda plan, x, other: triton_fusing.fuse(x, other, *plan[:4]), triton_unavailable, triton_fusing.unsuited
+    ),
 }

@@ -57,8 +57,7 @@ def schedule(
         costs, tokens: of `adaptive` alone, which needs them: the table, and the sequence's length at the input.
 
     Raises:
-        InputError: unknown strategy; not exactly one of r and total (`none` needs neither); a layer outside
-            1..depth; no layer left to fuse in; `adaptive` without its table, or a table without `adaptive`.
+        InputError: arguments that the strategy does not take, or that leave no layer to fuse in.
     """
     if strategy == ADAPTIVE:
         given = {"r": r, "first_layer": first_layer, "last_layer": last_layer}
@@ -124,11 +123,7 @@ def adaptive(costs: Costs, *, total: int, tokens: int, protected: int = 1) -> li
     Args:
         costs: by layer and r; a layer is never asked for more than its row has.
         total: tokens removed by all layers together.
-        tokens: sequence length at the input, class token included.
-        protected: tokens that are never fused, as in `token_counts`, whose limit holds at every layer.
-
-    Raises:
-        InputError: a total that cannot be removed, or a cost that is not finite.
+        tokens, protected: as in `token_counts`, whose limit holds at every layer.
     """
     if total < 0:
         raise InputError(f"strategy 'adaptive': total = {total}; must be 0 or more")
@@ -201,7 +196,6 @@ def token_counts(schedule: Sequence[int], tokens: int, *, protected: int = 1) ->
     """Tokens at the input and after each layer's fusion: depth + 1 numbers.
 
     Args:
-        schedule: tokens removed by each layer.
         tokens: sequence length at the input, class token included.
         protected: tokens that are never fused (the class token: 1).
 

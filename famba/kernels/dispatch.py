@@ -94,3 +94,9 @@ def _warn(backend: str, device: str, reason: str) -> None:
         device,
         reason,
     )
+
+
+def constant(function: Callable[..., str]) -> Callable[..., str]:
+    """`torch.compiler.assume_constant_result`, which imports the compiler: it would double the import time of famba."""
+    function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+    return function

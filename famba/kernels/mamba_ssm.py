@@ -44,19 +44,19 @@ _INSTALLED = {  # by package: the function, its module, and the library of the k
 _Found = tuple[str, Callable[..., Tensor] | None]  # the function, or the reason why it is not to be had
 
 
-@torch.compiler.assume_constant_result
+@dispatch.constant
 def unavailable() -> str:
     """Why the scan cannot run here ("": it can)."""
     return _no_device() or _find("mamba_ssm", False)[0]
 
 
-@torch.compiler.assume_constant_result
+@dispatch.constant
 def conv_unavailable() -> str:
     """Why the convolution cannot run here ("": it can)."""
     return _no_device() or _find("causal_conv1d", False)[0]
 
 
-@torch.compiler.assume_constant_result
+@dispatch.constant
 def hub_unavailable() -> str:
     """Why the hub's kernels cannot run here, as far as it is known before they are downloaded ("": they may)."""
     if not (_PROJECT / "pyproject.toml").exists():

@@ -63,7 +63,7 @@ def selective_scan(
         z: gate; the output is multiplied by silu(z).
         delta_bias: added to delta.
         delta_softplus: pass delta through softplus, after the bias.
-        reverse: scan from the last token to the first. Nothing is flipped or copied for it.
+        reverse: scan from the last token to the first, without a copy.
         backend: a name from `backends()`, or "auto": the fastest that can run on these tensors.
 
     Returns:
@@ -202,7 +202,8 @@ def _backward(grad, u, delta, A, B, C, D, z, delta_bias, y, starts, softplus: bo
         grad_u.addcmul_(grad_y, D.to(dtype)[:, None])
         grad_D = torch.einsum("bet,bet->e", grad_y, u.to(dtype)).to(D.dtype)
     if softplus:
-        grad_dt.mul_(torch.sigmoid(_biased(delta.to(dtype), delta_bias)))
+        biased = delta.to(dtype) if delta_bias is None else delta.to(dtype) + delta_bias.to(dtype)[:, None]
+        grad_dt.mul_(torch.sigmoid(biased))
     if delta_bias is not None:
         grad_delta_bias = grad_dt.sum((0, 2)).to(delta_bias.dtype)
     grads = (
@@ -252,10 +253,6 @@ def _states(x, dt, At, Bc, h0, reverse: bool) -> tuple[Tensor, Tensor]:
     return decay, states
 
 
-def _biased(delta: Tensor, delta_bias: Tensor | None) -> Tensor:
-    return delta if delta_bias is None else delta + delta_bias.to(delta.dtype)[:, None]
-
-
 def _chunks(t: int, reverse: bool) -> Iterator[slice]:
     for i in token_order(-(-t // _CHUNK), reverse):
         yield slice(i * _CHUNK, min((i + 1) * _CHUNK, t))
@@ -294,10 +291,7 @@ _BACKENDS: dict[str, _Backend] = {
 
 
 def choose(name: str, *tensors: Tensor | None) -> _Backend:
-    """The backend of that name, or the fastest ("auto"), for these tensors: u first, then the others, None if absent.
-
-    Errors are those of `famba.kernels.dispatch.choose`.
-    """
+    """`famba.kernels.dispatch.choose` for these tensors: u first, then the others, None if absent."""
     first, *others = tensors
     assert first is not None
     return dispatch.choose(_BACKENDS, name, first, *others)

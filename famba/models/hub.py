@@ -73,11 +73,7 @@ def load(source: str | Path, **options: Any) -> VisionMamba:
 
 
 def download(name: str) -> Path:
-    """The file of weights in a repository, owner/name, or the one that is named, owner/name/file; kept in the cache.
-
-    Raises:
-        InputError: it cannot be had, or there is no one file of weights.
-    """
+    """The one file of weights in a repository, owner/name, or that named, owner/name/file; kept in the cache."""
     owner, repository, *file = name.split("/", 2)
     repository = f"{owner}/{repository}"
     with _in_one_line(name):

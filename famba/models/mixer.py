@@ -8,7 +8,6 @@ copies. Parameter names and shapes are those of the released weights.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -22,15 +21,6 @@ from famba.kernels.scan import choose, selective_scan
 
 _DT_RANGE = (1e-3, 1e-1)  # softplus(dt_bias) is drawn log-uniformly from this range
 _DT_FLOOR = 1e-4
-
-
-class Selection(NamedTuple):
-    """The input of one direction's scan, and what x_proj makes of it (Mamba section 3.2)."""
-
-    u: Float[Tensor, "b e t"]
-    dt: Float[Tensor, "b m t"]
-    B: Float[Tensor, "b n t"]
-    C: Float[Tensor, "b n t"]
 
 
 class BidirectionalMixer(nn.Module):
@@ -108,30 +98,28 @@ class BidirectionalMixer(nn.Module):
         if chosen.run_mixer and plain_x_proj and self._has_plain and self.conv1d.kernel_size[0] <= MOST_TAPS:
             return chosen.run_mixer(xz, left, right, scale)
         x, z = xz.chunk(2, dim=-1)
-        one, other = self._select(x)
+        (u, dt, B, C), (u_b, dt_b, B_b, C_b) = self._select(x)
         if not self._has_plain:
             how = {"delta_softplus": True, "backend": self.backend}
-            delta, delta_b = self.dt_proj(one.dt.mT).mT, self.dt_proj_b(other.dt.mT).mT
-            y = selective_scan(one.u, delta, left.A, one.B, one.C, left.D, z.mT, **how)
-            y_b = selective_scan(other.u, delta_b, right.A, other.B, other.C, right.D, z.mT, reverse=True, **how)
+            y = selective_scan(u, self.dt_proj(dt.mT).mT, left.A, B, C, left.D, z.mT, **how)
+            delta_b = self.dt_proj_b(dt_b.mT).mT
+            y_b = selective_scan(u_b, delta_b, right.A, B_b, C_b, right.D, z.mT, reverse=True, **how)
             return scale * (y + y_b).mT
-        one, other = (
-            Side(s.u, s.dt, d.dt_proj, d.A, s.B, s.C, d.D, d.dt_bias) for s, d in ((one, left), (other, right))
-        )
+        one = Side(u, dt, left.dt_proj, left.A, B, C, left.D, left.dt_bias)
+        other = Side(u_b, dt_b, right.dt_proj, right.A, B_b, C_b, right.D, right.dt_bias)
         return bidirectional_scan(one, other, z.mT, scale=scale, backend=self.backend).mT
 
     def feature(self, x: Float[Tensor, "b t d"], kind: str) -> Float[Tensor, "b t c"]:
         """Fusion's features `delta`, `B` or `C`, of both directions side by side."""
-        forward, backward = self._select(self.in_proj(x).chunk(2, dim=-1)[0])
+        (_, dt, B, C), (_, dt_b, B_b, C_b) = self._select(self.in_proj(x).chunk(2, dim=-1)[0])
         if kind == "delta":
-            sides = ((forward.dt.mT, self.dt_proj), (backward.dt.mT, self.dt_proj_b))
-            plain = self._has_plain
+            sides, plain = ((dt.mT, self.dt_proj), (dt_b.mT, self.dt_proj_b)), self._has_plain
             deltas = [functional.linear(x, proj.weight) + proj.bias if plain else proj(x) for x, proj in sides]
             return functional.softplus(torch.cat(deltas, dim=-1))
-        return torch.cat([getattr(forward, kind).mT, getattr(backward, kind).mT], dim=-1)
+        return torch.cat([B.mT, B_b.mT] if kind == "B" else [C.mT, C_b.mT], dim=-1)
 
-    def _select(self, x: Float[Tensor, "b t e"]) -> list[Selection]:
-        """The convolutions and x_proj, of both directions."""
+    def _select(self, x: Float[Tensor, "b t e"]) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Of both directions: the input u of the scan, and the dt, B and C that x_proj makes of it (Mamba 3.2)."""
         if self._has_plain:
             weights = [(conv.weight[:, 0], conv.bias) for conv in (self.conv1d, self.conv1d_b)]
             inputs = bidirectional_conv1d_silu(x.mT, *weights, backend=self.backend)
@@ -143,7 +131,7 @@ class BidirectionalMixer(nn.Module):
         found = []
         for u, x_proj in zip(inputs, (self.x_proj, self.x_proj_b), strict=True):
             dt, B, C = x_proj(u.mT).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-            found.append(Selection(u, dt.mT, B.mT, C.mT))
+            found.append((u, dt.mT, B.mT, C.mT))
         return found
 
     @property

@@ -16,22 +16,14 @@ PRESETS: dict[str, dict[str, int]] = {
 
 
 def sizes(name: str, **given: int | None) -> dict[str, int]:
-    """The sizes of a model by name, in place of which come those that are given and not None.
-
-    Raises:
-        InputError: an unknown name.
-    """
+    """The sizes of a model by name, in place of which come those that are given and not None."""
     if name not in PRESETS:
         raise InputError(f"model: {name!r} is not one of {', '.join(PRESETS)}")
     return PRESETS[name] | {key: value for key, value in given.items() if value is not None}
 
 
 def grid(config: Mapping[str, Any]) -> int:
-    """Patches along one side of an image.
-
-    Raises:
-        InputError: sizes that are not whole numbers of 1 or more, or patches that do not tile the image.
-    """
+    """Patches along one side of an image; an InputError names what is no size, or patches that do not tile it."""
     for key in ("num_classes", "img_size", "patch_size", "stride", "depth", "d_model", "d_state", "in_chans"):
         value = config.get(key, 1)
         if not isinstance(value, int) or value < 1:

@@ -9,6 +9,7 @@ dicts, or a state dict alone. Torch files are read with `weights_only`, so that 
 """
 
 import argparse
+import contextlib
 import functools
 import math
 import operator
@@ -66,8 +67,7 @@ def load_vim(
 
     Args:
         source: a .safetensors or torch file; a name on the Hugging Face hub, owner/name or owner/name/file; or what
-            such a file holds: a state dict, or a dict with one under `model` or `model_ema`. Names may begin with
-            `module.`, as DistributedDataParallel leaves them.
+            such a file holds. Names of tensors may begin with `module.`, as DistributedDataParallel leaves them.
         num_classes: None keeps the head; another number than the file's gives a new one, drawn by torch's generator.
         img_size, stride: pixels; None is what the weights were trained with. If they change the number of patches,
             position embeddings are interpolated (`resize_positions`).
@@ -77,20 +77,17 @@ def load_vim(
         schedule, fusion, backend: as in `create_model`.
 
     Raises:
-        InputError: a file that is missing, broken, or holds anything but tensors and plain values; a tensor that is
-            missing, foreign, of another shape, or not of finite floating-point numbers (names the first); sizes that do
-            not fit each other.
+        InputError: a file that cannot be read or holds more than tensors and plain values; the first tensor that is
+            missing, foreign, of another shape, or not of finite floating-point numbers.
     """
     path, tensors = _read_vim(source, state)
     sizes = _sizes(path, tensors, with_cls=cls_position != "none")
-    if stride is None:
-        stride = _trained_stride(path, sizes, trained_at)
     build = functools.partial(
         VisionMamba,
         **{key: sizes[key] for key in ("patch_size", "depth", "d_model", "d_state", "in_chans")},
         num_classes=sizes["num_classes"] if num_classes is None else num_classes,
         img_size=trained_at if img_size is None else img_size,
-        stride=stride,
+        stride=_trained_stride(path, sizes, trained_at) if stride is None else stride,
         cls_position=cls_position,
         pool="mean" if cls_position == "none" else "cls",
         average_directions=average_directions,
@@ -117,8 +114,7 @@ def set_schedule(
         options: how tokens are fused; None is the default `FusionOptions`.
 
     Raises:
-        InputError: a schedule that is no list of whole numbers, has another length than the model has layers, or
-            removes more tokens than there are; the model is as it was.
+        InputError: a schedule that does not fit the model, which is as it was.
     """
     if schedule is None:
         schedule = [0] * model.depth
@@ -137,10 +133,7 @@ def take_weights(model: VisionMamba, path: Path) -> Origin:
     """Put the weights of a run's model.safetensors, or of a checkpoint in the released form, into a model.
 
     Position embeddings are interpolated if the model has another number of patches. A head for another number of
-    classes is not taken: the model keeps its own.
-
-    Raises:
-        InputError: a file that cannot be read, or weights of another architecture (names the first difference).
+    classes is not taken: the model keeps its own. An InputError names the first difference of another architecture.
     """
     tensors, described = checkpoint.read(path) if path.suffix == ".safetensors" else ({}, None)
     if described is None:
@@ -163,16 +156,10 @@ def take_weights(model: VisionMamba, path: Path) -> Origin:
 def resize_positions(
     pos_embed: Float[Tensor, "1 t d"], grid: int, *, cls_position: str = "middle"
 ) -> Float[Tensor, "1 s d"]:
-    """Position embeddings for another number of patches: bicubic over the image; the class token's row stays as it is.
+    """Position embeddings for `grid` x `grid` patches: bicubic over the image, but for the class token's row.
 
-    As ViT's (arXiv:2010.11929, section 3.2) and DeiT's are, with the class token wherever it stands.
-
-    Args:
-        grid: patches along one side, from now on. As many as before gives the same tensor.
-        cls_position: where the class token's row stands: `middle`, `head`, or `none`.
-
-    Raises:
-        InputError: rows that are not a square of patches (and a class token).
+    As ViT's (arXiv:2010.11929, section 3.2) and DeiT's are, with the class token wherever it stands. As many patches as
+    before give the same tensor.
     """
     before = _side(pos_embed.shape[1], with_cls=cls_position != "none")
     if before == grid:
@@ -304,16 +291,12 @@ def _read_torch(path: Path) -> Any:
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a broken pickle raises whatever its bytes come to mean
-            foreign = _foreign(path)
+            foreign: list[str] = []
+            with contextlib.suppress(Exception):  # of a broken pickle again
+                foreign = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
             if foreign:
-                raise InputError(f"{path}: holds {foreign}; only tensors and plain values are read") from None
+                raise InputError(
+                    f"{path}: holds {', '.join(foreign)}; only tensors and plain values are read"
+                ) from None
             said = str(error).split(". ")[0] or type(error).__name__
             raise InputError(f"{path}: not a whole torch file ({' '.join(said.split())})") from None
-
-
-def _foreign(path: Path) -> str:
-    """The classes that a torch file would have to run to be read whole; empty if none, or if it is broken."""
-    try:
-        return ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)))
-    except Exception:  # as above
-        return ""

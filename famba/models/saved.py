@@ -15,13 +15,7 @@ from famba.storage.checkpoint import check_state, check_weights, pack, unpack
 
 
 def model_bytes(model: VisionMamba, weights: Mapping[str, Tensor], described: Mapping[str, Any]) -> bytes:
-    """The content of a model file.
-
-    Args:
-        model: whose architecture and fusion are recorded.
-        weights: a state dict of it.
-        described: anything else that JSON can hold: strategy, seed, classes.
-    """
+    """The content of a model file: a model's architecture and fusion, its weights, and what else is described."""
     return pack(weights, {"kind": "model", **description(model), **described})
 
 
@@ -41,11 +35,7 @@ def description(model: VisionMamba) -> dict[str, Any]:
 
 
 def rebuilt(path: Path, tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> VisionMamba:
-    """A model of its description and weights, which are compared before any memory is taken for it.
-
-    Raises:
-        InputError: a description that makes no model, or tensors that are not its weights.
-    """
+    """A model of its description and weights, which are compared (InputError) before any memory is taken for it."""
     check_weights(path, tensors)
 
     def build() -> VisionMamba:

@@ -36,9 +36,6 @@ def create_model(name: str, *, num_classes: int = 1000, **options: Any) -> "Visi
     Args:
         name: a key of `PRESETS`; vim_tiny, vim_small and vim_base are the released sizes.
         options: arguments of `VisionMamba` in place of the name's own; None takes the name's own or the default.
-
-    Raises:
-        InputError: an unknown name or a value that does not fit the others; see `VisionMamba`.
     """
     given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     return VisionMamba(num_classes=num_classes, **{**sizes(name), **given})
@@ -47,16 +44,11 @@ def create_model(name: str, *, num_classes: int = 1000, **options: Any) -> "Visi
 def kernels(backend: str, device: torch.device, config: Mapping[str, Any], precision: str) -> dict[str, str]:
     """Which backend runs each function of a model, and `instruction_set`, what the native ones were compiled for.
 
-    They are chosen by the tables that the functions themselves choose by, for tensors of one image.
+    They are chosen by the tables that the functions themselves choose by, for tensors of one image; so are errors.
 
     Args:
-        backend: a name, or `auto`.
         config: a model's, or the sizes and the cls_position of it.
         precision: `fp32`, or `bf16` for autocast.
-
-    Raises:
-        InputError: an unknown backend.
-        BackendError: the backend cannot run here or on such tensors.
     """
 
     def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -186,8 +178,7 @@ class VisionMamba(nn.Module):
         if not 0 <= drop_path_rate < 1:
             raise InputError(f"drop_path_rate: {drop_path_rate!r}; must be at least 0 and less than 1")
 
-        self.img_size, self.depth = img_size, depth
-        self.cls_position, self.pool = cls_position, pool
+        self.img_size, self.depth, self.cls_position, self.pool = img_size, depth, cls_position, pool
         patches = self.grid**2
         self.tokens = patches + (cls_position != "none")
         self.cls_index = {"middle": patches // 2, "head": 0, "none": None}[cls_position]
@@ -253,9 +244,6 @@ class VisionMamba(nn.Module):
         """Write config.json (sizes, schedule, options of fusion), model.safetensors and a model card.
 
         This, `push_to_hub` and `from_pretrained` take the options of huggingface_hub's PyTorchModelHubMixin.
-
-        Raises:
-            InputError: huggingface_hub is not installed.
         """
         from famba.models import hub  # huggingface_hub is an extra, and takes half a second to import
 
@@ -269,14 +257,7 @@ class VisionMamba(nn.Module):
 
     @staticmethod
     def from_pretrained(source: str | Path, **options: Any) -> "VisionMamba":
-        """The model that `save_pretrained` wrote, fusing by its schedule, in evaluation mode.
-
-        Args:
-            source: a folder, or a repository on the hub, owner/name.
-
-        Raises:
-            InputError: nothing there, or files that do not describe a model or its weights.
-        """
+        """The model that `save_pretrained` wrote to a folder or repository, in evaluation mode."""
         from famba.models import hub
 
         return hub.load(source, **options)

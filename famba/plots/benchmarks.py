@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from famba.errors import InputError
 from famba.plots.style import GREY, MARKERS, MODELS, STRATEGY_COLOURS, Figure, caption, rows_of, strategies_in, styled
 
+_Draw = Callable[[Axes, Mapping[str, pd.DataFrame]], None]
+
 
 @styled
 def benchmark(tables: Mapping[str, pd.DataFrame]) -> Figure:
@@ -24,19 +26,9 @@ def benchmark(tables: Mapping[str, pd.DataFrame]) -> Figure:
     Raises:
         InputError: none of them is there.
     """
-    panels = {name: draw for name, draw in _BENCHMARKS.items() if name in tables}
-    if not panels:
+    if not any(name in tables for name in _BENCHMARKS):
         raise InputError(f"tables: {', '.join(tables) or 'none'}; at least one of {', '.join(_BENCHMARKS)}")
-    across = min(2, len(panels))
-    down = math.ceil(len(panels) / across)
-    figure = Figure(figsize=(5.6 * across, 3.9 * down), layout="constrained")
-    places = figure.subplots(down, across, squeeze=False)
-    for axes in places.flat[len(panels) :]:
-        axes.set_axis_off()
-    for axes, draw in zip(places.flat, panels.values(), strict=False):
-        draw(axes, tables)
-    caption(figure, "Medians of times taken in turn in one process.", width=100 * across)
-    return figure
+    return _panels(_BENCHMARKS, tables)
 
 
 def _scan_times(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
@@ -127,21 +119,26 @@ def gpu_benchmark(tables: Mapping[str, pd.DataFrame]) -> Figure:
         tables: as from `bench.gpu_frames`; a panel for each of `scan`, `steps`, `schedules` and `graphs` that is there.
             `schedules` needs `lengths` beside it. Without any, as where no GPU was measured, the figure says so.
     """
-    panels = {name: draw for name, draw in _GPU_BENCHMARKS.items() if name in tables}
-    if not panels:
+    if not any(name in tables for name in _GPU_BENCHMARKS):
         figure = Figure(figsize=(5.6, 1.0))
         figure.text(0.5, 0.5, "no GPU has been measured yet: make bench-gpu", ha="center", va="center", color=GREY)
         return figure
-    across = min(2, len(panels))
-    down = math.ceil(len(panels) / across)
-    figure = Figure(figsize=(5.6 * across, 3.6 * down), layout="constrained")
+    return _panels(_GPU_BENCHMARKS, tables)
+
+
+def _panels(draws: Mapping[str, _Draw], tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """A panel for each table that is there, two beside each other."""
+    chosen = [draw for name, draw in draws.items() if name in tables]
+    across = min(2, len(chosen))
+    down = math.ceil(len(chosen) / across)
+    figure = Figure(figsize=(5.6 * across, 3.8 * down), layout="constrained")
     places = figure.subplots(down, across, squeeze=False)
-    for axes in places.flat[len(panels) :]:
+    for axes in places.flat[len(chosen) :]:
         axes.set_axis_off()
-    for axes, draw in zip(places.flat, panels.values(), strict=False):
+    for axes, draw in zip(places.flat, chosen, strict=False):
         draw(axes, tables)
-    said = f" {tables['setting'].iloc[0]['device']}." if "setting" in tables else ""
-    caption(figure, f"Medians of times taken in turn in one process.{said}", width=100 * across)
+    device = f" {tables['setting'].iloc[0]['device']}." if "setting" in tables else ""
+    caption(figure, f"Medians of times taken in turn in one process.{device}")
     return figure
 
 
@@ -184,13 +181,13 @@ def _rows(
     axes.grid(False, axis="y")
 
 
-_GPU_BENCHMARKS: dict[str, Callable[[Axes, Mapping[str, pd.DataFrame]], None]] = {
+_GPU_BENCHMARKS: dict[str, _Draw] = {
     "scan": _gpu_scans,
     "steps": _gpu_steps,
     "schedules": _step_times,
     "graphs": _gpu_graphs,
 }
-_BENCHMARKS: dict[str, Callable[[Axes, Mapping[str, pd.DataFrame]], None]] = {
+_BENCHMARKS: dict[str, _Draw] = {
     "scan": _scan_times,
     "profile": _step_parts,
     "schedules": _step_times,

@@ -27,6 +27,7 @@ from famba.plots.style import (
     STRATEGY_COLOURS,
     Figure,
     caption,
+    label_rows,
     rows_of,
     strategies_in,
     styled,
@@ -87,6 +88,28 @@ def accuracy_against(runs: pd.DataFrame, table: pd.DataFrame, cost: str) -> Figu
 
 
 @styled
+def paired_accuracy(runs: pd.DataFrame) -> Figure:
+    """Each seed's accuracy without fusion and with a strategy, joined by a line; one panel for each strategy.
+
+    Args:
+        runs: as from `summary.load_runs`.
+    """
+    scores = runs.pivot(index="strategy", columns="seed", values="top1_percent")
+    names = [name for name in strategies_in(runs) if name != summary.BASELINE]
+    figure = Figure(figsize=(2.3 * len(names) + 0.6, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(names) or 1, sharey=True, squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=False):  # an empty panel where nothing fuses
+        pair = scores.loc[[summary.BASELINE, name]]
+        axes.plot(pair.index, pair, color=STRATEGY_COLOURS[name], marker=MARKERS[name], alpha=0.5, linewidth=1.2)
+        axes.plot(pair.index, pair.mean(axis=1), color="black", linewidth=2.2)
+        axes.set_title(f"{pair.diff().iloc[1].mean():+.1f} points".replace("-", "\N{MINUS SIGN}"), fontsize=10)
+        axes.margins(x=0.2)
+    panels[0].set_ylabel(_TOP1)
+    caption(figure, f"A line is a seed; black: the mean of {_seeds(runs)}.")
+    return figure
+
+
+@styled
 def costs(table: pd.DataFrame) -> Figure:
     """What each strategy's training step costs in units of `none`: time with its interval, memory, FLOPs.
 
@@ -106,9 +129,8 @@ def costs(table: pd.DataFrame) -> Figure:
             xerr = ends.abs().fillna(0).to_numpy(float).T
         axes.errorbar(ratios[names], places, xerr=xerr, fmt=mark, color=PALETTE[len(label) % 4], capsize=3, label=label)
     axes.axvline(1, color="0.6", linewidth=0.9, linestyle="--")
-    axes.set_yticks(range(len(names)), names)
-    axes.set(ylim=(len(names) - 0.5, -0.5), xlim=(0, None), xlabel="of a training step, in units of none")
-    axes.grid(False, axis="y")
+    label_rows(axes, names)
+    axes.set(xlim=(0, None), xlabel="of a training step, in units of none")
     figure.legend(loc="outside upper center", ncols=3)
     caption(figure, cost_table.caption(table).replace("**", ""))
     return figure
@@ -138,9 +160,8 @@ def claims(verdicts: pd.DataFrame) -> Figure:
         sign = "\N{MINUS SIGN}" if quantity == "top1_percent_diff" else "/"
         pairs = own[["claim", "strategy", "against"]].to_numpy(str)
         labels = [f"{name.replace('_', ' ')}:  {ours} {sign} {theirs}" for name, ours, theirs in pairs]
-        axes.set_yticks(range(len(own)), labels)
-        axes.set(ylim=(len(own) - 0.5, -0.5), xlabel=LABELS[quantity])
-        axes.grid(False, axis="y")
+        label_rows(axes, labels)
+        axes.set(xlabel=LABELS[quantity])
     handles = [Line2D([], [], color=colour, marker="o", linestyle="none") for colour in colours.values()]
     figure.legend(handles, colours, loc="outside upper right", ncols=3)
     caption(
@@ -193,7 +214,7 @@ def training_curves(history: pd.DataFrame) -> Figure:
     }
     figure = Figure(figsize=(9.6, 3.7), layout="constrained")
     if history.empty:
-        caption(figure, "Nothing was trained: the runs evaluate the weights that they were given.", width=130)
+        caption(figure, "Nothing was trained: the runs evaluate the weights that they were given.")
         return figure
     names = strategies_in(history)
     panels = figure.subplots(1, len(columns))
@@ -203,7 +224,7 @@ def training_curves(history: pd.DataFrame) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     figure.legend(panels[0].get_lines(), names, loc="outside upper center", ncols=len(names))
     band = "" if _seeds(history) == "n = 1 seed" else "; the band is ± 1 sd"
-    caption(figure, f"Mean over {_seeds(history)}{band}.", width=130)
+    caption(figure, f"Mean over {_seeds(history)}{band}.")
     return figure
 
 
@@ -268,7 +289,6 @@ def ablation(effects: pd.DataFrame, runs: pd.DataFrame) -> Figure:
         f"n = {n} seeds and images, pairs of one seed averaged first; right of zero, the first is better. Over the "
         "grid: the mean over every combination of the other options. The others: only this option changed. "
         f"Right: mean over {_seeds(runs)}.",
-        width=round(16 * figure.get_figwidth()),
     )
     return figure
 
@@ -299,9 +319,8 @@ def _effects(axes: Axes, effects: pd.DataFrame, pairs: list[tuple[str, ...]]) ->
     axes.axvline(0, color="0.4", linewidth=0.9, zorder=0)
     for row in range(1, len(pairs)):
         axes.axhline(row - 0.5, color="0.9", linewidth=0.8, zorder=0)
-    axes.set_yticks(range(len(pairs)), [f"{kept} \N{MINUS SIGN} {instead}" for _, kept, instead in pairs])
-    axes.set(ylim=(len(pairs) - 0.5, -0.5), xlabel="difference in top-1 accuracy (points)")
-    axes.grid(False, axis="y")
+    label_rows(axes, [f"{kept} \N{MINUS SIGN} {instead}" for _, kept, instead in pairs])
+    axes.set(xlabel="difference in top-1 accuracy (points)")
     axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=len(series))
 
 
@@ -364,15 +383,13 @@ def adaptive_schedules(schedules: pd.DataFrame, runs: pd.DataFrame) -> Figure:
     assert bars is not None
     bars.set_xlabel("layer")
     bars.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
-    score.set(xlabel=_TOP1, yticks=range(len(names)), yticklabels=[])
-    score.set_ylim(len(names) - 0.5, -0.5)
-    score.grid(False, axis="y")
+    label_rows(score, [""] * len(names))
+    score.set(xlabel=_TOP1)
     n = sorted({len(rows_of(runs, name)) for name in names})
     caption(
         figure,
         f"Bars: tokens removed by each layer. Right: single runs, small; their mean and its 95% t-interval, large; "
         f"n = {' or '.join(map(str, n))} seed{'' if n == [1] else 's'}.",
-        width=130,
     )
     return figure
 
@@ -410,6 +427,5 @@ def paper_memory(shares: pd.DataFrame) -> Figure:
         "Points: Famba-V, Tables 2 and 3, one run each. Lines: the analytic memory of a training step here. Left, r "
         "falls as more layers fuse, so that about as many tokens go; right, layers 6 to 24 fuse. The direction is the "
         "same; the paper's runs save less, and with r of 1 and 2 they take more memory than without fusion.",
-        width=130,
     )
     return figure

@@ -16,7 +16,17 @@ from matplotlib.ticker import MaxNLocator
 
 from famba.analysis import similarity, summary
 from famba.errors import InputError
-from famba.plots.style import GREY, PALETTE, STRATEGY_COLOURS, Figure, caption, rows_of, strategies_in, styled
+from famba.plots.style import (
+    GREY,
+    PALETTE,
+    STRATEGY_COLOURS,
+    Figure,
+    caption,
+    label_rows,
+    rows_of,
+    strategies_in,
+    styled,
+)
 
 # Beside each other in one panel; no strategy's.
 _WEIGHTS_COLOURS = {"trained": "0.2", "untrained": PALETTE[9]}
@@ -61,7 +71,7 @@ def similarity_heatmaps(matrices: Sequence[Float[np.ndarray, "_ _"]], *, layers:
 
 @styled
 def token_similarity(frame: pd.DataFrame) -> Figure:
-    """How alike each token is with the one most like it, by layer, trained and untrained, and how that changes upwards.
+    """How similar each token is to its best match, by layer, trained and untrained, and how that changes upwards.
 
     Args:
         frame: as from `tokens.similarity_in_runs`.
@@ -80,17 +90,14 @@ def token_similarity(frame: pd.DataFrame) -> Figure:
         style = {"color": PALETTE[3], "capsize": 4, "markersize": 5, "zorder": 4}
         right.errorbar(mean, row, xerr=[[mean - low], [high - mean]], fmt="o", **style)
     right.axvline(0, color="0.6", linewidth=0.9)
-    right.set_yticks(range(len(similarity.WEIGHTS)), similarity.WEIGHTS)
-    right.set(ylim=(len(similarity.WEIGHTS) - 0.5, -0.5), xlabel="difference in cosine similarity")
-    right.set_title("upper third minus lower third of the layers")
+    label_rows(right, similarity.WEIGHTS)
+    right.set(xlabel="difference in cosine similarity", title="upper third minus lower third of the layers")
     right.xaxis.set_major_locator(MaxNLocator(nbins=5))
-    right.grid(False, axis="y")
     caption(
         figure,
         f"Left: median, middle half and 5 to 95% of the tokens of {len(rises)} images. Right: each image's difference "
         "of medians, as box (5 to 95%); in red their mean with its 95% bootstrap interval over images. Right of "
-        "zero, tokens are more alike in the upper layers.",
-        width=130,
+        "zero, tokens are more similar in the upper layers.",
     )
     return figure
 
@@ -118,7 +125,7 @@ def fused_distance(frame: pd.DataFrame) -> Figure:
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     n = frame["image"].nunique()
     text = f"Median, middle half and 5 to 95% over the pairs of {n} images; between the centres of the patches of each."
-    caption(figure, text, width=round(14 * figure.get_figwidth()))
+    caption(figure, text)
     return figure
 
 
@@ -140,15 +147,13 @@ def token_size(frame: pd.DataFrame) -> Figure:
         for offset, weights in zip((-0.19, 0.19), similarity.WEIGHTS, strict=True):
             values = rows_of(sizes, name).loc[sizes["weights"] == weights, "value"].to_numpy()
             _box(axes, values, row + offset, _WEIGHTS_COLOURS[weights], width=0.3)
-    axes.set_yticks(range(len(names)), names)
-    axes.set(ylim=(len(names) - 0.5, -0.5), xlabel="patches of a token, after the last layer")
-    axes.set_xlim(left=0)
+    label_rows(axes, names)
+    axes.set(xlim=(0, None), xlabel="patches of a token, after the last layer")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
-    axes.grid(False, axis="y")
     handles = [Rectangle((0, 0), 1, 1, color=_WEIGHTS_COLOURS[weights], alpha=0.6) for weights in similarity.WEIGHTS]
     figure.legend(handles, similarity.WEIGHTS, loc="outside upper center", ncols=2)
     text = f"Tokens of {sizes['image'].nunique()} images, class token apart: median, middle half, whiskers 5 to 95%."
-    caption(figure, text, width=110)
+    caption(figure, text)
     return figure
 
 

@@ -8,7 +8,7 @@ import base64
 import functools
 import io
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -17,6 +17,7 @@ import matplotlib
 import matplotlib.style
 import pandas as pd
 import seaborn
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure as _MatplotlibFigure
 from PIL import Image
 
@@ -112,9 +113,16 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     return drawn
 
 
-def caption(figure: _MatplotlibFigure, text: str, width: int = 100) -> None:
-    """A caption below a figure, in lines of `width` characters; `± 1 sd` is not broken."""
-    lines = textwrap.wrap(text.replace("± 1 sd", "±\u00a01\u00a0sd"), width)
+def label_rows(axes: Axes, labels: Sequence[str]) -> None:
+    """Rows 0, 1, .. of an axis as labels, from the top."""
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.grid(False, axis="y")
+
+
+def caption(figure: _MatplotlibFigure, text: str) -> None:
+    """A caption below a figure, in lines of its width; `± 1 sd` is not broken."""
+    lines = textwrap.wrap(text.replace("± 1 sd", "±\u00a01\u00a0sd"), round(14 * figure.get_figwidth()))
     figure.supxlabel("\n".join(lines).replace("\u00a0", " "), x=0.01, ha="left", fontsize=8.5, color=GREY)
 
 

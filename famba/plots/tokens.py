@@ -17,6 +17,7 @@ import seaborn
 from jaxtyping import Float, Int, UInt8
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
@@ -110,6 +111,58 @@ def patch_grid(image: UInt8[np.ndarray, "h w 3"], patches: Patches) -> Figure:
         x, y = start + index % across * stride, start + index // across * stride
         numbered.add_patch(Rectangle((x, y), stride, stride, facecolor="none", edgecolor=_ORANGE, linewidth=0.9))
         numbered.text(x + stride / 2, y + stride / 2, str(index), **text)
+    return figure
+
+
+@styled
+def matching_steps(
+    image: UInt8[np.ndarray, "h w 3"],
+    merged: UInt8[np.ndarray, "h w 3"],
+    patches: Patches,
+    *,
+    pairs: Int[np.ndarray, "n 2"],
+    similarity: Float[np.ndarray, "n"],
+    groups: Int[np.ndarray, "t"],
+) -> Figure:
+    """Bipartite soft matching in four steps: two sets, each even token's best match, the most similar pairs, means.
+
+    Args:
+        merged: the image with every patch replaced by its token.
+        pairs: each even token and its best match among the odd ones, most similar first.
+        similarity: of the pairs, cosine.
+        groups: the token that each patch has become part of.
+    """
+    down, across = patches.grid(image)
+    r = len(groups) - len(np.unique(groups))
+    figure = Figure(figsize=(12.8, 3.7))  # a fixed layout, as in `fusion_at_layer`
+    panels = figure.subplots(
+        1, 4, gridspec_kw={"left": 0.005, "right": 0.995, "bottom": 0.13, "top": 0.9, "wspace": 0.03}
+    )
+    for axes, shown in zip(panels, (image, image, image, merged), strict=True):
+        _show(axes, shown)
+    even = (np.arange(down * across) % 2 == 0).reshape(down, across)
+    tint = {True: (*to_rgb(_BLUE), 0.45), False: (*to_rgb(_ORANGE), 0.45)}
+    patches.overlay(panels[0], np.array([[tint[bool(x)] for x in row] for row in even]))
+    at = patches.margin + patches.stride * (np.stack([pairs % across, pairs // across], axis=-1) + 0.5)
+    for axes, count in ((panels[1], len(pairs)), (panels[2], r)):
+        lines = LineCollection(list(at[:count]), array=similarity[:count], cmap="viridis", linewidths=2)
+        lines.set_clim(min(0.9, similarity.min()), 1)
+        axes.add_collection(lines)
+        axes.plot(*at[:count, 0].T, ".", color=_BLUE, markersize=4)
+        axes.plot(*at[:count, 1].T, ".", color=_ORANGE, markersize=4)
+    below = figure.add_axes((0.28, 0.09, 0.18, 0.025))
+    figure.colorbar(panels[1].collections[0], cax=below, orientation="horizontal")
+    below.tick_params(labelsize=7)
+    below.set_xlabel("cosine similarity", fontsize=8, labelpad=1)
+    _colour_groups(panels[3], groups.reshape(down, across), patches, tint=0.0)
+    titles = (
+        "even tokens (blue), odd ones (orange)",
+        "each even token's best match",
+        f"the {r} most similar",
+        f"{len(groups) - r} tokens, each a mean",
+    )
+    for axes, title in zip(panels, titles, strict=True):
+        axes.set_title(title, fontsize=10)
     return figure
 
 
@@ -282,12 +335,12 @@ def _show(axes: Axes, image: np.ndarray) -> None:
     axes.set_axis_off()
 
 
-def _colour_groups(axes: Axes, groups: Int[np.ndarray, "rows columns"], patches: Patches) -> None:
+def _colour_groups(axes: Axes, groups: Int[np.ndarray, "rows columns"], patches: Patches, tint: float = 0.7) -> None:
     """Tint and outline the tokens of more than one patch."""
     _, first, inverse, count = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
     token = inverse.reshape(groups.shape)
     # Steps of the golden ratio keep the hues of neighbours apart; two levels of value tell more tokens apart.
-    tints = [(*colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.85, 0.95 if i % 2 else 0.75), 0.7) for i in first]
+    tints = [(*colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.85, 0.95 if i % 2 else 0.75), tint) for i in first]
     patches.overlay(axes, np.where((count > 1)[token, None], np.array(tints)[token], 0))
     # An outline between two cells of different tokens, one of them fused.
     ids, fused = np.pad(groups, 1, constant_values=-1), np.pad((count > 1)[token], 1)

@@ -122,19 +122,13 @@ def analyse(
     backend: str = "torch",
     precision: str = "fp32",
 ) -> Cost:
-    """The cost of a model that trains with a fusion schedule, by formula.
+    """The cost of a model (`VisionMamba.config`) that trains with a fusion schedule, by formula.
 
     Args:
-        config: a model's `VisionMamba.config`.
-        schedule: tokens removed by each layer, layer 1 first.
         batch: images; FLOPs and activation bytes are for all of them together.
         backend: of the scan: `torch`, `native` or `triton`. It decides what is kept for backward, nothing else here.
         precision: `fp32`, or `bf16` as autocast has it: products and convolutions in bfloat16, with copies of their
             weights; norms, the residual stream, the scan's states, weights, gradients and moments in float32.
-
-    Raises:
-        InputError: another precision, a backend whose memory is not known here, a schedule of another length than the
-            depth, or one that removes more tokens than there are (names layer, t and r).
     """
     if backend not in _SCANS:
         raise InputError(f"backend: {backend!r}; the memory of {', '.join(_SCANS)} is known")
@@ -145,7 +139,8 @@ def analyse(
     has_cls = config["cls_position"] != "none"
     patches = ((config["img_size"] - config["patch_size"]) // config["stride"] + 1) ** 2
     counts = strategies.token_counts(schedule, patches + has_cls, protected=int(has_cls))
-    width = _Width.of(config, batch, _PRODUCT[precision])
+    d = config["d_model"]
+    width = _Width(batch, d, _EXPAND * d, config["d_state"], math.ceil(d / 16), _PRODUCT[precision])
     layers = [
         _layer(width, t, s, options, _SCANS[backend], average=config["average_directions"])
         for t, s in itertools.pairwise(counts)
@@ -162,11 +157,6 @@ class _Width(NamedTuple):
     n: int
     rank: int  # of the step's projection
     product: int  # bytes of a number that a product reads or makes
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any], batch: int, product: int) -> "_Width":
-        d = config["d_model"]
-        return cls(batch, d, _EXPAND * d, config["d_state"], math.ceil(d / 16), product)
 
     def copied(self, numbers: int) -> int:
         """Bytes of the copies of that many weights that are kept beside them: none if products read the weights."""
@@ -188,10 +178,6 @@ class _ScanMemory(NamedTuple):
     fused: bool
 
 
-def _torch_kept(w: _Width, t: int) -> int:
-    return _FLOAT * math.ceil(t / scan._CHUNK) * w.b * w.n * w.e
-
-
 def _torch_transient(w: _Width, t: int) -> int:
     gradients = w.b * t * (2 * w.e + 2 * w.n)
     rows, first = min(w.b, scan._rows(w.e, w.n)), min(t, scan._CHUNK)
@@ -199,18 +185,6 @@ def _torch_transient(w: _Width, t: int) -> int:
     # decay, states and their gradient of one block, and the next one's decay and states when they are made
     blocks = rows * w.e * (first * (3 * w.n + 6) + following * (2 * w.n + 2))
     return _FLOAT * (gradients + max(blocks, 2 * w.b * t * w.e))
-
-
-def _native_kept(w: _Width, t: int) -> int:
-    return _FLOAT * w.b * math.ceil(t / 16) * math.ceil(w.e / 16) * 16 * w.n
-
-
-def _native_transient(w: _Width, t: int) -> int:
-    return w.product * w.b * t * (4 * w.e + 2 * w.selected)  # gradients of x, z, and both directions' u, dt, B and C
-
-
-def _triton_kept(w: _Width, t: int) -> int:
-    return gpu_scan.kept_bytes(w.b, w.e, t, w.n) + w.copied(w.e * w.selected)  # x_proj as autocast casts it
 
 
 def _triton_transient(w: _Width, t: int) -> int:
@@ -222,9 +196,17 @@ def _triton_transient(w: _Width, t: int) -> int:
 
 # A backend of the scan that keeps something else is one more entry.
 _SCANS: dict[str, _ScanMemory] = {
-    "torch": _ScanMemory(_torch_kept, _torch_transient, fused=False),
-    "native": _ScanMemory(_native_kept, _native_transient, fused=True),
-    "triton": _ScanMemory(_triton_kept, _triton_transient, fused=True),
+    "torch": _ScanMemory(lambda w, t: _FLOAT * math.ceil(t / scan._CHUNK) * w.b * w.n * w.e, _torch_transient, False),
+    "native": _ScanMemory(
+        lambda w, t: _FLOAT * w.b * math.ceil(t / 16) * math.ceil(w.e / 16) * 16 * w.n,
+        lambda w, t: w.product * w.b * t * (4 * w.e + 2 * w.selected),  # gradients of x, z, and of u, dt, B, C twice
+        True,
+    ),
+    "triton": _ScanMemory(
+        lambda w, t: gpu_scan.kept_bytes(w.b, w.e, t, w.n) + w.copied(w.e * w.selected),  # x_proj as autocast casts it
+        _triton_transient,
+        True,
+    ),
 }
 
 

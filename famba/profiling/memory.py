@@ -14,14 +14,12 @@ from torch.profiler import ProfilerActivity, profile
 def peak_memory(step: Callable[[], object], resident: Iterable[Tensor], device: torch.device | str) -> int:
     """The most bytes of tensors alive at any one time while `step` runs; runs it once.
 
-    They are the resident tensors and what the step adds to them, temporaries inside an operator included: by every
-    allocation and release on a CPU, by the allocator's own peak on CUDA. Others' memory does not count: the data set,
-    say, or what a copy was made of.
+    They are the resident tensors and what the step adds to them, temporaries inside an operator included. Others'
+    memory does not count: the data set, say, or what a copy was made of.
 
     Args:
-        resident: what is alive before the step, stays, and is its own: weights, optimiser state, the batch. Counted
-            once per storage. What the step frees of it counts to its end, because the profiler cannot see that: free
-            old gradients before, not in the step.
+        resident: what is alive before the step, stays, and is its own: weights, optimiser state, the batch. What the
+            step frees of it counts to its end, because the profiler cannot see that.
     """
     device = torch.device(device)
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in resident}

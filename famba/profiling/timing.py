@@ -21,11 +21,8 @@ class StepClock:
 
     On CUDA the device is synchronised at both ends of a step.
 
-    Args:
-        warmup_steps: this many first steps are left out of the lists (not of `total_s`).
-
     Attributes:
-        step_time_ms: of each step after the warm-up.
+        step_time_ms: of each step after the first `warmup_steps`.
         data_time_ms: what each of those steps waited for its batch; what the caller does between a step and asking for
             the next batch, such as drawing a progress bar, is in `total_s` alone.
         total_s: from the start of `batches` to the end of the latest step.

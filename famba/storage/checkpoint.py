@@ -16,7 +16,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from famba.errors import InputError
-from famba.storage.files import write_atomic
 
 _FORMAT = "famba"  # the one metadata entry: safetensors keeps text only, and several in no fixed order
 _CHECKSUM = "crc32"
@@ -30,20 +29,8 @@ def pack(tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> bytes:
     return save(kept, metadata={_FORMAT: text})
 
 
-def save_file(path: Path, tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> None:
-    """Write what `pack` makes, whole or not at all."""
-    write_atomic(path, pack(tensors, described))
-
-
 def unpack(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file, on the CPU, and its JSON object.
-
-    Args:
-        kind: what the object's `kind` must be.
-
-    Raises:
-        InputError: a file that is missing, spoilt, or not of that kind.
-    """
+    """The tensors of a file, on the CPU, and its JSON object, whose `kind` must be this one. Errors as of `read`."""
     tensors, described = read(path)
     if described is None or described.get("kind") != kind:
         found = None if described is None else described.get("kind")
@@ -74,23 +61,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     return tensors, described
 
 
-def check_run(path: Path, described: Mapping[str, Any], run: str) -> None:
-    """Refuse the training state of another run, put among this one's by hand.
-
-    Args:
-        described: the file's JSON object, which names its run under `run`.
-        run: the name that is expected there.
-    """
-    if described.get("run") != run:
-        raise InputError(f"{path}: run: {described.get('run')!r}; expected {run!r}, so it is another run's")
-
-
 def check_state(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Refuse tensors whose names or shapes are not the expected ones, naming the first that differs."""
-    missing = [key for key in expected if key not in tensors]
-    foreign = [key for key in tensors if key not in expected]
-    for word, keys in (("lacks", missing), ("has the unknown", foreign)):
-        if keys:
+    for word, some, others in (("lacks", expected, tensors), ("has the unknown", tensors, expected)):
+        if keys := [key for key in some if key not in others]:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise InputError(f"{path}: {word} {keys[0]}{more}; expected the {len(expected)} tensors of this model")
     for key, t in expected.items():

@@ -21,9 +21,6 @@ def write_atomic(path: Path, content: bytes) -> None:
     A kill can leave a draft, `.<name>.tmp`, and its lock, `.<name>.lock`; the next writing of the same file removes
     them. Of several processes that write one file, one goes after the other.
 
-    Args:
-        path: its folder is made if need be.
-
     Raises:
         InputError: it cannot be written there; what was there before is untouched, and no draft is left.
     """
@@ -53,7 +50,6 @@ def claimed(lock: Path, taken: str, *, wait: bool = False) -> Iterator[None]:
     """Hold a lock file, which is removed in the end; one that a kill left is free. A thread may claim it again.
 
     Args:
-        lock: its folder is made if need be.
         taken: what to say if another process or thread holds it.
         wait: say so in the log and wait, instead of raising.
 
@@ -76,11 +72,7 @@ def claimed(lock: Path, taken: str, *, wait: bool = False) -> Iterator[None]:
 
 
 def json_bytes(value: Any) -> bytes:
-    """The value as JSON that is the same bytes whenever the value is the same: sorted keys, one final newline.
-
-    Raises:
-        ValueError: a number that is not finite, which JSON has no word for.
-    """
+    """The value as JSON, the same bytes whenever it is the same; ValueError where a number is not finite."""
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 

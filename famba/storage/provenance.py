@@ -31,15 +31,8 @@ def of_module(name: str) -> str:
 
 
 def of_notebook(path: Path) -> dict[str, Any]:
-    """What a notebook's results rest on.
-
-    Returns:
-        `digest` (16 hexadecimal digits; markdown cells, outputs and metadata do not count) and `versions`, the
-        libraries' versions, which are part of the digest.
-
-    Raises:
-        InputError: the file is not a notebook.
-    """
+    """What a notebook's results rest on: `digest` (16 hexadecimal digits; only code cells count) and the libraries'
+    `versions`, which are part of it."""
     try:
         cells = json.loads(path.read_bytes())["cells"]
         source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")

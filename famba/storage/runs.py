@@ -183,37 +183,27 @@ def run_name(strategy: str, seed: int) -> str:
 def write(run: Run, run_dir: str | Path) -> Path:
     """Write a run into its folder, metrics.json last, and return the folder.
 
-    A run that is already there is overwritten, and is incomplete from the first moment until the last. The folder is
-    held meanwhile.
-
-    Args:
-        run_dir: if relative, from the repository root.
+    A run that is already there is overwritten, and is incomplete from the first moment until the last. The folder,
+    from the repository root if it is relative, is held meanwhile.
 
     Raises:
         InputError: a value that is missing, not finite or of the wrong kind (checked before any file is touched), or a
             folder that cannot be written to, or that another process holds.
     """
     folder = config.root() / run_dir
-    identity = {"strategy": run.strategy, "seed": run.seed, "profile": run.profile}
-    metrics = {**identity, **run.metrics}
-    fusion = {
-        "strategy": run.strategy,
-        "schedule": list(run.schedule),
-        "token_counts": list(run.token_counts),
-    }
-    _check(folder, metrics, fusion, run.cost, run.params, run.history)
-    _check_correct(run.correct, metrics["top1_percent"], folder / "correct.txt")
+    schedule = {"strategy": run.strategy, "schedule": list(run.schedule), "token_counts": list(run.token_counts)}
+    metrics = {"strategy": run.strategy, "seed": run.seed, "profile": run.profile, **run.metrics}
+    files = {"schedule": schedule, "params": run.params, "cost": run.cost, "metrics": metrics}
+    _check(folder, files, run.history, run.correct)
     if not run.model_bytes:
         raise InputError(f"{folder / MODEL_FILE}: no weights given")
-    contents = {
-        "schedule.json": _json(fusion, folder / "schedule.json"),
-        "params.json": _json(dict(run.params), folder / "params.json"),
-        "cost.json": _json(dict(run.cost), folder / "cost.json"),
-        "history.csv": history_bytes(run.history),
-        "correct.txt": f"{run.correct}\n".encode(),
-        MODEL_FILE: run.model_bytes,
-        "metrics.json": _json(metrics, folder / "metrics.json"),
-    }
+    contents = {"history.csv": history_bytes(run.history), "correct.txt": f"{run.correct}\n".encode()}
+    contents[MODEL_FILE] = run.model_bytes
+    for name, value in files.items():
+        try:
+            contents[f"{name}.json"] = json_bytes(dict(value))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{folder / name}.json: {error}") from None
     with held(folder):
         try:
             (folder / "metrics.json").unlink(missing_ok=True)
@@ -226,27 +216,14 @@ def write(run: Run, run_dir: str | Path) -> Path:
 
 @contextlib.contextmanager
 def held(run_dir: str | Path, *, wait: bool = False) -> Iterator[Path]:
-    """Hold a run's folder, so that no other process writes a run there: from before training, best.
-
-    A thread that holds it may do so again. A killed process leaves nothing that is in the way.
-
-    Args:
-        run_dir: if relative, from the repository root; made if need be.
-        wait: until no other process holds it, which the log then says.
-
-    Raises:
-        InputError: another process holds it, or it cannot be written to.
-    """
+    """Hold a run's folder as `claimed` does, best from before training: no other process writes a run there."""
     folder = config.root() / run_dir
     with claimed(folder / ".lock", f"{folder}: another process is making a run there", wait=wait):
         yield folder
 
 
 def read(run_dir: str | Path) -> RunRecord:
-    """Read a run and check all of it.
-
-    Args:
-        run_dir: if relative, from the repository root.
+    """Read a run and check all of it; a relative folder is from the repository root.
 
     Raises:
         InputError: a file that is missing or not readable, a key that is missing, a number that is not finite, token
@@ -257,24 +234,21 @@ def read(run_dir: str | Path) -> RunRecord:
         raise InputError(f"{folder}: no such run")
     if not (folder / "metrics.json").is_file():
         raise InputError(f"{folder / 'metrics.json'}: missing, so the run is not complete")
-    metrics, fusion, cost, params = (
-        _object(folder / f"{name}.json") for name in ("metrics", "schedule", "cost", "params")
-    )
-    history = read_history(folder / "history.csv")
-    _check(folder, metrics, fusion, cost, params, history)
-    correct = _text(folder / "correct.txt").strip()
-    _check_correct(correct, metrics["top1_percent"], folder / "correct.txt")
+    files = {name: _object(folder / f"{name}.json") for name in ("metrics", "schedule", "cost", "params")}
+    history, correct = read_history(folder / "history.csv"), _text(folder / "correct.txt").strip()
+    _check(folder, files, history, correct)
+    metrics, schedule = files["metrics"], files["schedule"]
     if not (folder / MODEL_FILE).is_file():
         raise InputError(f"{folder / MODEL_FILE}: missing")
     return RunRecord(
         **{key: metrics.pop(key) for key in ("strategy", "seed", "profile")},
-        schedule=fusion["schedule"],
-        token_counts=fusion["token_counts"],
+        schedule=schedule["schedule"],
+        token_counts=schedule["token_counts"],
         metrics=metrics,
-        cost=cost,
+        cost=files["cost"],
         history=history,
         correct=correct,
-        params=params,
+        params=files["params"],
     )
 
 
@@ -288,38 +262,23 @@ def history_bytes(history: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def _check(
-    folder: Path,
-    metrics: Mapping[str, Any],
-    fusion: Mapping[str, Any],
-    cost: Mapping[str, Any],
-    params: Mapping[str, Any],
-    history: Sequence[Mapping[str, Any]],
+    folder: Path, files: Mapping[str, Mapping[str, Any]], history: Sequence[Mapping[str, Any]], correct: str
 ) -> None:
-    """What must hold of a run's files, written or read."""
-    for file, kind, content in (
-        ("metrics.json", _Metrics, metrics),
-        ("schedule.json", _Schedule, fusion),
-        ("cost.json", _Cost, cost),
-    ):
-        validated(kind, content, str(folder / file))
-    for file, key, content in (
-        ("schedule.json", "strategy", fusion),
-        ("params.json", "strategy", params),
-        ("params.json", "profile", params),
-    ):
-        if content.get(key) != metrics[key]:
-            raise InputError(f"{folder / file}: {key}: {content.get(key)!r}; metrics.json says {metrics[key]!r}")
+    """What must hold of a run's files, written or read; those of JSON by name."""
+    for name, kind in {"metrics": _Metrics, "schedule": _Schedule, "cost": _Cost}.items():
+        validated(kind, files[name], str(folder / f"{name}.json"))
+    metrics, params = files["metrics"], files["params"]
+    for name, key in (("schedule", "strategy"), ("params", "strategy"), ("params", "profile")):
+        if (found := files[name].get(key)) != metrics[key]:
+            raise InputError(f"{folder / name}.json: {key}: {found!r}; metrics.json says {metrics[key]!r}")
     if not history and params.get("train", {}).get("epochs") != 0:
         raise InputError(f"{folder / 'history.csv'}: no epochs")
     _epochs(history, folder / "history.csv")
-
-
-def _check_correct(correct: str, top1_percent: float, path: Path) -> None:
-    right, wrong = correct.count("1"), correct.count("0")
-    if set(correct) - set("01-") or not right + wrong:
+    path, right, tested = folder / "correct.txt", correct.count("1"), correct.count("1") + correct.count("0")
+    if set(correct) - set("01-") or not tested:
         raise InputError(f"{path}: must hold 0, 1 or - for each image, and an image that was tested")
-    if not math.isclose(100 * right / (right + wrong), top1_percent):
-        raise InputError(f"{path}: {right} of {right + wrong} correct; metrics.json says {top1_percent}%")
+    if not math.isclose(100 * right / tested, metrics["top1_percent"]):
+        raise InputError(f"{path}: {right} of {tested} correct; metrics.json says {metrics['top1_percent']}%")
 
 
 def _epochs(history: Sequence[Mapping[str, Any]], path: Path) -> list[dict[str, Any]]:
@@ -331,13 +290,6 @@ def _epochs(history: Sequence[Mapping[str, Any]], path: Path) -> list[dict[str, 
         if row.epoch != number:
             raise InputError(f"{path}: epoch: {row.epoch} in line {number} of the epochs; they count from 1")
     return [dataclasses.asdict(row) for row in epochs]
-
-
-def _json(value: Any, path: Path) -> bytes:
-    try:
-        return json_bytes(value)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: {error}") from None
 
 
 def _object(path: Path) -> dict[str, Any]:

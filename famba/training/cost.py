@@ -32,7 +32,6 @@ def measure(profile: str | None, strategies: Sequence[str], *, rounds: int) -> p
     which changes no time; loading and augmentation are left out. Also where a profile trains nothing.
 
     Args:
-        profile: as for `config.load`.
         rounds: after two for warming up.
 
     Returns:
@@ -40,9 +39,6 @@ def measure(profile: str | None, strategies: Sequence[str], *, rounds: int) -> p
         peak_memory_mib, flops_per_image, tokens_left; in all rows: profile, device, threads, versions, and disturbed,
         which says how the machine was busy, "" if it was not. The spread of the times does not tell: on a virtual
         machine they spread when it is idle, too.
-
-    Raises:
-        InputError: fewer than 2 rounds; as from `config.load`.
     """
     if rounds < 2:
         raise InputError(f"rounds: {rounds}; must be 2 or more, for an interval")

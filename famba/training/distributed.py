@@ -113,13 +113,7 @@ def writes() -> bool:
 
 
 def join(device: torch.device) -> Processes:
-    """Find the other processes, if there are any; on CUDA each takes the device of its place on the machine.
-
-    The CUDA device becomes the process's current one.
-
-    Raises:
-        InputError: Accelerate is needed and missing.
-    """
+    """Find the other processes, if there are any; on CUDA each takes the device of its place on the machine."""
     if started() < 2:
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # as Accelerate does: threads that pin memory would start the first GPU, too
@@ -147,17 +141,9 @@ def launch(arguments: Sequence[str], count: int, *, quiet: bool, on_poll: Callab
         import accelerate  # noqa: F401 (its absence is better said once, here)
     except ImportError:
         raise InputError(_MISSING) from None
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={count}",
-        "-m",
-        "famba",
-    ]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     process = subprocess.Popen(
-        [*command, *arguments],
+        [sys.executable, *torchrun, "-m", "famba", *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE if quiet else None,
         text=True,
@@ -167,22 +153,19 @@ def launch(arguments: Sequence[str], count: int, *, quiet: bool, on_poll: Callab
             supervision.ENDS_WITH: str(os.getpid()),  # torchrun's processes outlive a torchrun that is killed
         },
     )
+    stderr = None
     try:
-        stderr = _wait(process, on_poll)
+        while stderr is None:
+            try:
+                stderr = process.communicate(timeout=_POLL_S)[1] or ""
+            except subprocess.TimeoutExpired:
+                on_poll()
     finally:
         if process.poll() is None:
             process.terminate()  # it stops the others
             process.wait()
     if process.returncode:
         raise TrainingError(_reason(stderr, process.returncode))
-
-
-def _wait(process: subprocess.Popen, on_poll: Callable[[], None]) -> str:
-    while True:
-        try:
-            return process.communicate(timeout=_POLL_S)[1] or ""
-        except subprocess.TimeoutExpired:
-            on_poll()
 
 
 def _reason(stderr: str, status: int) -> str:

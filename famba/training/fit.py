@@ -5,11 +5,13 @@ famba.training.distributed's.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,11 +29,8 @@ from famba.storage import provenance, runs
 from famba.storage.files import claimed, json_bytes, write_atomic
 from famba.storage.runs import Run
 from famba.training import distributed
-from famba.training.callbacks import Events, Rows
-from famba.training.optim import learning_rate, parameter_groups
-from famba.training.trainer import Callback, Trainer, evaluate
-
-__all__ = ["build", "evaluate", "fit", "folder", "forget", "learning_rate", "made_of", "parameter_groups"]
+from famba.training.callbacks import Events
+from famba.training.trainer import Callback, Trainer
 
 LIVE_HISTORY = "history.csv"  # beside the checkpoints, rewritten after every epoch
 
@@ -100,26 +99,10 @@ def fit(p: Params, *, seed: int, progress: bool = False, callbacks: Sequence[Cal
 
 
 def build(p: Params, *, classes: int, seed: int) -> VisionMamba:
-    """The untrained model of a run, fusing by its strategy's schedule.
-
-    Raises:
-        InputError: sizes that do not fit each other, or a schedule that removes more tokens than there are.
-    """
+    """The untrained model of a run, fusing by its strategy's schedule."""
     torch.manual_seed(seed)
-    model = create_model(
-        p.model.name,
-        num_classes=classes,
-        img_size=p.data.img_size,
-        patch_size=p.model.patch_size,
-        stride=p.model.stride,
-        depth=p.model.depth,
-        d_model=p.model.d_model,
-        d_state=p.model.d_state,
-        cls_position=p.model.cls_position,
-        pool=p.model.pool,
-        average_directions=p.model.average_directions,
-        backend=p.train.backend,
-    )
+    given = {**dataclasses.asdict(p.model), "img_size": p.data.img_size}
+    model = create_model(**given, num_classes=classes, backend=p.train.backend)
     model.set_fusion(p.schedule(model.depth), p.options)
     return model
 
@@ -154,10 +137,9 @@ def _fit_in_processes(p: Params, seed: int, progress: bool, callbacks: Sequence[
                 callback(history, {})
 
     write_atomic(checkpoints / "asked.json", json_bytes(p.as_dict()))
-    arguments = ["train", "--resolved", str(checkpoints / "asked.json"), "--seed", str(seed), "--out", str(out)]
-    distributed.launch(
-        [*arguments, "--keep-checkpoints", "--force"], p.train.processes, quiet=not progress, on_poll=run_callbacks
-    )
+    arguments = ["train", "--resolved", checkpoints / "asked.json", "--seed", seed, "--out", out, "--keep-checkpoints"]
+    command = [*map(str, arguments), "--force"]
+    distributed.launch(command, p.train.processes, quiet=not progress, on_poll=run_callbacks)
     run_callbacks()
     return Run(**vars(runs.read(out)), model_bytes=(out / runs.MODEL_FILE).read_bytes())
 
@@ -165,7 +147,11 @@ def _fit_in_processes(p: Params, seed: int, progress: bool, callbacks: Sequence[
 @contextlib.contextmanager
 def _callbacks(p: Params, seed: int, trainer: Trainer, given: Sequence[Callback]) -> Iterator[list[Callback]]:
     """What is called after each epoch: history.csv beside the checkpoints, the given ones, TensorBoard's events."""
-    callbacks: list[Callback] = [Rows(trainer.folder / LIVE_HISTORY), *given]
+
+    def write_history(history: Sequence[Mapping[str, Any]], cost: Mapping[str, Any]) -> None:
+        write_atomic(trainer.folder / LIVE_HISTORY, runs.history_bytes(history))
+
+    callbacks: list[Callback] = [write_history, *given]
     with contextlib.ExitStack() as closing:
         if p.train.tensorboard and trainer.processes.rank == 0:
             name = f"{p.profile}-{runs.run_name(p.strategy, seed)}-{trainer.folder.name}"
@@ -176,11 +162,7 @@ def _callbacks(p: Params, seed: int, trainer: Trainer, given: Sequence[Callback]
 
 
 def _start(p: Params, seed: int, model: VisionMamba, images: Dataset) -> Dataset:
-    """Put the weights to start from into the model, if there are any; the images, normalised as those know them.
-
-    Raises:
-        InputError: a file that does not fit the model; nothing to train, and a head that is not for these classes.
-    """
+    """Put the weights to start from into the model, if there are any; the images, normalised as those know them."""
     path = p.init_path(seed)
     if path is None:
         return images

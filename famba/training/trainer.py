@@ -25,7 +25,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from famba import data
-from famba.config import Params, TrainParams
+from famba.config import Params
 from famba.data import Dataset, augment, timm_transforms
 from famba.data.loader import Streamed
 from famba.errors import InputError, TrainingError
@@ -34,6 +34,7 @@ from famba.models import saved
 from famba.models.vim import VisionMamba, kernels
 from famba.profiling import environment, flops, memory, timing
 from famba.storage import checkpoint
+from famba.storage.files import write_atomic
 from famba.storage.runs import Run
 from famba.training import cuda_graph
 from famba.training.distributed import Processes
@@ -43,6 +44,8 @@ _log = logging.getLogger(__name__)
 _MIB = 2**20
 _FORWARD_PASSES = 50  # timed, where nothing is trained
 _KEPT = 2  # checkpoints: the newest, and the one before in case the newest cannot be read
+_TIMES = ("epoch_time_s", "step_time_ms", "data_time_ms")
+_DESCRIBED = ("epoch", "history", "validation", "chosen", *_TIMES, "peak_memory_mib")  # in a checkpoint, beside tensors
 
 # The training images of a step, varied, and their labels: a class each, or a share of every class if they are mixed.
 Part = tuple[Float[Tensor, "b 3 h w"], Tensor]
@@ -122,7 +125,12 @@ class Trainer:
         self.progress = progress and processes.rank == 0
         self.init_sha256 = p.init_sha256(seed)
         t = p.train
-        self.parts = _parts(t, processes.count)
+        if t.batch_size % (share := processes.count * (t.device_batch or 1)):
+            raise InputError(
+                f"train.batch_size: {t.batch_size}: must be a multiple of {processes.count} processes"
+                + (f" times train.device_batch, {share}" if t.device_batch else "")
+            )
+        self.parts = 1 if t.device_batch is None else t.batch_size // share
         if t.cuda_graph and (reason := cuda_graph.unavailable(self.device, processes.count)):
             raise InputError(f"train.cuda_graph: true: {reason}")
         if t.batch_size > len(images.train):
@@ -218,6 +226,10 @@ class Trainer:
         self.model.load_state_dict(self.best)
         correct = torch.zeros(len(self.images.test))
         tested = self._evaluate(self.model, self.images.test, correct)
+        assert self.images.test_ids is not None
+        answers = ["-"] * (int(self.images.test_ids.max()) + 1)
+        for i, right in zip(self.images.test_ids.tolist(), correct.tolist(), strict=True):
+            answers[i] = str(int(right))
         metrics = {**tested, "chosen": self.chosen, "validation": self.validation}
         if self.init_sha256 is not None:
             metrics["init_sha256"] = self.init_sha256
@@ -236,41 +248,27 @@ class Trainer:
             "command": self._command(),
             **environment.environment(self.device),
         }
-        described = {
-            "strategy": self.p.strategy,
-            "seed": self.seed,
-            "profile": self.p.profile,
-            "classes": list(self.images.classes),
-            "mean": list(self.images.mean),
-            "std": list(self.images.std),
-        }
+        identity = {"strategy": self.p.strategy, "seed": self.seed, "profile": self.p.profile}
+        known = {key: list(getattr(self.images, key)) for key in ("classes", "mean", "std")}
         return Run(
-            strategy=self.p.strategy,
-            seed=self.seed,
-            profile=self.p.profile,
+            **identity,
             schedule=self.model.schedule,
             token_counts=self.token_counts,
             metrics=metrics,
             cost=measured,
             history=self.history,
-            correct=_by_image(self.images.test_ids, correct),
+            correct="".join(answers),
             params=self.p.as_dict(),
-            model_bytes=saved.model_bytes(self.model, self.best, described),
+            model_bytes=saved.model_bytes(self.model, self.best, {**identity, **known}),
         )
 
     def restore(self) -> None:
         """Go on from the newest checkpoint that can be read, if there is one."""
-        tensors, described = self.processes.from_first(
-            {}, self._last_checkpoint() if self.processes.rank == 0 else None
-        )
+        found = self._last_checkpoint() if self.processes.rank == 0 else None
+        _, described = self.processes.from_first({}, found and found[1])
         if described is None:
             return
-        path, described = described
-        if self.processes.rank == 0:
-            tensors, _ = checkpoint.unpack(path, "training state")
-        else:
-            tensors = self._state(blank=True)
-        tensors, _ = self.processes.from_first(tensors, None)
+        tensors, _ = self.processes.from_first(found[0] if found else self._state(blank=True), None)
         self._load_state(tensors, described)
         if self.processes.rank == 0:
             _log.info("going on after epoch %d of %d", self.epoch, self.p.train.epochs)
@@ -331,17 +329,8 @@ class Trainer:
                 yield [self.mixer(images[part], labels[part], seed) for part, seed in zip(rows, own, strict=True)]
                 continue
             draws = augment.draw(p.data, size, generator, classes=len(self.images.classes))[share]
-            yield [
-                augment.apply(
-                    images[part],
-                    labels[part],
-                    draws[part],
-                    self.images.mean,
-                    self.images.std,
-                    p.train.label_smoothing,
-                )
-                for part in rows
-            ]
+            fixed = self.images.mean, self.images.std, p.train.label_smoothing
+            yield [augment.apply(images[part], labels[part], draws[part], *fixed) for part in rows]
 
     def _step(self, parts: Sequence[Part], lr: float, step: int) -> tuple[float, int]:
         """Forward, backward, optimiser: the mean loss of this process's images and how many are classified right."""
@@ -412,10 +401,9 @@ class Trainer:
     def _evaluate(
         self, model: nn.Module, split: data.Split | Streamed, correct: Tensor | None = None
     ) -> dict[str, float]:
-        t = self.p.train
-        size = 2 * t.batch_size // self.parts  # no activations are kept
-        how = {"batch_size": size, "precision": t.precision, "processes": self.processes, "correct": correct}
-        return evaluate(model, split, self.images, **how)
+        how = {"precision": self.p.train.precision, "processes": self.processes, "correct": correct}
+        size = 2 * self.p.train.batch_size // self.parts  # no activations are kept
+        return evaluate(model, split, self.images, batch_size=size, **how)
 
     def _validate(self) -> dict[str, Any]:
         """Evaluate on the validation split, keep the weights if they are to be tested; what history says of it."""
@@ -499,34 +487,26 @@ class Trainer:
     def _save(self) -> None:
         """Rank 0 writes; all wait, so that no process is an epoch ahead of what is kept."""
         if self.processes.rank == 0:
-            described = {
-                "kind": "training state",
-                "run": self.folder.name,
-                "epoch": self.epoch,
-                "history": self.history,
-                "validation": self.validation,
-                "chosen": self.chosen,
-                "epoch_time_s": self.epoch_time_s,
-                "step_time_ms": self.step_time_ms,
-                "data_time_ms": self.data_time_ms,
-                "peak_memory_mib": self.peak_memory_mib,
-            }
-            checkpoint.save_file(self.folder / f"epoch-{self.epoch:05d}.safetensors", self._state(), described)
+            described = {"kind": "training state", "run": self.folder.name}
+            described |= {name: getattr(self, name) for name in _DESCRIBED}
+            path = self.folder / f"epoch-{self.epoch:05d}.safetensors"
+            write_atomic(path, checkpoint.pack(self._state(), described))
             for old in sorted(self.folder.glob("epoch-*.safetensors"))[:-_KEPT]:
                 old.unlink()
         self.processes.wait()
 
-    def _last_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint of this run that can be read, and what it says of itself."""
+    def _last_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The newest checkpoint of this run that can be read: its tensors, and what it says of itself."""
         for path in sorted(self.folder.glob("epoch-*.safetensors"), reverse=True):
             try:
                 tensors, described = checkpoint.unpack(path, "training state")
                 checkpoint.check_state(path, tensors, self._state(blank=True))
-                checkpoint.check_run(path, described, self.folder.name)
+                if (run := described.get("run")) != self.folder.name:  # put among this one's by hand
+                    raise InputError(f"{path}: run: {run!r}; expected {self.folder.name!r}, so it is another run's")
             except InputError as error:
                 _log.warning("%s; going on from the checkpoint before it", error)
                 continue
-            return path, described
+            return tensors, described
         return None
 
     def _state(self, *, blank: bool = False) -> dict[str, Tensor]:
@@ -556,28 +536,8 @@ class Trainer:
             moments.setdefault(int(index), {})[name] = t
         # torch knows which of them must lie beside the weights: AdamW's step where it is fused, too. Settings stay.
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": moments})
-        for name in ("epoch", "history", "validation", "chosen", "epoch_time_s", "step_time_ms", "data_time_ms"):
+        for name in _DESCRIBED:
             setattr(self, name, described[name])
-        self.peak_memory_mib = described["peak_memory_mib"]
-
-
-def _parts(t: TrainParams, processes: int) -> int:
-    """Into how many parts a process takes its share of a step."""
-    if t.batch_size % (share := processes * (t.device_batch or 1)):
-        raise InputError(
-            f"train.batch_size: {t.batch_size}: must be a multiple of {processes} processes"
-            + (f" times train.device_batch, {share}" if t.device_batch else "")
-        )
-    return 1 if t.device_batch is None else t.batch_size // share
-
-
-def _by_image(ids: Tensor | None, correct: Tensor) -> str:
-    """A character for each image of the data set: 1 if it was classified correctly, 0 if not, - if not tested."""
-    assert ids is not None
-    answers = ["-"] * (int(ids.max()) + 1)
-    for i, right in zip(ids.tolist(), correct.tolist(), strict=True):
-        answers[i] = str(int(right))
-    return "".join(answers)
 
 
 def _is_better(entry: Mapping[str, Any], than: Mapping[str, Any]) -> bool:

@@ -28,6 +28,7 @@ BACKENDS = ["torch"] if build.unavailable() else ["torch", "native"]
 ON_GPU_TOO = [*BACKENDS, *([] if gpu.unavailable() else [pytest.param("triton", marks=pytest.mark.gpu)])]
 needs_native = pytest.mark.skipif("native" not in BACKENDS, reason=build.unavailable())
 SINGLE = [name for name, case in CASES.items() if f"{name}/metric" in TENSORS and not case["no_op"]]
+assert len(SINGLE) >= 8
 
 
 def of(case: str, backend: str = "torch") -> dict[str, torch.Tensor]:
@@ -55,19 +56,6 @@ def test_a_case_worked_by_hand(backend):
     weighted, size = fuse(x, matching, size=torch.tensor([[1.0, 3.0, 1.0, 1.0, 2.0]]), backend=backend)
     assert weighted.tolist() == [[[25.0], [45.0], [160.0]]]  # (3 * 20 + 40) / 4
     assert size.tolist() == [[4.0, 2.0, 2.0]]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_all_that_join_a_token_become_one_mean_in_one_step(backend):
-    x = torch.tensor([[[1.0], [5.0], [3.0], [0.0], [8.0]]])
-    everything = Matching(torch.tensor([[0, 2, 4]]), torch.tensor([[1, 1, 1]]))
-    fused, size = fuse(x, everything, backend=backend)
-    torch.testing.assert_close(fused, torch.tensor([[[17 / 4], [0.0]]]))
-    assert size.tolist() == [[4.0, 1.0]]
-
-
-def test_the_reference_cases_are_there():
-    assert len(SINGLE) >= 8
 
 
 @pytest.mark.parametrize("backend", ON_GPU_TOO)
@@ -113,18 +101,6 @@ def test_gradients_agree_with_the_reference(case, weighting, grad, backend):
 
 
 @pytest.mark.parametrize("backend", ON_GPU_TOO)
-@pytest.mark.parametrize("case", SINGLE)
-def test_groups_agree_with_the_reference(case, backend):
-    golden = of(case, backend)
-    matching = Matching(golden["src_pos"].long(), golden["dst_pos"].long())
-    b, s, t = golden["assign"].shape
-    destination = plan(matching, golden["x"].new_ones(b, t), order="append", backend=backend).destination
-    assigned = torch.zeros(b, s, t, device=destination.device).scatter_(1, destination[:, None], 1.0)
-    order = reference_order(golden).expand(b, s, t)
-    torch.testing.assert_close(assigned, golden["assign"].float().gather(1, order))
-
-
-@pytest.mark.parametrize("backend", ON_GPU_TOO)
 @pytest.mark.parametrize("case", [name for name in CASES if name.startswith("chain")])
 @pytest.mark.parametrize("weighting", ["size", "mean"])
 def test_several_fusions_in_a_row_agree_with_the_reference(case, weighting, backend):
@@ -134,19 +110,15 @@ def test_several_fusions_in_a_row_agree_with_the_reference(case, weighting, back
         step = {key.split("/", 1)[1]: t for key, t in golden.items() if key.startswith(f"step{steps}/")}
         matching = Matching(step["src_pos"].long(), step["dst_pos"].long())
         x, size = fuse(x, matching, size=size, order="append", weighting=weighting, backend=backend)
-        order = torch.cat([step["unm_pos"].long().argsort(1), odd_places(step["unm_pos"], x.shape[1]).to(x.device)], 1)[
-            ..., None
-        ]
+        even = step["unm_pos"].long().argsort(1)
+        odd = torch.arange(even.shape[1], x.shape[1], device=x.device).expand(len(x), -1)
+        order = torch.cat([even, odd], 1)[..., None]
         expected = step["x"] if weighting == "size" else golden[f"mean_step{steps}/x"]
         torch.testing.assert_close(x, expected.gather(1, order.expand_as(x)))
         torch.testing.assert_close(size[..., None], step["size"].gather(1, order))
         x, size = expected, step["size"][..., 0]  # the reference goes on in its own order
         steps += 1
     assert steps >= 3
-
-
-def odd_places(unmerged, s):
-    return torch.arange(unmerged.shape[1], s).expand(len(unmerged), -1)
 
 
 def reference_order(golden) -> torch.Tensor:
@@ -217,22 +189,14 @@ def test_a_token_of_zero_length_does_not_poison_the_matching(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast_does_not_round_the_similarities(backend):
-    feature = torch.randn(2, 40, 8)
-    expected = match_tokens(feature, 12, backend=backend)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tokens_are_compared_in_float32_whatever_their_type_and_under_autocast(backend, dtype):
+    feature = torch.randn(2, 40, 8).to(dtype)
+    expected = match_tokens(feature.float(), 12, backend=backend)
     with torch.autocast("cpu", torch.bfloat16):
         matching = match_tokens(feature, 12, backend=backend)
     assert matching.similarity.dtype == torch.float32
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(matching, expected, strict=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_half_precision_is_compared_in_float32(backend, dtype):
-    feature = torch.randn(2, 40, 8).to(dtype)
-    expected = match_tokens(feature.float(), 12, backend=backend)
-    matching = match_tokens(feature, 12, backend=backend)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(matching, expected, strict=True))
+    assert all(map(torch.equal, matching, expected))
 
 
 def test_matching_carries_no_gradient():
@@ -375,16 +339,6 @@ def test_batch_rows_do_not_affect_each_other(case):
         fuse(x[i : i + 1], match_tokens(x[i : i + 1], r), size=size[i : i + 1], **options)[0] for i in range(len(x))
     ]
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-12)
-
-
-@settings(max_examples=40, deadline=None)
-@given(fusions())
-def test_gradients_reach_every_token(case):
-    x, size, _, r, options = case
-    x = x.clone().requires_grad_()
-    fused, _ = fuse(x, match_tokens(x, r), size=size, **options)
-    fused.sum().backward()
-    assert (x.grad > 0).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -21,13 +21,10 @@ def test_the_papers_schedules_are_those_of_its_table_1():
     assert schedule("none", depth=24) == [0] * 24
     assert schedule("all", depth=24, r=7) == [7] * 24
     assert schedule("interleaved", depth=24, r=14) == [0, 14] * 12
-    assert schedule("lower", depth=24, r=9, first_layer=1, last_layer=19) == [9] * 19 + [0] * 5
-    assert schedule("upper", depth=24, r=9, first_layer=6, last_layer=24) == [0] * 5 + [9] * 19
-
-
-def test_the_papers_layers_are_the_default_at_depth_24():
-    assert schedule("lower", depth=24, r=9) == [9] * 19 + [0] * 5
-    assert schedule("upper", depth=24, r=9) == [0] * 5 + [9] * 19
+    for layers in ({}, {"first_layer": 1, "last_layer": 19}):
+        assert schedule("lower", depth=24, r=9, **layers) == [9] * 19 + [0] * 5
+    for layers in ({}, {"first_layer": 6, "last_layer": 24}):
+        assert schedule("upper", depth=24, r=9, **layers) == [0] * 5 + [9] * 19
 
 
 @pytest.mark.parametrize(
@@ -39,10 +36,6 @@ def test_the_papers_schedules_leave_the_tokens_worked_out_by_hand(strategy, left
     assert len(counts) == 25
     assert counts[0] == 197
     assert counts[-1] == left
-
-
-def test_token_counts_fall_layer_by_layer():
-    assert token_counts([0, 3, 0, 2], 10) == [10, 10, 7, 7, 5]
 
 
 @pytest.mark.parametrize("strategy", ["all", "interleaved", "lower", "upper"])

@@ -57,16 +57,9 @@ def old_conv_fn(x, weight, bias=None, seq_idx=None, activation=None):  # causal-
 
 
 def new_conv_fn(
-    x,
-    weight,
-    bias=None,
-    seq_idx=None,
-    initial_states=None,
-    return_final_states=False,
-    final_states_out=None,
-    activation=None,
-):  # causal-conv1d 1.2 to 1.7
-    assert seq_idx is initial_states is final_states_out is None
+    x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False, out=None, activation=None
+):  # causal-conv1d 1.2 to 1.7, where `out` is named final_states_out
+    assert seq_idx is initial_states is out is None
     assert not return_final_states
     return convolve(x, weight, bias, activation)
 
@@ -126,14 +119,8 @@ def hub(tmp_path, monkeypatch):
             parent.mkdir(parents=True, exist_ok=True)
         (folder / "refs" / f"v{PINS[repository] if version is None else version}").write_text(commit)
         (build / "__init__.py").write_text(CODE[repository] if code is None else code)
-        about = {
-            "id": f"{name}_{commit[:7]}",
-            "name": name,
-            "version": 1,
-            "license": "none",
-            "python-depends": list(needs),
-        }
-        about |= {"backend": {"type": "cuda" if torch.version.cuda else "cpu"}}
+        about = {"id": f"{name}_{commit[:7]}", "name": name, "version": 1, "license": "none"}
+        about |= {"python-depends": [*needs], "backend": {"type": "cuda" if torch.version.cuda else "cpu"}}
         (build / "metadata.json").write_text(json.dumps(about))
         return build
 
@@ -226,6 +213,8 @@ def test_what_is_missing_is_said_with_the_command_that_brings_it(install):
     command = "MAMBA_KEEP_CUDA_BUILD=TRUE pip install mamba-ssm causal-conv1d --no-build-isolation"
     assert mamba_ssm.unavailable() == f"mamba_ssm is not installed; {command}"
     assert mamba_ssm.conv_unavailable() == f"causal_conv1d is not installed; {command}"
+    with pytest.raises(BackendError, match="backend 'mamba_ssm' cannot run here: mamba_ssm is not installed; MAMBA_K"):
+        selective_scan(*arguments(), backend="mamba_ssm")
     install(scan=scan_fn, conv=new_conv_fn, without=("selective_scan_cuda",))
     assert mamba_ssm.unavailable() == (
         "mamba_ssm is installed without its kernels, selective_scan_cuda; "
@@ -307,12 +296,6 @@ def test_a_model_without_the_convolution_is_refused_and_auto_does_without(instal
     assert len(called) == 2, "both directions by mamba_ssm, the convolution by torch"
 
 
-def test_asked_for_by_name_without_its_package_it_says_the_command(install):
-    install()
-    with pytest.raises(BackendError, match="backend 'mamba_ssm' cannot run here: mamba_ssm is not installed; MAMBA_K"):
-        selective_scan(*arguments(), backend="mamba_ssm")
-
-
 # the hub
 
 
@@ -369,9 +352,8 @@ def test_without_the_package_kernels_the_command_that_installs_it_is_said(hub, m
     monkeypatch.setitem(sys.modules, "kernels", None)
     monkeypatch.setattr(mamba_ssm.importlib.util, "find_spec", lambda name: None)
     assert refusal() == "backend 'hub' cannot run here: kernels is not installed; " + mamba_ssm.INSTALL_HUB
-    extra = tomllib.loads((mamba_ssm._PROJECT / "pyproject.toml").read_text())["project"]["optional-dependencies"][
-        "hub"
-    ]
+    project = tomllib.loads((mamba_ssm._PROJECT / "pyproject.toml").read_text())["project"]
+    extra = project["optional-dependencies"]["hub"]
     assert set(mamba_ssm.INSTALL_HUB.split()[2:]) < {re.split("[<>=]", line)[0] for line in extra}
 
 
@@ -382,9 +364,7 @@ def test_outside_a_checkout_no_version_is_guessed(hub, tmp_path, monkeypatch):
 
 def test_offline_and_never_downloaded_it_says_how_to_download(hub, tmp_path, monkeypatch):
     said = refusal()
-    assert said.startswith(
-        f"backend 'hub': {SCAN_REPOSITORY}: Version 2 of '{SCAN_REPOSITORY}' is not available in the"
-    )
+    assert said.startswith(f"backend 'hub': {SCAN_REPOSITORY}: Version 2 of '{SCAN_REPOSITORY}' is not available in")
     assert said.endswith("; to download it: unset HF_HUB_OFFLINE")
     locked(tmp_path, monkeypatch, "c" * 40)
     mamba_ssm._find.cache_clear()

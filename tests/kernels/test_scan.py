@@ -80,11 +80,6 @@ def test_two_tokens_worked_by_hand(backend):
     assert torch.equal(selective_scan(**options, z=0 * column), 0 * column)
 
 
-def test_every_backend_that_can_run_here_is_tested():
-    assert "torch" in FAST
-    assert set(FAST) == {name for name, missing in backends().items() if not missing} - {"reference"}
-
-
 @pytest.mark.parametrize("backend", ["reference", *FAST])
 @pytest.mark.parametrize("case", CASES)
 def test_outputs_and_gradients_of_an_independent_implementation(case, backend):
@@ -95,9 +90,8 @@ def test_outputs_and_gradients_of_an_independent_implementation(case, backend):
     grads = torch.autograd.grad((out * stored["cotangent"]).sum(), list(inputs.values()))
     tolerance = max(1e-5, 4 * CASES[case]["fp32_vs_fp64"])
     assert_close({"out": out}, {"out": stored["out_f64"]}, rtol=tolerance)
-    assert_close(
-        dict(zip(inputs, grads, strict=True)), {name: stored[f"grad_{name}"] for name in inputs}, rtol=2 * tolerance
-    )
+    expected = {name: stored[f"grad_{name}"] for name in inputs}
+    assert_close(dict(zip(inputs, grads, strict=True)), expected, rtol=2 * tolerance)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -155,11 +149,8 @@ def test_any_strides_are_read_as_they_are(reverse, backend):
     strided |= {"B": projection.transpose(1, 2)[:, :4], "C": projection.transpose(1, 2)[:, 4:]}
     assert not strided["B"].is_contiguous()
     strided = {name: x.requires_grad_() for name, x in strided.items()}
-    assert_close(
-        run(selective_scan, strided, cotangent.mT.contiguous().mT, backend=backend, reverse=reverse),
-        expected,
-        rtol=1e-6,
-    )
+    found = run(selective_scan, strided, cotangent.mT.contiguous().mT, backend=backend, reverse=reverse)
+    assert_close(found, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["reference", *FAST])

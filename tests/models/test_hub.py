@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,11 +12,11 @@ import pytest
 import timm
 import timm.optim
 import torch
-from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from test_pretrained import said
 
 import famba.models.timm_models  # noqa: F401 (registers)
-from famba import FusionOptions, InputError, VisionMamba, create_model, load_vim
+from famba import FusionOptions, VisionMamba, create_model, load_vim
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = FusionOptions(order="append", weighting="mean")
@@ -57,13 +56,6 @@ def hub(tmp_path, monkeypatch) -> Path:
 
 def images(channels: int = 3) -> torch.Tensor:
     return torch.randn(2, channels, 8, 8, generator=torch.Generator().manual_seed(1))
-
-
-def said(action) -> str:
-    with pytest.raises(InputError) as error:
-        action()
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def same(back: VisionMamba, model: VisionMamba) -> bool:
@@ -206,20 +198,3 @@ def test_a_model_in_half_precision_gives_nearly_the_same_and_has_gradients(dtype
 def test_torch_hub_finds_the_models_in_the_checkout():
     made = torch.hub.load(str(ROOT), "create_model", "vim_nano", source="local", num_classes=3, trust_repo=True)
     assert isinstance(made, VisionMamba)
-
-
-def test_the_example_trains_fuses_saves_and_loads_outside_the_checkout(tmp_path):
-    for label, colour in {"blue": (20, 40, 200), "red": (200, 30, 20)}.items():
-        (tmp_path / "images" / label).mkdir(parents=True)
-        for i in range(4):
-            Image.new("RGB", (40, 32), tuple(c + i for c in colour)).save(tmp_path / "images" / label / f"{i}.png")
-    done = subprocess.run(
-        [sys.executable, ROOT / "examples" / "train_your_own.py", "images", "out", "12"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "100 % of the training images, 65 tokens fused to 41"
-    assert load_file(tmp_path / "out" / "model.safetensors")["head.bias"].shape == (2,)

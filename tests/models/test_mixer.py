@@ -28,14 +28,10 @@ BACKENDS = [
 @pytest.mark.parametrize("case", CASES)
 def test_the_mixer_is_the_independent_one(case, backend):
     about, device = CASES[case], runtime.DEVICE if backend == "triton" else "cpu"
-    stored = {
-        key.removeprefix(f"mixer/{case}/"): x.to(device)
-        for key, x in TENSORS.items()
-        if key.startswith(f"mixer/{case}/")
-    }
-    mixer = BidirectionalMixer(
-        about["embed_dim"], about["d_state"], average_directions=about["divide_out"], backend=backend
-    ).to(device)
+    prefix = f"mixer/{case}/"
+    stored = {key.removeprefix(prefix): x.to(device) for key, x in TENSORS.items() if key.startswith(prefix)}
+    options = {"average_directions": about["divide_out"], "backend": backend}
+    mixer = BidirectionalMixer(about["embed_dim"], about["d_state"], **options).to(device)
     mixer.load_state_dict({key.removeprefix("param/"): x for key, x in stored.items() if key.startswith("param/")})
     x = stored["in"].clone().requires_grad_()
     out = mixer(x)

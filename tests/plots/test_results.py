@@ -127,6 +127,18 @@ def test_a_time_has_its_interval_and_the_caption_says_how_it_was_measured(runs):
     assert "The machine was busy meanwhile: load average 9.0 on 2 cores." in said
 
 
+def test_pairs_join_the_runs_of_a_seed_and_name_the_mean_difference(runs):
+    one, two = plots.paired_accuracy(runs).axes
+    assert titles(plots.paired_accuracy(runs)) == ["\N{MINUS SIGN}12.0 points", "\N{MINUS SIGN}2.0 points"], (
+        "all, upper"
+    )
+    assert [tick.get_text() for tick in two.get_xticklabels()] == ["none", "upper"]
+    *seeds, mean = [line.get_ydata().tolist() for line in two.get_lines()]
+    assert seeds == [[90.0, 89.0], [96.0, 94.0], [93.0, 90.0]]
+    assert mean == [93.0, 91.0]
+    assert one.get_ylabel() == "top-1 accuracy (%)"
+
+
 def test_costs_are_drawn_in_units_of_none_with_the_interval_of_time():
     time, memory, flops = plots.costs(costs_frame()).axes[0].containers
     for marks in (time, memory, flops):

@@ -6,7 +6,7 @@ from safetensors.torch import save
 
 from famba import FusionOptions, InputError, create_model
 from famba.models.saved import load_model, model_bytes
-from famba.storage.checkpoint import check_run, pack, read
+from famba.storage.checkpoint import pack, read
 
 
 @pytest.fixture
@@ -84,14 +84,6 @@ def test_tensors_of_any_type_and_shape_come_back(tmp_path, dtype):
     assert {key: (t.dtype, t.tolist()) for key, t in back.items()} == {
         key: (t.dtype, t.tolist()) for key, t in tensors.items()
     }
-
-
-def test_the_state_of_another_run_is_refused_by_name(path):
-    check_run(path, {"run": "a", "epoch": 1}, "a")
-    with pytest.raises(InputError, match=r"model\.safetensors: run: 'b'; expected 'a', so it is another run's"):
-        check_run(path, {"run": "b"}, "a")
-    with pytest.raises(InputError, match="run: None; expected 'a'"):
-        check_run(path, {}, "a")
 
 
 def test_a_missing_file_is_refused(tmp_path):

@@ -10,6 +10,9 @@ from famba import config
 from famba.errors import InputError
 from famba.storage import runs
 
+FILES = [f"{name}.json" for name in ("metrics", "cost", "schedule", "params")]
+FILES += ["history.csv", "correct.txt", "model.safetensors"]
+
 
 def make_run(strategy="upper", seed=0, **changes):
     """A finished run of a two-layer model, as training would hand it over."""
@@ -70,30 +73,16 @@ def test_a_run_reads_back_as_it_was_written(tmp_path):
     for field in dataclasses.fields(runs.RunRecord):
         assert getattr(record, field.name) == getattr(run, field.name), field.name
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == b"weights"
-    assert {file.name for file in (tmp_path / "run").iterdir()} == {
-        *(
-            "metrics.json",
-            "cost.json",
-            "history.csv",
-            "schedule.json",
-            "params.json",
-            "correct.txt",
-            "model.safetensors",
-        )
-    }
+    assert {file.name for file in (tmp_path / "run").iterdir()} == set(FILES)
 
 
 def test_files_hold_the_agreed_keys_and_no_time_but_in_cost(tmp_path):
     folder = runs.write(make_run(), tmp_path / "run")
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert set(metrics) == {
-        *("strategy", "seed", "profile", "top1_percent", "top5_percent", "loss", "chosen", "validation")
-    }
-    assert json.loads((folder / "schedule.json").read_text()) == {
-        "strategy": "upper",
-        "schedule": [0, 4],
-        "token_counts": [17, 17, 13],
-    }
+    expected = ("strategy", "seed", "profile", "top1_percent", "top5_percent", "loss", "chosen", "validation")
+    assert set(metrics) == set(expected)
+    schedule = {"strategy": "upper", "schedule": [0, 4], "token_counts": [17, 17, 13]}
+    assert json.loads((folder / "schedule.json").read_text()) == schedule
     lines = (folder / "history.csv").read_text().splitlines()
     assert lines[0].split(",") == list(runs.HISTORY_COLUMNS)
     assert not any("time" in column for column in runs.HISTORY_COLUMNS)
@@ -195,10 +184,7 @@ def test_a_spoilt_file_is_named_in_one_line(tmp_path, file, path, value, said):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["metrics.json", "cost.json", "history.csv", "schedule.json", "params.json", "correct.txt", "model.safetensors"],
-)
+@pytest.mark.parametrize("name", FILES)
 def test_a_missing_file_is_named(tmp_path, name):
     folder = runs.write(make_run(), tmp_path / "run")
     (folder / name).unlink()

@@ -95,32 +95,26 @@ def test_a_run_that_was_stopped_goes_on_to_its_end_and_a_step_waits_once(device,
         fit.fit(p, seed=0)
     run = fit.fit(p, seed=0)
     assert [row["epoch"] for row in run.history] == [1, 2]
-    assert run.cost["nondeterministic"] == ["convolution_backward"] + (
-        ["scatter_add"] if p.train.backend == "torch" else []
-    )
+    by_torch = ["scatter_add"] if p.train.backend == "torch" else []
+    assert run.cost["nondeterministic"] == ["convolution_backward", *by_torch]
     Path("model.safetensors").write_bytes(run.model_bytes)
     assert saved.load_model(Path("model.safetensors"))[0].schedule == run.schedule
     kept, again, _ = places
-    assert {key.split(".")[0] for key in kept} == {"model", "best", "optimiser"} | (
-        {"ema"} if p.train.ema_decay else set()
-    )
+    averaged = {"ema"} if p.train.ema_decay else set()
+    assert {key.split(".")[0] for key in kept} == {"model", "best", "optimiser"} | averaged
     assert set(kept.values()) == {DEVICE}
     assert again == kept
     # A step waits to read the loss, the gradients' norm and the hits, all at once; to load its batch it never waits.
-    each = [
-        after - before
-        for (epoch, number, before), (*next_one, after) in itertools.pairwise(waits)
-        if next_one == [epoch, number + 1]
-    ]
+    pairs = itertools.pairwise(waits)
+    each = [after - before for (*one, before), (*other, after) in pairs if other == [one[0], one[1] + 1]]
     assert each == [1] * 3  # while memory is measured, and in each of two epochs
 
 
 def test_weights_are_only_evaluated(device):
     p = smoke()
     described = {"classes": [str(digit) for digit in range(10)], "mean": [0.5] * 3, "std": [0.5] * 3}
-    Path("weights.safetensors").write_bytes(
-        saved.model_bytes(model := fit.build(p, classes=10, seed=0), model.state_dict(), described)
-    )
+    model = fit.build(p, classes=10, seed=0)
+    Path("weights.safetensors").write_bytes(saved.model_bytes(model, model.state_dict(), described))
     device.waits.clear()
     run = fit.fit(smoke(init_from="weights.safetensors", epochs=0), seed=0)
     assert run.history == []

@@ -34,31 +34,18 @@ def epochs(count: int, **changes) -> list[dict]:
     ]
 
 
-WATCHED = """
-from famba.training import callbacks
-curves = callbacks.Curves(3)
-history = []
-for epoch in (1, 2, 3):
-    row = {"epoch": epoch, "train_loss": 1 / epoch, "val_loss": 1.2 / epoch}
-    history.append(row | {"train_top1_percent": 20.0 * epoch, "val_top1_percent": 15.0 * epoch})
-    curves(history)
-"""
-
-
 def test_a_notebook_holds_one_figure_that_is_the_newest():
-    cells = [nbformat.v4.new_code_cell(source) for source in (WATCHED, "curves(history[:1])")]
+    watched = (
+        f"from famba.training import callbacks\ncurves, history = callbacks.Curves(3), {epochs(3)}\n"
+        "for count in (1, 2, 3):\n    curves(history[:count])"
+    )
+    cells = [nbformat.v4.new_code_cell(source) for source in (watched, "curves(history[:1])")]
     notebook = nbformat.v4.new_notebook(cells=cells)
     NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(config.root())}}).execute()
     (output,) = notebook.cells[0].outputs  # and so nothing on stderr
     with Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))) as shown:
-        assert shown.convert("RGB").tobytes() == pixels(callbacks._png(epochs_of_the_notebook(3), 3))
-        assert shown.convert("RGB").tobytes() != pixels(callbacks._png(epochs_of_the_notebook(1), 3))
-
-
-def epochs_of_the_notebook(count: int) -> list[dict]:
-    given = {"curves": lambda history: None}
-    exec(WATCHED.replace("curves = watch.Curves(3)", ""), given)
-    return given["history"][:count]
+        assert shown.convert("RGB").tobytes() == pixels(callbacks._png(epochs(3), 3))
+        assert shown.convert("RGB").tobytes() != pixels(callbacks._png(epochs(1), 3))
 
 
 def pixels(png: bytes) -> bytes:
@@ -159,12 +146,3 @@ def test_a_folder_that_cannot_be_written_to_is_an_input_error_of_one_line(tmp_pa
     with pytest.raises(InputError, match="file/events: cannot be written") as caught:
         callbacks.Events(tmp_path / "file" / "events", start_epoch=0)
     assert "\n" not in str(caught.value)
-
-
-def test_the_rows_so_far_are_the_finished_runs_own(tmp_path):
-    rows = callbacks.Rows(tmp_path / "deep" / "history.csv")
-    for count in (1, 2, 3):
-        rows(epochs(count), {"peak_memory_mib": 1.0})
-        assert (tmp_path / "deep" / "history.csv").read_bytes() == runs.history_bytes(epochs(count))
-    assert runs.read_history(tmp_path / "deep" / "history.csv") == epochs(3)
-    assert len(list((tmp_path / "deep").iterdir())) == 1

@@ -23,6 +23,7 @@ from famba.models.vim import kernels
 from famba.storage import checkpoint, files, runs
 from famba.training import cuda_graph, fit
 from famba.training.distributed import Processes
+from famba.training.optim import learning_rate
 from famba.training.trainer import Trainer, evaluate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,11 +95,13 @@ def test_the_cost_of_a_run_is_measured(undisturbed):
     assert len(cost["epoch_time_s"]) == 3
     assert cost["train_time_s"] == pytest.approx(sum(cost["epoch_time_s"]))
     assert cost["step_time_ms"] > 0
-    weights = sum(weight.numel() for weight in fit.build(smoke(), classes=10, seed=0).parameters())
+    model = fit.build(smoke(), classes=10, seed=0)
+    weights = sum(weight.numel() for weight in model.parameters())
     assert cost["params_count"] == weights
     assert cost["peak_memory_mib"] > 4 * 4 * weights / 2**20  # weights, gradients and two moments at the least
     assert cost["flops_per_image"] > 0
     assert cost["command"] == "python -m famba train --profile smoke --strategy upper --seed 1"
+    assert cost["kernels"] == kernels("auto", torch.device("cpu"), model.config, "fp32")
 
 
 def test_a_run_says_of_each_test_image_whether_it_was_classified_correctly(undisturbed, weights):
@@ -166,30 +169,13 @@ def test_a_run_tells_after_each_epoch_how_it_goes(repository):
     assert events.stat().st_size > 500
 
 
-def test_another_value_anywhere_is_another_run():
-    p = smoke()
-    folders = {
-        fit.folder(p, seed=0),
-        fit.folder(p, seed=1),
-        fit.folder(smoke(lr=1e-4), seed=0),
-        fit.folder(smoke("lower"), seed=0),
-    }
-    assert len(folders) == 4
-
-
-def test_other_code_is_another_run(monkeypatch):
-    before = fit.folder(smoke(), seed=0)
+def test_another_value_anywhere_and_other_code_are_another_run(monkeypatch):
+    values = [(smoke(), 0), (smoke(), 1), (smoke(lr=1e-4), 0), (smoke("lower"), 0)]
+    folders = {fit.folder(p, seed=seed) for p, seed in values}
     monkeypatch.setattr(fit.provenance, "of_module", {"famba.training.fit": "0123456789abcdef"}.__getitem__)
-    after = fit.folder(smoke(), seed=0)
-    assert after != before
-    assert "0123456789abcdef" in after.name
-
-
-def test_what_runs_the_functions_of_a_model_is_recorded(undisturbed):
-    p = smoke()
-    config = fit.build(p, classes=10, seed=0).config
-    assert undisturbed.cost["kernels"] == kernels("auto", torch.device("cpu"), config, "fp32")
-    assert {"scan", "convolution", "norm", "match", "plan", "fuse"} <= set(undisturbed.cost["kernels"])
+    other = fit.folder(smoke(), seed=0)
+    assert len(folders | {other}) == 5
+    assert "0123456789abcdef" in other.name
 
 
 @pytest.mark.skipif(backends()["native"] != "", reason=backends()["native"])
@@ -304,7 +290,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpo
         fit.fit(p, seed=0)
     said = str(error.value)
     steps = 64 // p.train.batch_size
-    lr = fit.learning_rate(p.train, steps, steps)
+    lr = learning_rate(p.train, steps, steps)
     assert said.startswith(
         f"step {steps + 1} (epoch 2): loss nan, gradient norm nan at learning rate {lr:.3g}, "
         "first not finite in the output of layer 3, mixer.out_proj; training stopped"
@@ -383,7 +369,7 @@ def test_evaluation_counts_what_is_right():
             return logits
 
     images = fit.data.load(smoke().data)
-    scores = fit.evaluate(Fixed(), images.val, images, batch_size=50)
+    scores = evaluate(Fixed(), images.val, images, batch_size=50)
     labels = images.val.labels
     assert scores["top1_percent"] == pytest.approx(100 * (labels == 3).float().mean().item())
     log_sum = math.log(9 + math.e**2)
@@ -411,22 +397,16 @@ def test_weights_that_are_only_evaluated_give_their_own_accuracy_fused_or_not(un
     images = fit.data.load(smoke().data, seed=1)
     run = evaluated()
     scores = {key: undisturbed.metrics[key] for key in ("top1_percent", "top5_percent", "loss")}
-    assert run.metrics == {
-        **scores,
-        "chosen": {"weights": "raw", "epoch": 0},
-        "validation": {
-            "raw": dict.fromkeys(("last", "best"), run.metrics["validation"]["raw"]["last"]),
-            "ema": None,
-        },
-        "init_sha256": digest,
-    }
+    validation = {"raw": dict.fromkeys(("last", "best"), run.metrics["validation"]["raw"]["last"]), "ema": None}
+    chosen = {"weights": "raw", "epoch": 0}
+    assert run.metrics == {**scores, "chosen": chosen, "validation": validation, "init_sha256": digest}
     assert run.metrics["validation"]["raw"]["best"]["loss"] == undisturbed.metrics["validation"]["raw"]["best"]["loss"]
     assert (run.history, run.token_counts) == ([], [37, 37, 29, 21, 13])
     assert saved.load_model(weights)[0].head.weight.equal(_saved(run).head.weight)
 
     model = set_schedule(saved.load_model(weights)[0], None)
     unfused = evaluated("none", ema_decay=0.9)
-    expected = fit.evaluate(model, images.test, images, batch_size=2 * smoke().train.batch_size)
+    expected = evaluate(model, images.test, images, batch_size=2 * smoke().train.batch_size)
     assert {key: unfused.metrics[key] for key in expected} == expected
     assert unfused.token_counts == [37] * 5
     assert unfused.metrics["loss"] != run.metrics["loss"]
@@ -447,7 +427,7 @@ def test_fine_tuning_starts_at_the_weights_with_a_learning_rate_of_its_own(weigh
     p = smoke(init_from="weights.safetensors", epochs=1, lr=1e-3)
     run = fit.fit(p, seed=1)
     steps = 64 // p.train.batch_size
-    assert run.history[0]["lr"] == fit.learning_rate(p.train, steps - 1, steps)
+    assert run.history[0]["lr"] == learning_rate(p.train, steps - 1, steps)
     assert run.history[0]["train_loss"] < undisturbed.history[1]["train_loss"]
     assert not _saved(run).head.weight.equal(saved.load_model(weights)[0].head.weight)
     assert run.metrics["init_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from famba.kernels import reference
+from famba.kernels import dispatch, reference
 from famba.kernels.cpu import build, runtime
 from famba.kernels.cpu.runtime import float32, like, pointer, view
 from famba.kernels.reference import register, register_gradient
@@ -23,7 +23,7 @@ MOST_STATES = 64
 Scan = runtime.structure("Scan")
 
 
-@torch.compiler.assume_constant_result
+@dispatch.constant
 def unavailable() -> str:
     """The reason why the native scan cannot run here ("": it can)."""
     return build.unavailable()

@@ -35,7 +35,7 @@ PARAMETERS = (torch.float32, torch.bfloat16, torch.float16)  # taken as float32
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
-@torch.compiler.assume_constant_result
+@dispatch.constant
 def unavailable() -> str:
     """Why the kernels cannot run here ("": they can)."""
     if triton is None:

@@ -1,0 +1,158 @@
+"""What a notebook shows, under a banner that says so: finished runs, else the results in git, else smoke runs.
+
+Opened by hand, a notebook reads results/ and figures/ and changes nothing there; the pipeline makes them first. Where
+they are missing or of another profile, smoke runs are trained and all is made of them in build/smoke. The environment
+variable FAMBA_PROFILE names the profile of notebooks that are opened by hand: `smoke` for tests.
+"""
+
+import html
+import json
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from IPython.display import Image, Markdown
+
+from famba import config, plots
+from famba.errors import InputError
+
+SMOKE = "smoke"
+_BOX = "border-left: 6px solid {}; background: {}; color: #222; padding: 0.6em 1em; font-size: 105%"
+
+
+@dataclass(frozen=True, repr=False)
+class Report:
+    """What there is to show; as the value of a cell it is the banner.
+
+    Attributes:
+        shown: what that is, in a sentence.
+        folder: which holds results/ and figures/.
+        runs_dir: the runs behind them.
+        made: now, so that figures are to be written as well.
+    """
+
+    profile: str
+    shown: str
+    folder: Path
+    runs_dir: Path
+    made: bool
+
+    @property
+    def smoke(self) -> bool:
+        return self.folder != config.root()
+
+    @property
+    def results_dir(self) -> Path:
+        return self.folder / "results"
+
+    def sweep(self) -> config.SweepParams:
+        """The sweep of params.yaml; of smoke runs two seeds are enough."""
+        return config.load_sweep(seeds=(0, 1) if self.smoke else None)
+
+    def text(self, name: str) -> Markdown:
+        return Markdown((self.results_dir / name).read_text(encoding="utf-8"))
+
+    def table(self, name: str) -> pd.DataFrame:
+        return pd.read_csv(self.results_dir / name, dtype={"correct": str})
+
+    def figure(self, name: str) -> Image:
+        return Image(self.folder / "figures" / name)
+
+    def save(self, **figures: plots.Figure | plots.Animation) -> None:
+        """Write figures by their names if this report was made now; else those that it shows are written already."""
+        for name, figure in figures.items() if self.made else ():
+            suffix = ".gif" if isinstance(figure, plots.Animation) else ".png"
+            plots.save(figure, self.folder / "figures" / f"{name}{suffix}")
+
+    def __repr__(self) -> str:
+        return self.shown
+
+    def _repr_html_(self) -> str:
+        warning, colours = "", ("#2ca02c", "#e8f5e9")
+        if self.smoke:
+            warning = "<b>Smoke run: these numbers mean nothing.</b> Tiny models were trained for seconds. "
+            colours = ("#d62728", "#fde0dd")
+        shown = self.shown.replace(f"{config.root()}/", "")  # a published page names no machine's folders
+        said = re.sub("`(.+?)`", r"<code>\1</code>", html.escape(shown))
+        return f'<div style="{_BOX.format(*colours)}">{warning}{said}</div>'
+
+
+def opened(
+    make: Callable[[Report], Any],
+    file: str,
+    *,
+    command: str,
+    profile: str | None,
+    pipeline: bool,
+    runs_dir: str = "results/runs",
+    of: str | None = "runs.csv",
+) -> Report:
+    """The report that a notebook shows.
+
+    Args:
+        make: writes what the notebook reads, into the report's folder.
+        file: of results/, that the notebook reads.
+        command: that makes it.
+        profile: None is the one that params.yaml names.
+        pipeline: make it now, of finished runs.
+        of: the table in results/ of the runs that `file` was made of; None if there are none.
+    """
+    root = config.root()
+    if pipeline:
+        name = profile_name(profile)
+        shown = f"Made now of the runs of the profile `{name}`."
+        return _made(make, Report(name, shown, root, root / runs_dir, made=True))
+    asked = profile_name(os.environ.get("FAMBA_PROFILE", profile))
+    try:
+        shown = _shown(root / "results" / file, root / "results" / of if of else None, root / runs_dir, asked)
+    except InputError as error:
+        return _made(make, smoke_report(f"{error}. `{command}` makes the real results."))
+    return Report(asked, shown.format(command=command), root, root / runs_dir, made=False)
+
+
+def smoke_report(why: str) -> Report:
+    folder = config.root() / "build" / SMOKE
+    return Report(SMOKE, why, folder, folder / "runs", made=True)
+
+
+def profile_name(profile: str | None) -> str:
+    return config.load(profile, strategy="none").profile
+
+
+def _made(make: Callable[[Report], Any], report: Report) -> Report:
+    make(report)
+    return report
+
+
+def _shown(file: Path, of: Path | None, runs_dir: Path, profile: str) -> str:
+    """What a file of results shows.
+
+    Raises:
+        InputError: it is not there, or of another profile.
+    """
+    if profile == SMOKE:
+        raise InputError("FAMBA_PROFILE=smoke asks for it")
+    if missing := [path for path in (file, of) if path and not path.is_file()]:
+        raise InputError(f"{missing[0]}: missing")
+    if of is None:
+        return f"Committed results: {file.relative_to(config.root())}, made by `{{command}}`."
+    runs = pd.read_csv(of)
+    if set(runs["profile"]) != {profile}:
+        raise InputError(f"{of}: of the profile {runs['profile'][0]!r}; {profile!r} is asked for")
+    if all(_is_run(runs_dir, row) for row in runs.drop(columns="profile").to_dict("records")):
+        return f"Finished runs of the profile `{profile}`: {runs_dir.relative_to(config.root())}."
+    return (
+        f"Committed results of the profile `{profile}`. The runs behind them are not here: `{{command}}` trains them."
+    )
+
+
+def _is_run(runs_dir: Path, row: dict[Any, Any]) -> bool:
+    """Whether the run of a row is there, which is named by all columns up to the seed, with the row's accuracy."""
+    names = list(row)[: list(row).index("seed") + 1]
+    file = runs_dir / "-".join(str(row[name]) for name in names) / "metrics.json"
+    return file.is_file() and math.isclose(json.loads(file.read_bytes())["top1_percent"], row["top1_percent"])

@@ -1,0 +1,127 @@
+"""The sweep's results: the tables that the notebooks `compare` and `cost` show, and what their figures say in words."""
+
+import math
+from typing import Any
+
+import pandas as pd
+from IPython.display import Markdown
+
+from famba import config
+from famba.analysis import claims, summary
+from famba.experiments import sweep
+from famba.models import presets
+from famba.reports import Report
+
+_SMOKE_ROUNDS = 3
+
+
+def make(report: Report) -> None:
+    """Write runs.csv, curves.csv, the summary and the verdicts on the claims; only smoke runs are trained."""
+    asked = report.sweep()
+    given = {"profile": report.profile, "runs_dir": report.runs_dir}
+    sweep.ensure_runs(asked, **given, train_missing=report.smoke)
+    rounds = _SMOKE_ROUNDS if report.smoke else None
+    costs = sweep.ensure_costs(asked, profile=report.profile, results_dir=report.results_dir, rounds=rounds)
+    runs = summary.load_runs(asked, report.runs_dir)
+    table = summary.write_summary(runs, costs, report.results_dir)
+    summary.write_curves(summary.load_history(asked, report.runs_dir), report.results_dir)
+    claims.write(claims.verdicts(config.load_claims(), runs, table), table, report.results_dir)
+
+
+def make_costs(report: Report, rounds: int = 60) -> None:
+    """Measure training steps of all strategies in turn, and write cost.csv."""
+    given = {"profile": report.profile, "results_dir": report.results_dir}
+    sweep.ensure_costs(report.sweep(), **given, rounds=_SMOKE_ROUNDS if report.smoke else rounds)
+
+
+def schedules(profile: str) -> pd.DataFrame:
+    """Every strategy's schedule, as `summary.schedule_frame`; a run that fused otherwise would have failed."""
+    params = sweep.resolve(profile)
+    model, side = params[0].model, params[0].data.img_size
+    given = {key: getattr(model, key) for key in ("patch_size", "stride", "depth")}
+    sizes = presets.sizes(model.name, img_size=side, **given)
+    tokens = presets.grid(sizes) ** 2 + (model.cls_position != "none")
+    return summary.schedule_frame({p.strategy: p.schedule(sizes["depth"]) for p in params}, tokens=tokens)
+
+
+def accuracy_in_words(table: pd.DataFrame, cost: str) -> Markdown:
+    """What each strategy saves of a cost and loses in accuracy, and which are on the Pareto front."""
+    word, base = summary.COSTS[cost], table.set_index("strategy").loc[summary.BASELINE]
+    front = summary.pareto(table.rename(columns={"top1_percent_mean": "top1_percent"}), cost)
+    lines = [
+        f"Without fusion top-1 accuracy is {base['top1_percent_mean']:.1f} %, mean over {base['n']} seeds. "
+        f"On the Pareto front of accuracy and {word}: {_listed(front)}.",
+        "",
+    ]
+    for row in table.loc[table["strategy"] != summary.BASELINE].to_dict("records"):
+        low, high = row["top1_percent_diff_low"], row["top1_percent_diff_high"]
+        sure = "one seed has no interval" if math.isnan(low) else f"95 % interval {low:+.1f} to {high:+.1f}"
+        lines.append(
+            f"- `{row['strategy']}` has {row[cost] / base[cost]:.2f} times the {word} and changes accuracy by "
+            f"{row['top1_percent_diff']:+.1f} points ({sure})."
+        )
+    return Markdown("\n".join(lines).replace(" -", " \N{MINUS SIGN}").replace("(-", "(\N{MINUS SIGN}"))
+
+
+def pairs_in_words(runs: pd.DataFrame) -> Markdown:
+    """In how many of the seeds each strategy is less accurate than no fusion."""
+    scores = runs.pivot(index="seed", columns="strategy", values="top1_percent")
+    below: Any = scores.lt(scores[summary.BASELINE], axis=0).sum().drop(summary.BASELINE)
+    told = _listed([f"{name} in {count}" for name, count in below.items()])
+    return Markdown(
+        f"Of {len(scores)} seeds, accuracy falls by fusing with {told}. Where lines are parallel, a strategy has the "
+        "same effect in every seed; where they cross, its effect differs from seed to seed."
+    )
+
+
+def curves_in_words(history: pd.DataFrame) -> Markdown:
+    """Where training ends, and by how much it fits its own images better than others."""
+    if history.empty:
+        return Markdown("")
+    last = history.loc[history["epoch"] == history["epoch"].max()]
+    by_strategy: Any = last.groupby("strategy")
+    val, train = by_strategy["val_top1_percent"].mean(), by_strategy["train_top1_percent"].mean()
+    return Markdown(
+        f"After epoch {last['epoch'].max()} accuracy on the validation images is highest with `{val.idxmax()}` "
+        f"({val.max():.1f} %) and lowest with `{val.idxmin()}` ({val.min():.1f} %). On its own, augmented images a "
+        f"model is at most {(train - val).max():.1f} points better than on those: the larger this is, the more it has "
+        "learned by heart."
+    )
+
+
+def schedules_in_words(schedules: pd.DataFrame) -> Markdown:
+    """How many tokens a layer has on average, by strategy."""
+    layers = schedules.loc[schedules["layer"] > 0].assign(entering=lambda x: x["tokens"] + x["removed"])
+    means: Any = layers.groupby("strategy", sort=False)["entering"].mean()
+    told = _listed([f"{name} {mean:.1f}" for name, mean in means.items()])
+    return Markdown(
+        f"A layer starts with this many tokens on average: {told}. What a model computes is in proportion to that, not "
+        "to what is left at the end, so the strategies that fuse early save most."
+    )
+
+
+def costs_in_words(costs: pd.DataFrame) -> Markdown:
+    """By how much time falls short of FLOPs."""
+    rows = costs.set_index("strategy").to_dict("index")
+    none = rows.pop(summary.BASELINE)
+    told = _listed(
+        [
+            f"{name} {row['time_ratio']:.2f} of the time with {row['flops_per_image'] / none['flops_per_image']:.2f} "
+            "of the FLOPs"
+            for name, row in rows.items()
+        ]
+    )
+    return Markdown(
+        f"In units of no fusion: {told}. What time has above FLOPs is matching, merging, and what does not depend on "
+        "tokens at all, such as the optimiser."
+    )
+
+
+def claims_in_words(found: pd.DataFrame) -> Markdown:
+    verdicts: Any = found.groupby("claim", sort=False)["verdict"].first()
+    told = _listed([f"{count} {verdict}" for verdict, count in verdicts.value_counts(sort=False).items()])
+    return Markdown(f"Of {len(verdicts)} claims: {told}. A claim holds only if each of its comparisons does.")
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), *names[-1:]] if len(names) > 1 else names)

@@ -1,0 +1,57 @@
+"""The trained models that the notebook `tokens` looks into: a run of the sweep, those in weights/, else a smoke run."""
+
+import os
+from pathlib import Path
+
+from famba import config, data
+from famba.analysis import tokens
+from famba.analysis.tokens import Traced
+from famba.errors import InputError
+from famba.experiments import sweep
+from famba.reports import SMOKE, Report, profile_name, smoke_report
+from famba.storage import runs
+
+WEIGHTS = "weights"
+
+
+def opened(profile: str | None, *, strategy: str, seed: int, pipeline: bool) -> tuple[Report, Path]:
+    """The report of one model, and the folder that holds it.
+
+    Args:
+        profile: None is the one that params.yaml names.
+        pipeline: the finished run or an error.
+    """
+    root, name = config.root(), runs.run_name(strategy, seed)
+    runs_dir = root / "results" / "runs"
+    asked = profile_name(profile if pipeline else os.environ.get("FAMBA_PROFILE", profile))
+    wanted = {"strategy": strategy, "seed": seed}
+    try:
+        folder = sweep.ensure_run(runs_dir / name, **wanted, profile=asked, train_missing=False)
+        shown = f"The finished run results/runs/{name} of the profile `{asked}`."
+    except InputError as error:
+        folder = root / WEIGHTS / f"photographs-{strategy}"
+        if pipeline:
+            raise
+        if asked == SMOKE or not folder.is_dir():
+            report = smoke_report(f"{error}. `make repro` trains the real one.")
+            folder = report.runs_dir / name
+            return report, sweep.ensure_run(folder, **wanted, profile=SMOKE, train_missing=True)
+        shown = f"The trained model {folder.relative_to(root)}. No run of the sweep is here: `make repro` trains them."
+    return Report(asked, shown, root, runs_dir, made=pipeline), folder
+
+
+def traced(folder: Path, *, count: int) -> Traced:
+    """A model and the first `count` images of its test split, or photographs if it came without its data set."""
+    if (folder / "config.json").is_file():
+        return tokens.trace_images(folder, PHOTOGRAPHS[:count])
+    return tokens.trace_run(folder, count=count)
+
+
+def all_traced(folder: Path) -> dict[str, Traced]:
+    """Every model that can be played with, by name: the one in a folder, and all in weights/."""
+    others = sorted((config.root() / WEIGHTS).glob("*/config.json"))
+    folders = dict.fromkeys([folder, *(file.parent for file in others)])
+    return {each.name: traced(each, count=10) for each in folders}
+
+
+PHOTOGRAPHS = [data.shipped(f"images/{name}.jpg") for name in ("china", "flower")]

@@ -1,0 +1,114 @@
+"""What a notebook shows in a checkout with finished runs, in a fresh clone, and where there is neither."""
+
+import json
+import shutil
+
+import pytest
+from test_runs import make_run
+from test_summary import costs_frame, runs_frame
+
+from famba import config, plots, reports
+from famba.analysis import summary
+from famba.errors import InputError
+from famba.reports import compare, models
+from famba.storage import runs
+
+PROFILE = {"profile": "default", "pipeline": False}
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A fresh clone whose committed results are two runs."""
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(config.root() / name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FAMBA_PROFILE", raising=False)
+    frame = runs_frame({"none": [95.0], "upper": [94.0]})
+    summary.write_summary(frame, costs_frame(), tmp_path / "results")
+    return tmp_path
+
+
+def opened(made, file="summary.md", **changes):
+    return reports.opened(made.append, file, command="make repro", **PROFILE | changes)
+
+
+def test_a_fresh_clone_shows_the_committed_results_and_writes_nothing(checkout):
+    made = []
+    report = opened(made)
+    assert made == []
+    assert not report.smoke
+    assert "Committed results of the profile <code>default</code>" in report._repr_html_()
+    assert "smoke" not in report._repr_html_().lower()
+    assert report.table("runs.csv")["top1_percent"].tolist() == [95.0, 94.0]
+    assert "| none" in report.text("summary.md").data
+    report.save(drawn=plots.paired_accuracy(report.table("runs.csv")))
+    assert not (checkout / "figures").exists()
+
+
+def test_runs_are_finished_only_if_all_of_them_have_the_accuracy_of_the_table(checkout):
+    for name, score in (("none-0", 95.0), ("upper-0", 93.0)):
+        (checkout / "results" / "runs" / name).mkdir(parents=True)
+        (checkout / "results" / "runs" / name / "metrics.json").write_text(json.dumps({"top1_percent": score}))
+    assert "Committed" in opened([]).shown
+    (checkout / "results" / "runs" / "upper-0" / "metrics.json").write_text(json.dumps({"top1_percent": 94.0}))
+    assert opened([]).shown == "Finished runs of the profile `default`: results/runs."
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"file": "ablation.md"}, "ablation.md: missing"),
+        ({"profile": "cifar10"}, "of the profile 'default'; 'cifar10' is asked for"),
+        ({"profile": "smoke"}, "asks for it"),
+    ],
+)
+def test_without_results_of_the_profile_smoke_runs_are_made_under_a_warning(checkout, changes, why):
+    made = []
+    report = opened(made, **changes)
+    assert made == [report]
+    assert (report.profile, report.folder) == ("smoke", checkout / "build" / "smoke")
+    assert "these numbers mean nothing" in report._repr_html_()
+    assert why in report.shown
+    assert len(report.sweep().seeds) == 2
+
+
+def test_the_environment_asks_for_smoke_but_not_in_the_pipeline(checkout, monkeypatch):
+    monkeypatch.setenv("FAMBA_PROFILE", "smoke")
+    assert opened([]).smoke
+    made = []
+    report = opened(made, pipeline=True)
+    assert made == [report]
+    assert (report.profile, report.folder, report.made) == ("default", checkout, True)
+    report.save(drawn=plots.paired_accuracy(report.table("runs.csv")))
+    assert (checkout / "figures" / "drawn.png").is_file()
+
+
+def test_the_pipeline_takes_finished_runs_only(checkout):
+    with pytest.raises(InputError, match="results/runs/none-0: no such run"):
+        reports.opened(compare.make, "summary.md", command="make repro", profile="default", pipeline=True)
+    with pytest.raises(InputError, match="results/runs/upper-0: no such run"):
+        models.opened("default", strategy="upper", seed=0, pipeline=True)
+
+
+def test_a_model_is_the_finished_run_else_the_one_in_weights(checkout):
+    (checkout / "weights" / "photographs-upper").mkdir(parents=True)
+    report, folder = models.opened("default", strategy="upper", seed=0, pipeline=False)
+    assert folder == checkout / "weights" / "photographs-upper"
+    assert report.shown.startswith("The trained model weights/photographs-upper.")
+    params = config.load("default", strategy="upper").as_dict()
+    runs.write(make_run("upper", profile="default", params=params), checkout / "results" / "runs" / "upper-0")
+    report, folder = models.opened("default", strategy="upper", seed=0, pipeline=False)
+    assert folder == checkout / "results" / "runs" / "upper-0"
+    assert report.shown == "The finished run results/runs/upper-0 of the profile `default`."
+
+
+def test_words_under_a_figure_are_those_of_its_numbers():
+    frame = runs_frame({"none": [90.0, 96.0], "upper": [89.0, 97.0]})
+    table = summary.summary(frame, costs_frame())
+    said = compare.accuracy_in_words(table, "time_ratio").data
+    assert "Without fusion top-1 accuracy is 93.0 %, mean over 2 seeds." in said
+    assert "`upper` has 0.90 times the training time and changes accuracy by +0.0 points (95 % interval −" in said
+    assert compare.pairs_in_words(frame).data.startswith("Of 2 seeds, accuracy falls by fusing with upper in 1.")
+    costs = compare.costs_in_words(costs_frame().query("strategy in ('none', 'lower')")).data
+    assert costs.startswith("In units of no fusion: lower 0.60 of the time with 0.60 of the FLOPs.")
+    assert "none 37.0, all 23.5" in compare.schedules_in_words(compare.schedules("default")).data

@@ -1,0 +1,86 @@
+"""The documentation's site, and notebooks in git."""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+from checkout import ROOT
+
+import famba
+
+spec = importlib.util.spec_from_file_location("conf", ROOT / "docs" / "conf.py")
+conf = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(conf)
+
+
+def test_the_table_of_contents_names_every_page():
+    named = " ".join(conf.CHAPTERS.values()).split()
+    pages = [x.relative_to(ROOT).with_suffix("") for x in (*ROOT.glob("docs/*.md"), *ROOT.glob("notebooks/*.ipynb"))]
+    assert len(pages) > 15
+    assert not [page for page in map(str, pages) if not any(fnmatch(page, pattern) for pattern in named)]
+
+
+def test_every_public_name_has_an_entry_in_the_api():
+    entries = re.findall(r"^\.\. (?:auto\w+|data):: (\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert sorted(entries) == sorted(famba.__all__)
+
+
+def test_the_site_shows_an_executed_copy_of_the_same_notebook_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(conf, "EXECUTED", tmp_path)
+    new = conf.v4.new_code_cell
+    committed = conf.v4.new_notebook(cells=[conf.v4.new_markdown_cell("# Title"), new("r = 1"), new("print(r)")])
+    given = new("r = 2", metadata={"tags": ["injected-parameters"]})
+    printed = new("print(r)", outputs=[conf.v4.new_output("stream", text="2")])
+    executed = conf.v4.new_notebook(cells=[*committed.cells[:2], given, printed])
+
+    def shown():
+        cells = conf.shown("tokens", conf.reads(conf.writes(committed), as_version=4)).cells
+        return cells[1].source, cells[-1].outputs
+
+    assert shown() == ("{download}`tokens.ipynb`, without outputs: it was not executed here.", [])
+    (tmp_path / "tokens-upper.ipynb").write_text(conf.writes(executed))
+    assert shown() == ("{download}`tokens.ipynb`, with its outputs.", printed.outputs)
+    committed.cells[2].source = "print(r + 1)"
+    assert shown()[1] == []
+
+
+@pytest.mark.slow
+def test_the_site_has_no_broken_link_or_reference(tmp_path):
+    if not importlib.util.find_spec("sphinx"):
+        pytest.skip("sphinx is not here: make docs installs it")
+    command = [sys.executable, "-m", "sphinx", "-qW", "-c", "docs", ".", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "README.html").read_text()
+    assert not re.findall(r'<(?:script|link)[^>]*(?:src|href)="https?:', page)
+
+
+def test_the_diff_of_an_executed_notebook_holds_its_edited_lines_and_no_outputs(tmp_path):
+    lab = subprocess.run(["make", "-n", "lab"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    (configure,) = re.findall(r"^git config diff.*", lab, re.MULTILINE)
+    for name in (".gitattributes", "notebooks/train.ipynb"):
+        shutil.copy(ROOT / name, tmp_path)
+
+    def git(*words):
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+
+    git("init", "-q")
+    git("add", ".")
+    tools = str(Path(sys.executable).parent)
+    subprocess.run(configure.replace(".venv/bin", tools), shell=True, check=True, cwd=tmp_path)
+    path = tmp_path / "train.ipynb"
+    notebook = json.loads(path.read_text())
+    cell = next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")
+    cell.update(execution_count=1, outputs=[{"output_type": "stream", "name": "stdout", "text": ["done\n"]}])
+    cell["source"].append("\nadded = 1")
+    notebook["metadata"]["language_info"] = {"name": "python", "version": "3.11.7"}
+    path.write_text(json.dumps(notebook, indent=1))
+    added = re.findall(r"^[+] (.*)", git("diff"), re.MULTILINE)
+    assert len(added) == 2  # the line before it gets its line break
+    assert "added = 1" in added[1]
