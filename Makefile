@@ -50,7 +50,7 @@ $(READY): ; .ci/setup $(VENV) $(READY)
 repro: env  ## train every strategy and draw the results: `dvc repro`, JOBS stages at a time
 	$(IN_VENV) .ci/repro $(JOBS)
 
-ablation: env  ## train every option of fusion with several seeds: results/ablation.md, about twenty minutes
+ablation: env  ## train strategies with one change at a time (params.yaml: ablation): results/ablation/, 600 runs
 
 adaptive: env  ## train schedules made from the measured cost of fusing: results/adaptive.md
 
@@ -58,6 +58,7 @@ photographs: env  ## train the strategies on photographs (params.yaml: photograp
 
 ablation adaptive photographs:
 	$(IN_VENV) dvc --wait-for-lock repro experiments/dvc.yaml:$@
+	$(IN_VENV) dvc --wait-for-lock repro --force --single-item claims  # which reads what was made
 
 readme: env  ## write the tables of README.md and docs/results.md from results/
 	$(IN_VENV) python -m famba readme

@@ -25,7 +25,7 @@ from ruamel.yaml.nodes import Node, ScalarNode
 
 from famba.errors import InputError
 from famba.fusion import strategies
-from famba.fusion.options import Factor, FusionOptions
+from famba.fusion.options import FusionOptions
 from famba.fusion.strategies import ADAPTIVE, STRATEGIES
 
 # Per channel, of ImageNet's training images.
@@ -220,32 +220,25 @@ class TrainParams:
 
 @section
 class SweepParams:
-    """The runs of the pipeline: every strategy with every seed."""
+    """Runs: every variant with every seed. Variants are strategies, and some of them with one change at a time."""
 
-    strategies: Annotated[Strategies, Field(min_length=1)]
+    strategies: Annotated[Strategies, Field(min_length=1)]  # as the profile has them
     seeds: Seeds
+    varied: Strategies = dataclasses.field(default=(), kw_only=True)  # those with each of the changes, too
+    # By name, as `given` of `load`.
+    changes: dict[Strategy, dict[str, Any]] = dataclasses.field(default_factory=dict, kw_only=True)
 
+    @property
+    def variants(self) -> dict[str, tuple[str, dict[str, Any]]]:
+        """Strategy and change of each variant, whose name is that of the strategy or `<strategy>_<change>`."""
+        named: dict[str, tuple[str, dict[str, Any]]] = {
+            name: (name, {}) for name in strategies.ordered(self.strategies)
+        }
+        return named | {f"{x}_{change}": (x, given) for x in self.varied for change, given in self.changes.items()}
 
-@section
-class AblationParams:
-    """Which options of fusion are varied, and for whom; what is not varied stays as the profile has it."""
-
-    strategy: Strategy  # trained with every combination of the factors' values
-    strategies: Strategies  # trained with one factor changed at a time
-    factors: Annotated[tuple[Factor, ...], Field(min_length=1), AfterValidator(_unique)]  # fields of `FusionOptions`
-    controls: Annotated[tuple[Factor, ...], AfterValidator(_unique)]  # further ones, changed one at a time for all
-    seeds: Seeds
-    epochs: Positive | None  # instead of the profile's, to end sooner; null keeps them
-    jobs: Jobs  # runs trained at the same time, each on one thread
-
-    @model_validator(mode="after")
-    def _check(self) -> "AblationParams":
-        for key, chosen in {"strategy": [self.strategy], "strategies": self.strategies}.items():
-            if "none" in chosen:
-                raise ValueError(f"{key}: 'none' fuses nothing, so that no option of fusion matters to it")
-        if self.strategy in self.strategies:
-            raise ValueError(f"strategies: {self.strategy!r} is ablation.strategy already")
-        return self
+    def params(self, profile: str | None) -> "dict[str, Params]":
+        """The parameters of each variant under a profile; errors as in `load`."""
+        return {name: load(profile, strategy=x, given=given) for name, (x, given) in self.variants.items()}
 
 
 @section
@@ -262,25 +255,23 @@ class ClaimParams:
 
     says: Text
     source: Text
-    # Difference in top-1 (points), ratio of the step's time or of peak memory; null: the pipeline does not measure it.
-    quantity: Literal["top1_percent_diff", "time_ratio", "memory_ratio"] | None = None
-    strategies: Strategies = ()
-    against: Strategies = ("none",)
+    # Difference in top-1 (points), ratio of training time or of peak memory.
+    quantity: Literal["top1_percent_diff", "time_ratio", "memory_ratio"]
+    strategies: Annotated[Strategies, Field(min_length=1)]
+    against: Annotated[Strategies, Field(min_length=1)] = ("none",)
+    ablation: Text | None = None  # whose variants are compared; null: the sweep's strategies
+    # Compared at the same of this: interpolated between two variants of `against`, the next below and above in it.
+    at_same: Literal["time_ratio", "memory_ratio"] | None = None
     below: Float | None = None  # exactly one of the two
     above: Float | None = None  # -1.0: worse by less than a margin of one point
 
     @model_validator(mode="after")
     def _check(self) -> "ClaimParams":
-        if self.quantity is None:
-            if self.strategies or self.below is not None or self.above is not None:
-                raise ValueError("quantity: needed to compare strategies")
-            return self
-        for key in ("strategies", "against"):
-            if not getattr(self, key):
-                raise ValueError(f"{key}: needs at least one")
         for key in ("below", "above"):
             if self.quantity != "top1_percent_diff" and (bound := getattr(self, key)) is not None and bound <= 0:
                 raise ValueError(f"{key}: a ratio is compared with a positive number")
+        if self.at_same and (self.quantity != "top1_percent_diff" or len(self.against) < 2):
+            raise ValueError("at_same: only for top1_percent_diff, against two variants or more")
         return _check_one_given(self, "below", "above")
 
 
@@ -383,7 +374,7 @@ class _File:
     fusion: dict[Strategy, Any]
     train: Section
     sweep: Section
-    ablation: Section
+    ablation: Annotated[dict[Text, Section], Field(min_length=1)]
     photographs: Section
     claims: Annotated[dict[Text, Section], Field(min_length=1)]
     profiles: dict[str, Profile]
@@ -490,13 +481,9 @@ def load_sweep(path: Path | None = None, *, seeds: Sequence[int] | None = None) 
     return _load(SweepParams, "sweep", path, {} if seeds is None else {"seeds": seeds})
 
 
-def load_ablation(path: Path | None = None, **changes: Any) -> AblationParams:
-    """The ablation that params.yaml asks for; errors as in `load`.
-
-    Args:
-        changes: values to have instead of the file's, under the same keys.
-    """
-    return _load(AblationParams, "ablation", path, changes)
+def load_ablations(path: Path | None = None) -> dict[str, SweepParams]:
+    """The ablations that params.yaml asks for, by name; errors as in `load`."""
+    return {name: _load(SweepParams, f"ablation.{name}", path, {}) for name in _read(path)[0].ablation}
 
 
 def load_photographs(path: Path | None = None) -> PhotographsParams:
@@ -514,11 +501,15 @@ def _load(kind: type[T], section: str, path: Path | None, changes: Mapping[str, 
     top, _, entry = section.partition(".")
     values = getattr(file, top)[entry] if entry else getattr(file, top)
     found = validated(kind, values | changes, name, lambda *keys: (section, *keys))
-    named = (*getattr(found, "strategies", ()), *getattr(found, "against", ()), getattr(found, "strategy", "none"))
-    for strategy in named:
-        if strategy not in file.strategies:
-            allowed = ", ".join(file.strategies)
-            raise InputError(f"{name}: {section}: strategy {strategy!r} is not one of fusion's: {allowed}")
+    known: list[str] = file.strategies
+    if ablation := getattr(found, "ablation", None):
+        if ablation not in file.ablation:
+            raise InputError(f"{name}: {section}.ablation: {ablation!r} is not one of {', '.join(file.ablation)}")
+        known = list(_load(SweepParams, f"ablation.{ablation}", path, {}).variants)
+    for key in ("strategies", "against", "varied"):
+        for strategy in getattr(found, key, ()):
+            if strategy not in known:
+                raise InputError(f"{name}: {section}.{key}: {strategy!r} is not one of {', '.join(known)}")
     return found
 
 

@@ -14,7 +14,7 @@ from dvc.utils.serialize import modify_yaml
 from ruamel.yaml import YAML
 
 from famba import config
-from famba.config import AblationParams, DataParams, FusionRule, ModelParams, Params, SweepParams, TrainParams
+from famba.config import DataParams, FusionRule, ModelParams, Params, SweepParams, TrainParams
 from famba.errors import InputError
 from famba.fusion import options
 from famba.fusion.options import FusionOptions
@@ -29,6 +29,7 @@ def document() -> dict[str, Any]:
     return YAML(typ="safe", pure=True).load(TEXT)
 
 
+ABLATION = {"strategies": ["none", "all"], "seeds": [0]}
 CLAIM = {"says": "x", "source": "y", "quantity": "time_ratio", "strategies": ["all"], "below": 1.0}
 PROFILES = tuple(document()["profiles"])
 
@@ -75,21 +76,39 @@ def test_a_section_spells_out_every_field_of_its_dataclass_and_comes_back_as_it_
 
 def test_the_sweep_comes_back_as_it_was():
     written = document()["sweep"]
-    assert json.loads(json.dumps(dataclasses.asdict(config.load_sweep(FILE)))) == written
+    found = json.loads(json.dumps(dataclasses.asdict(config.load_sweep(FILE))))
+    assert found == written | {"varied": [], "changes": {}}
 
 
-def test_the_ablation_comes_back_as_it_was_and_changes_replace_its_values():
+def test_ablations_come_back_as_they_were_and_their_variants_are_runs_of_the_profile():
     written = document()["ablation"]
-    assert list(written) == [field.name for field in dataclasses.fields(AblationParams)]
-    assert json.loads(json.dumps(dataclasses.asdict(config.load_ablation(FILE)))) == written
-    changed = config.load_ablation(FILE, seeds=[5], epochs=None)
-    assert (changed.seeds, changed.epochs) == ((5,), None)
-    assert dataclasses.replace(changed, seeds=(0,), epochs=1) == config.load_ablation(FILE, seeds=[0], epochs=1)
+    found = config.load_ablations(FILE)
+    assert json.loads(json.dumps({name: dataclasses.asdict(asked) for name, asked in found.items()})) == written
+    for asked in found.values():
+        assert {*asked.varied, "none"} <= set(asked.strategies)
+        params = asked.params("default")
+        assert len(params) == len(asked.strategies) + len(asked.varied) * len(asked.changes)
+        assert len({p.digest(0) for p in params.values()}) == len(params), "two variants are the same run"
+
+
+def test_a_variant_is_a_strategy_with_a_change_and_has_both_names():
+    changes = {
+        "early": {"fusion.upper.first_layer": 1, "fusion.upper.total": 20},
+        "append": {"options.order": "append"},
+    }
+    asked = SweepParams(strategies=("upper", "none"), seeds=(0,), varied=("upper",), changes=changes)
+    params = asked.params("default")
+    assert list(params) == ["none", "upper", "upper_early", "upper_append"]
+    assert {p.strategy for p in params.values()} == {"none", "upper"}
+    assert params["upper"] == config.load("default", strategy="upper")
+    assert params["upper_early"].schedule(10) == [2] * 10
+    assert params["upper_append"].options.order == "append"
 
 
 def test_the_runs_on_photographs_come_back_as_they_were_and_name_a_profile():
     written = document()["photographs"]
-    assert json.loads(json.dumps(dataclasses.asdict(config.load_photographs(FILE)))) == written
+    found = json.loads(json.dumps(dataclasses.asdict(config.load_photographs(FILE))))
+    assert found == written | {"varied": [], "changes": {}}
     assert written["profile"] in PROFILES
 
 
@@ -398,21 +417,41 @@ def test_a_bad_value_is_named_in_one_line_with_its_key_and_what_is_allowed(
         ("sweep", {"seeds": 3}, ".seeds: 3: Input should be a valid tuple"),
         ("sweep", {"seeds": [2**32]}, ".seeds.0: 4294967296: Input should be less than 4294967296"),
         ("sweep", {"seeds": [0, 1, 0]}, ".seeds: [0, 1, 0]: each may be named only once"),
-        ("sweep", {"strategies": ["none", "most"]}, ": strategy 'most' is not one of fusion's: "),
-        ("sweep", {"seed": [0]}, ".seed: unknown key; allowed: seeds, strategies"),
-        ("ablation", {"strategy": "most"}, ": strategy 'most' is not one of fusion's: "),
-        ("ablation", {"strategy": "none"}, ".strategy: 'none': 'none' fuses nothing"),
-        ("ablation", {"strategies": ["all", "none"]}, ".strategies: ['all', 'none']: 'none' fuses nothing"),
-        ("ablation", {"strategies": ["upper"]}, ".strategies: ['upper']: 'upper' is ablation.strategy already"),
-        ("ablation", {"controls": ["colour"]}, ".controls.0: 'colour': Input should be 'order', 'weighting', "),
-        ("ablation", {"factors": ["colour"]}, ".factors.0: 'colour': Input should be 'order', 'weighting', "),
-        ("ablation", {"jobs": None}, ".jobs: None: Input should be a valid integer"),
+        ("sweep", {"strategies": ["none", "most"]}, ".strategies: 'most' is not one of all, "),
+        ("sweep", {"seed": [0]}, ".seed: unknown key; allowed: changes, seeds, strategies, varied"),
+        ("ablation", {"options": {"seeds": [0]}}, ".options.strategies: missing"),
+        (
+            "ablation",
+            {"options": ABLATION | {"varied": ["most"]}},
+            ".options.varied: 'most' is not one of all, ",
+        ),
+        ("ablation", {"options": ABLATION | {"changes": {"A": {}}}}, ".options.changes.A: 'A': String should match"),
+        ("ablation", {"options": 3}, ".options: 3 is not a section of `key: value` lines"),
         ("photographs", {"seeds": [0, 0]}, ".seeds: [0, 0]: each may be named only once"),
         ("claims", {"faster": {"says": "x"}}, ".faster.source: missing"),
-        ("claims", {"faster": CLAIM | {"against": ["most"]}}, ".faster: strategy 'most' is not one of fusion's: "),
+        (
+            "claims",
+            {"faster": CLAIM | {"against": ["most"]}},
+            ".faster.against: 'most' is not one of all, ",
+        ),
+        (
+            "claims",
+            {"faster": CLAIM | {"ablation": "most"}},
+            ".faster.ablation: 'most' is not one of options, smaller_model, ",
+        ),
+        (
+            "claims",
+            {"faster": CLAIM | {"ablation": "options", "against": ["all_most"]}},
+            ".faster.against: 'all_most' is",
+        ),
+        ("claims", {"faster": CLAIM | {"at_same": "memory_ratio"}}, ".faster.at_same: 'memory_ratio': only for top1_p"),
         ("claims", {"faster": CLAIM | {"above": 1.0}}, ".faster: {'above': 1.0, 'below': 1.0, 'quantity': 'time"),
-        ("claims", {"faster": CLAIM | {"quantity": None}}, ".faster.quantity: None: needed to compare strategies"),
-        ("claims", {"faster": CLAIM | {"strategies": []}}, ".faster.strategies: []: needs at least one"),
+        (
+            "claims",
+            {"faster": CLAIM | {"quantity": None}},
+            ".faster.quantity: None: Input should be 'top1_percent_diff', ",
+        ),
+        ("claims", {"faster": CLAIM | {"strategies": []}}, ".faster.strategies: []: Value should have at least 1 item"),
         ("claims", {"faster": CLAIM | {"below": 0}}, ".faster.below: 0: a ratio is compared with a positive number"),
     ],
 )
@@ -423,7 +462,7 @@ def test_a_bad_section_of_several_runs_is_named_in_one_line(
     loading = {
         "adaptive": config.load_adaptive,
         "sweep": config.load_sweep,
-        "ablation": config.load_ablation,
+        "ablation": config.load_ablations,
         "photographs": config.load_photographs,
         "claims": config.load_claims,
     }
@@ -438,10 +477,6 @@ def test_a_bad_section_of_several_runs_is_named_in_one_line(
 def test_what_is_missing_is_named(edited: Callable[..., Path], keys: tuple[str, ...], key: str):
     path = edited(*keys, delete=True)
     assert refusal(lambda: config.load(strategy="all", path=path)) == f"params.yaml: {key}: missing"
-
-
-def test_an_ablation_of_one_strategy_needs_no_others():
-    assert config.load_ablation(FILE, strategies=[]).strategies == ()
 
 
 def test_an_unknown_strategy_or_profile_is_named_with_those_that_there_are():

@@ -29,7 +29,7 @@ from famba.storage import provenance
 from famba.storage.files import json_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGE_NOTEBOOKS = ("train", "cost", "compare", "tokens", "similarity", "ablation", "adaptive", "photographs")
+STAGE_NOTEBOOKS = ("train", "cost", "compare", "tokens", "similarity", "ablation", "claims", "adaptive", "photographs")
 # A package imports only from itself and from those before it; two modules of fusion need nothing and come first.
 PACKAGES = (
     *("errors", "fusion.options", "fusion.strategies", "config", "storage", "supervision", "kernels", "fusion"),
@@ -79,8 +79,9 @@ def stages() -> dict[str, dict]:
     for path in [ROOT / "dvc.yaml", *sorted(ROOT.glob("*/dvc.yaml"))]:
         document = YAML(typ="safe", pure=True).load(path.read_text())
         assert not set(found) & set(document["stages"])
-        assert all((stage.get("wdir") == "..") == (path.parent != ROOT) for stage in document["stages"].values()), path
-        found |= {name: stage.get("do", stage) for name, stage in document["stages"].items()}
+        bodies = {name: stage.get("do", stage) for name, stage in document["stages"].items()}
+        assert all((stage.get("wdir") == "..") == (path.parent != ROOT) for stage in bodies.values()), path
+        found |= bodies
     return found
 
 
@@ -148,10 +149,18 @@ def test_each_stage_depends_on_the_digest_of_the_notebook_that_it_runs():
     assert stages()["resolve"]["always_changed"]
 
 
+def test_every_ablation_of_params_yaml_has_its_stage_and_the_claims_depend_on_it():
+    document = YAML(typ="safe", pure=True).load((ROOT / "experiments" / "dvc.yaml").read_text())["stages"]
+    assert document["ablation"]["foreach"] == list(config.load_ablations())
+    read = [dep for dep in document["claims"]["deps"] if dep.startswith("results/ablation/")]
+    assert read == [f"results/ablation/{name}" for name in config.load_ablations()]
+
+
 def test_experiments_depend_on_the_parameters_that_they_read():
     sections = set(YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())) - {"claims"}
-    assert set(stages()["compare"]["params"]) == {"profile", "sweep", "claims"}
-    assert set(stages()["ablation"]["params"]) == sections - {"sweep", "photographs"}
+    assert set(stages()["compare"]["params"]) == {"profile", "sweep"}
+    assert set(stages()["ablation"]["params"]) == sections - {"ablation", "sweep", "photographs"} | {"ablation.${item}"}
+    assert set(stages()["claims"]["params"]) == {"ablation", "claims"}
     assert set(stages()["adaptive"]["params"]) == sections - {"ablation", "photographs"}
     assert set(stages()["photographs"]["params"]) == sections - {"profile", "ablation"}
 

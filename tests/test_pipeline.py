@@ -22,8 +22,9 @@ def copy(tmp_path_factory) -> Path:
     folder = copy_to(tmp_path_factory.mktemp("copy"), without=("tests/golden/", "figures/", "results/", "dvc.lock"))
     edit(folder, lambda document: document.update(profile="smoke"))
     edit(folder, lambda document: document["sweep"].update(strategies=["none", "upper"], seeds=[0]))
-    less = {"strategies": ["lower"], "factors": ["order"], "controls": ["reduction"], "seeds": [3], "epochs": None}
-    edit(folder, lambda document: document["ablation"].update(less))
+    changes = {"append": {"options.order": "append"}, "r2": {"fusion.upper.r": 2}}
+    less = {"strategies": ["none", "upper"], "varied": ["upper"], "changes": changes, "seeds": [3]}
+    edit(folder, lambda document: document["ablation"]["options"].update(less))
     commit(folder)
     return folder
 
@@ -162,22 +163,22 @@ def test_without_the_lock_file_finished_runs_are_taken_from_the_cache(copy, firs
     assert outputs(copy) == first
 
 
-ABLATION, ADAPTIVE = "experiments/dvc.yaml:ablation", "experiments/dvc.yaml:adaptive"
+ABLATION, ADAPTIVE = "experiments/dvc.yaml:ablation@options", "experiments/dvc.yaml:adaptive"
 
 
-def test_the_ablation_is_a_pipeline_of_its_own_that_keeps_its_runs(copy, first):
+def test_an_ablation_is_a_pipeline_of_its_own_that_keeps_its_runs(copy, first):
     assert ran(run(copy, "dvc", "repro", ABLATION)) == {ABLATION}
-    results = {name: copy / name for name in ("results/ablation.csv", "results/ablation.md", "figures/ablation.png")}
-    made = {name: path.read_bytes() for name, path in results.items()}
-    assert b"Keeping scan order instead of" in made["results/ablation.md"]
-    assert pd.read_csv(results["results/ablation.csv"])["seed"].tolist() == [3] * 6
-    with Image.open(results["figures/ablation.png"]) as image:
-        assert min(image.size) > 200
+    results, figures = copy / "results" / "ablation" / "options", copy / "figures" / "ablation" / "options"
+    made = (results / "runs.csv").read_bytes()
+    table = pd.read_csv(results / "runs.csv")
+    assert table["strategy"].tolist() == ["none", "upper", "upper_append", "upper_r2"]
+    assert (set(table["seed"]), set(table["command"])) == ({3}, {"make ablation"})
+    assert {path.stem for path in figures.iterdir()} == {"effects", "time_ratio", "peak_memory_mib", "paper"}
     assert (copy / "experiments" / "dvc.lock").is_file()
     assert ran(run(copy, "dvc", "repro", ABLATION)) == set()
 
-    runs = {path: path.stat().st_mtime_ns for path in copy.glob("results/experiments/ablation/*/metrics.json")}
-    assert len(runs) == 6  # two strategies, each as it is, with the other order and with the other reduction
+    runs = {path: path.stat().st_mtime_ns for path in copy.glob("results/experiments/ablation/options/*/metrics.json")}
+    assert len(runs) == 4
     module = copy / "famba" / "analysis" / "ablation.py"
     text = module.read_text()
     module.write_text(text + "\nTOUCHED = 1\n")
@@ -185,11 +186,18 @@ def test_the_ablation_is_a_pipeline_of_its_own_that_keeps_its_runs(copy, first):
     module.write_text(text)
     assert again == {ABLATION}
     assert {path: path.stat().st_mtime_ns for path in runs} == runs
-    assert {name: path.read_bytes() for name, path in results.items()} == made
+    assert (results / "runs.csv").read_bytes() == made
     edit(copy, lambda document: document.update(profile="default"))
     planned = run(copy, "dvc", "repro", "--dry", ABLATION)
     edit(copy, lambda document: document.update(profile="smoke"))
     assert "-p profile default" in planned
+
+
+def test_claims_are_judged_by_the_sweep_and_the_ablations_that_were_run(copy, first):
+    run(copy, "dvc", "repro", "--single-item", "experiments/dvc.yaml:claims")
+    found = pd.read_csv(copy / "results" / "claims.csv")
+    assert "not measured" not in set(found.loc[found["claim"] == "upper_keeps_accuracy", "verdict"])
+    assert set(found.loc[found["claim"] == "later_start", "verdict"]) == {"not measured"}
 
 
 def test_the_adaptive_pipeline_stands_on_the_sweeps_runs_and_leaves_them_alone(copy, first):

@@ -1,9 +1,11 @@
-"""Verdicts on the claims that params.yaml states: what the sweep's runs and the rounds of the cost stage say of each.
+"""Verdicts on the claims that params.yaml states: what runs, of the sweep and of the ablations, and costs say of each.
 
 A claim is one comparison of two strategies or several. Each has a one-sided test of the effect against the claim's
 bound. Accuracy: Student's t with the standard error of the two-level bootstrap (`intervals.two_level`). Time: normal,
 on the logarithm of the ratio, from its interval; of two fusing strategies from the intervals of both ratios to `none`,
 which errs on the wide side, since they share the steps of `none`. Memory follows from the model: no test, no interval.
+At the same cost, a variant is compared with two others, the next cheaper and the next dearer, image by image
+interpolated linearly in the cost; the cost's own error is small beside that of accuracy, and left out.
 
 Sources: R. L. Berger, "Multiparameter hypothesis testing and acceptance sampling", Technometrics 24(4), 1982: several
 comparisons hold together if the least certain one does (intersection-union test). S. Holm, "A simple sequentially
@@ -38,7 +40,27 @@ LABELS = {
 }
 
 
-def verdicts(claims: Mapping[str, ClaimParams], runs: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+def load(folder: str | Path) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
+    """What has been measured: runs and summary of the sweep, under "", and of each ablation that was run, by its name.
+
+    Args:
+        folder: which holds runs.csv and summary.csv, those of ablations in ablation/<name>; if relative, from the
+            repository root.
+    """
+    folders = {"": config.root() / folder}
+    folders |= {name: folders[""] / "ablation" / name for name in config.load_ablations()}
+    kinds: Any = {"correct": "str", "threads": "str", "disturbed": "str"}
+    found = {}
+    for name, path in folders.items():
+        if (path / "summary.csv").is_file():
+            runs, table = (pd.read_csv(path / f"{x}.csv", dtype=kinds) for x in ("runs", "summary"))
+            found[name] = runs, table.fillna({"disturbed": ""})
+    return found
+
+
+def verdicts(
+    claims: Mapping[str, ClaimParams], measured: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]]
+) -> pd.DataFrame:
     """One row per comparison of each claim, and the claim's verdict in each of its rows.
 
     Confirmed: every comparison holds. Refuted: one of them is contrary (Bonferroni over the claim's comparisons). Both
@@ -46,8 +68,7 @@ def verdicts(claims: Mapping[str, ClaimParams], runs: pd.DataFrame, table: pd.Da
 
     Args:
         claims: as from `config.load_claims`.
-        runs: as from `summary.load_runs`.
-        table: as from `summary.summary`, of these runs.
+        measured: as from `load`.
 
     Returns:
         claim, says, source, quantity, strategy, against, required, effect, low, high (95%, not adjusted), seeds,
@@ -56,7 +77,7 @@ def verdicts(claims: Mapping[str, ClaimParams], runs: pd.DataFrame, table: pd.Da
     found = pd.DataFrame(
         {"claim": name, "says": claim.says, "source": claim.source, **row}
         for name, claim in claims.items()
-        for row in _comparisons(claim, runs, table)
+        for row in _comparisons(claim, measured.get(claim.ablation or ""))
     )
     of_claim = found.groupby("claim", sort=False)
     supported = of_claim["p"].agg(lambda p: p.max(skipna=False))
@@ -71,30 +92,33 @@ def verdicts(claims: Mapping[str, ClaimParams], runs: pd.DataFrame, table: pd.Da
     return found.drop(columns="p").join(judged, on="claim")
 
 
-def write(found: pd.DataFrame, table: pd.DataFrame, folder: str | Path) -> str:
-    """Write claims.csv and claims.md, whose text is returned; runs.csv and cost.csv, which it traces to, are there.
+def write(found: pd.DataFrame, measured_dir: str | Path, folder: str | Path) -> str:
+    """Write claims.csv and claims.md, whose text is returned, with the digests of the tables that it traces to.
 
     Args:
         found: as from `verdicts`.
-        table: as given to it.
+        measured_dir: as given to `load`.
         folder: if relative, from the repository root.
     """
-    folder = config.root() / folder
-    digests = [hashlib.sha256((folder / name).read_bytes()).hexdigest()[:16] for name in ("runs.csv", "cost.csv")]
-    text = "\n".join(
-        [
-            "# The claims, and what these runs say of them",
-            "",
-            _markdown(found),
-            "",
-            "Effect: of the first strategy against the second, with its 95% interval; accuracies are paired by seed "
-            "and image. p: of the claim, two-sided, Holm-adjusted over the claims that have a test; below "
-            f"{LEVEL:g} it decides. Memory follows from the model and needs no test.",
-            "",
-            summary.setting(table),
-            f"SHA-256 of runs.csv begins with {digests[0]}, of cost.csv with {digests[1]}.",
+    lines = [
+        "# The claims, and what the runs say of them",
+        "",
+        _markdown(found),
+        "",
+        "Effect: of the first strategy against the second, with its 95% interval; accuracies are paired by seed and "
+        "image. Against two variants with weights: interpolated between them at the same cost. p: of the claim, "
+        f"two-sided, Holm-adjusted over the claims that have a test; below {LEVEL:g} it decides. Memory follows from "
+        "the model and needs no test.",
+    ]
+    for name, (_, table) in load(measured_dir).items():
+        where = f"ablation/{name}/" if name else ""
+        digests = [
+            f"{where}{x} begins with "
+            + hashlib.sha256((config.root() / measured_dir / where / x).read_bytes()).hexdigest()[:16]
+            for x in ("runs.csv", "cost.csv")
         ]
-    )
+        lines += ["", f"{where or 'The sweep'}: {summary.setting(table)} SHA-256 of {', of '.join(digests)}."]
+    text, folder = "\n".join(lines), config.root() / folder
     write_atomic(folder / "claims.csv", found.to_csv(index=False, lineterminator="\n").encode())
     write_atomic(folder / "claims.md", f"{text}\n".encode())
     return text
@@ -131,36 +155,55 @@ def holm(p: pd.Series) -> pd.Series:
     return (rising * np.arange(len(p), 0, -1)).cummax().clip(upper=1).reindex(p.index)
 
 
-def _comparisons(claim: ClaimParams, runs: pd.DataFrame, table: pd.DataFrame) -> list[dict[str, Any]]:
+def _comparisons(claim: ClaimParams, measured: tuple[pd.DataFrame, pd.DataFrame] | None) -> list[dict[str, Any]]:
     """Of each pair of strategies the effect, its interval and the one-sided p-value of what the claim says of it."""
-    by_strategy = table.set_index("strategy")
-    row: dict[str, Any] = {"quantity": claim.quantity or "", "strategy": "", "against": "", "required": ""}
-    if claim.quantity is None or not {*claim.strategies, *claim.against} <= set(by_strategy.index):
-        return [row | dict.fromkeys(("effect", "low", "high", "p", "seeds", "images", "rounds"), math.nan)]
+    row: dict[str, Any] = {"quantity": claim.quantity, "strategy": "", "against": "", "required": ""}
+    nothing = dict.fromkeys(("effect", "low", "high", "p", "seeds", "images", "rounds"), math.nan)
+    if measured is None or not {*claim.strategies, *claim.against} <= {*measured[1]["strategy"]}:
+        return [row | nothing]
+    runs, by_strategy = measured[0], measured[1].set_index("strategy")
     bound, sign = (claim.above, 1) if claim.below is None else (claim.below, -1)
     assert bound is not None
     row["required"] = f"{'above' if sign > 0 else 'below'} {bound:g}"
     rows = []
-    for pair in itertools.product(claim.strategies, claim.against):
-        row |= {"strategy": pair[0], "against": pair[1], "seeds": math.nan, "images": math.nan, "rounds": math.nan}
+    for name, against in itertools.product(claim.strategies, [claim.against] if claim.at_same else claim.against):
+        row |= {"strategy": name, "against": against, "seeds": math.nan, "images": math.nan, "rounds": math.nan}
         if claim.quantity == "top1_percent_diff":
-            own, other = (runs[runs["strategy"] == name].set_index("seed") for name in pair)
-            effect, low, high = shown = summary.accuracy_difference(own, other)
+            weights = {against: 1.0}
+            if claim.at_same:
+                costs: dict[str, float] = by_strategy[claim.at_same].to_dict()
+                weights = _neighbours({x: costs[x] for x in claim.against}, costs[name])
+                row["against"] = ", ".join(f"{weight:.0%} {other}" for other, weight in weights.items())
+                if not weights:
+                    rows.append(row | nothing)
+                    continue
+            own, *others = (runs[runs["strategy"] == x].set_index("seed") for x in (name, *weights))
+            effect, low, high = shown = summary.accuracy_difference(own, *others, weights=list(weights.values()))
             limit, law = bound, stats.t(max(1, len(own) - 1))
-            row |= {"seeds": len(own), "images": by_strategy.loc[pair[0], "images"]}
+            row |= {"seeds": len(own), "images": by_strategy.loc[name, "images"]}
         else:
             keys = [claim.quantity + end for end in ("", "_low", "_high")]
             ratios = by_strategy.reindex(columns=keys).ffill(axis=1)  # `none` and memory have no interval
-            (e1, l1, h1), (e2, l2, h2) = np.log(ratios.loc[list(pair)].to_numpy(float))
+            (e1, l1, h1), (e2, l2, h2) = np.log(ratios.loc[[name, against]].to_numpy(float))
             effect = e1 - e2
             low, high = effect - math.hypot(e1 - l1, h2 - e2), effect + math.hypot(h1 - e1, e2 - l2)
             limit, law, shown = math.log(bound), stats.norm, np.exp([effect, low, high]).tolist()
             if claim.quantity == "memory_ratio":
                 shown[1:] = [math.nan, math.nan]
             else:
-                row["rounds"] = by_strategy.loc[pair[0], "rounds"]
+                row["rounds"] = by_strategy.loc[name, "rounds"]
         half = effect - low if effect > limit else high - effect
         with np.errstate(divide="ignore", invalid="ignore"):  # without spread: certain; 0 / 0: no test
             p = law.sf(law.ppf(0.975) * np.divide(sign * (effect - limit), half))
         rows.append(row | dict(zip(("effect", "low", "high", "p"), [*shown, float(p)], strict=True)))
     return rows
+
+
+def _neighbours(costs: Mapping[str, float], cost: float) -> dict[str, float]:
+    """The variants next below and above a cost, with the weights that interpolate at it; none outside of all costs."""
+    rising = sorted(costs, key=costs.__getitem__)
+    for low, high in itertools.pairwise(rising):
+        if costs[low] <= cost <= costs[high]:
+            weight = (cost - costs[low]) / (costs[high] - costs[low])
+            return {low: 1 - weight, high: weight}
+    return {}

@@ -1,4 +1,4 @@
-"""From training steps that took turns to what each strategy costs in units of `none`.
+"""From training steps that took turns to what each strategy, or variant of one, costs in units of `none`.
 
 The interval of a time ratio is over rounds: it says how exact this measurement is, not what another machine would give.
 Memory, FLOPs and tokens follow from the model and have none.
@@ -27,9 +27,9 @@ def table(steps: pd.DataFrame) -> pd.DataFrame:
         steps: as from `training.cost.measure`.
 
     Returns:
-        The columns of `steps` but for the round, and rounds, throughput_img_s, time_ratio (median over rounds of the
-        step's time over that of `none` in the same round), time_ratio_low and time_ratio_high (its 95% percentile
-        bootstrap interval over rounds; NaN for `none`), memory_ratio.
+        The columns of `steps` but for the round, and rounds, throughput_img_s, time_ratio (of training: median over
+        rounds of the step's time over that of `none` in the same round, times the ratio of their epochs), its 95%
+        percentile bootstrap interval over rounds (time_ratio_low and time_ratio_high; NaN for `none`), memory_ratio.
 
     Raises:
         InputError: no steps of `none`.
@@ -40,7 +40,8 @@ def table(steps: pd.DataFrame) -> pd.DataFrame:
     rows = steps.drop(columns="round").groupby("strategy", sort=False).first()
     rows = rows.loc[ordered(list(rows.index))]
     for name in rows.index:
-        ratios = (times[name] / times[BASELINE]).to_numpy()
+        epochs = rows.loc[name, "epochs"] / rows.loc[BASELINE, "epochs"]
+        ratios = epochs * (times[name] / times[BASELINE]).to_numpy()
         low = high = math.nan
         if name != BASELINE:
             found = stats.bootstrap((ratios,), np.median, method="percentile", rng=np.random.default_rng(0))
@@ -79,3 +80,20 @@ def caption(table: pd.DataFrame) -> str:
         f"{first['device']}, threads: {first['threads']}; ratios with 95% intervals over rounds."
     )
     return text + (f" **The machine was busy meanwhile: {first['disturbed']}.**" if first["disturbed"] else "")
+
+
+def break_even(table: pd.DataFrame) -> float:
+    """The r from which on training takes less time than without fusion, by linear interpolation.
+
+    Args:
+        table: variants with their r and time_ratio.
+
+    Returns:
+        0 if even the smallest r saves time; NaN if the largest does not.
+    """
+    rows = table.sort_values("r")
+    r, ratio = rows["r"].to_numpy(float), rows["time_ratio"].to_numpy(float)
+    last = int(np.flatnonzero(ratio >= 1).max(initial=-1))
+    if last in (-1, len(r) - 1):
+        return 0.0 if last < 0 else math.nan
+    return float(np.interp(1, ratio[[last + 1, last]], r[[last + 1, last]]))

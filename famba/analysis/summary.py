@@ -8,7 +8,7 @@ what ran beside it. Source of the paper's tables: arXiv:2409.09808.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
 from io import StringIO
 from pathlib import Path
@@ -38,19 +38,21 @@ _SETTING = ("profile", "dataset", "img_size", "model", "device", "threads", "ver
 def load_runs(sweep: SweepParams, runs_dir: str | Path) -> pd.DataFrame:
     """One row for every run that the sweep names, and no other: a folder left from an earlier sweep is not counted.
 
+    The column strategy holds the variant's name.
+
     Args:
         runs_dir: folder of the runs; if relative, from the repository root.
 
     Raises:
         InputError: a run that is missing or spoilt, a seed or strategy named twice, runs of different profiles, runs
-            whose parameters differ in more than the strategy's fusion rule; names run and key.
+            whose parameters differ in more than the strategy's fusion rule and the changes; names run and key.
     """
     rows = []
-    for record in _records(sweep, runs_dir):
+    for name, record in _records(sweep, runs_dir):
         data, model = record.params["data"], record.params["model"]
         rows.append(
             {
-                "strategy": record.strategy,
+                "strategy": name,
                 "seed": record.seed,
                 "profile": record.profile,
                 "dataset": data["dataset"],
@@ -75,8 +77,8 @@ def load_runs(sweep: SweepParams, runs_dir: str | Path) -> pd.DataFrame:
 def load_history(sweep: SweepParams, runs_dir: str | Path) -> pd.DataFrame:
     """One row per epoch of every run of the sweep: strategy, seed and `runs.HISTORY_COLUMNS`; errors as above."""
     rows = [
-        {"strategy": record.strategy, "seed": record.seed, **row}
-        for record in _records(sweep, runs_dir)
+        {"strategy": name, "seed": record.seed, **row}
+        for name, record in _records(sweep, runs_dir)
         for row in record.history
     ]
     frame = pd.DataFrame(rows, columns=["strategy", "seed", *runs.HISTORY_COLUMNS])
@@ -90,12 +92,12 @@ def load_schedules(sweep: SweepParams, runs_dir: str | Path) -> pd.DataFrame:
         InputError: as `load_runs`; or two seeds of one strategy that fused differently.
     """
     by_strategy: dict[str, runs.RunRecord] = {}
-    for record in _records(sweep, runs_dir):
-        first = by_strategy.setdefault(record.strategy, record)
+    for name, record in _records(sweep, runs_dir):
+        first = by_strategy.setdefault(name, record)
         if list(record.token_counts) != list(first.token_counts):
             raise InputError(
-                f"{runs.run_name(record.strategy, record.seed)}: token_counts differ from those of "
-                f"{runs.run_name(first.strategy, first.seed)}"
+                f"{runs.run_name(name, record.seed)}: token_counts differ from those of "
+                f"{runs.run_name(name, first.seed)}"
             )
     return _layers({name: (record.schedule, record.token_counts) for name, record in by_strategy.items()})
 
@@ -151,14 +153,19 @@ def summary(frame: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def accuracy_difference(ours: pd.DataFrame, theirs: pd.DataFrame) -> tuple[float, float, float]:
+def accuracy_difference(
+    ours: pd.DataFrame, *theirs: pd.DataFrame, weights: Sequence[float] = (1.0,)
+) -> tuple[float, float, float]:
     """Mean difference in top-1 (points), paired by seed and image, and its interval (`intervals.two_level`).
 
     Args:
         ours, theirs: rows of `load_runs`, one for each seed, indexed by seed.
+        weights: of theirs, whose weighted mean ours are compared with.
     """
-    found = intervals.answers([*ours["correct"].sort_index(), *theirs["correct"].sort_index()])
-    return intervals.two_level(100 * (found[: len(ours)] - found[len(ours) :]))
+    groups = (ours, *theirs)
+    found = intervals.answers(answers for group in groups for answers in group["correct"].sort_index())
+    own, *others = np.split(100 * found, len(groups))
+    return intervals.two_level(own - sum(weight * x for weight, x in zip(weights, others, strict=True)))
 
 
 def pareto(frame: pd.DataFrame, cost_column: str) -> list[str]:
@@ -357,35 +364,35 @@ def cosine_similarity(tokens: Float[np.ndarray, "t d"]) -> Float[np.ndarray, "t 
     return np.clip(unit @ unit.T, -1, 1)  # rounding alone leads outside
 
 
-def _records(sweep: SweepParams, runs_dir: str | Path) -> list[runs.RunRecord]:
-    """The sweep's runs, strategies in their fixed order, checked to be runs of one experiment."""
+def _records(sweep: SweepParams, runs_dir: str | Path) -> list[tuple[str, runs.RunRecord]]:
+    """Each variant's name and run, strategies in their fixed order, checked to be runs of one experiment."""
     folder, found = config.root() / runs_dir, []
-    for strategy in ordered(sweep.strategies):
+    sections = {key.split(".")[0] for given in sweep.changes.values() for key in given}
+    for name, (strategy, _) in sweep.variants.items():
         for seed in sweep.seeds:
-            name = runs.run_name(strategy, seed)
-            record = runs.read(folder / name)
+            path = folder / runs.run_name(name, seed)
+            record = runs.read(path)
             if (record.strategy, record.seed) != (strategy, seed):
-                raise InputError(f"{folder / name}: holds the run {runs.run_name(record.strategy, record.seed)}")
-            found.append(record)
-    first = found[0]
-    by_strategy: dict[str, runs.RunRecord] = {}
-    for record in found:
-        _same(first, record, but=("strategy", "fusion"))
-        _same(by_strategy.setdefault(record.strategy, record), record, but=())
+                raise InputError(f"{path}: holds the run {runs.run_name(record.strategy, record.seed)}")
+            found.append((name, record))
+    by_name: dict[str, tuple[str, runs.RunRecord]] = {}
+    for run in found:
+        _same(found[0], run, but={"strategy", "fusion", *sections})
+        _same(by_name.setdefault(run[0], run), run, but=set())
     return found
 
 
-def _same(first: runs.RunRecord, other: runs.RunRecord, *, but: tuple[str, ...]) -> None:
-    theirs, ours = _flat(other.params, but), _flat(first.params, but)
+def _same(first: tuple[str, runs.RunRecord], other: tuple[str, runs.RunRecord], *, but: Collection[str]) -> None:
+    theirs, ours = _flat(other[1].params, but), _flat(first[1].params, but)
     for key in [*theirs, *(key for key in ours if key not in theirs)]:
         if theirs.get(key) != ours.get(key):
-            names = [runs.run_name(record.strategy, record.seed) for record in (other, first)]
+            names = [runs.run_name(name, record.seed) for name, record in (other, first)]
             raise InputError(
                 f"{names[0]}: {key}: {theirs.get(key)!r}, but {ours.get(key)!r} in {names[1]}: not one experiment"
             )
 
 
-def _flat(tree: Mapping[str, Any], but: tuple[str, ...]) -> dict[str, Any]:
+def _flat(tree: Mapping[str, Any], but: Collection[str]) -> dict[str, Any]:
     kept = {key: value for key, value in tree.items() if key not in but}
     return {str(key): value for key, value in pd.json_normalize(kept, sep=".").to_dict("records")[0].items()}
 
@@ -403,21 +410,21 @@ _PAPERS_COSTS = ("train_time_s", "peak_memory_mib")
 
 
 def _change(points: float, *ratios: float) -> str:
-    return ", ".join([_signed(points), *(f"{ratio:.2f}" for ratio in ratios)])
+    return ", ".join([signed(points), *(f"{ratio:.2f}" for ratio in ratios)])
 
 
 def _number(mean: float, sd: float) -> str:
     return f"{mean:.1f}" + ("" if math.isnan(sd) else f" ± {sd:.1f}")
 
 
-def _signed(value: float) -> str:
+def signed(value: float) -> str:
     return f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")  # + 0.0: there is no negative zero
 
 
 def _differences(summary: pd.DataFrame) -> list[str]:
     columns = [f"top1_percent_diff{end}" for end in ("", "_low", "_high")]
     return [
-        "" if math.isnan(mean) else _signed(mean) + _between(_signed, low, high)
+        "" if math.isnan(mean) else signed(mean) + _between(signed, low, high)
         for mean, low, high in summary[columns].to_numpy(float)
     ]
 

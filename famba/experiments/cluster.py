@@ -6,19 +6,18 @@ not ended. On this machine, worker processes take run after run: submitit's own 
 at once and hide the GPUs.
 """
 
-import functools
 import logging
 import shutil
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from famba import config
 from famba.errors import FambaError, InputError
-from famba.experiments import ablation, launcher, sweep
+from famba.experiments import launcher, sweep
 from famba.experiments.sweep import Cell
 from famba.storage.files import claimed
 
@@ -55,43 +54,48 @@ def train(stage: str, *, profile: str | None, cluster: str, jobs: int | None, sl
 
     own = config.load(None, strategy="none").profile
     results = Path("results") if profile in (None, own) else Path("build") / profile
-    cells, command = _cells(stage, profile or own, results / STAGES["train"])
-    folder = config.root() / results / STAGES[stage]
-    logs = config.root() / "build" / "slurm" / results / STAGES[stage]
-    task = functools.partial(sweep.ensure_cell, folder=folder, train_missing=True, command=command, known_code=True)
-    with claimed(logs.with_suffix(".lock"), f"{folder}: another famba sweep trains these runs"):
-        missing = sweep.missing(cells, folder)
-        _log.info("%s: %d runs, %d of them missing", folder, len(cells), len(missing))
-        if cluster == "local":
-            launcher.run(task, {cell.name: cell for cell in missing}, jobs=jobs or 1)
-        else:
-            _run_on_slurm(task, cells, missing, logs, {"array_parallelism": jobs or len(cells)} | slurm)
-        if failed := sweep.missing(cells, folder):
-            raise FambaError(f"{len(failed)} of {len(cells)} runs failed, the first {failed[0].name}; logs: {logs}")
-        shutil.rmtree(logs, ignore_errors=True)
-        for cell in cells:  # a worker that was killed may have left those of a finished run
-            fit.forget(cell.params, seed=cell.seed)
-    return folder
+    for folder, cells in _cells(stage, profile or own, results).items():
+        logs = config.root() / "build" / "slurm" / folder
+        with claimed(logs.with_suffix(".lock"), f"{folder}: another famba sweep trains these runs"):
+            missing = sweep.missing(cells)
+            _log.info("%s: %d runs, %d of them missing", folder, len(cells), len(missing))
+            if cluster == "local":
+                launcher.run(_train, {str(cell.run_dir): cell for cell in missing}, jobs=jobs or 1)
+            else:
+                _run_on_slurm(cells, missing, logs, {"array_parallelism": jobs or len(cells)} | slurm)
+            if failed := sweep.missing(cells):
+                first = failed[0].run_dir
+                raise FambaError(f"{len(failed)} of {len(cells)} runs failed, the first {first}; logs: {logs}")
+            shutil.rmtree(logs, ignore_errors=True)
+            for cell in cells:  # a worker that was killed may have left those of a finished run
+                fit.forget(cell.p, seed=cell.seed)
+    return config.root() / results / STAGES[stage]
 
 
-def _cells(stage: str, profile: str, trained: Path) -> tuple[list[Cell], str | None]:
-    """The runs of a stage, and the command that they record where that is not the run's own."""
-    asked = config.load_sweep()
+def _cells(stage: str, profile: str, results: Path) -> dict[Path, list[Cell]]:
+    """The runs of a stage by their folders; not at once, since some of two ablations have the same checkpoints."""
+    asked, folder = config.load_sweep(), results / STAGES[stage]
+    found = {folder: (asked.params(profile), asked.seeds)}
     if stage == "ablation":
-        return ablation.cells(config.load_ablation(), profile=profile), ablation.COMMAND
-    if stage == "adaptive":
+        found = {folder / name: (each.params(profile), each.seeds) for name, each in config.load_ablations().items()}
+    elif stage == "adaptive":
         from famba.experiments import adaptive  # imports torch
 
-        plans = adaptive.plans(asked, profile=profile, runs_dir=trained)
-        return adaptive.cells(plans, asked, profile=profile), adaptive.COMMAND
-    return sweep.cells(asked, profile=profile), None
+        plans = adaptive.plans(asked, profile=profile, runs_dir=results / STAGES["train"])
+        found = {folder: (adaptive.params(plans, profile=profile), asked.seeds)}
+    command = None if stage == "train" else f"make {stage}"
+    return {each: sweep.cells(*made_of, runs_dir=each, command=command) for each, made_of in found.items()}
+
+
+def _train(cell: Cell) -> Path:
+    return sweep.ensure_cell(cell, train_missing=True, known_code=True)
 
 
 class Job:
     """What submitit pickles, and calls in a job: trains one run."""
 
-    def __init__(self, task: Callable[[Cell], Path], cell: Cell) -> None:
-        self.task, self.cell = task, cell
+    def __init__(self, cell: Cell) -> None:
+        self.cell = cell
 
     def __call__(self) -> str:
         """Empty, or the error in a line. The run has a process of its own, which ignores the signals of Slurm."""
@@ -99,7 +103,7 @@ class Job:
 
         submitit.JobEnvironment().paths.result_pickle.unlink(missing_ok=True)  # of the same job before a preemption
         try:
-            launcher.run(self.task, {self.cell.name: self.cell}, jobs=1)
+            launcher.run(_train, {str(self.cell.run_dir): self.cell}, jobs=1)
         except FambaError as error:
             return str(error)
         return ""
@@ -111,13 +115,7 @@ class Job:
         return DelayedSubmission(self)
 
 
-def _run_on_slurm(
-    task: Callable[[Cell], Path],
-    cells: Sequence[Cell],
-    missing: Sequence[Cell],
-    logs: Path,
-    parameters: dict[str, Any],
-) -> None:
+def _run_on_slurm(cells: Sequence[Cell], missing: Sequence[Cell], logs: Path, parameters: dict[str, Any]) -> None:
     """Submit a job for each missing run that has none, and wait until all jobs have ended; failures are logged."""
     try:
         import submitit
@@ -127,31 +125,31 @@ def _run_on_slurm(
     try:
         executor = submitit.SlurmExecutor(logs, max_num_timeout=_TIME_LIMITS)
         executor.update_parameters(**{"job_name": "famba", "time": 240} | parameters)
-        running = _running(logs, {cell.name: cell for cell in cells})
-        wanted = [Job(task, cell) for cell in missing if cell.name not in running]
+        running = _running(logs, {cell.run_dir: cell for cell in cells})
+        wanted = [Job(cell) for cell in missing if cell.run_dir not in running]
         submitted = executor.submit_array(wanted) if wanted else []
     except (FailedJobError, RuntimeError, ValueError) as error:  # no Slurm, an unknown parameter, or sbatch's refusal
         raise InputError(f"--cluster slurm: {' '.join(str(error).split())}") from None
-    running |= {job.cell.name: found for job, found in zip(wanted, submitted, strict=True)}
-    count, polls = len(running), Counter[str]()
+    running |= {job.cell.run_dir: found for job, found in zip(wanted, submitted, strict=True)}
+    count, polls = len(running), Counter[Path]()
     _log.info("%d jobs, %d of them submitted now; they outlive this command; logs: %s", count, len(wanted), logs)
     while running:
         time.sleep(_POLL_S)
         active = _active()
-        for name, job in list(running.items()):
+        for run_dir, job in list(running.items()):
             result = job.paths.result_pickle
-            polls[name] += job.job_id not in active
-            if job.job_id in active or (not result.exists() and polls[name] < _POLLS):
+            polls[run_dir] += job.job_id not in active
+            if job.job_id in active or (not result.exists() and polls[run_dir] < _POLLS):
                 continue
-            del running[name]
+            del running[run_dir]
             state, value = pickle_load(result) if result.exists() else ("", f"job {job.job_id} ended without a result")
             if state != "success" or value:
-                _log.error("%s: %s; log: %s", name, value.strip().splitlines()[-1], job.paths.stderr)
+                _log.error("%s: %s; log: %s", run_dir, value.strip().splitlines()[-1], job.paths.stderr)
             _log.info("%d of %d jobs have ended", count - len(running), count)
 
 
-def _running(logs: Path, cells: Mapping[str, Cell]) -> dict[str, Any]:
-    """The jobs of an earlier sweep that have not ended, by the names of their runs."""
+def _running(logs: Path, cells: Mapping[Path, Cell]) -> dict[Path, Any]:
+    """The jobs of an earlier sweep that have not ended, by the folders of their runs."""
     import submitit
 
     active, found = _active(), {}
@@ -160,9 +158,9 @@ def _running(logs: Path, cells: Mapping[str, Cell]) -> dict[str, Any]:
         if job.job_id in active:
             submitted: Any = job.submission().function
             cell = submitted.cell
-            if cells.get(cell.name) != cell:
-                raise InputError(f"{cell.name}: job {job.job_id} has other parameters; wait for it, or cancel it")
-            found[cell.name] = job
+            if cells.get(cell.run_dir) != cell:
+                raise InputError(f"{cell.run_dir}: job {job.job_id} has other parameters; wait for it, or cancel it")
+            found[cell.run_dir] = job
     return found
 
 

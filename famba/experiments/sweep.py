@@ -6,9 +6,9 @@ checkout without runs, trains the small ones that it shows.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from famba import config
 from famba.config import SweepParams
@@ -24,15 +24,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """What one run is trained from.
+    """What one run is trained from, as `ensure` takes it."""
 
-    Attributes:
-        name: of its folder.
-    """
-
-    name: str
-    params: config.Params
+    run_dir: Path
+    p: config.Params
     seed: int
+    command: str | None = None
 
 
 def resolve(profile: str | None) -> list[config.Params]:
@@ -57,43 +54,52 @@ def resolve(profile: str | None) -> list[config.Params]:
 
 
 def ensure_runs(
-    sweep: SweepParams, *, profile: str, runs_dir: str | Path, train_missing: bool, jobs: int = 1
+    sweep: SweepParams,
+    *,
+    profile: str,
+    runs_dir: str | Path,
+    train_missing: bool,
+    jobs: int = 1,
+    command: str | None = None,
 ) -> list[Path]:
-    """The folders of all runs that a sweep names, in its order; arguments and errors as in `ensure_run`.
+    """The folders of all runs that a sweep names, in its order; arguments and errors as in `ensure`.
 
     Args:
         jobs: runs trained at the same time, each in a process of its own if there are several.
     """
-    one = functools.partial(ensure_cell, folder=Path(runs_dir), train_missing=train_missing)
-    wanted = {cell.name: cell for cell in cells(sweep, profile=profile)}
+    wanted = cells(sweep.params(profile), sweep.seeds, runs_dir=runs_dir, command=command)
+    one = functools.partial(ensure_cell, train_missing=train_missing)
     if jobs == 1:
-        return [one(cell) for cell in wanted.values()]
-    return list(launcher.run(one, wanted, jobs=jobs).values())
+        return [one(cell) for cell in wanted]
+    return list(launcher.run(one, {cell.run_dir.name: cell for cell in wanted}, jobs=jobs).values())
 
 
-def cells(sweep: SweepParams, *, profile: str) -> list[Cell]:
-    """The runs of a sweep under a profile, in its order."""
+def cells(
+    params: Mapping[str, config.Params], seeds: Sequence[int], *, runs_dir: str | Path, command: str | None = None
+) -> list[Cell]:
+    """A run of each variant with each seed, in a folder of its own there."""
     return [
-        Cell(runs.run_name(strategy, seed), config.load(profile, strategy=strategy), seed)
-        for strategy in sweep.strategies
-        for seed in sweep.seeds
+        Cell(Path(runs_dir) / runs.run_name(name, seed), p, seed, command)
+        for name, p in params.items()
+        for seed in seeds
     ]
 
 
-def missing(cells: Sequence[Cell], folder: Path) -> list[Cell]:
-    """Those whose runs are not in the folder, complete, with these parameters and trained by the code of today."""
+def missing(cells: Sequence[Cell]) -> list[Cell]:
+    """Those whose runs are not there, complete, with these parameters and trained by the code of today."""
     from famba.training import fit
 
-    made_of = {cell.name: fit.made_of(cell.params, seed=cell.seed) for cell in cells}
     return [
         cell
         for cell in cells
-        if _why_not(folder / cell.name, cell.params, cell.seed, made_of[cell.name], known_code=True)
+        if _why_not(
+            config.root() / cell.run_dir, cell.p, cell.seed, fit.made_of(cell.p, seed=cell.seed), known_code=True
+        )
     ]
 
 
 def ensure_costs(sweep: SweepParams, *, profile: str, results_dir: str | Path, rounds: int | None) -> "pd.DataFrame":
-    """What a training step of each strategy costs, as `analysis.cost.table` has it.
+    """What training each variant costs, as `analysis.cost.table` has it.
 
     Args:
         results_dir: where cost.csv is.
@@ -107,7 +113,7 @@ def ensure_costs(sweep: SweepParams, *, profile: str, results_dir: str | Path, r
     if rounds is not None:
         from famba.training.cost import measure
 
-        cost.write(cost.table(measure(profile, sweep.strategies, rounds=rounds)), results_dir)
+        cost.write(cost.table(measure(sweep.params(profile), rounds=rounds)), results_dir)
     return cost.load(results_dir)
 
 
@@ -124,9 +130,9 @@ def ensure_run(run_dir: str | Path, *, strategy: str, seed: int, profile: str, t
     return ensure(run_dir, config.load(profile, strategy=strategy), seed=seed, train_missing=train_missing)
 
 
-def ensure_cell(cell: Cell, *, folder: Path, **asked: Any) -> Path:
-    """The run of a cell in its place in the folder; further arguments and errors as in `ensure`."""
-    return ensure(folder / cell.name, cell.params, seed=cell.seed, **asked)
+def ensure_cell(cell: Cell, **asked: bool) -> Path:
+    """The run of a cell; further arguments and errors as in `ensure`."""
+    return ensure(cell.run_dir, cell.p, seed=cell.seed, command=cell.command, **asked)
 
 
 def ensure(

@@ -3,6 +3,7 @@
 from famba.plots.benchmarks import benchmark, gpu_benchmark
 from famba.plots.results import (
     ablation,
+    ablations,
     accuracy_against,
     adaptive_schedules,
     claims,
@@ -36,6 +37,7 @@ __all__ = [
     "P",
     "Patches",
     "ablation",
+    "ablations",
     "accuracy_against",
     "adaptive_schedules",
     "benchmark",

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import seaborn
-from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from famba.analysis import ablation as ablation_table
 from famba.analysis import cost as cost_table
 from famba.analysis import intervals, summary
 from famba.analysis.claims import LABELS, VERDICTS
@@ -34,12 +34,11 @@ from famba.plots.style import (
 )
 
 _LABELS = {
-    "time_ratio": "time of a training step (1 is that of none)",
+    "time_ratio": "training time (1 is that of none)",
     "peak_memory_mib": "peak memory of training (MiB)",
     "flops_per_image": "forward FLOPs of an image",
 }
 _TOP1 = "top-1 accuracy (%)"
-_PAIR = ["factor", "kept", "instead"]
 
 
 @styled
@@ -56,7 +55,8 @@ def accuracy_against(runs: pd.DataFrame, table: pd.DataFrame, cost: str) -> Figu
     """
     names, costs = strategies_in(table), table.set_index("strategy")
     front = summary.pareto(table.rename(columns={"top1_percent_mean": "top1_percent"}), cost)
-    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    columns = math.ceil(len(names) / 20)
+    figure = Figure(figsize=(5.4 + 1.8 * columns, 4.6), layout="constrained")
     axes, handles = figure.add_subplot(), {}
     for name in names:
         own, points = costs.loc[name], rows_of(runs, name)["top1_percent"]
@@ -76,7 +76,7 @@ def accuracy_against(runs: pd.DataFrame, table: pd.DataFrame, cost: str) -> Figu
     axes.margins(0.08)
     if cost == "flops_per_image":
         axes.xaxis.set_major_formatter(EngFormatter())
-    figure.legend(handles.values(), handles, loc="outside right upper", handlelength=1.6)
+    figure.legend(handles.values(), handles, loc="outside right upper", handlelength=1.6, ncols=columns)
     spread = "one run each, so without spread" if set(table["n"]) == {1} else f"mean over {_seeds(runs)}, bars ± 1 sd"
     how = f" {cost_table.caption(table).replace('**', '')}" if cost == "time_ratio" else ""
     caption(
@@ -264,81 +264,106 @@ def strategies_overview(schedules: pd.DataFrame) -> Figure:
 
 
 @styled
-def ablation(effects: pd.DataFrame, runs: pd.DataFrame) -> Figure:
-    """What each option of fusion is worth, with 95% intervals, beside the mean accuracy of every cell of the grid.
+def ablation(effects: pd.DataFrame) -> Figure:
+    """What each change is worth: a row for each, in it a mark with its interval for each strategy.
 
     Args:
         effects: as from `ablation.effects`.
-        runs: what they were made from, as from `ablation.run`.
     """
-    pairs = effects[_PAIR].drop_duplicates()
-    cells = _grid_of_means(rows_of(runs, _of_grid(effects)), effects)
-    height = max(3.6, 0.85 * len(pairs) + 1.2)
-    figure = Figure(figsize=(7.4 + 0.75 * cells.shape[1], height), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[5.2, 1.2 + 0.75 * cells.shape[1]])
-    _effects(left, effects, [tuple(pair) for pair in pairs.to_numpy()])
-    right.set_title(f"{_of_grid(effects)}: mean top-1 accuracy (%)", loc="left", fontsize=10)
-    look = {"cmap": "viridis", "annot": True, "fmt": ".1f", "cbar": False, "linewidths": 1}
-    seaborn.heatmap(cells, **look, ax=right)
-    right.tick_params(rotation=0, labelsize=8.5, length=0)
-    right.set(xlabel="", ylabel=cells.index.name)
-    n = " or ".join(str(count) for count in sorted(set(effects["n"])))
+    changes = effects["change"].unique().tolist()
+    names = strategies_in(effects)
+    figure = Figure(figsize=(7.2, 1.8 + 0.14 * len(changes) * (2 + len(names))), layout="constrained")
+    axes = figure.add_subplot()
+    for name, offset in zip(names, np.linspace(-0.3, 0.3, len(names)) if len(names) > 1 else [0.0], strict=True):
+        rows = rows_of(effects, name)
+        mean, low, high = rows[["mean", "low", "high"]].to_numpy(float).T
+        xerr = None if np.isnan(low).all() else (mean - low, high - mean)
+        look: dict[str, Any] = {"fmt": MARKERS[name], "color": STRATEGY_COLOURS[name], "label": name}
+        axes.errorbar(mean, offset + np.array([changes.index(x) for x in rows["change"]]), xerr=xerr, **look)
+    axes.axvline(0, color="0.4", linewidth=0.9, zorder=0)
+    for row in range(1, len(changes)):
+        axes.axhline(row - 0.5, color="0.9", linewidth=0.8, zorder=0)
+    axes.set_yticks(range(len(changes)), changes)
+    axes.set(ylim=(len(changes) - 0.5, -0.5), xlabel="change of top-1 accuracy (points)")
+    axes.grid(False, axis="y")
+    figure.legend(loc="outside upper center", ncols=len(names))
     caption(
         figure,
-        "Left: top-1 with the first value minus top-1 with the second, mean and 95% interval over "
-        f"n = {n} seeds and images, pairs of one seed averaged first; right of zero, the first is better. Over the "
-        "grid: the mean over every combination of the other options. The others: only this option changed. "
-        f"Right: mean over {_seeds(runs)}.",
+        "Top-1 with one change minus top-1 of the same strategy without it, mean and 95% interval over "
+        f"n = {effects['n'].iloc[0]} seeds and images.",
     )
     return figure
+
+
+def ablations(effects: pd.DataFrame, runs: pd.DataFrame, table: pd.DataFrame) -> dict[str, Figure]:
+    """All figures of an ablation by name; the paper's beside it where the first layer or r of `upper` is what changes.
+
+    Args:
+        effects: as from `ablation.effects`.
+        runs, table: as for `accuracy_against`.
+    """
+    figures = {"effects": ablation(effects)}
+    figures |= {cost: accuracy_against(runs, table, cost) for cost in ("time_ratio", "peak_memory_mib")}
+    varied = [x for x in ("first_layer", "r") if len(set(_of_upper(table)[x])) > 1]
+    return figures | ({"paper": upper_beside_paper(table, varied[0])} if varied else {})
+
+
+def _of_upper(table: pd.DataFrame) -> pd.DataFrame:
+    return table.loc[table["strategy"].str.match("upper(_|$)")]
+
+
+@styled
+def upper_beside_paper(table: pd.DataFrame, column: str) -> Figure:
+    """What upper-layer fusion changes against its first layer or against r: the paper's Table 2 or 3, and here.
+
+    Args:
+        table: as from `summary.summary`; of `upper` and its changes.
+        column: first_layer or r.
+    """
+    number, label = {"first_layer": (2, "first fusing layer"), "r": (3, "tokens fused by each layer, r")}[column]
+    rows = {
+        "top1_percent_diff": "change of top-1\n(points)",
+        "time_ratio": "training time",
+        "memory_ratio": "peak memory",
+    }
+    figure = Figure(figsize=(8.4, 6.4), layout="constrained")
+    panels = figure.subplots(3, 2, sharex="col", sharey="row")
+    sides = {f"Famba-V, Table {number} (Vim-Ti)": ablation_table.paper(number), "here": _of_upper(table)}
+    for (title, side), axes in zip(sides.items(), panels.T, strict=True):
+        side = side.sort_values(column)
+        axes[0].set_title(title)
+        axes[-1].set_xlabel(label)
+        axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
+        for panel, (quantity, name) in zip(axes, rows.items(), strict=True):
+            yerr = None
+            if f"{quantity}_low" in side:
+                yerr = (side[quantity] - side[f"{quantity}_low"], side[f"{quantity}_high"] - side[quantity])
+            panel.errorbar(
+                side[column], side[quantity], yerr=yerr, fmt="^-", color=STRATEGY_COLOURS["upper"], capsize=3
+            )
+            panel.axhline(0 if quantity == "top1_percent_diff" else 1, color="0.4", linewidth=0.9, linestyle="--")
+            panel.set_ylabel(name if title != "here" else "")
+    told = ""
+    if column == "r":
+        told = " ".join(f"{title}: {_break_even(side)}." for title, side in sides.items())
+    caption(
+        figure,
+        "Dashed: the same model without fusion, which all are relative to. The paper's are one run each; here 95% "
+        f"intervals, of accuracy over seeds and images, of time over rounds. {told}",
+    )
+    return figure
+
+
+def _break_even(side: pd.DataFrame) -> str:
+    found = cost_table.break_even(side)
+    if math.isnan(found):
+        return "no r saves time"
+    return f"time is saved from r = {found:.1f} on" if found else f"even r = {side['r'].min()} saves time"
 
 
 def _by_strategy(names: list[str]) -> dict[str, Any]:
     """seaborn's arguments for one line of each strategy."""
     return {"hue": "strategy", "hue_order": names, "palette": STRATEGY_COLOURS, "legend": False}
-
-
-def _effects(axes: Axes, effects: pd.DataFrame, pairs: list[tuple[str, ...]]) -> None:
-    """A row for each pair of values, in it a mark for each strategy, and one for the grid where it has the pair."""
-    series = list(effects.groupby(["strategy", "over"], sort=False))
-    offsets = np.linspace(-0.3, 0.3, len(series)) if len(series) > 1 else [0.0]
-    for offset, (_, rows) in zip(offsets, series, strict=True):
-        strategy, whole = rows["strategy"].iloc[0], rows["over"].iloc[0] == "grid"
-        mean, low, high = rows[["mean", "low", "high"]].to_numpy(float).T
-        axes.errorbar(
-            mean,
-            offset + np.array([pairs.index(row) for row in zip(*(rows[x] for x in _PAIR), strict=True)]),
-            xerr=None if np.isnan(low).all() else (mean - low, high - mean),
-            fmt=MARKERS[strategy],
-            color="black" if whole else STRATEGY_COLOURS[strategy],
-            markersize=8 if whole else 5,
-            linewidth=2.2 if whole else 1.2,
-            capsize=0,
-            label=f"{strategy}, over the grid" if whole else strategy,
-        )
-    axes.axvline(0, color="0.4", linewidth=0.9, zorder=0)
-    for row in range(1, len(pairs)):
-        axes.axhline(row - 0.5, color="0.9", linewidth=0.8, zorder=0)
-    label_rows(axes, [f"{kept} \N{MINUS SIGN} {instead}" for _, kept, instead in pairs])
-    axes.set(xlabel="difference in top-1 accuracy (points)")
-    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=len(series))
-
-
-def _of_grid(effects: pd.DataFrame) -> str:
-    return str(effects.loc[effects["over"] == "grid", "strategy"].iloc[0])
-
-
-def _grid_of_means(runs: pd.DataFrame, effects: pd.DataFrame) -> pd.DataFrame:
-    """Mean accuracy by what is compared (down) and the other options that vary in the grid (across)."""
-    combined = set(effects.loc[effects["over"] == "grid", "factor"])
-    for factor, kept in effects[["factor", "kept"]].drop_duplicates().to_numpy():
-        runs = runs if factor in combined else runs.loc[runs[factor] == kept]
-    varied = [factor for factor in ("feature", "order", "weighting", "position") if len(set(runs[factor])) > 1]
-    down, across = varied[0], varied[1:]
-    rows = list(dict.fromkeys(runs[down]))
-    table = runs.assign(column=["\n".join(values) for values in runs[across].to_numpy(str)] if across else "")
-    columns = list(dict.fromkeys(table["column"]))
-    return table.pivot_table(index=down, columns="column", values="top1_percent").loc[rows, columns]
 
 
 # In the order in which they are drawn, below the named strategies.

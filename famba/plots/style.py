@@ -43,7 +43,8 @@ STRATEGY_COLOURS = {
     "lower": PALETTE[4],
     "upper": PALETTE[2],
 }
-_OWN_COLOURS = [PALETTE[3], PALETTE[5], PALETTE[6], PALETTE[8]]  # of a user's own strategies
+_OWN_COLOURS = [PALETTE[3], PALETTE[5], PALETTE[6], PALETTE[8]]  # of variants, and of a user's own strategies
+_OWN_MARKERS = "PXph*<>8dH"
 MARKERS = {"none": "o", "all": "s", "interleaved": "D", "lower": "v", "upper": "^"}
 MODELS = {"vim_tiny": "Vim-Ti", "vim_small": "Vim-S"}
 _GIF_COLOURS = 128
@@ -161,7 +162,8 @@ def strategies_in(frame: pd.DataFrame) -> list[str]:
     for name in names:
         if name not in STRATEGY_COLOURS:
             place = len(STRATEGY_COLOURS) - len(strategies.STRATEGIES)
-            STRATEGY_COLOURS[name], MARKERS[name] = _OWN_COLOURS[place % len(_OWN_COLOURS)], "P"
+            STRATEGY_COLOURS[name] = _OWN_COLOURS[place % len(_OWN_COLOURS)]
+            MARKERS[name] = _OWN_MARKERS[place // len(_OWN_COLOURS) % len(_OWN_MARKERS)]
     return names
 
 

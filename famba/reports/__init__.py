@@ -22,6 +22,7 @@ from famba import config, plots
 from famba.errors import InputError
 
 SMOKE = "smoke"
+SMOKE_ROUNDS = 3  # of training steps
 _BOX = "border-left: 6px solid {}; background: {}; color: #222; padding: 0.6em 1em; font-size: 105%"
 
 

@@ -10,28 +10,33 @@ from famba import config
 from famba.analysis import claims, summary
 from famba.experiments import sweep
 from famba.models import presets
-from famba.reports import Report
-
-_SMOKE_ROUNDS = 3
+from famba.reports import SMOKE_ROUNDS, Report
 
 
 def make(report: Report) -> None:
-    """Write runs.csv, curves.csv, the summary and the verdicts on the claims; only smoke runs are trained."""
+    """Write runs.csv, curves.csv and the summary; only smoke runs are trained."""
     asked = report.sweep()
     given = {"profile": report.profile, "runs_dir": report.runs_dir}
     sweep.ensure_runs(asked, **given, train_missing=report.smoke)
-    rounds = _SMOKE_ROUNDS if report.smoke else None
+    rounds = SMOKE_ROUNDS if report.smoke else None
     costs = sweep.ensure_costs(asked, profile=report.profile, results_dir=report.results_dir, rounds=rounds)
     runs = summary.load_runs(asked, report.runs_dir)
-    table = summary.write_summary(runs, costs, report.results_dir)
+    summary.write_summary(runs, costs, report.results_dir)
     summary.write_curves(summary.load_history(asked, report.runs_dir), report.results_dir)
-    claims.write(claims.verdicts(config.load_claims(), runs, table), table, report.results_dir)
+
+
+def make_claims(report: Report) -> None:
+    """Judge the claims by the tables that there are."""
+    if report.smoke:
+        make(report)
+    found = claims.verdicts(config.load_claims(), claims.load(report.results_dir))
+    claims.write(found, report.results_dir, report.results_dir)
 
 
 def make_costs(report: Report, rounds: int = 60) -> None:
     """Measure training steps of all strategies in turn, and write cost.csv."""
     given = {"profile": report.profile, "results_dir": report.results_dir}
-    sweep.ensure_costs(report.sweep(), **given, rounds=_SMOKE_ROUNDS if report.smoke else rounds)
+    sweep.ensure_costs(report.sweep(), **given, rounds=SMOKE_ROUNDS if report.smoke else rounds)
 
 
 def schedules(profile: str) -> pd.DataFrame:

@@ -1,11 +1,11 @@
-"""What a training step of each strategy costs, measured in turn, in one process that does nothing else.
+"""What a training step of each variant costs, measured in turn, in one process that does nothing else.
 
 Steps that take turns are slowed alike by what slows the machine; so ratios hold where a run's own wall-clock does not.
 """
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from famba import config, data
+from famba.config import Params
 from famba.errors import InputError
 from famba.kernels import precision
 from famba.profiling import environment, flops, timing
@@ -25,25 +26,32 @@ _OTHERS_PERCENT = 10  # of all CPUs, above which other processes disturb a measu
 
 
 @precision.settings_restored()
-def measure(profile: str | None, strategies: Sequence[str], *, rounds: int) -> pd.DataFrame:
-    """Time a training step of every strategy in every round, all on the same batch of training images.
+def measure(params: Mapping[str, Params], *, rounds: int) -> pd.DataFrame:
+    """Time a training step of every variant in every round, all on the same batch of training images.
 
-    Each round begins with another strategy, so that none always follows the same other one. The learning rate is 0,
+    Each round begins with another variant, so that none always follows the same other one. The learning rate is 0,
     which changes no time; loading and augmentation are left out. Also where a profile trains nothing.
 
     Args:
+        params: of each variant, by the name that its rows have as their strategy.
         rounds: after two for warming up.
 
     Returns:
-        One row per strategy and round: strategy, round, step_time_ms. The same in all rows of a strategy: batch_size,
-        peak_memory_mib, flops_per_image, tokens_left; in all rows: profile, device, threads, versions, and disturbed,
+        One row per variant and round: strategy, round, step_time_ms. The same in all rows of a variant: batch_size,
+        epochs, peak_memory_mib, flops_per_image, tokens_left, r (the largest of a layer), first_layer (that fuses; 0 if
+        none does); in all rows: profile, device, threads, versions, and disturbed,
         which says how the machine was busy, "" if it was not. The spread of the times does not tell: on a virtual
         machine they spread when it is idle, too.
+
+    Raises:
+        InputError: fewer than 2 rounds; variants that differ in data or batch size.
     """
     if rounds < 2:
         raise InputError(f"rounds: {rounds}; must be 2 or more, for an interval")
-    params = {name: config.load(profile, strategy=name, processes=1) for name in strategies}
-    first = params[strategies[0]]
+    (name, first), *others = params.items()
+    for other, p in others:
+        if (p.data, p.train.batch_size) != (first.data, first.train.batch_size):
+            raise InputError(f"{other}: other data or train.batch_size than {name}; steps are timed on one batch")
     device = fit._device(first.train)
     if first.train.threads is not None:
         torch.set_num_threads(first.train.threads)
@@ -51,13 +59,13 @@ def measure(profile: str | None, strategies: Sequence[str], *, rounds: int) -> p
     images = data.to_device(data.load(first.data), device)
     steps: dict[str, Trainer] = {}
     for name, p in params.items():
-        alone = dataclasses.replace(p.train, init_from=None, epochs=max(1, p.train.epochs))
+        alone = dataclasses.replace(p.train, init_from=None, epochs=max(1, p.train.epochs), processes=1)
         model = fit.build(p, classes=len(images.classes), seed=0).to(device)
         p, folder = dataclasses.replace(p, train=alone), config.root() / "build" / "cost"
         steps[name] = Trainer(p, 0, model, images, Processes(device), folder)
         steps[name].measure_memory()
         model.train()
-    batch = next(steps[first.strategy]._steps(torch.Generator().manual_seed(0)))
+    batch = next(next(iter(steps.values()))._steps(torch.Generator().manual_seed(0)))
     clocks = {name: timing.StepClock(device, warmup_steps=_WARMUP) for name in steps}
     psutil.cpu_percent()  # the next call gives the mean from here on
     began, used = time.perf_counter(), time.process_time()
@@ -80,12 +88,16 @@ def measure(profile: str | None, strategies: Sequence[str], *, rounds: int) -> p
     }
     rows: list[dict[str, Any]] = []
     for name, trainer in steps.items():
-        cost = flops.analyse(trainer.model.config, trainer.model.schedule, options=trainer.model.options)
+        schedule = trainer.model.schedule
+        cost = flops.analyse(trainer.model.config, schedule, options=trainer.model.options)
         own = {
             "batch_size": trainer.p.train.batch_size,
+            "epochs": trainer.p.train.epochs,
             "peak_memory_mib": trainer.peak_memory_mib,
             "flops_per_image": cost.flops,
             "tokens_left": cost.token_counts[-1],
+            "r": max(schedule),
+            "first_layer": next((layer for layer, r in enumerate(schedule, start=1) if r), 0),
         }
         times = enumerate(clocks[name].step_time_ms, start=1)
         rows += [{"strategy": name, "round": i, "step_time_ms": ms, **own, **setting} for i, ms in times]

@@ -6,13 +6,21 @@ import pandas as pd
 import pytest
 import torch
 
+from famba import config
 from famba.analysis import cost
 from famba.errors import InputError
 from famba.training.cost import measure
 
 
 def steps(times: dict[str, list[float]]) -> pd.DataFrame:
-    setting = {"batch_size": 32, "flops_per_image": 10, "tokens_left": 7, "profile": "smoke", "device": "a CPU"}
+    setting = {
+        "batch_size": 32,
+        "epochs": 4,
+        "flops_per_image": 10,
+        "tokens_left": 7,
+        "profile": "smoke",
+        "device": "a CPU",
+    }
     setting |= {"threads": 1, "versions": "torch 0", "disturbed": ""}
     return pd.DataFrame(
         {"strategy": name, "round": i, "step_time_ms": ms, "peak_memory_mib": 2.0 + len(name), **setting}
@@ -47,16 +55,50 @@ def test_costs_read_back_as_they_were_written_and_a_missing_file_is_named(tmp_pa
         cost.table(steps({"all": [1.0, 2.0]}))
 
 
+def test_training_for_fewer_epochs_takes_that_much_less_time():
+    made = steps({"none": [10.0, 20.0, 30.0], "none_short": [10.0, 20.0, 30.0]})
+    made.loc[made["strategy"] == "none_short", "epochs"] = 3
+    row = cost.table(made).set_index("strategy").loc["none_short"]
+    assert row[["step_time_ms", "time_ratio", "time_ratio_low", "time_ratio_high"]].to_list() == [20, 0.75, 0.75, 0.75]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "expected"),
+    [
+        ([1.2, 1.1, 0.9], 2.5),
+        ([0.99, 1.3, 0.9], 2.75),  # saves time from the last r on that does not
+        ([0.9, 0.8, 0.7], 0.0),
+        ([0.9, 1.2, 1.1], math.nan),
+    ],
+)
+def test_the_break_even_r_is_where_the_ratio_falls_below_one_for_good(ratios, expected):
+    rows = pd.DataFrame({"r": [3, 2, 1], "time_ratio": ratios[::-1]})
+    assert cost.break_even(rows) == pytest.approx(expected, nan_ok=True)
+
+
+def smoke(*strategies: str) -> dict[str, config.Params]:
+    return {name: config.load("smoke", strategy=name) for name in strategies}
+
+
+def test_variants_of_other_data_or_batch_size_are_refused():
+    given = {"train.batch_size": 16}
+    other = {"small": config.load("smoke", strategy="none", given=given)}
+    with pytest.raises(InputError, match=r"small: other data or train\.batch_size than none"):
+        measure(smoke("none") | other, rounds=2)
+
+
 def test_steps_of_all_strategies_take_turns_on_one_batch_and_costs_are_those_of_their_schedules():
-    found = measure("smoke", ["none", "upper"], rounds=2)
+    found = measure(smoke("none", "upper"), rounds=2)
     assert found.groupby("strategy")["round"].apply(list).to_dict() == {"none": [1, 2], "upper": [1, 2]}
     assert (found["step_time_ms"] > 0).all()
     none, upper = (found[found["strategy"] == name].iloc[0] for name in ("none", "upper"))
     assert (none["tokens_left"], upper["tokens_left"]) == (37, 13)
     assert upper["peak_memory_mib"] < none["peak_memory_mib"]
     assert upper["flops_per_image"] < none["flops_per_image"]
+    columns = ["epochs", "r", "first_layer"]
+    assert (none[columns].to_list(), upper[columns].to_list()) == ([2, 0, 0], [2, 8, 2])
     with pytest.raises(InputError, match="rounds: 1; must be 2 or more"):
-        measure("smoke", ["none"], rounds=1)
+        measure(smoke("none"), rounds=1)
 
 
 @pytest.fixture
@@ -70,7 +112,7 @@ def order(monkeypatch) -> list[str]:
 
 
 def test_every_round_begins_with_another_strategy(order):
-    measure("smoke", ["none", "all", "upper"], rounds=2)
+    measure(smoke("none", "all", "upper"), rounds=2)
     assert ["".join(name[0] for name in order[i : i + 3]) for i in range(0, 12, 3)] == ["nau", "aun", "una", "nau"]
 
 
@@ -81,13 +123,13 @@ def test_the_machine_was_busy_if_other_processes_ran_whatever_the_spread_of_the_
     order, monkeypatch, busy_percent, said
 ):
     monkeypatch.setattr("psutil.cpu_percent", lambda: busy_percent)
-    assert measure("smoke", ["none"], rounds=9)["disturbed"].str.fullmatch(said).all()
+    assert measure(smoke("none"), rounds=9)["disturbed"].str.fullmatch(said).all()
     assert len(order) == 11
 
 
 def test_torch_has_its_settings_back_after_measuring(order):
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)
-    measure("smoke", ["none"], rounds=2)  # on one thread
+    measure(smoke("none"), rounds=2)  # on one thread
     assert torch.get_num_threads() == before + 1
     torch.set_num_threads(before)

@@ -56,7 +56,8 @@ def start(*options: str) -> subprocess.Popen:
 
 
 def cells() -> list[sweep.Cell]:
-    return sweep.cells(config.load_sweep(), profile="smoke")
+    asked = config.load_sweep()
+    return sweep.cells(asked.params("smoke"), asked.seeds, runs_dir=RUNS)
 
 
 def written() -> dict[str, int]:
@@ -67,7 +68,7 @@ def written() -> dict[str, int]:
 @pytest.mark.slow
 def test_many_runs_at_once_are_each_trained_once_though_the_sweep_is_killed(tmp_path, monkeypatch):
     checkout(tmp_path / "here", monkeypatch, seeds=SEEDS)
-    wanted, rng, seen = {cell.name for cell in cells()}, random.Random(SEEDS), {}
+    wanted, rng, seen = {cell.run_dir.name for cell in cells()}, random.Random(SEEDS), {}
     for point in sorted(rng.sample(range(1, len(wanted) - JOBS), min(5, SEEDS))):
         with start("--jobs", f"{JOBS}") as sweeping:
             wait_until(lambda point=point: len(written()) >= point, sweeping)
@@ -84,12 +85,12 @@ def test_many_runs_at_once_are_each_trained_once_though_the_sweep_is_killed(tmp_
     assert set(written()) == wanted
     assert written().items() >= seen.items()
     assert not list(Path("build/checkpoints").glob("*/epoch-*"))
-    assert sweep.missing(cells(), RUNS) == []
+    assert sweep.missing(cells()) == []
 
     cost = json.loads((RUNS / "upper-1" / "cost.json").read_text())
     del cost["made_of"]
     (RUNS / "upper-1" / "cost.json").write_text(json.dumps(cost))
-    assert [cell.name for cell in sweep.missing(cells(), RUNS)] == ["upper-1"], "it does not say by what code"
+    assert [cell.run_dir.name for cell in sweep.missing(cells())] == ["upper-1"], "it does not say by what code"
 
 
 def test_without_submitit_or_slurm_one_line_says_so(tmp_path, monkeypatch, capsys):
@@ -190,7 +191,9 @@ def slurm(tmp_path, monkeypatch):
 def jobs() -> dict[str, str]:
     """The number of each run's job, as Slurm writes it."""
     submitted = Path("build/slurm", RUNS).glob("*_submitted.pkl")
-    return {pickle.loads(path.read_bytes()).function.cell.name: path.name.split("_sub")[0] for path in submitted}
+    return {
+        pickle.loads(path.read_bytes()).function.cell.run_dir.name: path.name.split("_sub")[0] for path in submitted
+    }
 
 
 def suspend(process: psutil.Process) -> None:
@@ -211,9 +214,10 @@ def hold(number: int) -> dict[str, psutil.Process]:
             if environ.get("SLURM_CONF") != os.environ["SLURM_CONF"] or "spawn_main" not in command:
                 continue
             cell = cells()[int(environ["SLURM_ARRAY_TASK_ID"])]
-            if cell.name not in held and list(fit.folder(cell.params, seed=cell.seed).glob("epoch-*")):
+            name = cell.run_dir.name
+            if name not in held and list(fit.folder(cell.p, seed=cell.seed).glob("epoch-*")):
                 threading.Thread(target=suspend, args=(process,), daemon=True).start()
-                held[cell.name] = process
+                held[name] = process
         return len(held) == number
 
     wait_until(one_more)
@@ -261,7 +265,7 @@ def test_on_slurm_runs_end_with_the_same_bytes_whatever_happens_to_their_jobs(tm
         assert sweeping.wait(FOREVER_S) == 1
     log, logs = Path("log.txt").read_text(), Path("build/slurm", RUNS).absolute()
     assert f"{killed}: job {submitted[killed]} ended without a result; log: {logs}/" in log
-    assert log.endswith(f"famba: 1 of 5 runs failed, the first {killed}; logs: {logs}\n")
+    assert log.endswith(f"famba: 1 of 5 runs failed, the first {RUNS / killed}; logs: {logs}\n")
     assert "this job is timed-out" in said.read_text()
     assert set(written()) == set(submitted) - {killed}
     for name in held:

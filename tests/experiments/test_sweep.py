@@ -13,6 +13,7 @@ import pytest
 from processes import PATIENCE_S
 
 from famba import config, training
+from famba.analysis import summary
 from famba.cli import main
 from famba.config import SweepParams
 from famba.errors import InputError
@@ -78,6 +79,20 @@ def test_runs_that_are_missing_are_trained_once_and_their_checkpoints_forgotten(
     assert trained == list(zip(names, [0, 3, 0, 3], strict=True))
     assert sweep.ensure_runs(SWEEP, profile="smoke", runs_dir=tmp_path, train_missing=True) == folders
     assert len(trained) == 4
+
+
+def test_the_runs_of_variants_lie_apart_and_are_loaded_under_their_names(tmp_path, trained):
+    changes = {"append": {"options.order": "append"}, "smaller": {"model.depth": 3}}
+    asked = dataclasses.replace(SWEEP, varied=("upper",), changes=changes, seeds=(3,))
+    folders = sweep.ensure_runs(asked, profile="smoke", runs_dir=tmp_path, train_missing=True, command="make ablation")
+    names = ["none", "upper", "upper_append", "upper_smaller"]
+    assert folders == [tmp_path / f"{name}-3" for name in names]
+    assert runs.read(folders[2]).params == asked.params("smoke")["upper_append"].as_dict()
+    table = summary.load_runs(asked, tmp_path)
+    assert table["strategy"].to_list() == names
+    assert set(table["command"]) == {"make ablation"}
+    with pytest.raises(InputError, match=r"upper_append-3: options\.order: 'append', but 'scan' in none-3"):
+        summary.load_runs(dataclasses.replace(asked, changes={"append": {"model.depth": 3}}), tmp_path)
 
 
 def test_a_run_of_other_parameters_is_trained_again(tmp_path, trained):
@@ -181,7 +196,7 @@ def test_a_strategy_of_any_name_is_resolved_and_one_that_asks_a_layer_for_too_mu
         "{r: 2, first_layer: 11}": "strategy 'all': first_layer = 11; must be in 1..10",
     }.items():
         Path("params.yaml").write_text(text.replace("fusion:  ", f"fusion:\n  late: {rule}\n  #", 1))
-        status = main(["resolve", "--profile", "default", "--out", "resolved"])
+        status = main(["resolve", "--out", "resolved"])
         if isinstance(expected, str):
             error = capsys.readouterr().err
             assert status == 1

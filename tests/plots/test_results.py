@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import matplotlib
 import numpy as np
@@ -10,9 +11,8 @@ from matplotlib.colors import to_hex, to_rgb
 from test_summary import costs_frame, runs_frame
 
 from famba import plots
-from famba.analysis import ablation, intervals, summary
+from famba.analysis import intervals, summary
 from famba.errors import InputError
-from famba.fusion.options import FusionOptions
 from famba.fusion.strategies import STRATEGIES
 from famba.plots.benchmarks import _three_digits
 
@@ -405,6 +405,7 @@ def test_no_text_of_the_saved_figures_overlaps_another(
         plots.tokens_per_layer(schedules),
         plots.training_curves(history),
         plots.strategies_overview(schedules),
+        plots.ablation(EFFECTS),
         plots.benchmark(benchmarks),
         plots.gpu_benchmark(made_up_gpu),
         plots.token_similarity(likeness),
@@ -443,67 +444,49 @@ def ticks_out_of_view(figure):
     return unseen
 
 
-@pytest.fixture
-def ablated():
-    """Runs of a grid of two by five options with three seeds, and of one strategy more."""
-    rows = []
-    for strategy, order, feature, seed in itertools.product(
-        ["upper", "lower"], ["scan", "append"], ["normed", "residual", "delta", "B", "C"], [0, 1, 2]
-    ):
-        if strategy == "upper" or feature == "normed" or order == "scan":
-            top1 = 90.0 - 2 * (order == "append") - 3 * (feature == "delta") + 0.5 * seed * (feature != "normed")
-            options = {"order": order, "weighting": "size", "feature": feature, "position": "before_mixer"}
-            options |= {"matching": "similarity", "reduction": "mean"}
-            answers = "1" * int(2 * top1) + "0" * (200 - int(2 * top1))
-            rows.append({"strategy": strategy, **options, "seed": seed, "top1_percent": top1, "correct": answers})
-    return pd.DataFrame(rows)
+EFFECTS = pd.DataFrame(
+    {
+        "change": ["append", "append", "drop", "drop"],
+        "strategy": ["all", "upper"] * 2,
+        "mean": [-1.0, 0.5, -2.0, 0.0],
+        "low": [-1.5, -0.5, -3.0, -1.0],
+        "high": [-0.5, 1.5, -1.0, 1.0],
+        "n": 8,
+    }
+)
 
 
-def test_an_ablation_shows_every_effect_with_its_interval_and_every_cell_with_its_mean(ablated):
-    table = ablation.effects(ablated, grid="upper", reference=FusionOptions())
-    figure = plots.ablation(table, ablated)
-    left, right = figure.axes
-    labels = [text.get_text() for text in left.get_yticklabels()]
-    assert (
-        labels
-        == [f"{pair[0]} \N{MINUS SIGN} {pair[1]}" for pair in zip(table["kept"], table["instead"], strict=True)][:5]
-    )
-    drawn = {container.get_label(): container for container in left.containers}
-    assert list(drawn) == ["upper, over the grid", "upper", "lower"]
-    for (_, rows), container in zip(table.groupby(["strategy", "over"], sort=False), drawn.values(), strict=True):
+def test_an_ablation_shows_each_change_with_a_mark_and_interval_for_each_strategy():
+    figure = plots.ablation(EFFECTS)
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["append", "drop"]
+    for container, name in zip(axes.containers, ["all", "upper"], strict=True):
+        rows = EFFECTS[EFFECTS["strategy"] == name]
+        assert container.get_label() == name
         np.testing.assert_allclose(container.lines[0].get_xdata(), rows["mean"])
+        assert np.round(container.lines[0].get_ydata()).tolist() == [0, 1]
         ends = np.array([segment[:, 0] for segment in container.lines[2][0].get_segments()])
         np.testing.assert_allclose(ends, rows[["low", "high"]].to_numpy())
-    assert drawn["lower"].lines[0].get_color() == plots.STRATEGY_COLOURS["lower"]
-    heights = [np.round(container.lines[0].get_ydata()) for container in drawn.values()]
-    assert all((height == range(5)).all() for height in heights)
-    assert [text.get_text() for text in right.get_yticklabels()] == ["normed", "residual", "delta", "B", "C"]
-    assert [text.get_text() for text in right.get_xticklabels()] == ["scan", "append"]
-    assert [text.get_text() for text in right.texts][:4] == ["90.0", "88.0", "90.5", "88.5"]
-    assert "n = 3 seeds" in figure.get_supxlabel()
+    assert "n = 8 seeds" in figure.get_supxlabel().replace("\n", " ")
+    alone = plots.ablation(EFFECTS.iloc[::2].assign(low=math.nan, high=math.nan)).axes[0]
+    assert not alone.containers[0].lines[2]
 
 
-def test_an_ablation_of_one_option_and_one_seed_has_marks_without_intervals(ablated):
-    runs = ablated[(ablated["seed"] == 0) & (ablated["feature"] == "normed")]
-    table = ablation.effects(runs, grid="upper", reference=FusionOptions())
-    figure = plots.ablation(table, runs)
-    left, right = figure.axes
-    assert not any(container.lines[2] for container in left.containers)
-    assert [text.get_text() for text in right.texts] == ["90.0", "88.0"]
-
-
-def test_options_outside_the_grid_have_rows_in_which_the_grid_has_no_mark(ablated):
-    table = ablation.effects(ablated, grid="upper", reference=FusionOptions())
-    outside = (table["over"] == "grid") & (table["instead"].isin(["delta", "C"]))
-    left, _ = plots.ablation(table[~outside], ablated).axes
-    heights = [np.round(container.lines[0].get_ydata()).tolist() for container in left.containers]
-    assert sorted(map(sorted, heights)) == [[0, 1, 2], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
-
-
-def test_an_ablation_is_the_same_bytes_again(ablated, tmp_path):
-    table = ablation.effects(ablated, grid="upper", reference=FusionOptions())
-    first, second = (plots.save(plots.ablation(table, ablated), tmp_path / f"{i}.png") for i in range(2))
-    assert first.read_bytes() == second.read_bytes()
+def test_upper_with_other_layers_or_r_is_drawn_beside_the_papers_table():
+    names = ["none", "upper", "upper_r1", "upper_r3"]
+    top1 = dict(zip(names, ([90.0, 92.0], [80.0, 84.0], [90.0, 90.0], [85.0, 85.0]), strict=True))
+    ratios = dict(zip(names, (1.0, 0.7, 1.1, 0.9), strict=True))
+    frame, costs = runs_frame(top1), costs_frame(ratios).assign(r=[0, 6, 1, 3], first_layer=[0, 6, 6, 6])
+    figures = plots.ablations(EFFECTS, frame, summary.summary(frame, costs))
+    assert list(figures) == ["effects", "time_ratio", "peak_memory_mib", "paper"]
+    points, _, time, time_here, _, _ = figures["paper"].axes
+    assert points.get_title() == "Famba-V, Table 3 (Vim-Ti)"
+    assert time.containers[0].lines[0].get_xdata().tolist() == list(range(1, 10))
+    assert time_here.containers[0].lines[0].get_xydata().tolist() == [[1, 1.1], [3, 0.9], [6, 0.7]]
+    said = figures["paper"].get_supxlabel().replace("\n", " ")
+    assert "Table 3 (Vim-Ti): time is saved from r = 4.1 on. here: time is saved from r = 2.0 on." in said
+    others = plots.ablations(EFFECTS, frame, summary.summary(frame, costs.assign(r=6)))
+    assert list(others) == ["effects", "time_ratio", "peak_memory_mib"]
 
 
 def test_adaptive_schedules_show_every_layers_tokens_and_the_mean_with_its_interval():
