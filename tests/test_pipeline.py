@@ -194,7 +194,7 @@ def test_an_ablation_is_a_pipeline_of_its_own_that_keeps_its_runs(copy, first):
 
 
 def test_claims_are_judged_by_the_sweep_and_the_ablations_that_were_run(copy, first):
-    run(copy, "dvc", "repro", "--single-item", "experiments/dvc.yaml:claims")
+    run(copy, "dvc", "repro", "--force", "--single-item", "claims")
     found = pd.read_csv(copy / "results" / "claims.csv")
     assert "not measured" not in set(found.loc[found["claim"] == "upper_keeps_accuracy", "verdict"])
     assert set(found.loc[found["claim"] == "later_start", "verdict"]) == {"not measured"}
