@@ -196,7 +196,7 @@ def test_a_strategy_of_any_name_is_resolved_and_one_that_asks_a_layer_for_too_mu
         "{r: 2, first_layer: 11}": "strategy 'all': first_layer = 11; must be in 1..10",
     }.items():
         Path("params.yaml").write_text(text.replace("fusion:  ", f"fusion:\n  late: {rule}\n  #", 1))
-        status = main(["resolve", "--profile", "default", "--out", "resolved"])
+        status = main(["resolve", "--out", "resolved"])
         if isinstance(expected, str):
             error = capsys.readouterr().err
             assert status == 1
