@@ -73,6 +73,20 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--force", action="store_true", help="replace a run that is in that folder")
     sub.add_argument("--keep-checkpoints", action="store_true", help="do not remove them when the run is written")
 
+    sub = command("sweep", _sweep, "train all runs of a stage as jobs of a cluster; those that are finished are kept")
+    sub.add_argument("stage", nargs="?", default="train", choices=("train", "ablation", "adaptive"))
+    sub.add_argument("--profile", help="one of params.yaml's; the one that it names itself if not given")
+    sub.add_argument("--cluster", default="local", choices=("local", "slurm"))
+    sub.add_argument("--jobs", type=int, help="at the same time; if not given, 1 on this machine, all on Slurm")
+    sub.add_argument(
+        "--slurm",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="a parameter of submitit's Slurm executor, such as time 240 (minutes, the default) or partition gpu",
+    )
+
     sub = command("params", _params, "print the parameters that a run gets, its profile applied, as JSON")
     sub.add_argument("--strategy", required=True, help="one of params.yaml's, under fusion")
     sub.add_argument("--profile", help="one of params.yaml's; the one that it names itself if not given")
@@ -156,6 +170,19 @@ def _train(options: argparse.Namespace) -> int:
             )
     if distributed.writes() and not options.keep_checkpoints:
         fit.forget(p, seed=options.seed)
+    return 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from famba import config
+    from famba.experiments import cluster
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("famba").setLevel(logging.INFO)
+    slurm = {name: config.parse_value(name, text) for name, text in options.slurm}
+    print(
+        cluster.train(options.stage, profile=options.profile, cluster=options.cluster, jobs=options.jobs, slurm=slurm)
+    )
     return 0
 
 

@@ -25,6 +25,7 @@ def copy(tmp_path_factory) -> Path:
     changes = {"append": {"options.order": "append"}, "r2": {"fusion.upper.r": 2}}
     less = {"strategies": ["none", "upper"], "varied": ["upper"], "changes": changes, "seeds": [3]}
     edit(folder, lambda document: document["ablation"]["options"].update(less))
+    edit(folder, lambda document: [document["claims"].pop(name) for name in ("scan_order", "similarity", "averaging")])
     commit(folder)
     return folder
 

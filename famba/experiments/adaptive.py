@@ -16,7 +16,7 @@ import pandas as pd
 from famba import config
 from famba.analysis import calibration, intervals, summary
 from famba.analysis.calibration import Plan
-from famba.config import FusionRule, SweepParams
+from famba.config import FusionRule, Params, SweepParams
 from famba.errors import InputError
 from famba.experiments import sweep
 from famba.fusion.strategies import ADAPTIVE, STRATEGIES
@@ -27,12 +27,19 @@ _COMMAND = "make adaptive"
 _COLUMNS = ["strategy", "seed", "top1_percent", "correct", "peak_memory_mib", "flops_per_image", "tokens_removed"]
 
 
-def plans(asked: SweepParams, *, profile: str, runs_dir: str | Path, kinds: Sequence[str], images: int) -> list[Plan]:
+def plans(
+    asked: SweepParams,
+    *,
+    profile: str,
+    runs_dir: str | Path,
+    kinds: Sequence[str] = ("logits", "similarity"),
+    images: int = 256,
+) -> list[Plan]:
     """A schedule for each measure of costs, by the budget of `fusion.adaptive` and the sweep's runs of `none`.
 
     Args:
         runs_dir: folder of the sweep's runs; if relative, from the repository root.
-        kinds: of `calibrate.KINDS`.
+        kinds: as `calibration.plan` takes one.
         images: of the validation split that are looked at.
 
     Raises:
@@ -46,6 +53,15 @@ def plans(asked: SweepParams, *, profile: str, runs_dir: str | Path, kinds: Sequ
 def name(plan: Plan) -> str:
     """The strategy's name in frames."""
     return f"{ADAPTIVE}-{plan.kind}"
+
+
+def params(plans: Sequence[Plan], *, profile: str) -> dict[str, Params]:
+    """The parameters of each plan's runs, by its strategy's name in frames."""
+    base = config.load(profile, strategy=summary.BASELINE)
+    return {
+        name(plan): dataclasses.replace(base, strategy=ADAPTIVE, fusion=FusionRule(schedule=tuple(plan.schedule)))
+        for plan in plans
+    }
 
 
 def run_plans(
@@ -63,15 +79,13 @@ def run_plans(
     if set(asked.strategies) <= {summary.BASELINE}:
         raise InputError(f"sweep.strategies: {list(asked.strategies)}: none that fuses, so nothing to compare with")
     rows = summary.load_runs(asked, runs_dir).filter(_COLUMNS).to_dict("records")
-    base = config.load(profile, strategy=summary.BASELINE)
-    for plan in plans:
-        p = dataclasses.replace(base, strategy=ADAPTIVE, fusion=FusionRule(schedule=tuple(plan.schedule)))
+    for variant, p in params(plans, profile=profile).items():
         for seed in asked.seeds:
-            folder = Path(trained_dir) / runs.run_name(name(plan), seed)
+            folder = Path(trained_dir) / runs.run_name(variant, seed)
             run = runs.read(sweep.ensure(folder, p, seed=seed, train_missing=True, command=_COMMAND))
             measured = {key: run.cost[key] for key in ("peak_memory_mib", "flops_per_image")} | {"correct": run.correct}
             score = {"top1_percent": run.metrics["top1_percent"], "tokens_removed": sum(run.schedule)}
-            rows.append({"strategy": name(plan), "seed": run.seed, **score, **measured})
+            rows.append({"strategy": variant, "seed": run.seed, **score, **measured})
     return pd.DataFrame(rows, columns=_COLUMNS)
 
 

@@ -6,6 +6,7 @@ item fails, and when the process that started it is gone, however that ended.
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -49,12 +50,14 @@ def run(task: Callable[[Item], Result], items: Mapping[str, Item], *, jobs: int)
                     raise
         except BaseException:
             for process in set(multiprocessing.active_children()) - before:
-                process.terminate()
+                process.kill()
             workers.shutdown(cancel_futures=True)
             raise
         return {name: future.result() for future, name in futures.items()}
 
 
 def _initialise() -> None:
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # sent by a scheduler to each process of a job
+        signal.signal(number, signal.SIG_IGN)  # the process that started this one answers them
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin would take the others' cores
     supervision.start_worker()

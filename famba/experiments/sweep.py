@@ -5,8 +5,10 @@ checkout without runs, trains the small ones that it shows.
 """
 
 import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from famba import config
 from famba.config import SweepParams
@@ -18,6 +20,16 @@ from famba.storage import runs
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """What one run is trained from, as `ensure` takes it."""
+
+    run_dir: Path
+    p: config.Params
+    seed: int
+    command: str | None = None
 
 
 def resolve(profile: str | None) -> list[config.Params]:
@@ -55,20 +67,35 @@ def ensure_runs(
     Args:
         jobs: runs trained at the same time, each in a process of its own if there are several.
     """
-    wanted = {
-        runs.run_name(name, seed): {
-            "run_dir": Path(runs_dir) / runs.run_name(name, seed),
-            "p": p,
-            "seed": seed,
-            "train_missing": train_missing,
-            "command": command,
-        }
-        for name, p in sweep.params(profile).items()
-        for seed in sweep.seeds
-    }
+    wanted = cells(sweep.params(profile), sweep.seeds, runs_dir=runs_dir, command=command)
+    one = functools.partial(ensure_cell, train_missing=train_missing)
     if jobs == 1:
-        return [ensure(**run) for run in wanted.values()]
-    return list(launcher.run(_ensure, wanted, jobs=jobs).values())
+        return [one(cell) for cell in wanted]
+    return list(launcher.run(one, {cell.run_dir.name: cell for cell in wanted}, jobs=jobs).values())
+
+
+def cells(
+    params: Mapping[str, config.Params], seeds: Sequence[int], *, runs_dir: str | Path, command: str | None = None
+) -> list[Cell]:
+    """A run of each variant with each seed, in a folder of its own there."""
+    return [
+        Cell(Path(runs_dir) / runs.run_name(name, seed), p, seed, command)
+        for name, p in params.items()
+        for seed in seeds
+    ]
+
+
+def missing(cells: Sequence[Cell]) -> list[Cell]:
+    """Those whose runs are not there, complete, with these parameters and trained by the code of today."""
+    from famba.training import fit
+
+    return [
+        cell
+        for cell in cells
+        if _why_not(
+            config.root() / cell.run_dir, cell.p, cell.seed, fit.made_of(cell.p, seed=cell.seed), known_code=True
+        )
+    ]
 
 
 def ensure_costs(sweep: SweepParams, *, profile: str, results_dir: str | Path, rounds: int | None) -> "pd.DataFrame":
@@ -103,12 +130,19 @@ def ensure_run(run_dir: str | Path, *, strategy: str, seed: int, profile: str, t
     return ensure(run_dir, config.load(profile, strategy=strategy), seed=seed, train_missing=train_missing)
 
 
-def _ensure(run: dict[str, Any]) -> Path:
-    return ensure(**run)
+def ensure_cell(cell: Cell, **asked: bool) -> Path:
+    """The run of a cell; further arguments and errors as in `ensure`."""
+    return ensure(cell.run_dir, cell.p, seed=cell.seed, command=cell.command, **asked)
 
 
 def ensure(
-    run_dir: str | Path, p: config.Params, *, seed: int, train_missing: bool, command: str | None = None
+    run_dir: str | Path,
+    p: config.Params,
+    *,
+    seed: int,
+    train_missing: bool,
+    command: str | None = None,
+    known_code: bool = False,
 ) -> Path:
     """The folder of the run of any parameters, checked; arguments and errors as in `ensure_run`.
 
@@ -117,6 +151,7 @@ def ensure(
 
     Args:
         command: what to type for this run, where it is more than a strategy and a seed of a profile.
+        known_code: train a run again that does not say by what code it was trained.
     """
     folder = config.root() / run_dir
     if not train_missing:
@@ -126,9 +161,9 @@ def ensure(
     from famba.training import fit
 
     made_of = fit.made_of(p, seed=seed)
-    if _why_not(folder, p, seed, made_of):
+    if _why_not(folder, p, seed, made_of, known_code):
         with runs.held(folder, wait=True):
-            if _why_not(folder, p, seed, made_of):  # else a process that was waited for has made it
+            if _why_not(folder, p, seed, made_of, known_code):  # else a process that was waited for has made it
                 run = fit.fit(p, seed=seed)
                 cost = {**run.cost, "made_of": made_of, "command": command or run.cost["command"]}
                 runs.write(dataclasses.replace(run, cost=cost), folder)
@@ -136,7 +171,7 @@ def ensure(
     return folder
 
 
-def _why_not(folder: Path, p: config.Params, seed: int, made_of: str | None = None) -> str:
+def _why_not(folder: Path, p: config.Params, seed: int, made_of: str | None = None, known_code: bool = False) -> str:
     """Empty if the folder holds the run of these parameters and this seed, else the reason."""
     try:
         run = runs.read(folder)
@@ -148,6 +183,6 @@ def _why_not(folder: Path, p: config.Params, seed: int, made_of: str | None = No
         return f"{folder / 'params.json'}: other parameters than params.yaml gives for {p.strategy} in {p.profile}"
     if run.metrics.get("init_sha256") != p.init_sha256(seed):
         return f"{folder / 'metrics.json'}: init_sha256: started from other weights than {p.init_path(seed)} holds now"
-    if made_of is not None and run.cost.get("made_of", made_of) != made_of:
-        return f"{folder / 'cost.json'}: made_of: {run.cost['made_of']}, other code than today's"
+    if made_of is not None and run.cost.get("made_of", "" if known_code else made_of) != made_of:
+        return f"{folder / 'cost.json'}: made_of: {run.cost.get('made_of')}, other code than today's"
     return ""

@@ -8,9 +8,6 @@ from famba import plots
 from famba.experiments import adaptive, sweep
 from famba.reports import Report
 
-_KINDS = ("logits", "similarity")
-_IMAGES = 256
-
 
 def make(report: Report) -> None:
     """Make schedules of measured costs, train them with the sweep's seeds, and compare them with the named ones."""
@@ -18,7 +15,7 @@ def make(report: Report) -> None:
     trained_dir = report.folder / ("adaptive" if report.smoke else "results/experiments/adaptive")
     given = {"profile": report.profile, "runs_dir": report.runs_dir}
     sweep.ensure_runs(asked, **given, train_missing=report.smoke)
-    plans = adaptive.plans(asked, **given, kinds=_KINDS, images=_IMAGES)
+    plans = adaptive.plans(asked, **given)
     runs = adaptive.run_plans(plans, asked, **given, trained_dir=trained_dir)
     schedules = adaptive.schedules(plans, asked, runs_dir=report.runs_dir)
     adaptive.write(adaptive.table(runs, schedules, plans), plans, report.results_dir)

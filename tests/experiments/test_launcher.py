@@ -37,6 +37,10 @@ def die_at_two(x: int) -> int:
     return x
 
 
+def signal_itself(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
 def say_and_wait(path: Path) -> None:
     path.write_text(str(os.getpid()))
     time.sleep(FOREVER_S)
@@ -68,6 +72,11 @@ def test_results_come_in_the_order_of_the_items_and_every_process_works_on_sever
 
 def test_no_items_are_no_work():
     assert launcher.run(square, {}, jobs=2) == {}
+
+
+def test_the_signals_of_a_scheduler_do_not_end_a_worker():
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+    assert launcher.run(signal_itself, {number.name: number for number in numbers}, jobs=1)
 
 
 def test_an_error_keeps_its_kind_and_names_the_item():
