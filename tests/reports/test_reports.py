@@ -8,7 +8,7 @@ from test_runs import make_run
 from test_summary import costs_frame, runs_frame
 
 from famba import config, plots, reports
-from famba.analysis import summary
+from famba.analysis import cost, summary
 from famba.errors import InputError
 from famba.reports import compare, models
 from famba.storage import runs
@@ -40,6 +40,7 @@ def test_a_fresh_clone_shows_the_committed_results_and_writes_nothing(checkout):
     assert "Committed results of the profile <code>default</code>" in report._repr_html_()
     assert "smoke" not in report._repr_html_().lower()
     assert report.table("runs.csv")["top1_percent"].tolist() == [95.0, 94.0]
+    assert "busy" not in cost.caption(report.table("summary.csv"))  # an empty field of a csv file is read as NaN
     assert "| none" in report.text("summary.md").data
     report.save(drawn=plots.paired_accuracy(report.table("runs.csv")))
     assert not (checkout / "figures").exists()
