@@ -59,7 +59,7 @@ class Report:
         return Markdown((self.results_dir / name).read_text(encoding="utf-8"))
 
     def table(self, name: str) -> pd.DataFrame:
-        table = pd.read_csv(self.results_dir / name, dtype={"correct": str})
+        table = pd.read_csv(self.results_dir / name, dtype={"correct": str, "disturbed": str})
         return table.fillna({"disturbed": ""})  # nothing disturbed it
 
     def figure(self, name: str) -> Image:
