@@ -153,7 +153,7 @@ def _train(options: argparse.Namespace) -> int:
 
     out = (options.out or config.root() / "build" / "runs" / runs.run_name(p.strategy, options.seed)).absolute()
     names = {path.name for path in out.glob("[!.]*")}
-    unfinished = "schedule.json" in names and "metrics.json" not in names  # the first and the last that is written
+    unfinished = "history.csv" in names and "metrics.json" not in names  # the first and the last that is written
     if not options.force and (names or out.is_file()) and not unfinished:
         raise InputError(f"--out: {out} exists; name another folder, or --force to replace the run in it")
     from famba.training import distributed, fit
