@@ -76,7 +76,7 @@ def test_train_says_what_the_run_reached_and_replaces_it_only_when_forced(tmp_pa
     assert (tmp_path / "run" / "cost.json").stat().st_mtime_ns > before
 
 
-@pytest.mark.parametrize(("name", "status"), [("schedule.json", 0), ("thesis.tex", 1)])
+@pytest.mark.parametrize(("name", "status"), [("history.csv", 0), ("thesis.tex", 1)])
 def test_train_completes_an_unfinished_run_and_leaves_other_folders_alone(name, status, tmp_path):
     (tmp_path / name).write_text("")
     train = ["train", "--profile", "smoke", "--set", "train.epochs=1", "--out", str(tmp_path)]

@@ -1,6 +1,6 @@
 """Runs that are killed, ended or interrupted anywhere, and finish later as if they had not been.
 
-Most kills are of processes forked off one that has imported everything, so that a dozen of them are cheap, and real.
+Most kills are of processes forked off one that has imported everything, so that twenty of them are cheap, and real.
 """
 
 import functools
@@ -31,7 +31,10 @@ ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ["train", "--profile", "smoke", "--strategy", "upper", "--out", "run"]
 FILES = {"correct.txt", "cost.json", "history.csv", "metrics.json", "model.safetensors", "params.json", "schedule.json"}
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks into /proc")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks into /proc"),
+]
 
 
 class Incubator:
@@ -133,7 +136,7 @@ def repository(tmp_path_factory) -> Path:
     yaml = YAML()
     document = yaml.load(ROOT / "params.yaml")
     document["profiles"]["smoke"]["data"]["limit"] = 64
-    document["profiles"]["smoke"]["train"]["epochs"] = 3
+    document["profiles"]["smoke"]["train"]["epochs"] = 4
     yaml.dump(document, folder / "params.yaml")
     return folder
 
@@ -184,13 +187,13 @@ def check_that_nothing_half_is_read_as_whole(repository: Path) -> None:
 
 
 def points(undisturbed: dict[str, Any]) -> list[dict[str, Any]]:
-    """A dozen kills: at moments spread over the life of the run, and around and within what it does to files.
+    """Twenty kills: at moments spread over the life of the run, and around and within what it does to files.
 
     The first half of that are checkpoints, the second half is the run.
     """
     chance = random.Random(7)
-    moments = [{"after_s": undisturbed["seconds"] * (k + chance.random()) / 5} for k in range(5)]
-    places = [chance.randint(1, undisturbed["operations"]) for _ in range(4)]
+    moments = [{"after_s": undisturbed["seconds"] * (k + chance.random()) / 9} for k in range(9)]
+    places = [chance.randint(1, undisturbed["operations"]) for _ in range(8)]
     around = [{"operation": k, "when": chance.choice(["before", "after"])} for k in places]
     within = [{"operation": undisturbed["operations"] * k // 8, "when": "half-way"} for k in (1, 2, 5)]
     return [*moments, *around, *within]
@@ -221,9 +224,9 @@ def test_a_disk_that_fills_up_stops_the_run_in_one_line_that_names_the_file_and_
     assert contents(repository, "run") == undisturbed["files"]
 
 
-def test_a_dozen_kills_anywhere_leave_the_same_run_and_nothing_else(incubator, repository, undisturbed, run):
+def test_twenty_kills_anywhere_leave_the_same_run_and_nothing_else(incubator, repository, undisturbed, run):
     asked = points(undisturbed)
-    assert len(asked) == 12
+    assert len(asked) == 20
     for index, point in enumerate(asked):
         while not killed(incubator, run, point):  # too late: the machine is less busy than before
             shutil.rmtree(run)
