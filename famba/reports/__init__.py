@@ -20,6 +20,7 @@ from IPython.display import Image, Markdown
 
 from famba import config, plots
 from famba.errors import InputError
+from famba.storage.runs import run_name
 
 SMOKE = "smoke"
 SMOKE_ROUNDS = 3  # of training steps
@@ -146,7 +147,7 @@ def _shown(file: Path, of: Path | None, runs_dir: Path, profile: str) -> str:
     runs = pd.read_csv(of)
     if set(runs["profile"]) != {profile}:
         raise InputError(f"{of}: of the profile {runs['profile'][0]!r}; {profile!r} is asked for")
-    if all(_is_run(runs_dir, row) for row in runs.drop(columns="profile").to_dict("records")):
+    if all(_is_run(runs_dir, row) for row in runs.to_dict("records")):
         return f"Finished runs of the profile `{profile}`: {runs_dir.relative_to(config.root())}."
     return (
         f"Committed results of the profile `{profile}`. The runs behind them are not here: `{{command}}` trains them."
@@ -154,7 +155,6 @@ def _shown(file: Path, of: Path | None, runs_dir: Path, profile: str) -> str:
 
 
 def _is_run(runs_dir: Path, row: dict[Any, Any]) -> bool:
-    """Whether the run of a row is there, which is named by all columns up to the seed, with the row's accuracy."""
-    names = list(row)[: list(row).index("seed") + 1]
-    file = runs_dir / "-".join(str(row[name]) for name in names) / "metrics.json"
+    """Whether the run of a row is there, with the row's accuracy."""
+    file = runs_dir / run_name(row["strategy"], row["seed"]) / "metrics.json"
     return file.is_file() and math.isclose(json.loads(file.read_bytes())["top1_percent"], row["top1_percent"])
