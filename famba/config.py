@@ -90,7 +90,9 @@ class DataParams:
     """Which images, and how they are split and varied."""
 
     dataset: Text  # a name that `data.load` knows, or `hub:<owner>/<name>`, a set of the Hugging Face hub
-    root: Text | None  # its folder, from the repository root: of `folder` and `parquet`, or a local copy of the hub's
+    # Its folder, from the repository root: of `folder` and `parquet`, or a copy of a hub's set. Null: the copy in
+    # data/<dataset> if there is one, else the hub.
+    root: Text | None
     img_size: Pixels  # height and width that the images are brought to
     val_fraction: Annotated[Float, Field(gt=0, lt=1)]  # share of the training images held out to choose by
     split_seed: Seed  # of the held-out choice; the same for every run, so that runs compare
@@ -242,11 +244,13 @@ class SweepParams:
 
 
 @section
-class PhotographsParams(SweepParams):
-    """A sweep of another profile, on other images."""
+class AblationParams(SweepParams):
+    """A sweep of its own, beside the sweep's runs."""
 
-    profile: str
-    jobs: Jobs
+    profile: Text | None = dataclasses.field(default=None, kw_only=True)  # null: the one that is asked for
+
+    def params(self, profile: str | None) -> "dict[str, Params]":
+        return SweepParams.params(self, self.profile or profile)
 
 
 @section
@@ -375,7 +379,6 @@ class _File:
     train: Section
     sweep: Section
     ablation: Annotated[dict[Text, Section], Field(min_length=1)]
-    photographs: Section
     claims: Annotated[dict[Text, Section], Field(min_length=1)]
     profiles: dict[str, Profile]
 
@@ -481,14 +484,19 @@ def load_sweep(path: Path | None = None, *, seeds: Sequence[int] | None = None) 
     return _load(SweepParams, "sweep", path, {} if seeds is None else {"seeds": seeds})
 
 
-def load_ablations(path: Path | None = None) -> dict[str, SweepParams]:
-    """The ablations that params.yaml asks for, by name; errors as in `load`."""
-    return {name: _load(SweepParams, f"ablation.{name}", path, {}) for name in _read(path)[0].ablation}
+def load_ablations(path: Path | None = None) -> dict[str, AblationParams]:
+    """The ablations that params.yaml asks for, by name; errors as in `load`.
 
-
-def load_photographs(path: Path | None = None) -> PhotographsParams:
-    """The runs on photographs that params.yaml asks for; errors as in `load`."""
-    return _load(PhotographsParams, "photographs", path, {})
+    Those of one profile share their runs, so a change that two of them name is the same.
+    """
+    (file, name), settings = _read(path), {}
+    found = {entry: _load(AblationParams, f"ablation.{entry}", path, {}) for entry in file.ablation}
+    for entry, asked in found.items():
+        for change, given in asked.changes.items():
+            if (other := settings.setdefault((asked.profile, change), given)) != given:
+                where = f"{name}: ablation.{entry}.changes.{change}"
+                raise InputError(f"{where}: {given} has the name of another ablation's change, {other}")
+    return found
 
 
 def load_claims(path: Path | None = None) -> dict[str, ClaimParams]:
@@ -505,7 +513,7 @@ def _load(kind: type[T], section: str, path: Path | None, changes: Mapping[str, 
     if ablation := getattr(found, "ablation", None):
         if ablation not in file.ablation:
             raise InputError(f"{name}: {section}.ablation: {ablation!r} is not one of {', '.join(file.ablation)}")
-        known = list(_load(SweepParams, f"ablation.{ablation}", path, {}).variants)
+        known = list(_load(AblationParams, f"ablation.{ablation}", path, {}).variants)
     for key in ("strategies", "against", "varied"):
         for strategy in getattr(found, key, ()):
             if strategy not in known:

@@ -57,7 +57,7 @@ def edited(tmp_path: Path) -> Callable[..., Path]:
 
 # the file as it is
 
-LOADED = {"sweep": config.load_sweep, "photographs": config.load_photographs}
+LOADED = {"sweep": config.load_sweep}
 
 
 @pytest.mark.parametrize("section", [*SECTIONS, *LOADED])
@@ -72,10 +72,12 @@ def test_a_section_spells_out_every_field_of_its_dataclass_and_comes_back_as_it_
 def test_ablations_come_back_as_they_were_and_their_variants_are_runs_of_the_profile():
     written = document()["ablation"]
     found = config.load_ablations(FILE)
-    assert json.loads(json.dumps({name: dataclasses.asdict(asked) for name, asked in found.items()})) == written
-    for asked in found.values():
+    optional = {"profile": None, "varied": [], "changes": {}}
+    for name, asked in found.items():
+        assert json.loads(json.dumps(dataclasses.asdict(asked))) == optional | written[name]
         assert {*asked.varied, "none"} <= set(asked.strategies)
         params = asked.params("default")
+        assert {p.profile for p in params.values()} == {asked.profile or "default"}
         assert len(params) == len(asked.strategies) + len(asked.varied) * len(asked.changes)
         assert len({p.digest(0) for p in params.values()}) == len(params), "two variants are the same run"
 
@@ -92,10 +94,6 @@ def test_a_variant_is_a_strategy_with_a_change_and_has_both_names():
     assert params["upper"] == config.load("default", strategy="upper")
     assert params["upper_early"].schedule(10) == [2] * 10
     assert params["upper_append"].options.order == "append"
-
-
-def test_the_runs_on_photographs_name_a_profile():
-    assert config.load_photographs(FILE).profile in PROFILES
 
 
 def test_other_seeds_than_the_files_can_be_swept():
@@ -127,7 +125,7 @@ def test_a_profile_replaces_the_budget_whole(edited):
 
 
 def test_no_section_is_left_untested():
-    assert {*SECTIONS, "sweep", "ablation", "photographs", "claims", "fusion", "profile", "profiles"} == set(document())
+    assert {*SECTIONS, "sweep", "ablation", "claims", "fusion", "profile", "profiles"} == set(document())
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -309,7 +307,7 @@ def test_dvc_rewrites_the_file_with_the_changed_line_alone(tmp_path):
         ("fusion.all", {"schedule": [1, "x"]}, "fusion.all.schedule.1: 'x': Input should be a valid integer"),
         ("fusion.A-b", {"r": 1}, "fusion.A-b: 'A-b': String should match pattern '^[a-z][a-z0-9_]{0,39}$'"),
         ("fusion", [], "fusion: [] is not a section of `key: value` lines"),
-        ("extra", {}, "extra: unknown key; allowed: ablation, claims, data, fusion, model, options, photographs, "),
+        ("extra", {}, "extra: unknown key; allowed: ablation, claims, data, fusion, model, options, profile, "),
         ("profile", "huge", "profile: 'huge' is not one of cifar10, "),
         ("profiles.default", None, "profiles.default: None is not a section of `key: value` lines"),
         ("profiles.default", {"dta": {}}, "profiles.default.dta: 'dta': Input should be 'data', 'model', 'options', "),
@@ -360,8 +358,13 @@ def test_a_bad_value_is_named_in_one_line_with_its_key_and_what_is_allowed(edite
             ".options.varied: 'most' is not one of all, ",
         ),
         ("ablation", {"options": ABLATION | {"changes": {"A": {}}}}, ".options.changes.A: 'A': String should match"),
+        (
+            "ablation",
+            {"options": ABLATION | {"varied": ["all"], "changes": {"r1": {"fusion.all.r": 1}}}},
+            ".options.changes.r1: {'fusion.all.r': 1} has the name of another ablation's change, {'fusion.upper.r': 1}",
+        ),
         ("ablation", {"options": 3}, ".options: 3 is not a section of `key: value` lines"),
-        ("photographs", {"seeds": [0, 0]}, ".seeds: [0, 0]: each may be named only once"),
+        ("ablation", {"options": ABLATION | {"seeds": [0, 0]}}, ".options.seeds: [0, 0]: each may be named only once"),
         ("claims", {"faster": {"says": "x"}}, ".faster.source: missing"),
         (
             "claims",
@@ -371,7 +374,7 @@ def test_a_bad_value_is_named_in_one_line_with_its_key_and_what_is_allowed(edite
         (
             "claims",
             {"faster": CLAIM | {"ablation": "most"}},
-            ".faster.ablation: 'most' is not one of options, smaller_model, ",
+            ".faster.ablation: 'most' is not one of options, photographs, ",
         ),
         (
             "claims",
@@ -395,7 +398,6 @@ def test_a_bad_section_of_several_runs_is_named_in_one_line(edited, key, value, 
         "adaptive": config.load_adaptive,
         "sweep": config.load_sweep,
         "ablation": config.load_ablations,
-        "photographs": config.load_photographs,
         "claims": config.load_claims,
     }
     section = "fusion.adaptive" if key == "adaptive" else key

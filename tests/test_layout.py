@@ -30,7 +30,7 @@ from famba.storage import provenance
 from famba.storage.files import json_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGE_NOTEBOOKS = ("train", "cost", "compare", "tokens", "similarity", "ablation", "claims", "adaptive", "photographs")
+STAGE_NOTEBOOKS = ("train", "cost", "compare", "tokens", "similarity", "ablation", "claims", "adaptive")
 # A package imports only from itself and from those before it; two modules of fusion need nothing and come first.
 PACKAGES = (
     *("errors", "fusion.options", "fusion.strategies", "config", "storage", "supervision", "kernels", "fusion"),
@@ -158,10 +158,9 @@ def test_every_ablation_of_params_yaml_has_its_stage():
 def test_experiments_depend_on_the_parameters_that_they_read():
     sections = set(YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())) - {"claims"}
     assert set(stages()["compare"]["params"]) == {"profile", "sweep"}
-    assert set(stages()["ablation"]["params"]) == sections - {"ablation", "sweep", "photographs"} | {"ablation.${item}"}
+    assert set(stages()["ablation"]["params"]) == sections - {"ablation", "sweep"} | {"ablation.${item}"}
     assert set(stages()["claims"]["params"]) == {"ablation", "claims"}
-    assert set(stages()["adaptive"]["params"]) == sections - {"ablation", "photographs"}
-    assert set(stages()["photographs"]["params"]) == sections - {"profile", "ablation"}
+    assert set(stages()["adaptive"]["params"]) == sections - {"ablation"}
 
 
 def test_each_stage_gives_its_notebook_parameters_that_it_has_and_has_it_make_the_results():
@@ -215,8 +214,7 @@ def test_notebooks_call_the_package_and_hold_no_logic_of_their_own():
 
 def test_notebook_defaults_are_the_real_profile_and_write_nothing_that_is_published():
     for name, notebook in notebooks().items():
-        if name != "photographs":
-            assert defaults(notebook).get("profile") is None, name
+        assert defaults(notebook).get("profile") is None, name
         assert defaults(notebook).get("pipeline", False) is False, name
         written = [value for key, value in defaults(notebook).items() if key.endswith("_dir")]
         assert all(str(path).startswith("build/") for path in written), name
@@ -229,8 +227,7 @@ def test_every_notebook_leads_to_another_and_the_first_lists_them_all():
     for name, text in texts.items():
         for link in re.findall(r"\]\(([\w-]+)\.ipynb\)", text):
             assert link in found, f"{name}: {link}.ipynb"
-        if name != "photographs":
-            assert re.search(r"^(Next|Back to).*\]\([\w-]+\.ipynb\)\.$", text, re.MULTILINE), name
+        assert re.search(r"^(Next|Back to).*\]\([\w-]+\.ipynb\)\.$", text, re.MULTILINE), name
 
 
 def test_the_conda_environments_ask_for_what_pyproject_asks_for():

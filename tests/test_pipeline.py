@@ -175,12 +175,12 @@ def test_an_ablation_is_a_pipeline_of_its_own_that_keeps_its_runs(copy, first):
     made = (results / "runs.csv").read_bytes()
     table = pd.read_csv(results / "runs.csv")
     assert table["strategy"].tolist() == ["none", "upper", "upper_append", "upper_r2"]
-    assert (set(table["seed"]), set(table["command"])) == ({3}, {"make ablation"})
+    assert (set(table["seed"]), set(table["command"])) == ({3}, {"make ablation NAME=options"})
     assert {path.stem for path in figures.iterdir()} == {"effects", "time_ratio", "peak_memory_mib", "paper"}
     assert (copy / "experiments" / "dvc.lock").is_file()
     assert ran(run(copy, "dvc", "repro", ABLATION)) == set()
 
-    runs = {path: path.stat().st_mtime_ns for path in copy.glob("results/experiments/ablation/options/*/metrics.json")}
+    runs = {path: path.stat().st_mtime_ns for path in copy.glob("results/experiments/ablation/smoke/*/metrics.json")}
     assert len(runs) == 4
     module = copy / "famba" / "analysis" / "ablation.py"
     text = module.read_text()

@@ -308,7 +308,7 @@ def readme_blocks(results_dir: str | Path) -> dict[str, dict[str, str]]:
     Raises:
         InputError: one is missing.
     """
-    names = ("summary_short.md", "summary.md", "photographs/summary.md")
+    names = ("summary_short.md", "summary.md", "ablation/photographs/summary.md")
     short, whole, photographs = (_read(config.root() / results_dir / name) for name in names)
     return {"README.md": {"results": short}, "docs/results.md": {"results": whole, "photographs": photographs}}
 

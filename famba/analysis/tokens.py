@@ -30,12 +30,6 @@ from famba.training import fit
 
 _BATCH = 50  # images: a trace holds every layer's tokens
 _SHOWN_PX = 224  # a user's images are drawn at about this size
-# The data set of the models in weights/, which `save_pretrained` does not write.
-_PHOTOGRAPHS = {
-    "classes": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-    "mean": (0.4914, 0.4822, 0.4465),
-    "std": (0.247, 0.2435, 0.2616),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,12 +84,12 @@ def trace_run(run_dir: str | Path, *, count: int) -> Traced:
 
 
 def trace_images(folder: str | Path, sources: Sequence[str | Path | np.ndarray]) -> Traced:
-    """Trace a user's images, of any size, through the model of a finished run, or one that `save_pretrained` wrote.
+    """Trace a user's images, of any size, through the model of a finished run, or one that `reports.models` published.
 
     Each is resized and cropped at the centre to the model's size; the same square is kept larger for drawing.
 
     Args:
-        folder: of the run or the model, which is called photographs-<strategy>; if relative, from the repository root.
+        folder: of the run or the model; if relative, from the repository root.
         sources: files, or arrays, as in `data.read_image`.
 
     Raises:
@@ -103,9 +97,8 @@ def trace_images(folder: str | Path, sources: Sequence[str | Path | np.ndarray])
     """
     folder = config.root() / folder
     if (folder / "config.json").is_file():
-        given = json.loads((folder / "config.json").read_bytes())
-        described = _PHOTOGRAPHS | {"strategy": folder.name.rpartition("-")[2]} | given
-        model = saved.rebuilt(folder, checkpoint.read(folder / runs.MODEL_FILE)[0], given)
+        described = json.loads((folder / "config.json").read_bytes())
+        model = saved.rebuilt(folder, checkpoint.read(folder / runs.MODEL_FILE)[0], described)
     else:
         runs.read(folder)
         model, described = saved.load_model(folder / runs.MODEL_FILE)

@@ -134,9 +134,10 @@ def find(p: DataParams) -> Found:
         if kind != "hub" or not owner or not name or "/" in name:
             raise InputError(f"data.dataset: {p.dataset!r} is not one of {', '.join(DATASETS)}, hub:<owner>/<name>")
         image = label = None
-    if p.root is None:
+    copy = config.root() / "data" / p.dataset
+    if p.root is None and not copy.is_dir():
         return _hub(p.dataset, repository, image, label)
-    top = _top(p, "")
+    top = copy if p.root is None else _top(p, "")
     if _parquet_files(top):
         return _parquet(top, image, label)
     if (top / "train").is_dir():

@@ -73,18 +73,23 @@ def train(stage: str, *, profile: str | None, cluster: str, jobs: int | None, sl
 
 
 def _cells(stage: str, profile: str, results: Path) -> dict[Path, list[Cell]]:
-    """The runs of a stage by their folders; not at once, since some of two ablations have the same checkpoints."""
-    asked, folder = config.load_sweep(), results / STAGES[stage]
-    found = {folder: (asked.params(profile), asked.seeds)}
+    """The runs of a stage by their folders; all ablations of one profile share theirs."""
+    asked, folder, command = config.load_sweep(), results / STAGES[stage], None if stage == "train" else f"make {stage}"
     if stage == "ablation":
-        found = {folder / name: (each.params(profile), each.seeds) for name, each in config.load_ablations().items()}
-    elif stage == "adaptive":
+        found: dict[Path, dict[Path, Cell]] = {}
+        for name, each in config.load_ablations().items():
+            runs_dir, params = folder / (each.profile or profile), each.params(profile)
+            made_by = {"runs_dir": runs_dir, "command": f"{command} NAME={name}"}
+            for cell in sweep.cells(params, each.seeds, **made_by):
+                found.setdefault(runs_dir, {}).setdefault(cell.run_dir, cell)
+        return {each: list(cells.values()) for each, cells in found.items()}
+    params = asked.params(profile)
+    if stage == "adaptive":
         from famba.experiments import adaptive  # imports torch
 
         plans = adaptive.plans(asked, profile=profile, runs_dir=results / STAGES["train"])
-        found = {folder: (adaptive.params(plans, profile=profile), asked.seeds)}
-    command = None if stage == "train" else f"make {stage}"
-    return {each: sweep.cells(*made_of, runs_dir=each, command=command) for each, made_of in found.items()}
+        params = adaptive.params(plans, profile=profile)
+    return {folder: sweep.cells(params, asked.seeds, runs_dir=folder, command=command)}
 
 
 def _train(cell: Cell) -> Path:

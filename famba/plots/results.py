@@ -295,15 +295,13 @@ def ablation(effects: pd.DataFrame) -> Figure:
     return figure
 
 
-def ablations(effects: pd.DataFrame, runs: pd.DataFrame, table: pd.DataFrame) -> dict[str, Figure]:
-    """All figures of an ablation by name; the paper's beside it where the first layer or r of `upper` is what changes.
+def ablations(runs: pd.DataFrame, table: pd.DataFrame) -> dict[str, Figure]:
+    """Figures of accuracy and cost by name; the paper's beside it where the first layer or r of `upper` changes.
 
     Args:
-        effects: as from `ablation.effects`.
         runs, table: as for `accuracy_against`.
     """
-    figures = {"effects": ablation(effects)}
-    figures |= {cost: accuracy_against(runs, table, cost) for cost in ("time_ratio", "peak_memory_mib")}
+    figures = {cost: accuracy_against(runs, table, cost) for cost in ("time_ratio", "peak_memory_mib")}
     varied = [x for x in ("first_layer", "r") if len(set(_of_upper(table)[x])) > 1]
     return figures | ({"paper": upper_beside_paper(table, varied[0])} if varied else {})
 

@@ -2,18 +2,21 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 from IPython.display import Image, Markdown, display
 
 from famba import config, plots
 from famba.analysis import ablation, summary
-from famba.config import SweepParams
+from famba.config import AblationParams
 from famba.experiments import sweep
-from famba.reports import SMOKE_ROUNDS, Report, opened
+from famba.reports import SMOKE_ROUNDS, Report, compare, models, opened, profile_name
+from famba.storage.runs import run_name
 
 _ROUNDS = 60
 _JOBS = 2  # runs trained at the same time, each on one thread
-_SMOKE = {
+_SMOKE: dict[str, Any] = {
+    "profile": None,
     "strategies": ("none", "upper"),
     "varied": ("upper",),
     "changes": {
@@ -25,36 +28,59 @@ _SMOKE = {
 
 def open_report(name: str, *, profile: str | None, pipeline: bool) -> Report:
     """The report of the ablation of that name in params.yaml; arguments as of `reports.opened`."""
+    profile = config.load_ablations()[name].profile or profile_name(profile)
     return opened(
         functools.partial(make, name=name),
-        f"ablation/{name}/effects.md",
-        command="make ablation",
+        f"ablation/{name}/summary.md",
+        command=_command(name),
         profile=profile,
         pipeline=pipeline,
-        runs_dir=f"results/experiments/ablation/{name}",
+        runs_dir=f"results/experiments/ablation/{profile}",
         of=f"ablation/{name}/runs.csv",
     )
 
 
-def asked(report: Report, name: str) -> SweepParams:
+def _command(name: str) -> str:
+    return f"make ablation NAME={name}"
+
+
+def asked(report: Report, name: str) -> AblationParams:
     """The runs of an ablation; of smoke runs a few are enough."""
     found = config.load_ablations()[name]
     return dataclasses.replace(found, **_SMOKE, seeds=report.sweep().seeds) if report.smoke else found
 
 
 def make(report: Report, name: str) -> None:
-    """Train what is missing of the runs, measure what training each variant costs, and compare them."""
+    """Train what is missing of the runs, measure what training each variant costs, and compare them.
+
+    Of strategies as they are, without changes, the first seed's models are published.
+    """
     variants, results_dir = asked(report, name), report.results_dir / "ablation" / name
     given = {"profile": report.profile, "runs_dir": report.runs_dir}
-    sweep.ensure_runs(variants, **given, train_missing=True, jobs=1 if report.smoke else _JOBS, command="make ablation")
-    rounds = SMOKE_ROUNDS if report.smoke else _ROUNDS
+    jobs, rounds = (1, SMOKE_ROUNDS) if report.smoke else (_JOBS, _ROUNDS)
+    sweep.ensure_runs(variants, **given, train_missing=True, jobs=jobs, command=_command(name))
     costs = sweep.ensure_costs(variants, profile=report.profile, results_dir=results_dir, rounds=rounds)
     runs = summary.load_runs(variants, report.runs_dir)
     table = summary.write_summary(runs, costs, results_dir)
-    effects = ablation.effects(variants, runs)
-    ablation.write(effects, results_dir)
-    figures = plots.ablations(effects, runs, table)
+    figures = plots.ablations(runs, table)
+    if variants.changes:
+        effects = ablation.effects(variants, runs)
+        ablation.write(effects, results_dir)
+        figures |= {"effects": plots.ablation(effects)}
+    else:
+        history = summary.load_history(variants, report.runs_dir)
+        figures |= {"curves": plots.training_curves(summary.write_curves(history, results_dir))}
+        for strategy in () if report.smoke else variants.strategies:
+            run = report.runs_dir / run_name(strategy, variants.seeds[0])
+            models.publish(run, report.folder / models.WEIGHTS / strategy)
     report.save(**{f"ablation/{name}/{kind}": figure for kind, figure in figures.items()})
+
+
+def findings(report: Report, name: str) -> Markdown:
+    """What each change does to accuracy; without changes, how the strategies compare."""
+    if asked(report, name).changes:
+        return report.text(f"ablation/{name}/effects.md")
+    return compare.accuracy_in_words(report.table(f"ablation/{name}/summary.csv"), "time_ratio")
 
 
 def show_figures(report: Report, name: str) -> None:

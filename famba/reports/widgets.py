@@ -4,6 +4,7 @@ of one's own to train. Needs ipywidgets, of the extra `notebooks`; without a bro
 
 import dataclasses
 import functools
+import html
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -46,7 +47,7 @@ def _picture(width: str) -> ipywidgets.Image:
 
 
 def _refused(error: Exception) -> str:
-    return f'<span style="color: #d62728">{error}</span>'
+    return f'<span style="color: #d62728">{html.escape(str(error))}</span>'
 
 
 class ScheduleExplorer(ipywidgets.VBox):

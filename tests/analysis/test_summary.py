@@ -310,9 +310,9 @@ def test_a_readme_without_its_markers_is_refused(text):
 def test_the_readme_gets_the_short_table_and_its_results_page_the_whole_ones(tmp_path):
     frame = runs_frame({"none": [90.0, 96.0], "upper": [89.0, 94.0]})
     table = summary.write_summary(frame, costs_frame(), tmp_path)
-    with pytest.raises(InputError, match=r"photographs/summary\.md: cannot be read \(No such file"):
+    with pytest.raises(InputError, match=r"ablation/photographs/summary\.md: cannot be read \(No such file"):
         summary.readme_blocks(tmp_path)
-    other = summary.write_summary(runs_frame({"none": [50.0]}), costs_frame(), tmp_path / "photographs")
+    other = summary.write_summary(runs_frame({"none": [50.0]}), costs_frame(), tmp_path / "ablation/photographs")
     assert summary.readme_blocks(tmp_path) == {
         "README.md": {"results": summary.markdown_short(table)},
         "docs/results.md": {"results": summary.markdown(table), "photographs": summary.markdown(other)},

@@ -238,6 +238,15 @@ def test_the_hub_is_asked_for_a_set_by_its_name(copied, monkeypatch, dataset, na
     assert cached.name.startswith(f"{name.replace('/', '--')}-8px-")
 
 
+def test_a_copy_in_the_checkout_takes_the_place_of_the_hub(copied, monkeypatch):
+    asked = hub(monkeypatch, ConnectionError("Couldn't reach it"))
+    (copied.parent / "data").mkdir()
+    copied.rename(copied.parent / "data" / "cifar10")
+    d = load(dataset="cifar10", root=None)
+    assert (len(d.train), len(d.test), asked) == (8, 6, [])
+    one_line(lambda: find(dataset="cifar100", root=None), "the hub cannot be reached")
+
+
 def test_the_validation_split_serves_where_there_is_no_test_split(copied, monkeypatch):
     hub(monkeypatch, splits(copied, test="validation"))
     assert find(dataset="hub:a/b", root=None).labels[10:].tolist() == [1, 0, 0, 1, 0, 1]

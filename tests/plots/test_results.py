@@ -474,16 +474,16 @@ def test_upper_with_other_layers_or_r_is_drawn_beside_the_papers_table():
     top1 = dict(zip(names, ([90.0, 92.0], [80.0, 84.0], [90.0, 90.0], [85.0, 85.0]), strict=True))
     ratios = dict(zip(names, (1.0, 0.7, 1.1, 0.9), strict=True))
     frame, costs = runs_frame(top1), costs_frame(ratios).assign(r=[0, 6, 1, 3], first_layer=[0, 6, 6, 6])
-    figures = plots.ablations(EFFECTS, frame, summary.summary(frame, costs))
-    assert list(figures) == ["effects", "time_ratio", "peak_memory_mib", "paper"]
+    figures = plots.ablations(frame, summary.summary(frame, costs))
+    assert list(figures) == ["time_ratio", "peak_memory_mib", "paper"]
     points, _, time, time_here, _, _ = figures["paper"].axes
     assert points.get_title() == "Famba-V, Table 3 (Vim-Ti)"
     assert time.containers[0].lines[0].get_xdata().tolist() == list(range(1, 10))
     assert time_here.containers[0].lines[0].get_xydata().tolist() == [[1, 1.1], [3, 0.9], [6, 0.7]]
     said = figures["paper"].get_supxlabel().replace("\n", " ")
     assert "Table 3 (Vim-Ti): time is saved from r = 4.1 on. here: time is saved from r = 2.0 on." in said
-    others = plots.ablations(EFFECTS, frame, summary.summary(frame, costs.assign(r=6)))
-    assert list(others) == ["effects", "time_ratio", "peak_memory_mib"]
+    others = plots.ablations(frame, summary.summary(frame, costs.assign(r=6)))
+    assert list(others) == ["time_ratio", "peak_memory_mib"]
 
 
 def test_adaptive_schedules_show_every_layers_tokens_and_the_mean_with_its_interval():

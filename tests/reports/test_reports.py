@@ -91,11 +91,11 @@ def test_the_pipeline_takes_finished_runs_only(checkout):
         models.opened("default", strategy="upper", seed=0, pipeline=True)
 
 
-def test_a_model_is_the_finished_run_else_the_one_in_weights(checkout):
-    (checkout / "weights" / "photographs-upper").mkdir(parents=True)
+def test_a_model_is_the_finished_run_else_the_published_one(checkout):
+    (checkout / models.WEIGHTS / "upper").mkdir(parents=True)
     report, folder = models.opened("default", strategy="upper", seed=0, pipeline=False)
-    assert folder == checkout / "weights" / "photographs-upper"
-    assert report.shown.startswith("The trained model weights/photographs-upper.")
+    assert folder == checkout / models.WEIGHTS / "upper"
+    assert report.shown.startswith(f"The trained model {models.WEIGHTS}/upper.")
     params = config.load("default", strategy="upper").as_dict()
     runs.write(make_run("upper", profile="default", params=params), checkout / "results" / "runs" / "upper-0")
     report, folder = models.opened("default", strategy="upper", seed=0, pipeline=False)

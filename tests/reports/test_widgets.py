@@ -1,7 +1,6 @@
 """The widgets as objects: no browser, no kernel."""
 
 import io
-import json
 import re
 
 import numpy as np
@@ -9,33 +8,45 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from test_summary import costs_frame, runs_frame
 from test_tokens import run  # noqa: F401 (a fixture)
 
-from famba import create_model, plots
+from famba import VisionMamba, create_model, plots
 from famba.analysis import summary, tokens
 from famba.fusion import strategies
 from famba.fusion.strategies import STRATEGIES
 from famba.models import saved
-from famba.reports import Report, widgets
+from famba.reports import Report, models, widgets
 from famba.reports.models import PHOTOGRAPHS
 from famba.reports.widgets import TokenExplorer
+from famba.storage import runs
 
 
 @pytest.fixture
 def explorer(run, tmp_path):  # noqa: F811
-    """Over a run and a model as `save_pretrained` writes it, in half precision."""
+    """Over a run and a model as it is published, in half precision."""
     torch.manual_seed(0)
     sizes = {"img_size": 32, "patch_size": 8, "stride": 8, "depth": 3, "d_model": 16, "d_state": 4}
     model = create_model("vim_micro", **sizes, num_classes=10, schedule=[0, 2, 5])
-    folder = tmp_path / "photographs-lower"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(saved.description(model)))
-    save_file({key: x.half() for key, x in model.state_dict().items()}, folder / "model.safetensors")
+    described = {"strategy": "lower", "classes": list("abcdefghij"), "mean": [0.5] * 3, "std": [0.25] * 3}
+    content = saved.model_bytes(model, model.state_dict(), described)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / runs.MODEL_FILE).write_bytes(content)
+    models.publish(tmp_path / "run", tmp_path / "lower")
     return TokenExplorer(
-        {"upper-0": tokens.trace_run(run, count=3), "photos": tokens.trace_images(folder, PHOTOGRAPHS)}
+        {"upper-0": tokens.trace_run(run, count=3), "photos": tokens.trace_images(tmp_path / "lower", PHOTOGRAPHS)}
     )
+
+
+def test_a_published_model_predicts_as_its_run_and_is_half_as_large(run, tmp_path):  # noqa: F811
+    models.publish(run, tmp_path)
+    published, trained = (tokens.trace_images(folder, PHOTOGRAPHS) for folder in (tmp_path, run))
+    assert published.described["strategy"] == trained.described["strategy"]
+    assert published.predicted == trained.predicted
+    torch.testing.assert_close(published.trace.pooled, trained.trace.pooled, atol=0.01, rtol=0.01)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert size < 0.6 * (run / runs.MODEL_FILE).stat().st_size
+    assert VisionMamba.from_pretrained(tmp_path).schedule == trained.model.schedule
 
 
 def pixels(explorer):
@@ -121,8 +132,8 @@ def test_uploaded_images_replace_those_of_every_model_and_what_is_none_is_refuse
     assert bytes(explorer.picture.value) != before
     explorer.model.value = "photos"
     assert [label for label, _ in explorer.image.options] == ["1: mine.png"]
-    explorer.upload.value = ({**file, "content": memoryview(b"no image")},)
-    assert "mine.png: not an image" in explorer.message.value
+    explorer.upload.value = ({**file, "name": "<b>.png", "content": memoryview(b"no image")},)
+    assert "&lt;b&gt;.png: not an image" in explorer.message.value
     assert [label for label, _ in explorer.image.options] == ["1: mine.png"]
 
 
