@@ -1,9 +1,8 @@
 """Summaries of measured token similarity: quantiles by layer, and whether it rises towards the upper layers.
 
 Famba-V (arXiv:2409.09808, section 3.2) asks whether fusing is cheaper in the upper layers. Similarity is one side of
-that; the cost in accuracy is in the comparison of the strategies. Intervals are percentile bootstraps over images for
-one trained model: they show the dependence on the choice of images, not on the seed. Frames are those of
-`tokens.similarity_in_runs`.
+that; the cost in accuracy is in the comparison of the strategies. Intervals are Student's, over trained models. Frames
+are those of `tokens.similarity_in_runs`.
 """
 
 import math
@@ -12,11 +11,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
-from scipy import stats
 
 from famba import config
-from famba.analysis.intervals import with_interval
+from famba.analysis.intervals import student, with_interval
 from famba.analysis.summary import BASELINE
 from famba.errors import InputError
 from famba.fusion.strategies import ordered
@@ -25,7 +22,6 @@ from famba.storage.files import write_atomic
 QUANTITIES = ("similarity", "distance", "size")
 WEIGHTS = ("trained", "untrained")
 QUANTILES = {"q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95}
-_RESAMPLES = 2000
 
 
 def quantiles(frame: pd.DataFrame) -> pd.DataFrame:
@@ -43,7 +39,7 @@ def rise(frame: pd.DataFrame) -> pd.DataFrame:
     """Median best-match similarity in the upper third of the layers minus that in the lower third, without fusion.
 
     Returns:
-        One row for each image, a column for each of `WEIGHTS`.
+        Mean over the images: one row for each model, by its seed, a column for each of `WEIGHTS`.
 
     Raises:
         InputError: no run of `none`, or fewer than two layers.
@@ -53,10 +49,10 @@ def rise(frame: pd.DataFrame) -> pd.DataFrame:
         raise InputError(f"strategies: {', '.join(frame['strategy'].unique())}; {BASELINE!r} is needed")
     lower, upper = thirds(max(unfused["layer"]))
     medians = [
-        unfused.loc[unfused["layer"].isin(layers)].groupby(["image", "weights"])["value"].median().unstack()
+        unfused.loc[unfused["layer"].isin(layers)].groupby(["seed", "image", "weights"])["value"].median().unstack()
         for layers in (upper, lower)
     ]
-    return (medians[0] - medians[1]).loc[:, list(WEIGHTS)]
+    return (medians[0] - medians[1]).groupby("seed").mean().loc[:, list(WEIGHTS)]
 
 
 def thirds(depth: int) -> tuple[list[int], list[int]]:
@@ -67,24 +63,11 @@ def thirds(depth: int) -> tuple[list[int], list[int]]:
     return list(range(1, each + 1)), list(range(depth - each + 1, depth + 1))
 
 
-def bootstrap(values: Float[np.ndarray, "n"], confidence: float = 0.95) -> tuple[float, float, float]:
-    """Mean with its percentile bootstrap interval: (mean, low, high), always from the same resamples.
-
-    Raises:
-        InputError: fewer than two values.
-    """
-    if len(values) < 2:
-        raise InputError(f"values: {len(values)}; at least 2 needed")
-    options: dict[str, Any] = {"n_resamples": _RESAMPLES, "confidence_level": confidence, "method": "percentile"}
-    low, high = stats.bootstrap((values,), np.mean, **options, rng=0).confidence_interval
-    return float(values.mean()), float(low), float(high)
-
-
 def chance_distance(frame: pd.DataFrame) -> float:
     """Median distance between two different patches of an image, in patches: the distance of random pairs."""
     # The sizes of an image's tokens sum to its number of patches, fused or not.
     sizes = frame.loc[frame["quantity"] == "size"]
-    grid = math.isqrt(round(sizes.groupby(["strategy", "weights", "image"])["value"].sum().max()))
+    grid = math.isqrt(round(sizes.groupby(["strategy", "seed", "weights", "image"])["value"].sum().max()))
     at = np.stack(np.meshgrid(np.arange(grid), np.arange(grid)), axis=-1).reshape(-1, 2)
     one, two = np.triu_indices(len(at), k=1)
     return float(np.median(np.linalg.norm(at[one] - at[two], axis=-1)))
@@ -98,9 +81,8 @@ def text(frame: pd.DataFrame) -> str:
     """
     rises = rise(frame)
     lower, upper = (f"layers {layers[0]}..{layers[-1]}" for layers in thirds(max(frame["layer"])))
-    differences = {weights: rises[weights].to_numpy() for weights in WEIGHTS}
-    differences["trained minus untrained"] = differences["trained"] - differences["untrained"]
-    intervals = {name: bootstrap(values) for name, values in differences.items()}
+    rises["trained minus untrained"] = rises["trained"] - rises["untrained"]
+    intervals = {name: student(values.to_list()) for name, values in rises.items()}
     of_images: Any = frame.groupby(["quantity", "strategy", "weights", "image"])["value"]
     shown = {
         "distance of a pair": of_images.median().xs("distance"),
@@ -122,8 +104,8 @@ def text(frame: pd.DataFrame) -> str:
             _verdict(*intervals["trained"][1:], *intervals["trained minus untrained"][1:]),
             "",
             f"Similarity of an unfused token (`{BASELINE}`) with its most similar token: median of the upper third "
-            f"({upper}) minus median of the lower third ({lower}), mean over {len(rises)} images with its 95% "
-            "bootstrap interval:",
+            f"({upper}) minus median of the lower third ({lower}), mean over {frame['image'].nunique()} images and "
+            f"{len(rises)} models, with its 95% interval over models:",
             "",
             *(f"- {name}: {with_interval('{:+.4f}'.format, *interval)}" for name, interval in intervals.items()),
             "",
@@ -140,14 +122,13 @@ def write(frame: pd.DataFrame, folder: str | Path, *, seed: int, profile: str) -
 
     Args:
         folder: if relative, from the repository root.
-        seed, profile: of the runs.
+        seed: of the runs that fuse.
     """
     table, folder = quantiles(frame), config.root() / folder
     rounded = table.round(dict.fromkeys(QUANTILES, 4))
     write_atomic(folder / "similarity.csv", rounded.to_csv(index=False, lineterminator="\n").encode())
     setting = (
-        f"Profile `{profile}`, runs with seed {seed}; untrained is the initialisation of that seed. The intervals are "
-        "over images for one trained model: another seed may differ by more."
+        f"Profile `{profile}`; what fuses, in runs with seed {seed}. Untrained is the initialisation of the same seed."
     )
     write_atomic(folder / "similarity.md", f"{text(frame)}\n{setting}\n".encode())
     return table
@@ -155,6 +136,8 @@ def write(frame: pd.DataFrame, folder: str | Path, *, seed: int, profile: str) -
 
 def _verdict(low: float, high: float, gain_low: float, gain_high: float) -> str:
     """A sentence on two intervals: of the rise after training, and of its change by training."""
+    if math.isnan(low):
+        return "One trained model does not show how similar the tokens of others are."
     if low > 0:
         finding = "more similar in the upper layers than in the lower ones, which supports"
     elif high < 0:

@@ -205,7 +205,7 @@ def similarity_in_runs(run_dirs: Sequence[Path], *, images: int) -> pd.DataFrame
         images: number of images, from the start of the test split.
 
     Returns:
-        The columns of `token_similarity`, and strategy and weights (trained, untrained).
+        The columns of `token_similarity`, and strategy, seed and weights (trained, untrained).
 
     Raises:
         InputError: a run that does not exist, more images than the test split has.
@@ -221,7 +221,8 @@ def similarity_in_runs(run_dirs: Sequence[Path], *, images: int) -> pd.DataFrame
         inputs = data.normalise(dataset.test.images[:images], described["mean"], described["std"])
         untrained = fit.build(p, classes=len(dataset.classes), seed=run.seed)
         for weights, model in zip(similarity.WEIGHTS, (trained, untrained), strict=True):
-            frames.append(token_similarity(model.eval(), inputs).assign(strategy=run.strategy, weights=weights))
+            names = {"strategy": run.strategy, "seed": run.seed, "weights": weights}
+            frames.append(token_similarity(model.eval(), inputs).assign(**names))
     return pd.concat(frames, ignore_index=True)
 
 

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from famba.analysis import similarity, summary
+from famba.analysis import intervals, similarity, summary
 from famba.errors import InputError
 from famba.plots.style import (
     GREY,
@@ -85,19 +85,19 @@ def token_similarity(frame: pd.DataFrame) -> Figure:
     rises = similarity.rise(frame)
     for row, weights in enumerate(similarity.WEIGHTS):
         values = rises[weights].to_numpy()
-        mean, low, high = similarity.bootstrap(values)
-        _box(right, values, float(row), _WEIGHTS_COLOURS[weights])
-        style = {"color": PALETTE[3], "capsize": 4, "markersize": 5, "zorder": 4}
-        right.errorbar(mean, row, xerr=[[mean - low], [high - mean]], fmt="o", **style)
+        mean, low, high = intervals.student(values.tolist())
+        right.plot(values, np.full(len(values), row), "o", color=_WEIGHTS_COLOURS[weights], alpha=0.6, markersize=5)
+        xerr = None if math.isnan(low) else [[mean - low], [high - mean]]
+        right.errorbar(mean, row + 0.2, xerr=xerr, fmt="o", color=PALETTE[3], capsize=4, markersize=5)
     right.axvline(0, color="0.6", linewidth=0.9)
     label_rows(right, similarity.WEIGHTS)
     right.set(xlabel="difference in cosine similarity", title="upper third minus lower third of the layers")
     right.xaxis.set_major_locator(MaxNLocator(nbins=5))
     caption(
         figure,
-        f"Left: median, middle half and 5 to 95% of the tokens of {len(rises)} images. Right: each image's difference "
-        "of medians, as box (5 to 95%); in red their mean with its 95% bootstrap interval over images. Right of "
-        "zero, tokens are more similar in the upper layers.",
+        f"Left: median, middle half and 5 to 95% of the tokens of {frame['image'].nunique()} images in {len(rises)} "
+        "models. Right: each model's difference of medians, mean over the images; in red the mean with its 95% "
+        "interval over models. Right of zero, tokens are more similar in the upper layers.",
     )
     return figure
 

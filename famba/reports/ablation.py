@@ -10,7 +10,7 @@ from famba import config, plots
 from famba.analysis import ablation, summary
 from famba.config import AblationParams
 from famba.experiments import sweep
-from famba.reports import SMOKE_ROUNDS, Report, compare, models, opened, profile_name
+from famba.reports import SMOKE_ROUNDS, Report, compare, models, opened, profile_name, similarity
 from famba.storage.runs import run_name
 
 _ROUNDS = 60
@@ -70,6 +70,7 @@ def make(report: Report, name: str) -> None:
     else:
         history = summary.load_history(variants, report.runs_dir)
         figures |= {"curves": plots.training_curves(summary.write_curves(history, results_dir))}
+        figures |= similarity.measure(report, variants, results_dir)
         for strategy in () if report.smoke else variants.strategies:
             run = report.runs_dir / run_name(strategy, variants.seeds[0])
             models.publish(run, report.folder / models.WEIGHTS / strategy)

@@ -1,20 +1,34 @@
 """The results that the notebook `similarity` shows: similarity.csv, similarity.md and three figures."""
 
-from famba import config, plots
+import itertools
+from pathlib import Path
+
+from famba import plots
 from famba.analysis import similarity, tokens
+from famba.analysis.summary import BASELINE
+from famba.config import SweepParams
 from famba.experiments import sweep
 from famba.reports import Report
 
+_IMAGES, _SMOKE_IMAGES = 200, 40
 
-def make(report: Report, images: int = 200) -> None:
-    """Measure the runs of the sweep's first seed over test images."""
-    asked = config.load_sweep(seeds=report.sweep().seeds[:1])
+
+def make(report: Report) -> None:
+    """Measure the runs of the sweep over test images."""
+    report.save(**measure(report, report.sweep(), report.results_dir))
+
+
+def measure(report: Report, asked: SweepParams, results_dir: Path) -> dict[str, plots.Figure]:
+    """Measure all runs without fusion, and the first seed's of the others; write the tables, return the figures."""
     given = {"profile": report.profile, "runs_dir": report.runs_dir}
     folders = sweep.ensure_runs(asked, **given, train_missing=report.smoke)
-    found = tokens.similarity_in_runs(folders, images=40 if report.smoke else images)
-    similarity.write(found, report.results_dir, seed=asked.seeds[0], profile=report.profile)
-    report.save(
-        token_similarity=plots.token_similarity(found),
-        fused_distance=plots.fused_distance(found),
-        token_size=plots.token_size(found),
-    )
+    first = asked.seeds[0]
+    named = zip(folders, itertools.product(asked.variants, asked.seeds), strict=True)
+    wanted = [folder for folder, (name, seed) in named if name == BASELINE or seed == first]
+    found = tokens.similarity_in_runs(wanted, images=_SMOKE_IMAGES if report.smoke else _IMAGES)
+    similarity.write(found, results_dir, seed=first, profile=report.profile)
+    return {
+        "token_similarity": plots.token_similarity(found),
+        "fused_distance": plots.fused_distance(found),
+        "token_size": plots.token_size(found),
+    }

@@ -9,18 +9,22 @@ from famba.analysis import similarity
 from famba.errors import InputError
 
 
-def measured(slopes, depth=6, images=20, strategies=("none", "upper")):
-    """A frame of tokens.similarity_in_runs: similarity changes by a slope per layer, each image has its own level."""
+def measured(slopes, depth=6, images=20, strategies=("none", "upper"), seeds=(3, 4, 5), spread=0.0):
+    """A frame of tokens.similarity_in_runs: similarity changes by a slope per layer, each image has its own level.
+
+    Of `none` there is a model for each seed, whose slopes differ by the spread.
+    """
+    models = [(name, seed) for name in strategies for seed in (seeds if name == "none" else seeds[:1])]
     rows = []
-    for strategy, (weights, slope), image in itertools.product(strategies, slopes.items(), range(images)):
+    for (strategy, seed), (weights, slope), image in itertools.product(models, slopes.items(), range(images)):
+        slope += spread * (seed - 4)
+        key = (strategy, seed, weights)
         for layer in range(1, depth + 1):
-            rows += [(strategy, weights, "similarity", image, layer, 0.5 + slope * layer + 0.01 * image)] * 3
+            rows += [(*key, "similarity", image, layer, 0.5 + slope * layer + 0.01 * image)] * 3
             if strategy != "none":
-                rows.append((strategy, weights, "distance", image, layer, 2.0 if weights == "trained" else 3.0))
-        rows += [
-            (strategy, weights, "size", image, depth, size) for size in ((1.0,) * 9 if strategy == "none" else (2, 7))
-        ]
-    return pd.DataFrame(rows, columns=["strategy", "weights", "quantity", "image", "layer", "value"])
+                rows.append((*key, "distance", image, layer, 2.0 if weights == "trained" else 3.0))
+        rows += [(*key, "size", image, depth, size) for size in ((1.0,) * 9 if strategy == "none" else (2, 7))]
+    return pd.DataFrame(rows, columns=["strategy", "seed", "weights", "quantity", "image", "layer", "value"])
 
 
 def test_quantiles_of_a_case_worked_by_hand_come_in_the_fixed_order():
@@ -34,15 +38,15 @@ def test_quantiles_of_a_case_worked_by_hand_come_in_the_fixed_order():
     ]
     assert list(dict.fromkeys(table["quantity"])) == list(similarity.QUANTITIES)
     first = table.iloc[0]
-    assert first["n"] == 15
+    assert first["n"] == 45
     np.testing.assert_allclose(first[list(similarity.QUANTILES)].astype(float), [0.5, 0.51, 0.52, 0.53, 0.54])
 
 
-def test_the_rise_compares_the_thirds_of_each_image():
-    rises = similarity.rise(measured({"trained": 0.1, "untrained": -0.1}, depth=7))
-    np.testing.assert_allclose(rises["trained"], 0.5, err_msg="layers 6, 7 less layers 1, 2")
-    np.testing.assert_allclose(rises["untrained"], -0.5)
-    assert len(rises) == 20
+def test_the_rise_compares_the_thirds_of_each_model():
+    rises = similarity.rise(measured({"trained": 0.1, "untrained": -0.1}, depth=7, spread=0.01))
+    np.testing.assert_allclose(rises["trained"], [0.45, 0.5, 0.55], err_msg="layers 6, 7 less layers 1, 2")
+    np.testing.assert_allclose(rises["untrained"], [-0.55, -0.5, -0.45])
+    assert rises.index.tolist() == [3, 4, 5]
 
 
 @pytest.mark.parametrize(
@@ -58,16 +62,6 @@ def test_what_cannot_be_compared_is_refused():
         similarity.thirds(1)
     with pytest.raises(InputError, match="strategies: upper; 'none' is needed"):
         similarity.rise(measured({"trained": 0.0, "untrained": 0.0}, strategies=("upper",)))
-    with pytest.raises(InputError, match="values: 1; at least 2 needed"):
-        similarity.bootstrap(np.array([1.0]))
-
-
-def test_the_bootstrap_covers_the_truth_about_as_often_as_it_says():
-    draws = np.random.default_rng(0).normal(5, 2, (200, 100))
-    inside = [low <= 5 <= high for _, low, high in map(similarity.bootstrap, draws)]
-    assert 0.9 < np.mean(inside) < 0.99
-    assert similarity.bootstrap(draws[0]) == similarity.bootstrap(draws[0])
-    assert similarity.bootstrap(np.array([2.0, 2.0])) == (2.0, 2.0, 2.0)
 
 
 def test_chance_is_the_median_over_all_pairs_of_patches():
@@ -78,18 +72,24 @@ def test_chance_is_the_median_over_all_pairs_of_patches():
 
 
 @pytest.mark.parametrize(
-    ("slopes", "said"),
+    ("slopes", "spread", "said"),
     [
-        ((0.02, 0.0), ("more similar in the upper", "supports", "raised")),
-        ((-0.02, 0.0), ("less similar in the upper", "speaks against", "lowered")),
-        ((-0.02, -0.04), ("less similar in the upper", "speaks against", "raised")),
-        ((0.0, 0.0), ("about as similar", "no argument for or against", "did not change")),
+        ((0.02, 0.0), 0.0, ("more similar in the upper", "supports", "raised")),
+        ((-0.02, 0.0), 0.0, ("less similar in the upper", "speaks against", "lowered")),
+        ((-0.02, -0.04), 0.0, ("less similar in the upper", "speaks against", "raised")),
+        ((0.0, 0.0), 0.0, ("about as similar", "no argument for or against", "did not change")),
+        ((0.02, 0.0), 0.01, ("about as similar", "no argument for or against", "raised")),
     ],
 )
-def test_the_verdict_follows_from_the_numbers(slopes, said):
-    text = similarity.text(measured(dict(zip(similarity.WEIGHTS, slopes, strict=True))))
+def test_the_verdict_follows_from_the_numbers(slopes, spread, said):
+    text = similarity.text(measured(dict(zip(similarity.WEIGHTS, slopes, strict=True)), spread=spread))
     for words in said:
         assert words in text.splitlines()[0]
+
+
+def test_one_model_gives_no_verdict():
+    text = similarity.text(measured({"trained": 0.02, "untrained": 0.0}, seeds=(3,)))
+    assert text.startswith("One trained model does not show")
 
 
 def test_the_text_and_the_table_are_written_with_the_numbers(tmp_path):
@@ -97,7 +97,7 @@ def test_the_text_and_the_table_are_written_with_the_numbers(tmp_path):
     similarity.write(frame, tmp_path, seed=3, profile="smoke")
     text = (tmp_path / "similarity.md").read_text()
     assert "- trained: \N{MINUS SIGN}0.0800 (\N{MINUS SIGN}0.0800 to \N{MINUS SIGN}0.0800)" in text
-    assert "mean over 20 images" in text
+    assert "mean over 20 images and 3 models" in text
     assert re.search(r"\| upper +\| +2.00 \| +3.00 \| +7.00 \| +7.00 \|", text)
     assert "seed 3" in text
     assert "| none " not in text

@@ -175,7 +175,7 @@ def test_each_run_is_measured_beside_the_initial_weights_of_its_seed(tmp_path):
     assert set(zip(frame["strategy"], frame["weights"], strict=True)) == {
         *(("none", "trained"), ("none", "untrained"), ("upper", "trained"), ("upper", "untrained"))
     }
-    assert set(frame["image"]) == {0, 1, 2, 3}
+    assert (set(frame["seed"]), set(frame["image"])) == ({3}, {0, 1, 2, 3})
     p = config.load("smoke", strategy="upper")
     dataset = data.load(p.data, seed=3)
     inputs = data.normalise(dataset.test.images[:4], dataset.mean, dataset.std)

@@ -243,13 +243,13 @@ def likeness():
     for image, layer, token in itertools.product([0, 1], range(1, 7), range(4)):
         for weights, slope in (("trained", -0.1), ("untrained", 0.0)):
             value = 0.9 + slope * layer + 0.01 * image
-            rows.append(("none", weights, "similarity", image, layer, value))
+            rows += [("none", seed, weights, "similarity", image, layer, value) for seed in (0, 1)]
             if token == 0:
-                rows.append(("upper", weights, "distance", image, layer, 1.0 + image + (weights == "untrained")))
+                rows.append(("upper", 0, weights, "distance", image, layer, 1.0 + image + (weights == "untrained")))
     for image, weights in itertools.product([0, 1], ["trained", "untrained"]):
-        rows += [("none", weights, "size", image, 6, 1.0)] * 4
-        rows += [("upper", weights, "size", image, 6, size) for size in (1.0, 3.0)]
-    return pd.DataFrame(rows, columns=["strategy", "weights", "quantity", "image", "layer", "value"])
+        rows += [("none", 0, weights, "size", image, 6, 1.0)] * 4
+        rows += [("upper", 0, weights, "size", image, 6, size) for size in (1.0, 3.0)]
+    return pd.DataFrame(rows, columns=["strategy", "seed", "weights", "quantity", "image", "layer", "value"])
 
 
 def test_likeness_is_drawn_by_layer_beside_its_change_towards_the_upper_layers(likeness):
