@@ -36,7 +36,7 @@ JOBS ?= 2
 # A file is one process's, for what its tests share; slow files come first (tests/conftest.py).
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help env repro ablation adaptive readme test test-fast lint lab docs bench bench-gpu gpu-check
+.PHONY: help env repro ablation adaptive readme crate test test-fast lint lab docs bench bench-gpu gpu-check
 .PHONY: gpu-check-wheels doctor fuzz sanitize audit licences sbom clean
 .DEFAULT_GOAL := help
 
@@ -59,6 +59,10 @@ adaptive: env  ## train schedules made from the measured cost of fusing: results
 
 readme: env  ## write the tables of README.md and docs/results.md from results/
 	$(IN_VENV) python -m famba readme
+
+crate: env  ## write results, figures and their provenance as an RO-Crate into build/crate
+	rm -rf build/crate
+	$(IN_VENV) python -m famba crate --out build/crate
 
 test: env  ## run all tests: style, types, units, notebooks, pipeline
 	$(IN_VENV) pytest $(TWO) tests

@@ -111,6 +111,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command("readme", _readme, "write the tables of README.md and docs/results.md from results/", "plots")
 
+    sub = command("crate", _crate, "write the results with their provenance as a Workflow Run RO-Crate", "dev")
+    sub.add_argument("--out", type=Path, required=True, help="folder, new or empty")
+
     sub = command("bench", _bench, "measure scans, training steps and fusion on an idle machine", "plots")
     sub.add_argument(
         "parts", nargs="*", metavar="part", help="scan, model, fusion, memory, precision, data; all if none is given"
@@ -233,6 +236,13 @@ def _readme(options: argparse.Namespace) -> int:
     from famba.analysis import summary
 
     summary.update_readme("results")
+    return 0
+
+
+def _crate(options: argparse.Namespace) -> int:
+    from famba.analysis import crate
+
+    crate.write(options.out)
     return 0
 
 

@@ -361,7 +361,7 @@ def test_a_bad_value_is_named_in_one_line_with_its_key_and_what_is_allowed(edite
         (
             "ablation",
             {"options": ABLATION | {"varied": ["all"], "changes": {"r1": {"fusion.all.r": 1}}}},
-            ".tokens_per_layer.changes.r1: {'fusion.upper.r': 1} has the name of another ablation's change, {'fusion.all",
+            ".tokens_per_layer.changes.r1: {'fusion.upper.r': 1} has the name of another ablation's change, ",
         ),
         ("ablation", {"options": 3}, ".options: 3 is not a section of `key: value` lines"),
         ("ablation", {"options": ABLATION | {"seeds": [0, 0]}}, ".options.seeds: [0, 0]: each may be named only once"),
