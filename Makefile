@@ -17,7 +17,7 @@ KEY   := $(shell { cat pyproject.toml constraints.txt .ci/setup; echo '$(TORCH) 
 READY := $(VENV)/ready-$(KEY)
 
 # What make started ends with it (famba/supervision.py).
-repro ablation adaptive: export FAMBA_ENDS_WITH := $(shell echo $$PPID)
+repro ablation: export FAMBA_ENDS_WITH := $(shell echo $$PPID)
 
 # Spinning OpenMP threads make a step several times slower when something else runs on the same cores.
 export OMP_WAIT_POLICY := passive
@@ -36,7 +36,7 @@ JOBS ?= 2
 # A file is one process's, for what its tests share; slow files come first (tests/conftest.py).
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help env repro ablation adaptive readme crate test test-fast lint lab docs bench bench-gpu gpu-check
+.PHONY: help env repro ablation readme crate test test-fast lint lab docs bench bench-gpu gpu-check
 .PHONY: gpu-check-wheels doctor fuzz sanitize audit licences sbom clean
 .DEFAULT_GOAL := help
 
@@ -53,9 +53,6 @@ repro: env  ## train every strategy and draw the results: `dvc repro`, JOBS stag
 ablation: env  ## train what params.yaml names under ablation: photographs (18 runs, hours), 600 small runs; or NAME of them
 	$(IN_VENV) dvc --wait-for-lock repro experiments/dvc.yaml:ablation$(NAME:%=@%)
 	$(IN_VENV) dvc --wait-for-lock repro --force --single-item claims  # which reads what was made
-
-adaptive: env  ## train schedules made from the measured cost of fusing: results/adaptive.md
-	$(IN_VENV) dvc --wait-for-lock repro experiments/dvc.yaml:adaptive
 
 readme: env  ## write the tables of README.md and docs/results.md from results/
 	$(IN_VENV) python -m famba readme

@@ -12,7 +12,7 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 REPOSITORY = os.environ.get("GITHUB_REPOSITORY")  # owner/name: set where the site is published
 CHAPTERS = {
     "Documentation": "docs/how-to docs/full-size docs/performance docs/design docs/differences docs/api",
-    "Results": "docs/results results/claims results/similarity results/adaptive",
+    "Results": "docs/results results/claims results/similarity",
     "Notebooks": "notebooks/index notebooks/method notebooks/data notebooks/train notebooks/cost notebooks/*",
     "Project": "CONTRIBUTING CHANGELOG SECURITY",
 }

@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--keep-checkpoints", action="store_true", help="do not remove them when the run is written")
 
     sub = command("sweep", _sweep, "train all runs of a stage as jobs of a cluster; those that are finished are kept")
-    sub.add_argument("stage", nargs="?", default="train", choices=("train", "ablation", "adaptive"))
+    sub.add_argument("stage", nargs="?", default="train", choices=("train", "ablation"))
     sub.add_argument("--profile", help="one of params.yaml's; the one that it names itself if not given")
     sub.add_argument("--cluster", default="local", choices=("local", "slurm"))
     sub.add_argument("--jobs", type=int, help="at the same time; if not given, 1 on this machine, all on Slurm")

@@ -110,7 +110,7 @@ def test_the_levels_of_a_factor_are_the_values_that_its_option_can_take():
 
 def test_the_fusion_section_has_one_rule_for_each_strategy_and_each_comes_back_as_it_was():
     written = document()["fusion"]
-    assert tuple(written) == (*STRATEGIES, "calibrated", "adaptive")
+    assert tuple(written) == (*STRATEGIES, "by_logits", "by_similarity", "adaptive")
     for strategy in STRATEGIES:
         loaded = dataclasses.asdict(config.load("default", strategy=strategy, path=FILE).fusion)
         assert {key: value for key, value in loaded.items() if value is not None} == written[strategy]
@@ -374,7 +374,7 @@ def test_a_bad_value_is_named_in_one_line_with_its_key_and_what_is_allowed(edite
         (
             "claims",
             {"faster": CLAIM | {"ablation": "most"}},
-            ".faster.ablation: 'most' is not one of options, photographs, ",
+            ".faster.ablation: 'most' is not one of calibration, options, ",
         ),
         (
             "claims",
@@ -415,7 +415,7 @@ def test_what_is_missing_is_named(edited, keys, key):
 
 def test_an_unknown_strategy_or_profile_is_named_with_those_that_there_are():
     assert refusal(lambda: config.load(strategy="most", path=FILE)) == (
-        "strategy: 'most' is not one of none, all, interleaved, lower, upper, calibrated"
+        "strategy: 'most' is not one of none, all, interleaved, lower, upper, by_logits, by_similarity"
     )
     message = refusal(lambda: config.load("big", strategy="all", path=FILE))
     assert message == f"params.yaml: profile: 'big' is not one of {', '.join(PROFILES)}"

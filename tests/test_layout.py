@@ -30,7 +30,7 @@ from famba.storage import provenance
 from famba.storage.files import json_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGE_NOTEBOOKS = ("train", "cost", "compare", "tokens", "similarity", "ablation", "claims", "adaptive")
+STAGE_NOTEBOOKS = ("train", "cost", "compare", "tokens", "similarity", "ablation", "claims")
 # A package imports only from itself and from those before it; two modules of fusion need nothing and come first.
 PACKAGES = (
     *("errors", "fusion.options", "fusion.strategies", "config", "storage", "supervision", "kernels", "fusion"),
@@ -160,7 +160,6 @@ def test_experiments_depend_on_the_parameters_that_they_read():
     assert set(stages()["compare"]["params"]) == {"profile", "sweep"}
     assert set(stages()["ablation"]["params"]) == sections - {"ablation", "sweep"} | {"ablation.${item}"}
     assert set(stages()["claims"]["params"]) == {"ablation", "claims"}
-    assert set(stages()["adaptive"]["params"]) == sections - {"ablation"}
 
 
 def test_each_stage_gives_its_notebook_parameters_that_it_has_and_has_it_make_the_results():

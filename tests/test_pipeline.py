@@ -1,5 +1,6 @@
 """The pipeline itself, in a copy of the repository: a reduced sweep of the smoke profile through `dvc repro`."""
 
+import json
 import os
 import re
 import subprocess
@@ -166,7 +167,7 @@ def test_without_the_lock_file_finished_runs_are_taken_from_the_cache(copy, firs
     assert outputs(copy) == first
 
 
-ABLATION, ADAPTIVE = "experiments/dvc.yaml:ablation@options", "experiments/dvc.yaml:adaptive"
+ABLATION = "experiments/dvc.yaml:ablation@options"
 
 
 def test_an_ablation_is_a_pipeline_of_its_own_that_keeps_its_runs(copy, first):
@@ -203,12 +204,18 @@ def test_claims_are_judged_by_the_sweep_and_the_ablations_that_were_run(copy, fi
     assert set(found.loc[found["claim"] == "later_start", "verdict"]) == {"not measured"}
 
 
-def test_the_adaptive_pipeline_stands_on_the_sweeps_runs_and_leaves_them_alone(copy, first):
-    before = outputs(copy)
-    assert ran(run(copy, "dvc", "repro", ADAPTIVE)) == {ADAPTIVE}
-    assert {name: content for name, content in outputs(copy).items() if name in before} == before
-    text = (copy / "results" / "adaptive.md").read_text()
-    assert "| adaptive-logits |" in text
-    assert "| upper |" in text
-    assert (copy / "figures" / "adaptive.png").is_file()
-    assert ran(run(copy, "dvc", "repro", ADAPTIVE)) == set()
+def test_a_calibrated_schedule_is_compared_with_the_one_that_calibration_finds(copy, first):
+    stage = "experiments/dvc.yaml:ablation@calibration"
+    few = {"strategies": ["none", "by_logits"], "seeds": [3]}
+    edit(copy, lambda document: document["ablation"]["calibration"].update(few))
+    edit(copy, lambda document: document["profiles"]["smoke"]["fusion"].update(by_logits={"schedule": [0, 8, 8, 8]}))
+    done = ran(run(copy, "dvc", "repro", stage))
+    run(copy, "git", "checkout", "--", "params.yaml")
+    assert stage in done
+    results = copy / "results" / "ablation" / "calibration"
+    found = json.loads((results / "calibration.json").read_text())["logits"]
+    assert (sum(found["schedule"]), found["runs"]) == (24, ["none-3"])
+    text = (results / "calibration.md").read_text()
+    assert "| by_logits | 0 8 8 8 |" in re.sub(" +", " ", text)
+    assert ("which is `by_logits`" in text) == (found["schedule"] == [0, 8, 8, 8])
+    assert (copy / "figures" / "ablation" / "calibration" / "fusing_costs.png").is_file()

@@ -9,12 +9,14 @@ fusing them does to the model's answer.
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -134,6 +136,37 @@ def plan(run_dirs: Sequence[str | Path], rule: AdaptiveRule, *, kind: str, count
         runs=[Path(run_dir).name for run_dir in run_dirs],
         images=len(chosen),
     )
+
+
+def markdown(plans: Sequence[Plan], schedules: Mapping[str, Sequence[int]]) -> str:
+    """What each schedule costs by each plan's table, and whether params.yaml has the schedules that the plans found.
+
+    Args:
+        schedules: by the strategy's name.
+    """
+    found = {f"found by {plan.kind}": plan.schedule for plan in plans}
+    named = {**schedules, **{name: x for name, x in found.items() if list(x) not in map(list, schedules.values())}}
+    rows = [
+        {
+            "schedule": name,
+            "tokens removed by each layer": " ".join(map(str, removed)),
+            **{
+                f"cost by {plan.kind}": f"{sum(x[r] for x, r in zip(plan.costs, removed, strict=True)):.3f}"
+                for plan in plans
+            },
+        }
+        for name, removed in named.items()
+    ]
+    lines = [pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True), ""]
+    for plan in plans:
+        name = f"by_{plan.kind}"
+        same = "which is" if list(schedules[name]) == plan.schedule else "not"
+        lines.append(f"By {plan.kind}, calibration finds {' '.join(map(str, plan.schedule))}, {same} `{name}`.")
+    first = plans[0]
+    asked = {key: value for key, value in dataclasses.asdict(first.rule).items() if value is not None}
+    budget = ", ".join(f"`{key}: {value}`" for key, value in asked.items())
+    lines += ["", f"Budget: {budget}. Costs: of {first.images} validation images, in {', '.join(first.runs)}."]
+    return "\n".join(lines) + "\n"
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from famba.experiments import launcher, sweep
 from famba.experiments.sweep import Cell
 from famba.storage.files import claimed
 
-STAGES = {"train": "runs", "ablation": "experiments/ablation", "adaptive": "experiments/adaptive"}
+STAGES = {"train": "runs", "ablation": "experiments/ablation"}
 
 _TIME_LIMITS = 1000  # that one run may reach, each time continuing in the next job
 _POLL_S = 5.0
@@ -74,22 +74,16 @@ def train(stage: str, *, profile: str | None, cluster: str, jobs: int | None, sl
 
 def _cells(stage: str, profile: str, results: Path) -> dict[Path, list[Cell]]:
     """The runs of a stage by their folders; all ablations of one profile share theirs."""
-    asked, folder, command = config.load_sweep(), results / STAGES[stage], None if stage == "train" else f"make {stage}"
+    asked, folder = config.load_sweep(), results / STAGES[stage]
     if stage == "ablation":
         found: dict[Path, dict[Path, Cell]] = {}
         for name, each in config.load_ablations().items():
             runs_dir, params = folder / (each.profile or profile), each.params(profile)
-            made_by = {"runs_dir": runs_dir, "command": f"{command} NAME={name}"}
+            made_by = {"runs_dir": runs_dir, "command": f"make ablation NAME={name}"}
             for cell in sweep.cells(params, each.seeds, **made_by):
                 found.setdefault(runs_dir, {}).setdefault(cell.run_dir, cell)
         return {each: list(cells.values()) for each, cells in found.items()}
-    params = asked.params(profile)
-    if stage == "adaptive":
-        from famba.experiments import adaptive  # imports torch
-
-        plans = adaptive.plans(asked, profile=profile, runs_dir=results / STAGES["train"])
-        params = adaptive.params(plans, profile=profile)
-    return {folder: sweep.cells(params, asked.seeds, runs_dir=folder, command=command)}
+    return {folder: sweep.cells(asked.params(profile), asked.seeds, runs_dir=folder)}
 
 
 def _train(cell: Cell) -> Path:

@@ -6,19 +6,20 @@ that pyplot never hears of; matplotlib does what seaborn has no chart for.
 """
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import seaborn
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from famba.analysis import ablation as ablation_table
 from famba.analysis import cost as cost_table
-from famba.analysis import intervals, summary
+from famba.analysis import summary
 from famba.analysis.claims import LABELS, VERDICTS
-from famba.errors import InputError
 from famba.plots.style import (
     GREY,
     MARKERS,
@@ -32,6 +33,9 @@ from famba.plots.style import (
     strategies_in,
     styled,
 )
+
+if TYPE_CHECKING:
+    from famba.analysis.calibration import Plan  # imports torch
 
 _LABELS = {
     "time_ratio": "training time (1 is that of none)",
@@ -365,55 +369,26 @@ def _by_strategy(names: list[str]) -> dict[str, Any]:
 
 
 # In the order in which they are drawn, below the named strategies.
-_ADAPTIVE_COLOURS = {"adaptive-logits": PALETTE[3], "adaptive-similarity": PALETTE[6]}
 
 
 @styled
-def adaptive_schedules(schedules: pd.DataFrame, runs: pd.DataFrame) -> Figure:
-    """What each strategy removes where, as bars by layer, and the accuracy that it reaches, the adaptive ones below.
+def fusing_costs(plans: "Sequence[Plan]") -> Figure:
+    """What fusing some tokens at one layer alone costs: a row for each layer, a column for each number of tokens.
 
     Args:
-        schedules: as from `adaptive.schedules`.
-        runs: as from `adaptive.runs`.
-
-    Raises:
-        InputError: a strategy that has no colour.
+        plans: as from `calibration.plan`; a panel for each.
     """
-    colours = STRATEGY_COLOURS | _ADAPTIVE_COLOURS
-    present = list(dict.fromkeys(runs["strategy"]))
-    if unknown := [name for name in present if name not in colours]:
-        raise InputError(f"strategy: {unknown[0]!r} is not one of {', '.join(colours)}")
-    names = [name for name in colours if name in present]
-    figure = Figure(figsize=(9.6, 0.9 + 0.72 * len(names)), layout="constrained")
-    grid = figure.add_gridspec(len(names), 2, width_ratios=[3, 2])
-    score = figure.add_subplot(grid[:, 1])
-    bars, most = None, schedules["removed"].max()
-    for row, name in enumerate(names):
-        own = rows_of(schedules, name)
-        bars = figure.add_subplot(grid[row, 0], sharex=bars)
-        drawn = bars.bar(own["layer"], own["removed"], color=colours[name], width=0.75)
-        bars.bar_label(drawn, [str(r) if r else "" for r in own["removed"]], fontsize=8)
-        bars.set(ylim=(0, 1.35 * most), yticks=[], ylabel=f"{name}\n{own['removed'].sum()} in all")
-        bars.yaxis.label.set(rotation=0, ha="right", va="center", fontsize=9)
-        bars.grid(False)
-        bars.tick_params(labelbottom=row == len(names) - 1)
-        points = rows_of(runs, name)["top1_percent"].to_numpy(float)
-        mean, low, high = intervals.student(points.tolist())
-        score.scatter(points, [row] * len(points), s=20, color=colours[name], alpha=0.5)
-        error = None if math.isnan(low) else [[mean - low], [high - mean]]
-        style: dict[str, Any] = {"color": colours[name], "markeredgecolor": "white", "markersize": 9, "capsize": 3}
-        score.errorbar(mean, row, xerr=error, fmt="o", **style)
-    assert bars is not None
-    bars.set_xlabel("layer")
-    bars.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
-    label_rows(score, [""] * len(names))
-    score.set(xlabel=_TOP1)
-    n = sorted({len(rows_of(runs, name)) for name in names})
-    caption(
-        figure,
-        f"Bars: tokens removed by each layer. Right: single runs, small; their mean and its 95% t-interval, large; "
-        f"n = {' or '.join(map(str, n))} seed{'' if n == [1] else 's'}.",
-    )
+    depth = len(plans[0].costs)
+    figure = Figure(figsize=(5.6 * len(plans), 1.6 + 0.28 * depth), layout="constrained")
+    panels = figure.subplots(1, len(plans), squeeze=False)[0]
+    for axes, plan in zip(panels, plans, strict=True):
+        table = pd.DataFrame(plan.costs, index=range(1, depth + 1))
+        seaborn.heatmap(table, cmap="viridis_r", ax=axes, cbar_kws={"label": f"cost by {plan.kind}"})
+        for layer, removed in enumerate(plan.schedule):
+            axes.add_patch(Rectangle((removed, layer), 1, 1, fill=False, edgecolor=PALETTE[3], linewidth=1.6))
+        axes.set(xlabel="tokens fused", ylabel="layer")
+        axes.tick_params(rotation=0)
+    caption(figure, "Framed: the schedule of least cost within the budget.")
     return figure
 
 

@@ -10,14 +10,13 @@ from famba import config, plots
 from famba.analysis import ablation, summary
 from famba.config import AblationParams
 from famba.experiments import sweep
-from famba.reports import SMOKE_ROUNDS, Report, compare, models, opened, profile_name, similarity
+from famba.reports import SMOKE_ROUNDS, Report, calibration, compare, models, opened, profile_name, similarity
 from famba.storage.runs import run_name
 
 _ROUNDS = 60
+_TEXTS = ("effects.md", "calibration.md", "similarity.md")
 _JOBS = 2  # runs trained at the same time, each on one thread
 _SMOKE: dict[str, Any] = {
-    "profile": None,
-    "strategies": ("none", "upper"),
     "varied": ("upper",),
     "changes": {
         "from_1": {"fusion.upper.first_layer": 1, "fusion.upper.total": 24},
@@ -47,13 +46,16 @@ def _command(name: str) -> str:
 def asked(report: Report, name: str) -> AblationParams:
     """The runs of an ablation; of smoke runs a few are enough."""
     found = config.load_ablations()[name]
-    return dataclasses.replace(found, **_SMOKE, seeds=report.sweep().seeds) if report.smoke else found
+    if not report.smoke:
+        return found
+    few: dict[str, Any] = {"profile": None, "strategies": ("none", "upper"), "seeds": report.sweep().seeds}
+    return dataclasses.replace(found, **few, **(_SMOKE if found.changes else {}))
 
 
 def make(report: Report, name: str) -> None:
     """Train what is missing of the runs, measure what training each variant costs, and compare them.
 
-    Of strategies as they are, without changes, the first seed's models are published.
+    Of runs of another profile, curves and similarity are shown as well, and the first seed's models are published.
     """
     variants, results_dir = asked(report, name), report.results_dir / "ablation" / name
     given = {"profile": report.profile, "runs_dir": report.runs_dir}
@@ -62,26 +64,29 @@ def make(report: Report, name: str) -> None:
     costs = sweep.ensure_costs(variants, profile=report.profile, results_dir=results_dir, rounds=rounds)
     runs = summary.load_runs(variants, report.runs_dir)
     table = summary.write_summary(runs, costs, results_dir)
-    figures = plots.ablations(runs, table)
+    figures = plots.ablations(runs, table) | calibration.measure(report, variants, results_dir)
     if variants.changes:
         effects = ablation.effects(variants, runs)
         ablation.write(effects, results_dir)
         figures |= {"effects": plots.ablation(effects)}
-    else:
+    if variants.profile:
         history = summary.load_history(variants, report.runs_dir)
         figures |= {"curves": plots.training_curves(summary.write_curves(history, results_dir))}
         figures |= similarity.measure(report, variants, results_dir)
-        for strategy in () if report.smoke else variants.strategies:
+        for strategy in variants.strategies:
             run = report.runs_dir / run_name(strategy, variants.seeds[0])
             models.publish(run, report.folder / models.WEIGHTS / strategy)
     report.save(**{f"ablation/{name}/{kind}": figure for kind, figure in figures.items()})
 
 
 def findings(report: Report, name: str) -> Markdown:
-    """What each change does to accuracy; without changes, how the strategies compare."""
-    if asked(report, name).changes:
-        return report.text(f"ablation/{name}/effects.md")
-    return compare.accuracy_in_words(report.table(f"ablation/{name}/summary.csv"), "time_ratio")
+    """What each change does to accuracy, or how the strategies compare; and what else was measured."""
+    folder = report.results_dir / "ablation" / name
+    texts = [(folder / file).read_text() for file in _TEXTS if (folder / file).is_file()]
+    if not asked(report, name).changes:
+        table = report.table(f"ablation/{name}/summary.csv")
+        texts.insert(0, str(compare.accuracy_in_words(table, "time_ratio").data))
+    return Markdown("\n\n".join(texts))
 
 
 def show_figures(report: Report, name: str) -> None:

@@ -174,3 +174,18 @@ def test_a_run_that_fuses_or_differs_from_the_first_is_no_ground_for_calibration
             calibration.plan([run_dir, folder], AdaptiveRule(total=2), kind="logits", count=2)
     with pytest.raises(InputError, match="must be 1 or more"):
         calibration.plan([], AdaptiveRule(total=2), kind="logits", count=2)
+
+
+def test_the_table_prices_every_schedule_and_says_whether_params_yaml_has_the_one_that_was_found():
+    costs = [[0.0, 1.0, 2.0, 3.0, 4.5], [0.0, 0.0, 0.5, 1.0, 2.0]]
+    plan = calibration.Plan("logits", AdaptiveRule(total=4), [0, 4], 0.8, 0.9, costs, ["none-0"], 9)
+    schedules = {"none": [0, 0], "lower": [3, 1], "by_logits": [0, 4]}
+    text = " ".join(calibration.markdown([plan], schedules).split())
+    assert "| lower | 3 1 | 3.000 |" in text
+    assert "By logits, calibration finds 0 4, which is `by_logits`." in text
+    assert "found by" not in text
+    assert text.endswith("Budget: `total: 4`. Costs: of 9 validation images, in none-0.")
+    text = " ".join(calibration.markdown([plan], schedules | {"by_logits": [1, 3]}).split())
+    assert "By logits, calibration finds 0 4, not `by_logits`." in text
+    assert "| by_logits | 1 3 | 2.000 |" in text
+    assert "| found by logits | 0 4 | 2.000 |" in text

@@ -11,7 +11,9 @@ from matplotlib.colors import to_hex, to_rgb
 from test_summary import costs_frame, runs_frame
 
 from famba import plots
-from famba.analysis import intervals, summary
+from famba.analysis import summary
+from famba.analysis.calibration import Plan
+from famba.config import AdaptiveRule
 from famba.errors import InputError
 from famba.fusion.strategies import STRATEGIES
 from famba.plots.benchmarks import _three_digits
@@ -486,34 +488,17 @@ def test_upper_with_other_layers_or_r_is_drawn_beside_the_papers_table():
     assert list(others) == ["time_ratio", "peak_memory_mib"]
 
 
-def test_adaptive_schedules_show_every_layers_tokens_and_the_mean_with_its_interval():
-    removed = {"none": [0, 0, 0], "upper": [0, 2, 2], "adaptive-logits": [0, 1, 3]}
-    layers = [
-        {"strategy": name, "layer": layer, "removed": r}
-        for name, plan in removed.items()
-        for layer, r in enumerate(plan, start=1)
+def test_the_cost_of_fusing_is_a_map_by_layer_with_the_schedule_framed():
+    costs = [[0.0, 1.0, 2.0], [0.0, 0.5, 3.0]]
+    plans = [
+        Plan(kind, AdaptiveRule(total=2), schedule, 0.8, 0.9, costs, ["none-0"], 9)
+        for kind, schedule in (("logits", [1, 1]), ("similarity", [2, 0]))
     ]
-    scores = {"none": [96.0, 98.0], "adaptive-logits": [94.0, 95.0], "upper": [93.0, 97.0]}
-    rows = [
-        {"strategy": name, "seed": seed, "top1_percent": x}
-        for name, runs in scores.items()
-        for seed, x in enumerate(runs)
-    ]
-    figure = plots.adaptive_schedules(pd.DataFrame(layers), pd.DataFrame(rows))
-    score, *bars = figure.axes
-    assert [axes.get_ylabel().split("\n") for axes in bars] == [
-        [name, f"{sum(plan)} in all"] for name, plan in removed.items()
-    ]
-    assert [[bar.get_height() for bar in axes.patches] for axes in bars] == list(removed.values())
-    assert len({to_hex(axes.patches[-1].get_facecolor()) for axes in bars}) == 3
-    means = [container[0].get_xydata()[0].tolist() for container in score.containers]
-    assert means == [[97.0, 0], [95.0, 1], [94.5, 2]]
-    (spread,) = score.containers[2][2]
-    low, high = spread.get_segments()[0][:, 0]
-    assert (low, high) == pytest.approx(intervals.student([94.0, 95.0])[1:])
-    assert "n = 2 seeds" in figure._supxlabel.get_text()
-    with pytest.raises(InputError, match="'adaptive-luck' is not one of"):
-        plots.adaptive_schedules(pd.DataFrame(layers), pd.DataFrame(rows).assign(strategy="adaptive-luck"))
+    left, right = plots.fusing_costs(plans).axes[:2]
+    np.testing.assert_allclose(np.ravel(left.collections[0].get_array()), np.ravel(costs))
+    assert [patch.get_xy() for patch in left.patches] == [(1, 0), (1, 1)]
+    assert [patch.get_xy() for patch in right.patches] == [(2, 0), (0, 1)]
+    assert (left.get_xlabel(), left.get_ylabel()) == ("tokens fused", "layer")
 
 
 def test_paper_memory_draws_the_papers_points_and_both_formulas_against_layer_and_r():
