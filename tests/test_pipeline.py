@@ -13,6 +13,8 @@ from checkout import copy_to
 from PIL import Image
 from ruamel.yaml import YAML
 
+from famba import VisionMamba
+
 pytestmark = pytest.mark.slow
 RESOLVE = ("python", "-m", "famba", "resolve", "--out", "build/resolved")
 
@@ -204,18 +206,24 @@ def test_claims_are_judged_by_the_sweep_and_the_ablations_that_were_run(copy, fi
     assert set(found.loc[found["claim"] == "later_start", "verdict"]) == {"not measured"}
 
 
-def test_a_calibrated_schedule_is_compared_with_the_one_that_calibration_finds(copy, first):
-    stage = "experiments/dvc.yaml:ablation@calibration"
+def test_calibration_and_another_profile_bring_tables_figures_and_models(copy, first):
+    """The schedule that calibration finds beside the one that was trained; curves, similarity and published models."""
+    stages = {f"experiments/dvc.yaml:ablation@{name}" for name in ("calibration", "photographs")}
     few = {"strategies": ["none", "by_logits"], "seeds": [3]}
     edit(copy, lambda document: document["ablation"]["calibration"].update(few))
+    edit(copy, lambda document: document["ablation"]["photographs"].update(few | {"profile": "smoke"}))
     edit(copy, lambda document: document["profiles"]["smoke"]["fusion"].update(by_logits={"schedule": [0, 8, 8, 8]}))
-    done = ran(run(copy, "dvc", "repro", stage))
+    done = ran(run(copy, "dvc", "repro", *sorted(stages)))
     run(copy, "git", "checkout", "--", "params.yaml")
-    assert stage in done
-    results = copy / "results" / "ablation" / "calibration"
-    found = json.loads((results / "calibration.json").read_text())["logits"]
-    assert (sum(found["schedule"]), found["runs"]) == (24, ["none-3"])
-    text = (results / "calibration.md").read_text()
-    assert "| by_logits | 0 8 8 8 |" in re.sub(" +", " ", text)
-    assert ("which is `by_logits`" in text) == (found["schedule"] == [0, 8, 8, 8])
-    assert (copy / "figures" / "ablation" / "calibration" / "fusing_costs.png").is_file()
+    assert stages <= done
+    results, figures = copy / "results" / "ablation", copy / "figures" / "ablation"
+    for name in ("calibration", "photographs"):
+        found = json.loads((results / name / "calibration.json").read_text())["logits"]
+        assert (sum(found["schedule"]), found["runs"]) == (24, ["none-3"])
+        text = (results / name / "calibration.md").read_text()
+        assert "| by_logits | 0 8 8 8 |" in re.sub(" +", " ", text)
+        assert ("which is `by_logits`" in text) == (found["schedule"] == [0, 8, 8, 8])
+        assert (figures / name / "fusing_costs.png").is_file()
+    assert (figures / "photographs" / "curves.png").is_file()
+    assert (results / "photographs" / "similarity.md").is_file()
+    assert VisionMamba.from_pretrained(results / "photographs" / "weights" / "by_logits").schedule == [0, 8, 8, 8]
