@@ -38,9 +38,15 @@ def resolve(profile: str | None) -> list[config.Params]:
     Raises:
         InputError: as from `config.load`; or a layer that would remove more tokens than it can, by `fusion.<strategy>`.
     """
-    found = []
-    for strategy in config.load_sweep().strategies:
-        p = config.load(profile, strategy=strategy)
+    sweep = config.load_sweep()
+    params = sweep.params(profile)
+    _check_schedules(params)
+    return list(params.values())
+
+
+def _check_schedules(params: Mapping[str, config.Params]) -> None:
+    """Before hours of training, that each variant's schedule fits its model."""
+    for variant, p in params.items():
         given = {key: getattr(p.model, key) for key in ("patch_size", "stride", "depth")}
         built = presets.sizes(p.model.name, img_size=p.data.img_size, **given)
         has_cls = p.model.cls_position != "none"
@@ -48,9 +54,8 @@ def resolve(profile: str | None) -> list[config.Params]:
         try:
             strategies.token_counts(schedule, tokens, protected=int(has_cls))
         except InputError as error:
-            raise InputError(f"params.yaml: fusion.{strategy} under profile {p.profile}: {error}") from None
-        found.append(p)
-    return found
+            where = f"fusion.{p.strategy}" + ("" if variant == p.strategy else f", {variant}")
+            raise InputError(f"params.yaml: {where} under profile {p.profile}: {error}") from None
 
 
 def ensure_runs(
@@ -62,12 +67,14 @@ def ensure_runs(
     jobs: int = 1,
     command: str | None = None,
 ) -> list[Path]:
-    """The folders of all runs that a sweep names, in its order; arguments and errors as in `ensure`.
+    """The folders of all runs that a sweep names, in its order; arguments and errors as in `ensure` and `resolve`.
 
     Args:
         jobs: runs trained at the same time, each in a process of its own if there are several.
     """
-    wanted = cells(sweep.params(profile), sweep.seeds, runs_dir=runs_dir, command=command)
+    params = sweep.params(profile)
+    _check_schedules(params)
+    wanted = cells(params, sweep.seeds, runs_dir=runs_dir, command=command)
     one = functools.partial(ensure_cell, train_missing=train_missing)
     if jobs == 1:
         return [one(cell) for cell in wanted]

@@ -61,7 +61,7 @@ def test_runs_that_are_missing_are_trained_once_and_their_checkpoints_forgotten(
 
 
 def test_the_runs_of_variants_lie_apart_and_are_loaded_under_their_names(tmp_path, trained):
-    changes = {"append": {"options.order": "append"}, "smaller": {"model.depth": 3}}
+    changes = {"append": {"options.order": "append"}, "smaller": {"model.d_model": 8}}
     asked = dataclasses.replace(SWEEP, varied=("upper",), changes=changes, seeds=(3,))
     folders = sweep.ensure_runs(asked, profile="smoke", runs_dir=tmp_path, train_missing=True, command="make ablation")
     names = ["none", "upper", "upper_append", "upper_smaller"]
@@ -72,6 +72,13 @@ def test_the_runs_of_variants_lie_apart_and_are_loaded_under_their_names(tmp_pat
     assert set(table["command"]) == {"make ablation"}
     with pytest.raises(InputError, match=r"upper_append-3: options\.order: 'append', but 'scan' in none-3"):
         summary.load_runs(dataclasses.replace(asked, changes={"append": {"model.depth": 3}}), tmp_path)
+
+
+def test_a_schedule_that_does_not_fit_is_refused_before_anything_is_trained(tmp_path, trained):
+    asked = dataclasses.replace(SWEEP, varied=("upper",), changes={"more": {"fusion.upper.r": 17}})
+    with pytest.raises(InputError, match=r"fusion\.upper, upper_more under profile smoke: layer 3: r = 17"):
+        sweep.ensure_runs(asked, profile="smoke", runs_dir=tmp_path, train_missing=True)
+    assert not trained
 
 
 def test_a_run_of_other_parameters_is_trained_again(tmp_path, trained):
