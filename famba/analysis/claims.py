@@ -141,7 +141,7 @@ def _markdown(found: pd.DataFrame) -> str:
                 "verdict": f"**{first['verdict']}**",
                 "required": f"{LABELS[first['quantity']]} {first['required'].replace('-', '−')}" if effects else "",
                 "effect": "<br>".join(effects),
-                "p": "" if math.isnan(first["p"]) else f"{first['p']:.2g}",
+                "p": "" if math.isnan(first["p"]) else "< 0.001" if first["p"] < 0.001 else f"{first['p']:.2g}",
                 "n": ", ".join(n),
             }
         )
