@@ -50,7 +50,7 @@ $(READY): ; .ci/setup $(VENV) $(READY)
 repro: env  ## train every strategy and draw the results: `dvc repro`, JOBS stages at a time
 	$(IN_VENV) .ci/repro $(JOBS)
 
-ablation: env  ## train what params.yaml names under ablation: photographs (18 runs, hours), 600 small runs; or NAME of them
+ablation: env  ## train what params.yaml names under ablation, for hours; NAME=options: that alone
 	$(IN_VENV) dvc --wait-for-lock repro experiments/dvc.yaml:ablation$(NAME:%=@%)
 	$(IN_VENV) dvc --wait-for-lock repro --force --single-item claims  # which reads what was made
 

@@ -55,7 +55,7 @@ def asked(report: Report, name: str) -> AblationParams:
 def make(report: Report, name: str) -> None:
     """Train what is missing of the runs, measure what training each variant costs, and compare them.
 
-    Of runs of another profile, curves and similarity are shown as well, and the first seed's models are published.
+    Of another profile's strategies as they are, curves and similarity are shown, and the first seed's models published.
     """
     variants, results_dir = asked(report, name), report.results_dir / "ablation" / name
     given = {"profile": report.profile, "runs_dir": report.runs_dir}
@@ -69,7 +69,7 @@ def make(report: Report, name: str) -> None:
         effects = ablation.effects(variants, runs)
         ablation.write(effects, results_dir)
         figures |= {"effects": plots.ablation(effects)}
-    if variants.profile:
+    elif variants.profile:
         history = summary.load_history(variants, report.runs_dir)
         figures |= {"curves": plots.training_curves(summary.write_curves(history, results_dir))}
         figures |= similarity.measure(report, variants, results_dir)
