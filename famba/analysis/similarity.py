@@ -105,7 +105,7 @@ def text(frame: pd.DataFrame) -> str:
             "",
             f"Similarity of an unfused token (`{BASELINE}`) with its most similar token: median of the upper third "
             f"({upper}) minus median of the lower third ({lower}), mean over {frame['image'].nunique()} images and "
-            f"{len(rises)} models, with its 95% interval over models:",
+            f"{len(rises)} model{'' if len(rises) == 1 else 's'}, with its 95% interval over models:",
             "",
             *(f"- {name}: {with_interval('{:+.4f}'.format, *interval)}" for name, interval in intervals.items()),
             "",

@@ -7,7 +7,7 @@ that pyplot never hears of; matplotlib does what seaborn has no chart for.
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -33,9 +33,6 @@ from famba.plots.style import (
     strategies_in,
     styled,
 )
-
-if TYPE_CHECKING:
-    from famba.analysis.calibration import Plan  # imports torch
 
 _LABELS = {
     "time_ratio": "training time (1 is that of none)",
@@ -372,11 +369,11 @@ def _by_strategy(names: list[str]) -> dict[str, Any]:
 
 
 @styled
-def fusing_costs(plans: "Sequence[Plan]") -> Figure:
+def fusing_costs(plans: Sequence[Any]) -> Figure:
     """What fusing some tokens at one layer alone costs: a row for each layer, a column for each number of tokens.
 
     Args:
-        plans: as from `calibration.plan`; a panel for each.
+        plans: each as from `calibration.plan`, whose module imports torch; a panel for each.
     """
     depth = len(plans[0].costs)
     figure = Figure(figsize=(5.6 * len(plans), 1.6 + 0.28 * depth), layout="constrained")
