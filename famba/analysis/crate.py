@@ -48,11 +48,13 @@ def write(folder: Path) -> None:
     crate.root_dataset["conformsTo"] = [crate.add_jsonld(_entity(url, name)) for url, name in _PROFILES.items()]
 
     def file(path: str) -> Any:
+        if known := crate.get(path):
+            return known
         source = config.root() / path
         if not source.is_file():
             raise InputError(f"{path}: missing, but a stage that was run has made or read it")
         digest = hashlib.sha256(source.read_bytes()).hexdigest()
-        return crate.get(path) or crate.add_file(source, path, properties={"name": path, "sha256": digest})
+        return crate.add_file(source, path, properties={"name": path, "sha256": digest})
 
     properties = {"name": "DVC", "url": {"@id": _LANGUAGE}, "identifier": {"@id": _LANGUAGE}}
     language = crate.add(ComputerLanguage(crate, _LANGUAGE, properties=properties))
