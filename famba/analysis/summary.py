@@ -7,6 +7,7 @@ Accuracy is the runs'; what a step costs is measured apart (`training.cost`), si
 what ran beside it. Source of the paper's tables: arXiv:2409.09808.
 """
 
+import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
@@ -37,7 +38,7 @@ _SETTING = ("profile", "dataset", "img_size", "model", "device", "threads", "ver
 def load_runs(sweep: SweepParams, runs_dir: str | Path) -> pd.DataFrame:
     """One row for every run that the sweep names, and no other: a folder left from an earlier sweep is not counted.
 
-    The column strategy holds the variant's name.
+    The column strategy holds the variant's name; correct is as in `runs.RunRecord`, without images that none tested.
 
     Args:
         runs_dir: folder of the runs; if relative, from the repository root.
@@ -70,7 +71,9 @@ def load_runs(sweep: SweepParams, runs_dir: str | Path) -> pd.DataFrame:
                 "command": record.cost["command"],
             }
         )
-    return pd.DataFrame(rows)
+    images = itertools.zip_longest(*(row["correct"] for row in rows), fillvalue="-")
+    tested = zip(*(answers for answers in images if {*answers} != {"-"}), strict=True)
+    return pd.DataFrame(rows).assign(correct=["".join(answers) for answers in tested])
 
 
 def load_history(sweep: SweepParams, runs_dir: str | Path) -> pd.DataFrame:

@@ -76,9 +76,9 @@ def ensure_runs(
     _check_schedules(params)
     wanted = cells(params, sweep.seeds, runs_dir=runs_dir, command=command)
     one = functools.partial(ensure_cell, train_missing=train_missing)
-    if jobs == 1:
-        return [one(cell) for cell in wanted]
-    return list(launcher.run(one, {cell.run_dir.name: cell for cell in wanted}, jobs=jobs).values())
+    if jobs > 1 and train_missing:
+        launcher.run(one, {cell.run_dir.name: cell for cell in missing(wanted)}, jobs=jobs)
+    return [one(cell) for cell in wanted]
 
 
 def cells(

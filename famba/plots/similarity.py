@@ -95,9 +95,9 @@ def token_similarity(frame: pd.DataFrame) -> Figure:
     right.xaxis.set_major_locator(MaxNLocator(nbins=5))
     caption(
         figure,
-        f"Left: median, middle half and 5 to 95% of the tokens of {frame['image'].nunique()} images in {len(rises)} "
-        "models. Right: each model's difference of medians, mean over the images; in red the mean with its 95% "
-        "interval over models. Right of zero, tokens are more similar in the upper layers.",
+        f"Left: median, middle half and 5 to 95% of the tokens of images (n = {frame['image'].nunique()}) in models "
+        f"(n = {len(rises)}). Right: each model's difference of medians, mean over the images; in red the mean with "
+        "its 95% interval over models. Right of zero, tokens are more similar in the upper layers.",
     )
     return figure
 

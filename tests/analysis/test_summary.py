@@ -78,6 +78,14 @@ def test_exactly_the_runs_of_the_sweep_are_loaded_in_the_fixed_order(tmp_path):
     assert (row["tokens_removed"], row["tokens_left"], row["versions"]) == (4, 13, "torch 2.13.0")
 
 
+def test_images_that_no_run_tested_are_left_out(tmp_path):
+    for strategy in SWEEP.strategies:
+        runs.write(make_run(strategy, seed=0, correct="--" + "1" * 19 + "0"), tmp_path / f"{strategy}-0")
+        runs.write(make_run(strategy, seed=1, correct="-" * 4 + "0" + "1" * 19), tmp_path / f"{strategy}-1")
+    frame = summary.load_runs(SWEEP, tmp_path)
+    assert frame["correct"].tolist() == ["1" * 19 + "0--", "--0" + "1" * 19] * 2
+
+
 def test_a_missing_run_is_named(tmp_path):
     write_runs(tmp_path, seeds=(0,))
     with pytest.raises(InputError, match="none-1: no such run"):
