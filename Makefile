@@ -33,8 +33,9 @@ IN_VENV := . $(VENV)/bin/activate &&
 # Stages that `make repro` runs at the same time. A run of the default takes one core.
 JOBS ?= 2
 
-# A file is one process's, for what its tests share; slow files come first (tests/conftest.py).
-TWO := -n 2 --dist loadfile --no-loadscope-reorder
+# Three for two cores, since many tests wait for what they start. A file is one worker's, for what its tests share; slow
+# files come first (tests/conftest.py).
+WORKERS := -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help env repro ablation readme crate test test-fast lint lab docs bench bench-gpu gpu-check
 .PHONY: gpu-check-wheels doctor fuzz sanitize audit licences sbom clean
@@ -62,11 +63,10 @@ crate: env  ## write results, figures and their provenance as an RO-Crate into b
 	$(IN_VENV) python -m famba crate --out build/crate
 
 test: env  ## run all tests: style, types, units, notebooks, pipeline
-	$(IN_VENV) pytest $(TWO) tests
-	$(IN_VENV) pytest $(TWO) --nbval-lax notebooks
+	$(IN_VENV) pytest $(WORKERS) --nbval-lax tests notebooks
 
 test-fast: env  ## run the tests that are not marked slow
-	$(IN_VENV) pytest $(TWO) -m "not slow" tests
+	$(IN_VENV) pytest $(WORKERS) -m "not slow" tests
 
 lint: env  ## check style and types
 	$(IN_VENV) ruff check . && ruff format --check . && pyright

@@ -16,8 +16,8 @@ from famba.kernels.triton import runtime as gpu_runtime  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests come first, so that several workers end together."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    """Notebooks and files with slow tests come first, so that several workers end together."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") or item.path.suffix == ".ipynb"}
     items.sort(key=lambda item: item.path not in slow)
 
 
