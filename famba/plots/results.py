@@ -69,7 +69,7 @@ def accuracy_against(runs: pd.DataFrame, table: pd.DataFrame, cost: str) -> Figu
         yerr = own["top1_percent_sd"] if own["n"] > 1 else None
         look: dict[str, Any] = {"color": colour, "markersize": 10, "markeredgecolor": "white", "capsize": 3}
         at = (own[cost], own["top1_percent_mean"])
-        handles[name] = axes.errorbar(*at, xerr=xerr, yerr=yerr, fmt=marker, **look, zorder=3)
+        handles[name] = axes.errorbar(*at, xerr=xerr, yerr=yerr, fmt=marker, **look, zorder=3).lines[0]
     corners = costs.loc[front, [cost, "top1_percent_mean"]].to_numpy(float).T
     step = {"drawstyle": "steps-post", "linestyle": "--", "linewidth": 1.2, "color": "0.6", "zorder": 1}
     (handles["Pareto front"],) = axes.plot(*corners, **step)

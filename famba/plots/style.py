@@ -71,8 +71,8 @@ class Animation:
     frames: tuple[Figure, ...]
     frame_ms: int = 700
 
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        return {"image/gif": base64.b64encode(_gif(self)).decode(), "text/plain": repr(self)}
+    def _repr_html_(self) -> str:  # nbconvert shows no image/gif
+        return f'<img alt="{self!r}" src="data:image/gif;base64,{base64.b64encode(_gif(self)).decode()}">'
 
     def __repr__(self) -> str:
         return f"Animation of {len(self.frames)} frames"

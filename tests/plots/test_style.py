@@ -1,5 +1,6 @@
 import base64
 import io
+import re
 
 import numpy as np
 import pytest
@@ -45,9 +46,10 @@ def test_an_unchanged_animation_is_saved_as_the_same_bytes(tmp_path):
 
 
 def test_a_notebook_plays_an_animation():
-    shown = film()._repr_mimebundle_()
-    assert shown["text/plain"] == "Animation of 3 frames"
-    with Image.open(io.BytesIO(base64.b64decode(shown["image/gif"]))) as gif:
+    shown = film()._repr_html_()
+    described, source = re.fullmatch(r'<img alt="(.+)" src="data:image/gif;base64,(.+)">', shown).groups()
+    assert described == repr(film()) == "Animation of 3 frames"
+    with Image.open(io.BytesIO(base64.b64decode(source))) as gif:
         assert gif.n_frames == 3
 
 
