@@ -235,7 +235,7 @@ def _estimate(options: argparse.Namespace) -> int:
 def _readme(options: argparse.Namespace) -> int:
     from famba.analysis import summary
 
-    summary.update_readme("results")
+    summary.update_readme()
     return 0
 
 

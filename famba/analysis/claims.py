@@ -134,7 +134,7 @@ def _markdown(found: pd.DataFrame) -> str:
             for x in own.to_dict("records")
             if not math.isnan(x["effect"])
         ]
-        n = [f"{first[key]:,.0f} {key}" for key in ("seeds", "images", "rounds") if not math.isnan(first[key])]
+        n = [f"{key}: {first[key]:,.0f}" for key in ("seeds", "images", "rounds") if not math.isnan(first[key])]
         rows.append(
             {
                 "claim": f"{first['says']} ({first['source']})",

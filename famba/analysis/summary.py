@@ -9,6 +9,7 @@ what ran beside it. Source of the paper's tables: arXiv:2409.09808.
 
 import itertools
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
 from io import StringIO
@@ -29,6 +30,7 @@ from famba.storage import runs
 from famba.storage.files import json_bytes, write_atomic
 
 CURVES = ("strategy", "seed", "epoch", "train_loss", "val_loss", "train_top1_percent", "val_top1_percent")
+TABLES_IN = ("README.md", "docs/results.md")
 # Less of these is better, so that accuracy can be weighed against them.
 COSTS = {"time_ratio": "training time", "peak_memory_mib": "peak memory", "flops_per_image": "FLOPs"}
 # What all runs of a summary have in common, or what it must say if they do not.
@@ -285,42 +287,32 @@ def beside_paper(summary: pd.DataFrame) -> pd.DataFrame:
     return table.rename_axis("strategy").reset_index()
 
 
-def readme_text(text: str, blocks: Mapping[str, str], name: str = "README.md") -> str:
-    """The text with what stands between each block's two markers, `<!-- NAME:begin -->` and `:end`, replaced.
+def with_tables(text: str, name: str) -> str:
+    """The text with each generated block up to date: what stands between `<!-- FILE:begin -->` and `<!-- FILE:end -->`.
 
     Args:
-        blocks: contents by the blocks' names.
+        text: of README.md or a page of docs/; FILE is from the repository root.
         name: of the text, for errors.
 
     Raises:
-        InputError: a block's markers are not there once each, in order.
+        InputError: a marker without the other one, no block, or a file that is missing.
     """
-    for block, content in blocks.items():
-        begin, end = f"<!-- {block}:begin -->", f"<!-- {block}:end -->"
-        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-            raise InputError(f"{name}: needs one {begin} and, after it, one {end}")
-        before, _, rest = text.partition(begin)
-        _, _, after = rest.partition(end)
-        text = f"{before}{begin}\n\n{content}\n{end}{after}"
-    return text
+    filled, blocks = re.subn(
+        r"<!-- (\S+):begin -->(?:(?!<!--).)*<!-- \1:end -->",
+        lambda found: f"<!-- {found[1]}:begin -->\n\n{_read(config.root() / found[1])}\n<!-- {found[1]}:end -->",
+        text,
+        flags=re.DOTALL,
+    )
+    if not blocks or len(re.findall(r"<!-- \S+:(?:begin|end) -->", text)) != 2 * blocks:
+        raise InputError(f"{name}: each table needs <!-- FILE:begin --> before it and, after it, <!-- FILE:end -->")
+    return filled
 
 
-def readme_blocks(results_dir: str | Path) -> dict[str, dict[str, str]]:
-    """The blocks of README.md and docs/results.md by file and name: tables that the pipelines have written.
-
-    Raises:
-        InputError: one is missing.
-    """
-    names = ("summary_short.md", "summary.md", "ablation/photographs/summary.md")
-    short, whole, photographs = (_read(config.root() / results_dir / name) for name in names)
-    return {"README.md": {"results": short}, "docs/results.md": {"results": whole, "photographs": photographs}}
-
-
-def update_readme(results_dir: str | Path) -> None:
-    """Bring the blocks of both files up to date. Errors as in `readme_blocks` and `readme_text`."""
-    for name, blocks in readme_blocks(results_dir).items():
+def update_readme() -> None:
+    """Bring the tables of README.md and docs/results.md up to date. Errors as in `with_tables`."""
+    for name in TABLES_IN:
         path = config.root() / name
-        write_atomic(path, readme_text(_read(path), blocks, name).encode())
+        write_atomic(path, with_tables(_read(path), name).encode())
 
 
 def _read(path: Path) -> str:

@@ -131,7 +131,7 @@ def test_the_page_has_verdict_effect_n_and_the_digests_of_the_tables_that_it_tra
     assert "**confirmed**" in row
     assert "all against none: \N{MINUS SIGN}30.50 (\N{MINUS SIGN}" in row
     assert "| difference in top-1 (points) below 0 |" in row
-    assert "4 seeds, 100 images" in row
+    assert "seeds: 4, images: 100" in row
     assert "**not measured**" in text
     assert "Profile `default`" in text
     assert text.endswith(", of cost.csv begins with 2d711642b726b044.")

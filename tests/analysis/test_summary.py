@@ -295,37 +295,31 @@ def test_beside_the_paper_stand_differences_and_shares_not_numbers_of_other_mach
     assert table.loc["lower", "here"] == "", "a strategy that was not run has an empty cell"
 
 
-def test_the_readme_gets_the_blocks_between_their_markers_and_nothing_else_changes():
-    blocks = {"results": "a table\n", "beside": "another\n"}
-    text = summary.readme_text(
-        "# a\n<!-- results:begin -->\nold\n<!-- results:end -->\nb <!-- beside:begin --><!-- beside:end -->c\n", blocks
+def test_a_text_gets_the_files_that_its_markers_name_and_nothing_else_changes(tmp_path, monkeypatch):
+    for name in ("params.yaml", "dvc.yaml"):
+        (tmp_path / name).touch()
+    (tmp_path / "a.md").write_text("a table\n")
+    (tmp_path / "b.md").write_text("another\n")
+    monkeypatch.chdir(tmp_path)
+    text = summary.with_tables(
+        "# a\n<!-- a.md:begin -->\nold\n<!-- a.md:end -->\nb <!-- b.md:begin --><!-- b.md:end -->c\n", "README.md"
     )
     assert text == (
-        "# a\n<!-- results:begin -->\n\na table\n\n<!-- results:end -->\n"
-        "b <!-- beside:begin -->\n\nanother\n\n<!-- beside:end -->c\n"
+        "# a\n<!-- a.md:begin -->\n\na table\n\n<!-- a.md:end -->\n"
+        "b <!-- b.md:begin -->\n\nanother\n\n<!-- b.md:end -->c\n"
     )
-    assert summary.readme_text(text, blocks) == text
+    assert summary.with_tables(text, "README.md") == text
+    (tmp_path / "b.md").unlink()
+    with pytest.raises(InputError, match=r"b\.md: cannot be read \(No such file"):
+        summary.with_tables(text, "README.md")
 
 
 @pytest.mark.parametrize(
-    "text", ["", "<!-- results:begin -->", "<!-- results:end --><!-- results:begin -->", "<!-- results:begin -->" * 2]
+    "text", ["", "<!-- params.yaml:begin -->", "<!-- a:end --><!-- a:begin -->", "<!-- a:begin --><!-- b:end -->"]
 )
-def test_a_readme_without_its_markers_is_refused(text):
-    with pytest.raises(InputError, match=r"README\.md: needs one <!-- results:begin --> and"):
-        summary.readme_text(text, {"results": ""})
-
-
-def test_the_readme_gets_the_short_table_and_its_results_page_the_whole_ones(tmp_path):
-    frame = runs_frame({"none": [90.0, 96.0], "upper": [89.0, 94.0]})
-    table = summary.write_summary(frame, costs_frame(), tmp_path)
-    with pytest.raises(InputError, match=r"ablation/photographs/summary\.md: cannot be read \(No such file"):
-        summary.readme_blocks(tmp_path)
-    other = summary.write_summary(runs_frame({"none": [50.0]}), costs_frame(), tmp_path / "ablation/photographs")
-    assert summary.readme_blocks(tmp_path) == {
-        "README.md": {"results": summary.markdown_short(table)},
-        "docs/results.md": {"results": summary.markdown(table), "photographs": summary.markdown(other)},
-    }
-    assert cells(summary.markdown_short(table), "upper")["peak memory"] == "0.90"
+def test_a_text_without_both_markers_of_a_table_is_refused(text):
+    with pytest.raises(InputError, match=r"README\.md: each table needs <!-- FILE:begin --> before it and"):
+        summary.with_tables(text, "README.md")
 
 
 def test_the_sweep_of_the_project_can_be_paired():
