@@ -322,5 +322,11 @@ def test_a_text_without_both_markers_of_a_table_is_refused(text):
         summary.with_tables(text, "README.md")
 
 
+def test_the_short_table_has_accuracy_and_relative_costs():
+    short = summary.markdown_short(summarised({"none": [90.0, 96.0], "upper": [89.0, 94.0]}))
+    assert cells(short, "upper")["peak memory"] == "0.90"
+    assert "FLOPs" not in short
+
+
 def test_the_sweep_of_the_project_can_be_paired():
     assert summary.BASELINE in config.load_sweep().strategies

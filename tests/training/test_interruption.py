@@ -1,6 +1,6 @@
 """Runs that are killed, ended or interrupted anywhere, and finish later as if they had not been.
 
-Most kills are of processes forked off one that has imported everything, so that many of them are cheap, and real.
+Most kills are of processes forked off one that has imported everything, so that twenty of them are cheap, and real.
 """
 
 import functools
@@ -29,7 +29,6 @@ from famba.storage import checkpoint, runs
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ["train", "--profile", "smoke", "--strategy", "upper", "--out", "run"]
-KILLS = int(os.environ.get("FAMBA_KILLS", "3"))  # at any moment, and as many at an operation on a file
 FILES = {"correct.txt", "cost.json", "history.csv", "metrics.json", "model.safetensors", "params.json", "schedule.json"}
 
 pytestmark = [
@@ -188,15 +187,15 @@ def check_that_nothing_half_is_read_as_whole(repository: Path) -> None:
 
 
 def points(undisturbed: dict[str, Any]) -> list[dict[str, Any]]:
-    """Kills at moments spread over the life of the run, and around and within what it does to files.
+    """Twenty kills: at moments spread over the life of the run, and around and within what it does to files.
 
     The first half of that are checkpoints, the second half is the run.
     """
     chance = random.Random(7)
-    moments = [{"after_s": undisturbed["seconds"] * (k + chance.random()) / KILLS} for k in range(KILLS)]
-    places = [undisturbed["operations"] * (k + chance.random()) / KILLS for k in range(KILLS)]
-    around = [{"operation": 1 + int(k), "when": chance.choice(["before", "after"])} for k in places]
-    within = [{"operation": undisturbed["operations"] * k // 8, "when": "half-way"} for k in (1, 5)]
+    moments = [{"after_s": undisturbed["seconds"] * (k + chance.random()) / 9} for k in range(9)]
+    places = [chance.randint(1, undisturbed["operations"]) for _ in range(8)]
+    around = [{"operation": k, "when": chance.choice(["before", "after"])} for k in places]
+    within = [{"operation": undisturbed["operations"] * k // 8, "when": "half-way"} for k in (1, 2, 5)]
     return [*moments, *around, *within]
 
 
@@ -225,8 +224,10 @@ def test_a_disk_that_fills_up_stops_the_run_in_one_line_that_names_the_file_and_
     assert contents(repository, "run") == undisturbed["files"]
 
 
-def test_kills_anywhere_leave_the_same_run_and_nothing_else(incubator, repository, undisturbed, run):
-    for index, point in enumerate(points(undisturbed)):
+def test_twenty_kills_anywhere_leave_the_same_run_and_nothing_else(incubator, repository, undisturbed, run):
+    asked = points(undisturbed)
+    assert len(asked) == 20
+    for index, point in enumerate(asked):
         while not killed(incubator, run, point):  # too late: the machine is less busy than before
             shutil.rmtree(run)
             point["after_s"] /= 2
