@@ -63,8 +63,8 @@ def verdicts(
 ) -> pd.DataFrame:
     """One row per comparison of each claim, and the claim's verdict in each of its rows.
 
-    Confirmed: every comparison holds. Refuted: one of them is contrary (Bonferroni over the claim's comparisons). Both
-    at a two-sided level of 5%, Holm-adjusted over the claims that have a test.
+    Confirmed: every comparison holds; one that could not be made does not. Refuted: one of those made is contrary
+    (Bonferroni over them). Both at a two-sided level of 5%, Holm-adjusted over the claims that have a test.
 
     Args:
         claims: as from `config.load_claims`.
@@ -81,9 +81,9 @@ def verdicts(
     )
     of_claim = found.groupby("claim", sort=False)
     supported = of_claim["p"].agg(lambda p: p.max(skipna=False))
-    contrary = np.minimum(of_claim.size() * (1 - supported), 1)
+    contrary = np.minimum(of_claim["p"].count() * (1 - of_claim["p"].max()), 1)
     exact = of_claim["quantity"].first() == "memory_ratio"
-    two_sided = pd.Series(np.minimum(2 * np.minimum(supported, contrary), 1))
+    two_sided = pd.Series(np.minimum(2 * np.fmin(supported, contrary), 1))
     adjusted = holm(two_sided.loc[~exact].dropna()).reindex(supported.index)
     decided = exact | (adjusted < LEVEL)
     cases = [of_claim["effect"].first().isna(), decided & (supported < contrary), decided]
@@ -129,10 +129,11 @@ def _markdown(found: pd.DataFrame) -> str:
     for _, own in found.groupby("claim", sort=False):
         first = own.iloc[0]
         effects = [
-            f"{x['strategy']} against {x['against']}: "
+            f"{x['strategy']}: none of the variants costs as little, or none as much"
+            if math.isnan(x["effect"])
+            else f"{x['strategy']} against {x['against']}: "
             + intervals.with_interval("{:.2f}".format, x["effect"], x["low"], x["high"])
-            for x in own.to_dict("records")
-            if not math.isnan(x["effect"])
+            for x in own[own["strategy"] != ""].to_dict("records")
         ]
         n = [f"{key}: {first[key]:,.0f}" for key in ("seeds", "images", "rounds") if not math.isnan(first[key])]
         rows.append(

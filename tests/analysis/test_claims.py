@@ -113,6 +113,18 @@ def test_at_the_same_cost_a_variant_is_compared_with_its_neighbours_image_by_ima
     assert claims.verdicts(cheaper, sides)["verdict"].to_list() == ["not measured"], "nothing as dear to compare with"
 
 
+@pytest.mark.parametrize(("bound", "expected"), [({"above": 0.0}, "not told apart"), ({"below": 0.0}, "refuted")])
+def test_what_costs_less_than_every_variant_confirms_nothing_and_the_page_says_so(bound, expected, tmp_path):
+    names, against = ["upper", "none_shorter"], ["none", "none_short"]
+    top1 = {name: 2 * scores for name, scores in {**SMALLER, "upper": [99.0, 99.0]}.items()}
+    stated = {"it": claim("top1_percent_diff", names, against, at_same="time_ratio", **bound)}
+    found = claims.verdicts(stated, {"": measured(top1, SMALLER_RATIOS)})
+    assert found["verdict"].to_list() == [expected, expected]
+    page = claims.write(found, tmp_path, tmp_path)
+    assert "upper against 25% none_short, 75% none: 13.50 (" in page
+    assert "<br>none_shorter: none of the variants costs as little, or none as much |" in page
+
+
 def test_the_page_has_verdict_effect_n_and_the_digests_of_the_tables_that_it_traces_to(tmp_path):
     (tmp_path / "cost.csv").write_bytes(b"x")
     runs, table = measured(TOP1)
