@@ -18,7 +18,7 @@ from famba.analysis import summary
 from famba.cli import main
 from famba.config import SweepParams
 from famba.errors import InputError
-from famba.experiments import sweep
+from famba.experiments import launcher, sweep
 from famba.storage import runs
 
 
@@ -58,6 +58,21 @@ def test_runs_that_are_missing_are_trained_once_and_their_checkpoints_forgotten(
     assert trained == list(zip(names, [0, 3, 0, 3], strict=True))
     assert sweep.ensure_runs(SWEEP, profile="smoke", runs_dir=tmp_path, train_missing=True) == folders
     assert len(trained) == 4
+
+
+def test_worker_processes_are_asked_for_missing_runs_alone(tmp_path, trained, monkeypatch):
+    asked = []
+
+    def run(one, cells, *, jobs):
+        asked.append((list(cells), jobs))
+        for cell in cells.values():
+            one(cell)
+
+    monkeypatch.setattr(launcher, "run", run)
+    sweep.ensure_run(tmp_path / "none-3", strategy="none", seed=3, profile="smoke", train_missing=True)
+    for _ in range(2):
+        sweep.ensure_runs(SWEEP, profile="smoke", runs_dir=tmp_path, train_missing=True, jobs=2)
+    assert asked == [(["none-0", "upper-0", "upper-3"], 2), ([], 2)]
 
 
 def test_the_runs_of_variants_lie_apart_and_are_loaded_under_their_names(tmp_path, trained):
