@@ -150,6 +150,16 @@ def test_each_stage_depends_on_the_digest_of_the_notebook_that_it_runs():
     assert stages()["resolve"]["always_changed"]
 
 
+def test_what_judges_the_claims_is_code_of_their_stage_alone():
+    """Stages that depended on it would measure all times again where only a verdict is worded anew."""
+    users = set()
+    for name in STAGE_NOTEBOOKS:
+        code = "\n".join(cell.source for cell in notebooks()[name].cells if cell.cell_type == "code")
+        if "famba.analysis.claims" in provenance._closure(provenance._parsed(code.encode())[0]):
+            users.add(name)
+    assert users == {"claims"}
+
+
 def test_every_ablation_of_params_yaml_has_its_stage():
     document = YAML(typ="safe", pure=True).load((ROOT / "experiments" / "dvc.yaml").read_text())["stages"]
     assert document["ablation"]["foreach"] == list(config.load_ablations())

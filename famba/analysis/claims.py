@@ -27,7 +27,7 @@ import pandas as pd
 from scipy import stats
 
 from famba import config
-from famba.analysis import intervals, summary
+from famba.analysis import ablation, intervals, summary
 from famba.config import ClaimParams
 from famba.storage.files import write_atomic
 
@@ -79,7 +79,7 @@ def verdicts(
         for name, claim in claims.items()
         for row in _comparisons(claim, measured.get(claim.ablation or ""))
     )
-    of_claim = found.groupby("claim", sort=False)
+    of_claim: Any = found.groupby("claim", sort=False)
     supported = of_claim["p"].agg(lambda p: p.max(skipna=False))
     contrary = np.minimum(of_claim["p"].count() * (1 - of_claim["p"].max()), 1)
     exact = of_claim["quantity"].first() == "memory_ratio"
@@ -92,14 +92,15 @@ def verdicts(
     return found.drop(columns="p").join(judged, on="claim")
 
 
-def write(found: pd.DataFrame, measured_dir: str | Path, folder: str | Path) -> str:
-    """Write claims.csv and claims.md, whose text is returned, with the digests of the tables that it traces to.
+def write(found: pd.DataFrame, folder: str | Path) -> str:
+    """Write claims.csv, claims.md, whose text is returned, with the digests of the tables that it traces to, and
+    findings.md, the claims that are decided and what each change of the ablations does.
 
     Args:
         found: as from `verdicts`.
-        measured_dir: as given to `load`.
-        folder: if relative, from the repository root.
+        folder: as given to `load`.
     """
+    folder, measured = config.root() / folder, load(folder)
     lines = [
         "# The claims, and what the runs say of them",
         "",
@@ -110,18 +111,46 @@ def write(found: pd.DataFrame, measured_dir: str | Path, folder: str | Path) -> 
         f"two-sided, Holm-adjusted over the claims that have a test; below {LEVEL:g} it decides. Memory follows from "
         "the model and needs no test.",
     ]
-    for name, (_, table) in load(measured_dir).items():
+    for name, (_, table) in measured.items():
         where = f"ablation/{name}/" if name else ""
         digests = [
-            f"{where}{x} begins with "
-            + hashlib.sha256((config.root() / measured_dir / where / x).read_bytes()).hexdigest()[:16]
+            f"{where}{x} begins with " + hashlib.sha256((folder / where / x).read_bytes()).hexdigest()[:16]
             for x in ("runs.csv", "cost.csv")
         ]
         lines += ["", f"{where or 'The sweep'}: {summary.setting(table)} SHA-256 of {', of '.join(digests)}."]
-    text, folder = "\n".join(lines), config.root() / folder
+    text = "\n".join(lines)
     write_atomic(folder / "claims.csv", found.to_csv(index=False, lineterminator="\n").encode())
     write_atomic(folder / "claims.md", f"{text}\n".encode())
+    write_atomic(folder / "findings.md", f"{findings(found, measured)}\n".encode())
     return text
+
+
+def findings(found: pd.DataFrame, measured: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]]) -> str:
+    """As a list: the claims that are decided, how many are not, and the changes of each ablation that matter.
+
+    Args:
+        found: as from `verdicts`.
+        measured: as from `load`.
+    """
+    said = found.groupby("claim", sort=False)[["says", "verdict"]].first()
+    of = {verdict: said.loc[said["verdict"] == verdict, "says"].to_list() for verdict in VERDICTS}
+    lines = [f"- **{verdict.capitalize()}**: {' '.join(of[verdict])}" for verdict in VERDICTS[:2] if of[verdict]]
+    lines.append(f"- {' '.join(f'**{x.capitalize()}**: {len(of[x])}.' for x in VERDICTS[2:])}")
+    for name, asked in config.load_ablations().items():
+        runs = measured[name][0] if name in measured else None
+        if runs is None or not asked.changes or not {*asked.variants} <= {*runs["strategy"]}:
+            continue
+        effects = ablation.effects(asked, runs)
+        clear: Any = effects[(effects["low"] > 0) | (effects["high"] < 0)]
+        entries: dict[str, list[str]] = {}
+        for change, strategy, mean in clear[["change", "strategy", "mean"]].itertuples(index=False):
+            entries.setdefault(change, []).append(f"{strategy} {intervals.signed(mean)}")
+        changes = ", ".join(f"`{change}` ({', '.join(found)} points)" for change, found in entries.items())
+        lines.append(
+            f"- **Ablation `{name}`**: top-1 {f'changes with {changes}' if changes else 'is not shown to change'}; of "
+            f"{len(effects)} intervals at 95%, {len(effects) / 20:.1f} would exclude zero by chance alone."
+        )
+    return "\n".join(lines)
 
 
 def _markdown(found: pd.DataFrame) -> str:
@@ -133,7 +162,8 @@ def _markdown(found: pd.DataFrame) -> str:
             if math.isnan(x["effect"])
             else f"{x['strategy']} against {x['against']}: "
             + intervals.with_interval("{:.2f}".format, x["effect"], x["low"], x["high"])
-            for x in own[own["strategy"] != ""].to_dict("records")
+            for x in own.to_dict("records")
+            if x["strategy"]
         ]
         n = [f"{key}: {first[key]:,.0f}" for key in ("seeds", "images", "rounds") if not math.isnan(first[key])]
         rows.append(

@@ -12,16 +12,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import seaborn
-from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from famba.analysis import ablation as ablation_table
 from famba.analysis import cost as cost_table
 from famba.analysis import summary
-from famba.analysis.claims import LABELS, VERDICTS
 from famba.plots.style import (
-    GREY,
     MARKERS,
     MODELS,
     PALETTE,
@@ -134,42 +131,6 @@ def costs(table: pd.DataFrame) -> Figure:
     axes.set(xlim=(0, None), xlabel="of a training step, in units of none")
     figure.legend(loc="outside upper center", ncols=3)
     caption(figure, cost_table.caption(table).replace("**", ""))
-    return figure
-
-
-@styled
-def claims(verdicts: pd.DataFrame) -> Figure:
-    """Forest plot of the claims that were measured: each comparison's effect, its interval and the claim's bound.
-
-    Args:
-        verdicts: as from `claims.verdicts`.
-    """
-    colours: dict[str, str] = dict(zip(VERDICTS, (PALETTE[2], PALETTE[3], GREY), strict=False))
-    measured = verdicts.loc[verdicts["effect"].notna()]
-    quantities = list(dict.fromkeys(measured["quantity"]))
-    heights = [int((measured["quantity"] == quantity).sum()) + 3 for quantity in quantities]
-    figure = Figure(figsize=(8.4, 2.0 + 0.24 * sum(heights)), layout="constrained")
-    panels = figure.subplots(len(quantities) or 1, 1, squeeze=False, height_ratios=heights or [1])
-    for axes, quantity in zip(panels[:, 0], quantities, strict=False):  # an empty panel where nothing was measured
-        own = measured.loc[measured["quantity"] == quantity]
-        for row, comparison in enumerate(own.to_dict("records")):
-            effect, low, high = (comparison[key] for key in ("effect", "low", "high"))
-            xerr = None if math.isnan(low) else [[effect - low], [high - effect]]
-            side, bound = comparison["required"].split()
-            axes.errorbar(effect, row, xerr=xerr, fmt="o", color=colours[comparison["verdict"]], capsize=3)
-            axes.plot(float(bound), row, color="0.1", marker=">" if side == "above" else "<", markersize=6)
-        sign = "\N{MINUS SIGN}" if quantity == "top1_percent_diff" else "/"
-        pairs = own[["claim", "strategy", "against"]].to_numpy(str)
-        labels = [f"{name.replace('_', ' ')}:  {ours} {sign} {theirs}" for name, ours, theirs in pairs]
-        label_rows(axes, labels)
-        axes.set(xlabel=LABELS[quantity])
-    handles = [Line2D([], [], color=colour, marker="o", linestyle="none") for colour in colours.values()]
-    figure.legend(handles, colours, loc="outside upper right", ncols=3)
-    caption(
-        figure,
-        "Effects with 95% intervals, each by itself; colour: the claim's verdict, Holm-adjusted over the claims. Dark "
-        "marks: the bound, pointing to where every effect of the claim must lie. Memory has no interval.",
-    )
     return figure
 
 

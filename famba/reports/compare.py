@@ -6,8 +6,7 @@ from typing import Any
 import pandas as pd
 from IPython.display import Markdown
 
-from famba import config
-from famba.analysis import claims, summary
+from famba.analysis import summary
 from famba.experiments import sweep
 from famba.models import presets
 from famba.reports import SMOKE_ROUNDS, Report
@@ -23,14 +22,6 @@ def make(report: Report) -> None:
     runs = summary.load_runs(asked, report.runs_dir)
     summary.write_summary(runs, costs, report.results_dir)
     summary.write_curves(summary.load_history(asked, report.runs_dir), report.results_dir)
-
-
-def make_claims(report: Report) -> None:
-    """Judge the claims by the tables that there are."""
-    if report.smoke:
-        make(report)
-    found = claims.verdicts(config.load_claims(), claims.load(report.results_dir))
-    claims.write(found, report.results_dir, report.results_dir)
 
 
 def make_costs(report: Report, rounds: int = 60) -> None:
@@ -55,7 +46,7 @@ def accuracy_in_words(table: pd.DataFrame, cost: str) -> Markdown:
     front = summary.pareto(table.rename(columns={"top1_percent_mean": "top1_percent"}), cost)
     lines = [
         f"Without fusion top-1 accuracy is {base['top1_percent_mean']:.1f} %, mean over {base['n']} seeds. "
-        f"On the Pareto front of accuracy and {word}: {_listed(front)}.",
+        f"On the Pareto front of accuracy and {word}: {listed(front)}.",
         "",
     ]
     for row in table.loc[table["strategy"] != summary.BASELINE].to_dict("records"):
@@ -72,7 +63,7 @@ def pairs_in_words(runs: pd.DataFrame) -> Markdown:
     """In how many of the seeds each strategy is less accurate than no fusion."""
     scores = runs.pivot(index="seed", columns="strategy", values="top1_percent")
     below: Any = scores.lt(scores[summary.BASELINE], axis=0).sum().drop(summary.BASELINE)
-    told = _listed([f"{name} in {count}" for name, count in below.items()])
+    told = listed([f"{name} in {count}" for name, count in below.items()])
     return Markdown(
         f"Of {len(scores)} seeds, accuracy falls by fusing with {told}. Where lines are parallel, a strategy has the "
         "same effect in every seed; where they cross, its effect differs from seed to seed."
@@ -98,7 +89,7 @@ def schedules_in_words(schedules: pd.DataFrame) -> Markdown:
     """How many tokens a layer has on average, by strategy."""
     layers = schedules.loc[schedules["layer"] > 0].assign(entering=lambda x: x["tokens"] + x["removed"])
     means: Any = layers.groupby("strategy", sort=False)["entering"].mean()
-    told = _listed([f"{name} {mean:.1f}" for name, mean in means.items()])
+    told = listed([f"{name} {mean:.1f}" for name, mean in means.items()])
     return Markdown(
         f"A layer starts with this many tokens on average: {told}. What a model computes is in proportion to that, not "
         "to what is left at the end, so the strategies that fuse early save most."
@@ -109,7 +100,7 @@ def costs_in_words(costs: pd.DataFrame) -> Markdown:
     """By how much time falls short of FLOPs."""
     rows = costs.set_index("strategy").to_dict("index")
     none = rows.pop(summary.BASELINE)
-    told = _listed(
+    told = listed(
         [
             f"{name} {row['time_ratio']:.2f} of the time with {row['flops_per_image'] / none['flops_per_image']:.2f} "
             "of the FLOPs"
@@ -122,11 +113,6 @@ def costs_in_words(costs: pd.DataFrame) -> Markdown:
     )
 
 
-def claims_in_words(found: pd.DataFrame) -> Markdown:
-    verdicts: Any = found.groupby("claim", sort=False)["verdict"].first()
-    told = _listed([f"{count} {verdict}" for verdict, count in verdicts.value_counts(sort=False).items()])
-    return Markdown(f"Of {len(verdicts)} claims: {told}. A claim holds only if each of its comparisons does.")
-
-
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """Names as in a sentence."""
     return " and ".join([", ".join(names[:-1]), *names[-1:]] if len(names) > 1 else names)

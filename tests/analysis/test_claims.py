@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 from test_summary import RATIOS, costs_frame, runs_frame
 
-from famba import plots
+from famba import config
 from famba.analysis import claims, summary
-from famba.config import ClaimParams
+from famba.config import AblationParams, ClaimParams
+from famba.plots.claims import forest
 from famba.plots.style import PALETTE
 
 # 100 images each: `all` is far worse than `none`, `upper` differs from it in a few images either way.
@@ -120,7 +121,7 @@ def test_what_costs_less_than_every_variant_confirms_nothing_and_the_page_says_s
     stated = {"it": claim("top1_percent_diff", names, against, at_same="time_ratio", **bound)}
     found = claims.verdicts(stated, {"": measured(top1, SMALLER_RATIOS)})
     assert found["verdict"].to_list() == [expected, expected]
-    page = claims.write(found, tmp_path, tmp_path)
+    page = claims.write(found, tmp_path)
     assert "upper against 25% none_short, 75% none: 13.50 (" in page
     assert "<br>none_shorter: none of the variants costs as little, or none as much |" in page
 
@@ -136,8 +137,9 @@ def test_the_page_has_verdict_effect_n_and_the_digests_of_the_tables_that_it_tra
         {"worse": claim("top1_percent_diff", ["all"], below=0.0), "later": claim("memory_ratio", ["late"], below=1.0)},
         loaded,
     )
-    text = claims.write(found, tmp_path, tmp_path)
+    text = claims.write(found, tmp_path)
     assert (tmp_path / "claims.md").read_text(encoding="utf-8") == text + "\n"
+    assert (tmp_path / "findings.md").read_text(encoding="utf-8") == claims.findings(found, loaded) + "\n"
     row = next(line for line in text.splitlines() if "all against none" in line)
     assert "It is so. (Table 1)" in row
     assert "**confirmed**" in row
@@ -153,10 +155,32 @@ def test_the_page_has_verdict_effect_n_and_the_digests_of_the_tables_that_it_tra
     pd.testing.assert_frame_equal(written, found, check_dtype=False)
 
 
+def test_findings_are_the_decided_claims_and_the_changes_whose_interval_excludes_zero(monkeypatch):
+    asked = {"strategies": ("none", "upper"), "seeds": (0, 1, 2, 3), "varied": ("upper",)}
+    changes = {name: {"fusion.upper.r": 1} for name in ("bad", "same")}
+    ablations = {"unchanged": {}, "missing": {"absent": {}}, "changed": changes, "steady": {"same": {}}}
+    made = {name: AblationParams(**asked, changes=given) for name, given in ablations.items()}
+    monkeypatch.setattr(config, "load_ablations", lambda: made)
+    top1 = TOP1 | {"upper_bad": [50.0, 51.0, 50.0, 51.0], "upper_same": TOP1["upper"]}
+    tables = dict.fromkeys(("", *ablations), measured(top1, dict.fromkeys(top1, 1.0)))
+    above = [claim("top1_percent_diff", ["all"], above=0.0), claim("top1_percent_diff", ["upper"], above=0.0)]
+    stated = {"no": dataclasses.replace(above[0], says="It rises."), "perhaps": above[1]}
+    found = claims.verdicts(stated | {"yes": claim("top1_percent_diff", ["all"], below=0.0)}, tables)
+    assert claims.findings(found, tables).splitlines() == [
+        "- **Confirmed**: It is so.",
+        "- **Refuted**: It rises.",
+        "- **Not told apart**: 1. **Not measured**: 0.",
+        "- **Ablation `changed`**: top-1 changes with `bad` (upper \N{MINUS SIGN}40.0 points); of 2 intervals at 95%, "
+        "0.1 would exclude zero by chance alone.",
+        "- **Ablation `steady`**: top-1 is not shown to change; of 1 intervals at 95%, 0.1 would exclude zero by "
+        "chance alone.",
+    ]
+
+
 def test_the_forest_plot_has_a_row_for_each_comparison_that_was_measured_coloured_by_the_verdict():
     found = judged({"a": claim("top1_percent_diff", ["all"], below=0), "b": claim("memory_ratio", ["all"], above=1)})
-    upper, lower = plots.claims(found).axes
+    upper, lower = forest(found).axes
     assert [label.get_text() for label in upper.get_yticklabels()] == ["a:  all \N{MINUS SIGN} none"]
     assert [axes.lines[0].get_color() for axes in (upper, lower)] == [PALETTE[2], PALETTE[3]]
     assert len(lower.lines) == 2  # effect and bound; memory has no interval
-    assert plots.claims(judged({"c": claim("memory_ratio", ["late"], below=1.0)})).axes[0].lines[:] == []
+    assert forest(judged({"c": claim("memory_ratio", ["late"], below=1.0)})).axes[0].lines[:] == []
