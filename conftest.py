@@ -1,6 +1,8 @@
 """For tests and tested notebooks alike: the kernels that notebooks run in inherit this environment."""
 
+import importlib.util
 import os
+import sys
 
 # Spinning OpenMP threads make a step several times slower when something else runs on the same cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -16,3 +18,8 @@ relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.function_sc
 settings.register_profile("tests", relaxed, max_examples=40, derandomize=True)
 settings.register_profile("fuzz", relaxed, max_examples=2000)  # what fails is kept in .hypothesis and tried first
 settings.load_profile("tests")
+
+# nbval imports jsonschema, which would compile a grammar of addresses for seconds, in each worker.
+sys.modules.setdefault("rfc3987_syntax", None)
+if importlib.util.find_spec("nbval"):  # which gpu-check does without
+    pytest_plugins = ["nbval.plugin"]  # `-p no:nbval` in pyproject.toml, since it would come before this file

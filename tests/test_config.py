@@ -25,8 +25,11 @@ TEXT = FILE.read_text(encoding="utf-8")
 SECTIONS: dict[str, Any] = {"data": DataParams, "model": ModelParams, "options": FusionOptions, "train": TrainParams}
 
 
+DOCUMENT = YAML(typ="safe", pure=True).load(TEXT)
+
+
 def document() -> dict[str, Any]:
-    return YAML(typ="safe", pure=True).load(TEXT)
+    return copy.deepcopy(DOCUMENT)
 
 
 ABLATION = {"strategies": ["none", "all"], "seeds": [0]}
@@ -48,8 +51,7 @@ def edited(tmp_path: Path) -> Callable[..., Path]:
         else:
             section[keys[-1]] = to
         path = tmp_path / "params.yaml"
-        with path.open("w", encoding="utf-8") as file:
-            YAML(typ="safe", pure=True).dump(changed, file)
+        path.write_text(json.dumps(changed, sort_keys=True).replace("NaN", ".nan"), encoding="utf-8")  # YAML, too
         return path
 
     return edit

@@ -2,14 +2,19 @@ import pytest
 
 from famba.bench import side_by_side
 
+ENVIRONMENT = "import os; assert 'OMP_WAIT_POLICY' not in os.environ\n"
+
 
 def test_two_scripts_are_timed_together_and_against_one_without_what_the_caller_has_set(monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "nonsense")
-    monkeypatch.setattr(
-        side_by_side, "_SCRIPT", "import os; assert 'OMP_WAIT_POLICY' not in os.environ\n" + side_by_side._SCRIPT
-    )
-    (row,) = side_by_side.bench_side_by_side("vim_nano", batch=2, seconds=0.5, rounds=1)
-    assert row["ratio"] == row["both_img_s"] / row["alone_img_s"] > 0
+    monkeypatch.setattr(side_by_side, "_SCRIPT", ENVIRONMENT + "print('ready', flush=True); input(); print({batch})")
+    (row,) = side_by_side.bench_side_by_side(batch=3, rounds=1)
+    assert row == {"alone_img_s": 3.0, "both_img_s": 6.0, "ratio": 2.0}
+
+
+def test_a_script_trains_and_says_how_many_images_it_took_in_a_second():
+    script = side_by_side._SCRIPT.format(model="vim_nano", batch=2, seconds=0.1)
+    assert side_by_side._images_per_second(script, 1) > 0
 
 
 def test_a_script_that_fails_is_said():
