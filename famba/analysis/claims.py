@@ -28,7 +28,7 @@ from scipy import stats
 
 from famba import config
 from famba.analysis import ablation, intervals, summary
-from famba.config import ClaimParams
+from famba.config import AblationParams, ClaimParams
 from famba.storage.files import write_atomic
 
 LEVEL = 0.05
@@ -94,7 +94,7 @@ def verdicts(
 
 def write(found: pd.DataFrame, folder: str | Path) -> str:
     """Write claims.csv, claims.md, whose text is returned, with the digests of the tables that it traces to, and
-    findings.md, the claims that are decided and what each change of the ablations does.
+    findings.md, the claims that are decided and what changes top-1.
 
     Args:
         found: as from `verdicts`.
@@ -126,7 +126,7 @@ def write(found: pd.DataFrame, folder: str | Path) -> str:
 
 
 def findings(found: pd.DataFrame, measured: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]]) -> str:
-    """As a list: the claims that are decided, how many are not, and the changes of each ablation that matter.
+    """As a list: the claims that are decided, how many are not, and what changes top-1 in the sweep and each ablation.
 
     Args:
         found: as from `verdicts`.
@@ -136,21 +136,32 @@ def findings(found: pd.DataFrame, measured: Mapping[str, tuple[pd.DataFrame, pd.
     of = {verdict: said.loc[said["verdict"] == verdict, "says"].to_list() for verdict in VERDICTS}
     lines = [f"- **{verdict.capitalize()}**: {' '.join(of[verdict])}" for verdict in VERDICTS[:2] if of[verdict]]
     lines.append(f"- {' '.join(f'**{x.capitalize()}**: {len(of[x])}.' for x in VERDICTS[2:])}")
-    for name, asked in config.load_ablations().items():
-        runs = measured[name][0] if name in measured else None
-        if runs is None or not asked.changes or not {*asked.variants} <= {*runs["strategy"]}:
+    ablations = config.load_ablations()
+    for name, (runs, table) in measured.items():
+        effects = _effects(ablations.get(name), runs, table)
+        if effects.empty:
             continue
-        effects = ablation.effects(asked, runs)
         clear: Any = effects[(effects["low"] > 0) | (effects["high"] < 0)]
         entries: dict[str, list[str]] = {}
         for change, strategy, mean in clear[["change", "strategy", "mean"]].itertuples(index=False):
-            entries.setdefault(change, []).append(f"{strategy} {intervals.signed(mean)}")
+            entries.setdefault(change, []).append(f"{strategy} {intervals.signed(mean)}".strip())
         changes = ", ".join(f"`{change}` ({', '.join(found)} points)" for change, found in entries.items())
+        where = f"Ablation `{name}`" if name else "The sweep"
+        said = f"changes with {changes}" if changes else "is not shown to change"
         lines.append(
-            f"- **Ablation `{name}`**: top-1 {f'changes with {changes}' if changes else 'is not shown to change'}; of "
-            f"{len(effects)} intervals at 95%, {len(effects) / 20:.1f} would exclude zero by chance alone."
+            f"- **{where}**: top-1 {said}; of {len(effects)} intervals at 95%, {len(effects) / 20:.1f} would exclude "
+            "zero by chance alone."
         )
     return "\n".join(lines)
+
+
+def _effects(asked: AblationParams | None, runs: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+    """As of `ablation.effects`; without changes, each strategy is one of `none`. Empty if variants are missing."""
+    if asked and asked.changes:
+        return ablation.effects(asked, runs) if {*asked.variants} <= {*runs["strategy"]} else pd.DataFrame()
+    names = {"strategy": "change", "top1_percent_diff": "mean"}
+    names |= {f"top1_percent_diff_{end}": end for end in ("low", "high")}
+    return table.rename(columns=names).dropna(subset=["low", "high"]).assign(strategy="")
 
 
 def _markdown(found: pd.DataFrame) -> str:
