@@ -22,10 +22,8 @@ from famba.fusion.strategies import STRATEGIES
 
 FILE = Path(__file__).parent.parent / "params.yaml"
 TEXT = FILE.read_text(encoding="utf-8")
-SECTIONS: dict[str, Any] = {"data": DataParams, "model": ModelParams, "options": FusionOptions, "train": TrainParams}
-
-
 DOCUMENT = YAML(typ="safe", pure=True).load(TEXT)
+SECTIONS: dict[str, Any] = {"data": DataParams, "model": ModelParams, "options": FusionOptions, "train": TrainParams}
 
 
 def document() -> dict[str, Any]:

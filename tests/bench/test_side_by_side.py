@@ -2,12 +2,11 @@ import pytest
 
 from famba.bench import side_by_side
 
-ENVIRONMENT = "import os; assert 'OMP_WAIT_POLICY' not in os.environ\n"
-
 
 def test_two_scripts_are_timed_together_and_against_one_without_what_the_caller_has_set(monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "nonsense")
-    monkeypatch.setattr(side_by_side, "_SCRIPT", ENVIRONMENT + "print('ready', flush=True); input(); print({batch})")
+    script = "import os; assert not os.getenv('OMP_WAIT_POLICY'); print('ready', flush=True); input(); print({batch})"
+    monkeypatch.setattr(side_by_side, "_SCRIPT", script)
     (row,) = side_by_side.bench_side_by_side(batch=3, rounds=1)
     assert row == {"alone_img_s": 3.0, "both_img_s": 6.0, "ratio": 2.0}
 

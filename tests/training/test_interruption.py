@@ -67,7 +67,7 @@ class Incubator:
 
 def incubate() -> None:
     """The incubator's own side: a line of JSON in, a line of JSON out."""
-    import torch._dynamo  # which takes every optimiser seconds to import
+    import torch._dynamo  # as the first optimiser would, for seconds
 
     from famba import config, data
     from famba.cli import main
