@@ -1,5 +1,6 @@
 """Shapes written in annotations are checked under pytest: the hook must be in place before famba is imported."""
 
+import gc
 from types import SimpleNamespace
 
 import jaxtyping
@@ -13,6 +14,16 @@ jaxtyping.install_import_hook("famba", "beartype.beartype")
 
 from famba.kernels.cpu import build  # noqa: E402 (after the hook)
 from famba.kernels.triton import runtime as gpu_runtime  # noqa: E402
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported stays, and is much: the garbage collector need not look through it, now or later."""
+    gc.disable()
+    result = yield
+    gc.freeze()
+    gc.enable()
+    return result
 
 
 def pytest_collection_modifyitems(items):

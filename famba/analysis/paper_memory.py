@@ -5,7 +5,6 @@ formula predicts, and with r = 1 and 2 they need more memory than without fusion
 """
 
 import pandas as pd
-import torch
 
 from famba.analysis import summary
 from famba.fusion import strategies
@@ -29,8 +28,7 @@ def beside_formula() -> pd.DataFrame:
     published = summary.paper_table()
     unfused = published.loc[(published["table"] == 1) & (published["strategy"] == "none")]
     base = dict(zip(unfused["model"], unfused["peak_memory_mib"], strict=True))
-    with torch.device("meta"):  # only its sizes are needed
-        sizes = {model: create_model(model, num_classes=_CLASSES, cls_position=_CLS).config for model in base}
+    sizes = {model: create_model(model, num_classes=_CLASSES, cls_position=_CLS).config for model in base}
 
     def peak(model: str, schedule: list[int]) -> int:
         return flops.analyse(sizes[model], schedule, batch=_BATCH, options=_OPTIONS).peak_bytes

@@ -266,14 +266,24 @@ def python(code, **environment):
 
 
 def test_two_processes_may_build_at_once_and_the_third_builds_nothing(tmp_path):
+    compiler, links = tmp_path / "compiler", tmp_path / "links"
+    compiled = build.build(build.instruction_set())
+    compiler.write_text(f"""#!/bin/sh
+        for made; do :; done
+        case "$*" in
+            *-shared*) echo >> {links}; until [ $(wc -l < {links}) -ge 2 ]; do sleep 0.1; done; cp {compiled} "$made";;
+            *-c*) : > "$made";;
+        esac
+    """)
+    compiler.chmod(0o755)
     code = "from famba.kernels.cpu import build; print(build.build(build.instruction_set())); build.library()"
-    both = [python(code, XDG_CACHE_HOME=str(tmp_path), FAMBA_CXXFLAGS="-O0") for _ in range(2)]
-    paths = {process.communicate(timeout=100)[0].strip() for process in both}
-    (path,) = paths
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "CXX": str(compiler)}
+    both = [python(code, **environment) for _ in range(2)]
+    (path,) = {process.communicate(timeout=100)[0].strip() for process in both}
+    assert links.read_text() == 2 * "\n"
     assert [x.name for x in (tmp_path / "famba" / "kernels").iterdir()] == [Path(path).name]
-    before = Path(path).stat()
-    assert python(code, XDG_CACHE_HOME=str(tmp_path), FAMBA_CXXFLAGS="-O0").communicate(timeout=100)[0].strip() == path
-    assert Path(path).stat() == before
+    assert python(code, **environment).communicate(timeout=100)[0].strip() == path
+    assert links.read_text() == 2 * "\n"
 
 
 def test_without_a_compiler_torch_takes_over_and_says_so(tmp_path):
