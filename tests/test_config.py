@@ -15,7 +15,7 @@ from refusals import refusal
 from ruamel.yaml import YAML
 
 from famba import config
-from famba.config import DataParams, FusionRule, ModelParams, Params, SweepParams, TrainParams
+from famba.config import DataParams, ModelParams, SweepParams, TrainParams
 from famba.fusion import options
 from famba.fusion.options import FusionOptions
 from famba.fusion.strategies import STRATEGIES
@@ -41,6 +41,8 @@ def edited(tmp_path: Path) -> Callable[..., Path]:
 
     def edit(*keys: Any, to: Any = None, delete: bool = False) -> Path:
         changed = document()
+        if keys[0] not in ("ablation", "claims"):  # more than half of the file, which takes long to parse
+            changed |= {"ablation": {"x": ABLATION}, "claims": {"x": CLAIM}}
         section = changed
         for key in keys[:-1]:
             section = section[key]
@@ -143,19 +145,6 @@ def test_every_profile_loads_with_every_strategy_and_changes_what_it_names_only(
 def test_without_a_profile_the_one_that_the_file_names_is_taken(edited):
     assert config.load(strategy="all", path=FILE).profile == document()["profile"]
     assert config.load(strategy="all", path=edited("profile", to="smoke")).profile == "smoke"
-
-
-def test_a_resolved_configuration_can_be_rebuilt_from_the_record_of_it():
-    p = config.load("smoke", strategy="upper", path=FILE)
-    record = json.loads(json.dumps(p.as_dict()))
-    rebuilt = Params(
-        profile=record["profile"],
-        strategy=record["strategy"],
-        fusion=FusionRule(**record["fusion"]),
-        **{section: kind(**record[section]) for section, kind in SECTIONS.items()},
-    )
-    assert rebuilt == p
-    assert rebuilt.digest(3) == p.digest(3)
 
 
 def test_numbers_are_read_by_yaml_1_2(tmp_path):

@@ -5,12 +5,12 @@ import itertools
 
 import pytest
 import torch
+from test_tokens import untrained
 
 from famba import config, create_model, data
 from famba.analysis import calibration
 from famba.config import AdaptiveRule
 from famba.errors import InputError
-from famba.experiments import sweep
 from famba.fusion import strategies
 from famba.fusion.options import FusionOptions
 from famba.profiling import flops
@@ -64,11 +64,10 @@ def test_costs_by_the_logits_are_divergences_from_the_unfused_answer(model, imag
         assert costs[layer][7] == pytest.approx((costs[layer][6] + costs[layer][8]) / 2)
 
 
-@pytest.mark.parametrize("kind", calibration.KINDS)
-def test_calibration_leaves_the_model_alone_and_repeats_itself(model, images, kind):
+def test_calibration_leaves_the_model_alone_and_repeats_itself(model, images):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    first = calibration.fusing_costs(model, images, kind=kind)
-    assert calibration.fusing_costs(model, images, kind=kind) == first
+    first = calibration.fusing_costs(model, images, kind="similarity")
+    assert calibration.fusing_costs(model, images, kind="similarity") == first
     assert model.schedule == [4, 0, 0]
     assert model.training
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
@@ -138,17 +137,16 @@ def test_the_precision_of_training_counts_for_a_share_of_the_memory(model):
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run") / "none-0"
-    return sweep.ensure_run(folder, strategy="none", seed=0, profile="smoke", train_missing=True)
+    return untrained(tmp_path_factory.mktemp("run"), "none", seed=0, weights=0)
 
 
 def test_a_plan_says_what_it_was_made_from_and_what_it_saves(run_dir):
-    plan = calibration.plan([run_dir, run_dir], AdaptiveRule(total=20), kind="logits", count=7)
-    assert (plan.kind, plan.runs, plan.images) == ("logits", ["none-0", "none-0"], 7)
+    plan = calibration.plan([run_dir, run_dir], AdaptiveRule(total=20), kind="similarity", count=7)
+    assert (plan.kind, plan.runs, plan.images) == ("similarity", ["none-0", "none-0"], 7)
     assert sum(plan.schedule) == 20
     assert 0 < plan.memory_share < 1
     assert 0 < plan.flops_share < 1
-    one = calibration.plan([run_dir], AdaptiveRule(total=20), kind="logits", count=7)
+    one = calibration.plan([run_dir], AdaptiveRule(total=20), kind="similarity", count=7)
     assert plan.costs == one.costs  # the mean of a run with itself
 
 
@@ -171,9 +169,9 @@ def test_a_run_that_fuses_or_differs_from_the_first_is_no_ground_for_calibration
     monkeypatch.setattr(runs, "read", other)
     for folder, said in {"fusing": "needs a run of 'none'", "other": "only their seeds may differ"}.items():
         with pytest.raises(InputError, match=said):
-            calibration.plan([run_dir, folder], AdaptiveRule(total=2), kind="logits", count=2)
+            calibration.plan([run_dir, folder], AdaptiveRule(total=2), kind="similarity", count=2)
     with pytest.raises(InputError, match="must be 1 or more"):
-        calibration.plan([], AdaptiveRule(total=2), kind="logits", count=2)
+        calibration.plan([], AdaptiveRule(total=2), kind="similarity", count=2)
 
 
 def test_the_table_prices_every_schedule_and_says_whether_params_yaml_has_the_one_that_was_found():

@@ -29,9 +29,9 @@ def untrained(folder, strategy, *, seed, weights):
     return runs.write(make_run(strategy, seed, model_bytes=content, **counts), folder / f"{strategy}-{seed}")
 
 
-@pytest.fixture
-def run(tmp_path):
-    return untrained(tmp_path, "upper", seed=0, weights=0)
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return untrained(tmp_path_factory.mktemp("run"), "upper", seed=0, weights=0)
 
 
 def test_a_run_is_traced_on_the_first_test_image_of_each_class(run):

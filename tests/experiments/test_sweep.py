@@ -81,6 +81,8 @@ def test_the_runs_of_variants_lie_apart_and_are_loaded_under_their_names(tmp_pat
     folders = sweep.ensure_runs(asked, profile="smoke", runs_dir=tmp_path, train_missing=True, command="make ablation")
     names = ["none", "upper", "upper_append", "upper_smaller"]
     assert folders == [tmp_path / f"{name}-3" for name in names]
+    sweep.ensure_runs(asked, profile="smoke", runs_dir=tmp_path, train_missing=True)
+    assert len(trained) == 4, "each once"
     assert runs.read(folders[2]).params == asked.params("smoke")["upper_append"].as_dict()
     table = summary.load_runs(asked, tmp_path)
     assert table["strategy"].to_list() == names

@@ -18,8 +18,6 @@ from famba.errors import InputError
 from famba.fusion.strategies import STRATEGIES
 from famba.plots.benchmarks import _three_digits
 
-PNG = b"\x89PNG\r\n\x1a\n"
-
 
 @pytest.fixture
 def runs():
@@ -169,11 +167,6 @@ def test_captions_say_over_how_many_seeds(runs, table, history):
     assert plots.training_curves(history[history["seed"] == 0]).get_supxlabel() == "Mean over n = 1 seed."
 
 
-def test_accuracy_against_refuses_an_unknown_cost(runs, table):
-    with pytest.raises(InputError, match="'throughput_img_s' is not one of time_ratio"):
-        plots.accuracy_against(runs, table, "throughput_img_s")
-
-
 def test_strategies_of_ones_own_are_drawn_last_each_in_its_own_colour(schedules):
     names = {"all": "late", "upper": "early"}
     figure = plots.tokens_per_layer(schedules.replace({"strategy": names}))
@@ -301,15 +294,6 @@ def test_the_style_of_the_session_changes_nothing(tmp_path, schedules):
         styled = plots.save(plots.tokens_per_layer(schedules), tmp_path / "styled.png").read_bytes()
         assert matplotlib.rcParams["font.size"] == 20, "and the session keeps its own"
     assert styled == plain
-
-
-def test_another_suffix_is_refused(tmp_path, schedules):
-    with pytest.raises(InputError, match=r"a\.jpg: figures are saved as \.png or \.svg"):
-        plots.save(plots.tokens_per_layer(schedules), tmp_path / "a.jpg")
-
-
-def test_a_notebook_can_show_a_figure_without_pyplot(schedules):
-    assert plots.tokens_per_layer(schedules)._repr_png_().startswith(PNG)
 
 
 def test_a_benchmark_draws_the_numbers_of_its_tables(benchmarks):

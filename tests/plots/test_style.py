@@ -56,5 +56,5 @@ def test_a_notebook_plays_an_animation():
 def test_a_suffix_of_the_other_kind_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"a\.png: animations are saved as \.gif"):
         plots.save(film(), tmp_path / "a.png")
-    with pytest.raises(InputError, match=r"a\.gif: figures are saved as \.png or \.svg"):
-        plots.save(film().frames[0], tmp_path / "a.gif")
+    with pytest.raises(InputError, match=r"a\.jpg: figures are saved as \.png or \.svg"):
+        plots.save(film().frames[0], tmp_path / "a.jpg")

@@ -2,6 +2,7 @@
 
 import io
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -22,9 +23,10 @@ from famba.reports.widgets import TokenExplorer
 from famba.storage import runs
 
 
-@pytest.fixture
-def explorer(run, tmp_path):  # noqa: F811
-    """Over a run and a model as it is published, in half precision."""
+@pytest.fixture(scope="module")
+def traced(run, tmp_path_factory):  # noqa: F811
+    """A run and a model as it is published, in half precision."""
+    tmp_path = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     sizes = {"img_size": 32, "patch_size": 8, "stride": 8, "depth": 3, "d_model": 16, "d_state": 4}
     model = create_model("vim_micro", **sizes, num_classes=10, schedule=[0, 2, 5])
@@ -33,9 +35,16 @@ def explorer(run, tmp_path):  # noqa: F811
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / runs.MODEL_FILE).write_bytes(content)
     models.publish(tmp_path / "run", tmp_path / "lower")
-    return TokenExplorer(
-        {"upper-0": tokens.trace_run(run, count=3), "photos": tokens.trace_images(tmp_path / "lower", PHOTOGRAPHS)}
-    )
+    return {"upper-0": tokens.trace_run(run, count=3), "photos": tokens.trace_images(tmp_path / "lower", PHOTOGRAPHS)}
+
+
+@pytest.fixture
+def explorer(traced):
+    return TokenExplorer(traced)
+
+
+def no_picture(*_, **__):
+    return SimpleNamespace(_repr_png_=lambda: b"")
 
 
 def test_a_published_model_predicts_as_its_run_and_is_half_as_large(run, tmp_path):  # noqa: F811
@@ -72,8 +81,7 @@ def test_every_control_redraws_and_going_back_shows_the_same_again(explorer):
 
 def test_what_is_shown_is_the_model_under_the_chosen_schedule(explorer, run, monkeypatch):  # noqa: F811
     asked = []
-    draw = plots.fusion_at_layer
-    monkeypatch.setattr(plots, "fusion_at_layer", lambda *a, **k: asked.append((a, k)) or draw(*a, **k))
+    monkeypatch.setattr(plots, "fusion_at_layer", lambda *a, **k: asked.append((a, k)) or no_picture())
     explorer.strategy.value = "lower"
     explorer.r.value = 5
     explorer.image.value = 1
@@ -87,7 +95,8 @@ def test_what_is_shown_is_the_model_under_the_chosen_schedule(explorer, run, mon
     assert named["layer"] == 4
 
 
-def test_r_cannot_leave_what_a_strategy_can_fuse(explorer):
+def test_r_cannot_leave_what_a_strategy_can_fuse(explorer, monkeypatch):
+    monkeypatch.setattr(plots, "fusion_at_layer", no_picture)
     for strategy in STRATEGIES:
         explorer.strategy.value = strategy
         explorer.r.value = explorer.r.max
@@ -96,8 +105,7 @@ def test_r_cannot_leave_what_a_strategy_can_fuse(explorer):
 
 def test_an_update_is_one_picture_and_the_model_runs_only_for_another_schedule(explorer, monkeypatch):
     done = []
-    for module, name in ((tokens, "with_schedule"), (plots, "fusion_at_layer")):
-        work = getattr(module, name)
+    for module, name, work in ((tokens, "with_schedule", tokens.with_schedule), (plots, "fusion_at_layer", no_picture)):
         monkeypatch.setattr(module, name, lambda *a, _name=name, _work=work, **k: done.append(_name) or _work(*a, **k))
     under, picture = ["with_schedule", "fusion_at_layer"], ["fusion_at_layer"]
     updates = [

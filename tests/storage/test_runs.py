@@ -89,14 +89,6 @@ def test_files_hold_the_agreed_keys_and_no_time_but_in_cost(tmp_path):
     assert lines[1] == "1,0.30000000000000004,2.0,40.0,1.9,45.0,49.0,,"
 
 
-def test_the_same_run_is_the_same_bytes(tmp_path):
-    one, two = (runs.write(make_run(), tmp_path / name) for name in ("one", "two"))
-    names = sorted(file.name for file in one.iterdir())
-    assert len(names) == 7
-    for name in names:
-        assert (one / name).read_bytes() == (two / name).read_bytes(), name
-
-
 def test_metrics_json_is_written_last_and_taken_away_first(tmp_path, monkeypatch):
     runs.write(make_run(), tmp_path / "run")
     written = []

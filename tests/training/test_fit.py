@@ -56,25 +56,26 @@ def undisturbed(tmp_path_factory):
 
 def test_torchs_settings_are_afterwards_what_they_were(monkeypatch):
     def settings():
-        return torch.get_num_threads(), (torch.tensor(2e-38) / 4).item() == 0, torch.backends.cudnn.allow_tf32
+        tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        return torch.get_num_threads(), (torch.tensor(2e-38) / 4).item() == 0, *tf32
 
     started, load = [], fit.data.load
     monkeypatch.setattr(fit.data, "load", lambda p, seed: started.append(settings()) or load(p, seed=seed))
     before = settings()
     torch.set_num_threads(3)
     torch.set_flush_denormal(False)
-    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     try:
-        fit.fit(smoke(epochs=1), seed=1)
-        assert started == [(1, True, False)]
-        assert settings() == (3, False, True)
+        assert fit.fit(smoke(epochs=1), seed=1).cost["tf32"] is False
+        assert started == [(1, True, False, False)]
+        assert settings() == (3, False, True, True)
         with pytest.raises(InputError):
             fit.fit(smoke(init_from="nowhere"), seed=1)
         assert settings()[0] == 3
     finally:
         torch.set_num_threads(before[0])
         torch.set_flush_denormal(before[1])
-        torch.backends.cudnn.allow_tf32 = before[2]
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before[2:]
 
 
 def test_a_run_learns_fuses_as_promised_and_reports_it(undisturbed):
@@ -115,47 +116,40 @@ def test_a_run_says_of_each_test_image_whether_it_was_classified_correctly(undis
     assert (answers >= 0).sum() == len(images.test)
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(undisturbed):
-    assert deterministic(fit.fit(smoke(epochs=3, choose="best"), seed=1)) == deterministic(undisturbed)
-    assert fit.fit(smoke(epochs=1), seed=2).history[0] != undisturbed.history[0]
+def test_another_seed_gives_another_loss(undisturbed):
+    other = fit.fit(smoke(epochs=3, choose="best"), seed=2)
+    assert other.history[0]["train_loss"] != undisturbed.history[0]["train_loss"]
 
 
-@pytest.mark.parametrize("stopped_after", [1, 2])
-def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(undisturbed, interrupt, epochs, stopped_after):
-    interrupt(smoke(epochs=3, choose="best"), seed=1, epoch=stopped_after)
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(undisturbed, interrupt, epochs):
+    interrupt(smoke(epochs=3, choose="best"), seed=1, epoch=1)
     epochs.clear()
     assert deterministic(fit.fit(smoke(epochs=3, choose="best"), seed=1)) == deterministic(undisturbed)
-    assert epochs == list(range(stopped_after + 1, 4))
+    assert epochs == [2, 3]
 
 
-def test_a_checkpoint_that_cannot_be_read_is_passed_over_for_the_one_before(undisturbed, caplog):
-    fit.fit(smoke(epochs=3, choose="best"), seed=1)
-    newest = max(fit.folder(smoke(epochs=3, choose="best"), seed=1).glob("epoch-*.safetensors"))
+def test_two_checkpoints_are_kept_and_for_one_that_cannot_be_read_the_other_is_taken(undisturbed, caplog):
+    p = smoke(epochs=3, choose="best")
+    assert deterministic(fit.fit(p, seed=1)) == deterministic(undisturbed)
+    kept = sorted(path.name for path in fit.folder(p, seed=1).iterdir())
+    assert kept == ["epoch-00002.safetensors", "epoch-00003.safetensors", "history.csv"]
+    newest = fit.folder(p, seed=1) / kept[1]
     newest.write_bytes(newest.read_bytes()[:-100])
-    assert deterministic(fit.fit(smoke(epochs=3, choose="best"), seed=1)) == deterministic(undisturbed)
+    assert deterministic(fit.fit(p, seed=1)) == deterministic(undisturbed)
     assert "epoch-00003.safetensors: not a whole safetensors file" in caplog.text
+    for _ in range(2):
+        fit.forget(p, seed=1)
+        assert not fit.folder(p, seed=1).exists()
 
 
-def test_a_checkpoint_of_another_run_is_not_continued_even_if_it_was_put_there_by_hand(caplog):
-    other, p = smoke(epochs=2, lr=1e-3), smoke(epochs=2)
+def test_a_checkpoint_of_another_run_is_not_continued_even_if_it_was_put_there_by_hand(undisturbed, caplog):
+    other, p = smoke(epochs=1, lr=1e-3), smoke(epochs=3, choose="best")
     fit.fit(other, seed=1)
-    expected = fit.fit(p, seed=1)
-    fit.forget(p, seed=1)
     fit.folder(p, seed=1).mkdir()
     for path in fit.folder(other, seed=1).glob("epoch-*"):
         shutil.copy(path, fit.folder(p, seed=1))
-    assert deterministic(fit.fit(p, seed=1)) == deterministic(expected)
+    assert deterministic(fit.fit(p, seed=1)) == deterministic(undisturbed)
     assert f"run: {fit.folder(other, seed=1).name!r}; expected {fit.folder(p, seed=1).name!r}" in caplog.text
-
-
-def test_two_checkpoints_are_kept_and_forgotten_when_told():
-    p = smoke(epochs=3, choose="best")
-    fit.fit(p, seed=1)
-    kept = sorted(path.name for path in fit.folder(p, seed=1).iterdir())
-    assert kept == ["epoch-00002.safetensors", "epoch-00003.safetensors", "history.csv"]
-    fit.forget(p, seed=1)
-    assert not fit.folder(p, seed=1).exists()
-    fit.forget(p, seed=1)
 
 
 def test_a_run_tells_after_each_epoch_how_it_goes(repository):
@@ -326,12 +320,6 @@ def test_a_run_that_another_process_trains_is_waited_for(monkeypatch):
         assert fit.fit(smoke(), seed=0).token_counts
 
 
-def test_a_run_rounds_no_fp32_product_to_tf32_and_says_so():
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
-    run = fit.fit(smoke(epochs=1), seed=0)
-    assert run.cost["tf32"] is False
-
-
 def test_bf16_trains_and_stays_near_fp32(undisturbed):
     run = fit.fit(smoke(epochs=3, precision="bf16"), seed=1)
     assert run.token_counts == undisturbed.token_counts
@@ -453,20 +441,13 @@ def test_a_seed_in_the_name_of_the_weights_is_the_runs_own(weights):
         fit.fit(p, seed=2)
 
 
-def test_a_run_is_never_continued_from_one_that_started_from_other_weights(weights, interrupt, epochs):
+def test_a_run_that_starts_from_other_weights_is_another_run(weights):
     p = smoke(init_from="weights.safetensors", epochs=2)
-    interrupt(p, seed=1)
     before, content = fit.folder(p, seed=1), weights.read_bytes()
-    model, described = saved.load_model(weights)
-    weights.write_bytes(saved.model_bytes(model, {k: t + 0.01 for k, t in model.state_dict().items()}, described))
-    epochs.clear()
-    other = fit.fit(p, seed=1)
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert fit.folder(p, seed=1) != before
     weights.write_bytes(content)
     assert fit.folder(p, seed=1) == before
-    back = fit.fit(p, seed=1)
-    assert epochs == [1, 2, 2]
-    assert back.history != other.history
 
 
 def test_weights_that_change_while_they_are_read_stop_the_run(weights, monkeypatch):
