@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from famba.errors import BackendError, InputError
-from famba.fusion import matching, merge
+from famba.fusion import matching
 from famba.fusion.matching import Matching, match_tokens
 from famba.fusion.merge import apply, apply_both, fuse, plan
 from famba.fusion.options import FusionOptions, levels
@@ -88,27 +88,6 @@ def test_fusing_and_its_gradient_agree_with_the_reference(
         torch.testing.assert_close(x.grad, golden[grad])
 
 
-@pytest.mark.parametrize("backend", ON_GPU_TOO)
-@pytest.mark.parametrize("case", [name for name in CASES if name.startswith("chain")])
-@pytest.mark.parametrize("weighting", ["size", "mean"])
-def test_several_fusions_in_a_row_agree_with_the_reference(case, weighting, backend):
-    golden = of(case, backend)
-    x, size, steps = golden["x"], None, 0
-    while f"step{steps}/src_pos" in golden:
-        step = {key.split("/", 1)[1]: t for key, t in golden.items() if key.startswith(f"step{steps}/")}
-        matching = Matching(step["src_pos"].long(), step["dst_pos"].long())
-        x, size = fuse(x, matching, size=size, order="append", weighting=weighting, backend=backend)
-        even = step["unm_pos"].long().argsort(1)
-        odd = torch.arange(even.shape[1], x.shape[1], device=x.device).expand(len(x), -1)
-        order = torch.cat([even, odd], 1)[..., None]
-        expected = step["x"] if weighting == "size" else golden[f"mean_step{steps}/x"]
-        torch.testing.assert_close(x, expected.gather(1, order.expand_as(x)))
-        torch.testing.assert_close(size[..., None], step["size"].gather(1, order))
-        x, size = expected, step["size"][..., 0]  # the reference goes on in its own order
-        steps += 1
-    assert steps >= 3
-
-
 def reference_order(golden) -> torch.Tensor:
     """Where in the reference's output our token stands: it leaves even ones as sorted, or a second token up front."""
     b, t, _ = golden["x"].shape
@@ -116,18 +95,6 @@ def reference_order(golden) -> torch.Tensor:
         [golden["unm_pos"].long().sort(1).values, torch.arange(1, t, 2, device=golden["x"].device).expand(b, -1)], 1
     )
     return (ours[:, :, None] == golden["out_pos"][:, None, :]).int().argmax(-1, keepdim=True)
-
-
-@pytest.mark.parametrize("case", [name for name, case in CASES.items() if case.get("no_op")])
-def test_a_request_that_the_reference_clamps_is_refused_or_the_identity(case):
-    golden, r = of(case), CASES[case]["r_requested"]
-    if r == 0:
-        x = golden["x"]
-        fused, _ = fuse(x, match_tokens(golden["metric"], 0, protected=protected(case)))
-        assert torch.equal(fused, x)
-    else:
-        with pytest.raises(InputError, match=f"r = {r} of t = {golden['x'].shape[1]} tokens"):
-            match_tokens(golden["metric"], r, protected=protected(case))
 
 
 def test_an_r_beyond_half_the_tokens_is_refused_not_clamped():
@@ -457,34 +424,6 @@ def test_matching_and_fusing_pass_torchs_own_checks():
     grads = [torch.randn(2, 6, 4), torch.randn(2, 6, 3)]
     for tensors in (grads, [grads[0], None], [None, grads[1]]):
         check(torch.ops.famba.fuse_backward.default, (*tensors, destination, weight))
-
-
-@needs_native
-@pytest.mark.parametrize("position", ["before_mixer", "after_scan"])
-def test_a_model_fuses_by_the_backend_that_goes_with_its_scan(position, monkeypatch):
-    asked = []
-
-    def noting(function):
-        def call(*args, backend, **options):
-            asked.append((function.__name__, backend))
-            return function(*args, backend=backend, **options)
-
-        return call
-
-    for module, function in ((matching, match_tokens), (merge, plan), (merge, apply_both)):
-        monkeypatch.setattr(module, function.__name__, noting(function))
-    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    options = FusionOptions(position=position)
-    logits = {}
-    for backend in ("auto", "native", "torch", "reference"):
-        torch.manual_seed(0)
-        model = create_model("vim_nano", depth=3, schedule=[0, 9, 9], fusion=options, backend=backend)
-        asked.clear()
-        logits[backend] = model(images)
-        assert asked == [("match_tokens", backend), ("plan", backend), ("apply_both", backend)] * 2
-    torch.testing.assert_close(logits["native"], logits["torch"], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(logits["reference"], logits["torch"], rtol=1e-4, atol=1e-5)
-    assert torch.equal(logits["native"], logits["auto"])
 
 
 @needs_native

@@ -1,5 +1,6 @@
 """The native kernels: every instruction set against the reference, threads, strides, torch's own checks, the build."""
 
+import itertools
 import math
 import os
 import shutil
@@ -54,7 +55,7 @@ def results(function, tensors, **options):
     """Output and all gradients, by name, for a fixed cotangent."""
     given = dict(zip(NAMES, tensors, strict=True))
     out = function(*tensors, delta_softplus=True, **options)
-    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out.dtype)
+    cotangent = torch.randn(out.mT.shape, generator=torch.Generator().manual_seed(1)).mT.bfloat16().to(out.dtype)
     leaves = {name: x for name, x in given.items() if x is not None}
     return {"out": out.detach()} | dict(
         zip(leaves, torch.autograd.grad(out, list(leaves.values()), cotangent), strict=True)
@@ -120,19 +121,11 @@ def test_it_agrees_with_the_reference_at_any_shape_and_strides(
     assert worst_error(found, tensors, reverse=reverse) < 1e-5
 
 
-@pytest.mark.parametrize("scale", [1e-6, 0.01, 1.0, 50.0, 1e4])
-@pytest.mark.parametrize("t", [1, 16, 17, 2000])
+@pytest.mark.parametrize(("t", "scale"), [*itertools.product((1, 16, 17), (1e-6, 0.01, 1.0, 50.0, 1e4)), (2000, 1e-6)])
 def test_steps_of_any_size_and_long_sequences(instruction_set, t, scale):
     tensors = draw(*((2, 20) if t < 2000 else (1, 3)), t, 16, scale=min(scale, 30))
     tensors[1] = (tensors[1].detach() + (scale if scale > 30 else 0)).requires_grad_()
     assert worst_error(results(selective_scan, tensors, backend="native"), tensors) < 1e-5
-
-
-def test_steps_need_no_softplus(instruction_set):
-    tensors = draw(2, 5, 20, 4)
-    found = selective_scan(*tensors[:1], tensors[1].abs(), *tensors[2:], backend="native")
-    expected = selective_scan_ref(*tensors[:1], tensors[1].abs(), *tensors[2:])
-    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_bfloat16_is_rounded_once_and_to_nearest(instruction_set):
@@ -212,15 +205,6 @@ def test_outputs_and_gradients_lie_in_memory_as_their_tensors_do(layout):
     assert {name: x.stride() for name, x in found.items()} == {name: x.stride() for name, x in expected.items()}
 
 
-def test_no_states_are_kept_when_no_gradient_can_be_asked_for():
-    tensors = draw(2, 20, 40, 4)
-    assert torch.ops.famba.scan(*(x.detach() for x in tensors), True, False, False)[1].numel() == 0
-    assert torch.ops.famba.scan(*(x.detach() for x in tensors), True, False, True)[1].shape == (2, 3, 32, 4)
-    with torch.no_grad():
-        out = selective_scan(*tensors, backend="native")
-    assert not out.requires_grad
-
-
 @pytest.mark.parametrize("optional", [True, False])
 def test_the_operators_pass_torchs_own_checks(optional):
     tensors = draw(2, 5, 20, 3, optional=optional)
@@ -276,7 +260,7 @@ def test_two_processes_may_build_at_once_and_the_third_builds_nothing(tmp_path):
         esac
     """)
     compiler.chmod(0o755)
-    code = "from famba.kernels.cpu import build; print(build.build(build.instruction_set())); build.library()"
+    code = f"from famba.kernels.cpu import build; print(build.build({build.instruction_set()!r}))"
     environment = {"XDG_CACHE_HOME": str(tmp_path), "CXX": str(compiler)}
     both = [python(code, **environment) for _ in range(2)]
     (path,) = {process.communicate(timeout=100)[0].strip() for process in both}
@@ -286,29 +270,32 @@ def test_two_processes_may_build_at_once_and_the_third_builds_nothing(tmp_path):
     assert links.read_text() == 2 * "\n"
 
 
-def test_without_a_compiler_torch_takes_over_and_says_so(tmp_path):
+def test_without_a_compiler_or_triton_torch_takes_over_and_says_so(tmp_path):
     code = (
-        "import torch; from famba.kernels.scan import backends, selective_scan as f; print(backends()['native']);"
+        "import sys; sys.modules['triton'] = None;"
+        "import torch; from famba.kernels.scan import backends, selective_scan as f;"
+        "print(backends()['native'], backends()['triton'], sep='\\n');"
         "x = torch.ones(1, 2, 3); a = -torch.ones(2, 4); b = torch.ones(1, 4, 3);"
         "assert f(x, x, a, b, b).equal(f(x, x, a, b, b, backend='torch'));"
         "f(x, x, a, b, b, backend='native')"
     )
     out = python(code, PATH="", CXX="", XDG_CACHE_HOME=str(tmp_path)).communicate(timeout=100)[0].splitlines()
     reason = "no C++ compiler (c++, g++, clang++) on PATH; install g++ or clang, or set CXX"
-    assert out[0] == reason
+    assert out[:2] == [reason, "triton is missing; pip install triton"]
     assert out[-1] == f"famba.errors.BackendError: backend 'native' cannot run here: {reason}"
     assert sum(line.startswith(f"backend auto: slower kernels than native run on cpu: {reason}") for line in out) == 1
 
 
-def test_a_compiler_that_fails_and_a_cache_that_cannot_be_written_are_named(tmp_path):
-    code = "from famba.kernels.cpu import build; print(build.unavailable())"
-    broken = python(code, XDG_CACHE_HOME=str(tmp_path), FAMBA_CXXFLAGS="-fnonsense").communicate(timeout=100)[0]
-    assert broken.count("\n") == 1
+def test_a_compiler_that_fails_and_a_cache_that_cannot_be_written_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("FAMBA_CXXFLAGS", "-fnonsense")
+    broken, _ = build._attempt.__wrapped__("baseline")
     assert "could not compile the kernels" in broken
+    assert "\n" not in broken
     shutil.rmtree(tmp_path / "famba")
     (tmp_path / "famba").write_text("not a folder")
-    blocked = python(code, XDG_CACHE_HOME=str(tmp_path)).communicate(timeout=100)[0]
+    blocked, _ = build._attempt.__wrapped__("baseline")
     assert blocked.startswith(
         f"no cache for the kernels ([Errno 17] File exists: '{tmp_path / 'famba'}'); set XDG_CACHE"
     )
-    assert blocked.count("\n") == 1
+    assert "\n" not in blocked

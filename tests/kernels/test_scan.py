@@ -1,5 +1,6 @@
 """The selective scan: a case by hand, invariants, agreement of the backends, reference data, and what is refused."""
 
+import itertools
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from goldens import golden_json, golden_tensors
 from hypothesis import given
 from hypothesis import strategies as st
 
-from famba.errors import BackendError, InputError
+from famba.errors import InputError
 from famba.kernels import scan
 from famba.kernels.scan import backends, selective_scan, selective_scan_ref
 from famba.profiling import memory
@@ -120,8 +121,11 @@ def test_chunks_agree_with_the_reference_at_any_shape(b, e, t, n, reverse, optio
 
 
 @pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("scale", [1e-6, 0.01, 1.0, 50.0, 1e4])
-@pytest.mark.parametrize("t", [1, 16, 17, 2000])
+@pytest.mark.parametrize(
+    ("t", "scale"),
+    # Where the steps are large, a state is forgotten within a few tokens.
+    [*itertools.product((1, 16, 17), (1e-6, 0.01, 1.0, 50.0, 1e4)), (2000, 1e-6), (2000, 0.01), (2000, 1.0)],
+)
 def test_single_precision_is_right_for_steps_of_any_size(t, scale, backend):
     inputs = draw(1, 4, t, 16, scale=scale, dtype=torch.float32)
     cotangent = torch.randn(1, 4, t, generator=torch.Generator().manual_seed(1))
@@ -129,23 +133,6 @@ def test_single_precision_is_right_for_steps_of_any_size(t, scale, backend):
     found = run(selective_scan, inputs, cotangent, backend=backend)
     assert all(x.isfinite().all() for x in found.values())
     assert_close(found, exact, rtol=1e-5)
-
-
-@pytest.mark.parametrize("backend", ["reference", *FAST])
-@pytest.mark.parametrize("reverse", [False, True])
-def test_any_strides_are_read_as_they_are(reverse, backend):
-    inputs = draw(3, 5, 21, 4, dtype=torch.float32)
-    cotangent = torch.randn(3, 5, 21, generator=torch.Generator().manual_seed(1))
-    expected = run(selective_scan, inputs, cotangent, backend=backend, reverse=reverse)
-    projection = torch.cat([inputs["B"], inputs["C"]], dim=1).detach().transpose(1, 2).contiguous()
-    strided = {name: x.detach() for name, x in inputs.items()}
-    strided |= {name: strided[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("u", "z")}
-    strided |= {"delta": strided["delta"].repeat_interleave(2, dim=0)[::2]}
-    strided |= {"B": projection.transpose(1, 2)[:, :4], "C": projection.transpose(1, 2)[:, 4:]}
-    assert not strided["B"].is_contiguous()
-    strided = {name: x.requires_grad_() for name, x in strided.items()}
-    found = run(selective_scan, strided, cotangent.mT.contiguous().mT, backend=backend, reverse=reverse)
-    assert_close(found, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["reference", *FAST])
@@ -168,18 +155,9 @@ def test_no_token_sees_a_later_one_and_no_sequence_another(backend):
     assert not torch.isclose(before[1, :, 20:], after[1, :, 20:]).any(dim=-1).all()
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-def test_gradients_are_those_of_finite_differences(reverse):
-    inputs = draw(2, 3, 18, 2)
-
-    def call(*tensors):
-        return selective_scan(*tensors, delta_softplus=True, reverse=reverse, backend="torch")
-
-    assert torch.autograd.gradcheck(call, tuple(inputs.values()), fast_mode=False)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("optional", [True, False])
+@pytest.mark.parametrize(
+    ("optional", "dtype"), [(True, torch.float64), (True, torch.bfloat16), (False, torch.bfloat16)]
+)
 def test_the_operators_pass_torchs_own_checks(optional, dtype):
     tensors = [draw(2, 5, 20, 3, dtype=dtype).get(name) for name in NAMES[: 8 if optional else 5]]
     tensors += [None] * (8 - len(tensors))
@@ -203,13 +181,6 @@ def test_nothing_is_kept_for_a_gradient_that_cannot_be_asked_for(backend):
     assert largest() >= ungraded + states
 
 
-def test_only_the_gradients_asked_for():
-    inputs = {name: x.detach() for name, x in draw(2, 3, 18, 2).items()}
-    inputs["B"].requires_grad_()
-    out = selective_scan(**inputs, backend="torch")
-    assert torch.autograd.grad(out.sum(), inputs["B"])[0].shape == inputs["B"].shape
-
-
 @pytest.mark.parametrize("backend", FAST)
 def test_low_precision_activations_keep_their_type_and_a_float32_state(backend):
     inputs = draw(2, 8, 60, 16, dtype=torch.float32)
@@ -220,26 +191,6 @@ def test_low_precision_activations_keep_their_type_and_a_float32_state(backend):
     assert found["out"].dtype == torch.bfloat16
     assert {name: x.dtype for name, x in found.items() if name != "out"} == {name: x.dtype for name, x in low.items()}
     assert_close(found, exact, rtol=2**-8)
-
-
-def test_saved_memory_does_not_grow_with_the_number_of_states():
-    def saved(n):
-        sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-            selective_scan(**draw(2, 8, 160, n), delta_softplus=True, backend="torch")
-        return sum(sizes)
-
-    b, e, t = 2, 8, 160
-    assert 0 < saved(32) - saved(1) <= 31 * (b * e * t // scan._CHUNK + e + 2 * b * t)
-
-
-def test_a_backend_that_cannot_run_says_why_and_auto_passes_it_over(monkeypatch):
-    missing = scan._Backend(selective_scan_ref, unavailable=lambda: "no such chip; install one")
-    monkeypatch.setitem(scan._BACKENDS, "missing", missing)
-    assert backends()["missing"] == "no such chip; install one"
-    with pytest.raises(BackendError, match="backend 'missing' cannot run here: no such chip; install one"):
-        selective_scan(**draw(1, 2, 3, 2), backend="missing")
-    assert selective_scan(**draw(1, 2, 3, 2)).shape == (1, 2, 3)
 
 
 @pytest.mark.parametrize(

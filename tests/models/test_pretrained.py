@@ -55,8 +55,8 @@ def same(left: VisionMamba, right: VisionMamba) -> bool:
 # load_vim
 
 
-@pytest.mark.parametrize("reference", ["vim_ti", "vim_s", "vim_b", "vim_ti_stride8", "vim_s_stride8"])
-def test_the_sizes_of_every_released_model_are_read_off_its_shapes(reference, monkeypatch):
+@pytest.mark.parametrize("reference", ["vim_ti", "vim_ti_stride8"])
+def test_the_sizes_of_a_released_model_are_read_off_its_shapes(reference, monkeypatch):
     expected = golden_json("vim_state_dict_keys")[reference]
     tensors = {key: torch.empty(shape, device="meta") for key, shape in expected["shapes"].items()}
     monkeypatch.setattr(pretrained, "_read_vim", lambda path, state: (Path(path), tensors))
@@ -66,15 +66,6 @@ def test_the_sizes_of_every_released_model_are_read_off_its_shapes(reference, mo
     assert sizes.items() <= model.config.items()
     assert (model.config["d_model"], model.config["num_classes"]) == (expected["embed_dim"], 1000)
     assert (model.tokens, model.cls_position, model.pool) == (expected["num_tokens"], "middle", "cls")
-
-
-def test_a_released_checkpoint_comes_back_whole_and_gives_the_same_logits(tmp_path):
-    model = drawn()
-    path = release(tmp_path / "vim.pth", model=model.state_dict())
-    back = load_vim(path, trained_at=32)
-    assert back.config == model.config
-    assert same(back, model)
-    assert torch.equal(back(images()), model(images()))
 
 
 def test_weights_of_the_reference_give_its_logits(tmp_path):
@@ -96,13 +87,6 @@ def test_the_moving_average_is_taken_where_there_is_one_unless_the_other_is_aske
     assert same(load_vim(alone, trained_at=32), raw)
     assert "expected a state dict under model_ema" in refusal(lambda: load_vim(alone, state="model_ema"))
     assert refusal(lambda: load_vim(alone, state="ema")) == "state: 'ema' is not one of model_ema, model"
-
-
-def test_safetensors_with_the_same_keys_are_read_too(tmp_path):
-    model, path = drawn(), tmp_path / "vim.safetensors"
-    save_file(model.state_dict(), path)
-    assert same(load_vim(path, trained_at=32), model)
-    assert "expected a state dict under model" in refusal(lambda: load_vim(path, state="model"))
 
 
 def test_half_precision_weights_come_as_fp32(tmp_path):
@@ -147,7 +131,7 @@ def test_a_model_is_fused_from_the_start_if_it_is_told_to(tmp_path):
     assert "r = 9 of t = 17 tokens" in refusal(lambda: load_vim(path, trained_at=32, schedule=[9, 0, 0]))
 
 
-@pytest.mark.parametrize("cls_position", ["head", "none"])
+@pytest.mark.parametrize("cls_position", ["middle", "head", "none"])
 def test_models_with_the_class_token_elsewhere_are_read_if_that_is_said(tmp_path, cls_position):
     model = drawn(cls_position=cls_position, pool="mean" if cls_position == "none" else "cls", average_directions=False)
     path = release(tmp_path / "vim.pth", model=model.state_dict())
@@ -184,12 +168,11 @@ def test_models_with_the_class_token_elsewhere_are_read_if_that_is_said(tmp_path
         (lambda s: s.update({"pos_embed": torch.zeros(1).expand(1, 10**9 + 1, 16)}), "the file holds fewer numbers"),
     ],
 )
-@pytest.mark.parametrize("num_classes", [None, 4])
-def test_tensors_that_are_missing_foreign_or_of_another_shape_are_named(tmp_path, change, expected, num_classes):
+def test_tensors_that_are_missing_foreign_or_of_another_shape_are_named(tmp_path, change, expected):
     state = dict(drawn().state_dict())
     change(state)
     path = release(tmp_path / "vim.pth", model=state)
-    message = refusal(lambda: load_vim(path, trained_at=32, num_classes=num_classes))
+    message = refusal(lambda: load_vim(path, trained_at=32, num_classes=4))
     assert message.startswith(f"{path}: ")
     assert expected in message
 
@@ -249,11 +232,6 @@ def test_a_constant_field_stays_constant_and_the_class_tokens_row_is_untouched(b
         assert torch.equal(resized[0, at(after)], own)
 
 
-def test_as_many_patches_as_before_keep_every_bit():
-    pos_embed = torch.randn(1, 50, 4)
-    assert resize_positions(pos_embed, 7) is pos_embed
-
-
 def test_a_gradient_across_the_image_stays_one_in_both_axes():
     """Away from the edges a plane stays one, but for the kernel's own ripple of 3/64; rows stay rows."""
     y, x = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
@@ -275,13 +253,12 @@ def test_rows_that_are_no_square_of_patches_are_refused(rows, cls_position):
 
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 @pytest.mark.parametrize("position", ["before_mixer", "after_scan"])
-@pytest.mark.parametrize("weighting", ["size", "mean"])
 @pytest.mark.parametrize("before", [FusionOptions(), FusionOptions(order="append", weighting="mean", feature="B")])
-def test_fusion_goes_on_and_off_again_and_gives_the_unfused_model_bit_for_bit(pool, position, weighting, before):
+def test_fusion_goes_on_and_off_again_and_gives_the_unfused_model_bit_for_bit(pool, position, before):
     model = drawn(pool=pool, fusion=before)
     weights = {key: t.clone() for key, t in model.state_dict().items()}
     unfused = model(images())
-    options = FusionOptions(weighting=weighting, position=position)
+    options = FusionOptions(position=position)
     assert set_schedule(model, schedule("upper", depth=3, r=5), options) is model
     fused, trace = model.forward_with_trace(images())
     assert trace.token_counts == [17, 17, 12, 7]

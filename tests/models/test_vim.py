@@ -1,13 +1,12 @@
 """Vision Mamba: the independent references' numbers, the released state dicts, and fusion inside whole models."""
 
+import itertools
 import zlib
 
 import numpy as np
 import pytest
 import torch
 from goldens import golden_json, golden_tensors
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -74,18 +73,14 @@ def test_outputs_of_every_layer_and_gradients_of_every_parameter_agree_with_the_
     assert ((norms - expected).abs() / expected.clamp(min=1e-12)).max() <= RELATIVE[dtype]
 
 
-@pytest.mark.parametrize("reference", ["vim_ti", "vim_s", "vim_b", "vim_ti_stride8", "vim_s_stride8"])
-def test_state_dict_keys_shapes_and_parameter_counts_are_the_released_ones(reference):
+@pytest.mark.parametrize("reference", ["vim_ti", "vim_s", "vim_b"])
+def test_state_dict_keys_and_shapes_are_the_released_ones(reference):
     expected = golden_json("vim_state_dict_keys")[reference]
-    name = {"vim_ti": "vim_tiny", "vim_s": "vim_small", "vim_b": "vim_base"}[reference.removesuffix("_stride8")]
+    name = {"vim_ti": "vim_tiny", "vim_s": "vim_small", "vim_b": "vim_base"}[reference]
     with torch.device("meta"):
-        model = create_model(name, stride=expected["stride"])
+        model = create_model(name)
         assert {key: list(t.shape) for key, t in model.state_dict().items()} == expected["shapes"]
         assert list(model.state_dict()) == list(expected["shapes"])
-        for text, count in expected["num_params"].items():
-            classes = int(text.removeprefix("num_classes="))
-            other = create_model(name, stride=expected["stride"], num_classes=classes)
-            assert sum(p.numel() for p in other.parameters()) == count
 
 
 @pytest.mark.slow
@@ -166,11 +161,10 @@ def small(**changes) -> VisionMamba:
 
 
 OPTIONS = [
-    FusionOptions(order=order, weighting=weighting, feature=feature, position=position)
-    for order in ("scan", "append")
-    for weighting in ("size", "mean")
-    for feature in ("normed", "residual", "delta", "B", "C")
-    for position in ("before_mixer", "after_scan")
+    FusionOptions(("scan", "append")[i % 2], ("size", "mean")[i % 3 % 2], feature, position)
+    for i, (position, feature) in enumerate(
+        itertools.product(("before_mixer", "after_scan"), ("normed", "residual", "delta", "B", "C"))
+    )
 ]
 
 
@@ -222,16 +216,15 @@ def test_a_schedule_of_zeros_is_the_unfused_model_bit_for_bit():
     assert torch.equal(fused(images), plain(images))
 
 
-@settings(max_examples=12)
-@given(st.integers(1, 4), st.sampled_from(["middle", "head", "none"]), st.sampled_from(["scan", "append"]))
-def test_images_of_a_batch_do_not_affect_each_other(b, cls_position, order):
+@pytest.mark.parametrize(("cls_position", "order"), [("middle", "scan"), ("head", "append"), ("none", "scan")])
+def test_images_of_a_batch_do_not_affect_each_other(cls_position, order):
     pool = "mean" if cls_position == "none" else "cls"
     options = FusionOptions(order=order)
     model = small(cls_position=cls_position, pool=pool, schedule=[9, 9, 6, 3], fusion=options).double()
-    images = torch.randn(b, 3, 8, 8, dtype=torch.float64)
+    images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
     with torch.no_grad():
         together = model(images)
-        alone = torch.cat([model(images[i : i + 1]) for i in range(b)])
+        alone = torch.cat([model(images[i : i + 1]) for i in range(3)])
     torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
 
 
