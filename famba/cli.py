@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if arguments is None:
             supervision.start()
-        return options.run(options)
+        return options.run(options) or 0  # gpu-check has a status of its own
     except FambaError as error:
         print(f"famba: {error}", file=sys.stderr)
         return 1
@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _train(options: argparse.Namespace) -> int:
+def _train(options: argparse.Namespace) -> None:
     from famba import config
 
     if options.resolved is not None:
@@ -173,10 +173,9 @@ def _train(options: argparse.Namespace) -> int:
             )
     if distributed.writes() and not options.keep_checkpoints:
         fit.forget(p, seed=options.seed)
-    return 0
 
 
-def _sweep(options: argparse.Namespace) -> int:
+def _sweep(options: argparse.Namespace) -> None:
     from famba import config
     from famba.experiments import cluster
 
@@ -186,17 +185,15 @@ def _sweep(options: argparse.Namespace) -> int:
     print(
         cluster.train(options.stage, profile=options.profile, cluster=options.cluster, jobs=options.jobs, slurm=slurm)
     )
-    return 0
 
 
-def _params(options: argparse.Namespace) -> int:
+def _params(options: argparse.Namespace) -> None:
     from famba import config
 
     print(json_bytes(config.load(options.profile, strategy=options.strategy).as_dict()).decode(), end="")
-    return 0
 
 
-def _resolve(options: argparse.Namespace) -> int:
+def _resolve(options: argparse.Namespace) -> None:
     from famba import config
     from famba.experiments import sweep
     from famba.storage import provenance
@@ -205,48 +202,42 @@ def _resolve(options: argparse.Namespace) -> int:
         write_atomic(options.out / "params" / f"{p.strategy}.json", json_bytes(p.as_dict()))
     for notebook in sorted((config.root() / "notebooks").glob("*.ipynb")):
         write_atomic(options.out / "code" / f"{notebook.stem}.json", json_bytes(provenance.of_notebook(notebook)))
-    return 0
 
 
-def _notebook(options: argparse.Namespace) -> int:
+def _notebook(options: argparse.Namespace) -> None:
     from famba import notebook
 
     notebook.execute(options.notebook, options.output, dict(options.given))
-    return 0
 
 
-def _doctor(options: argparse.Namespace) -> int:
+def _doctor(options: argparse.Namespace) -> None:
     from famba import diagnostics
 
     print(diagnostics.text(diagnostics.doctor()))
-    return 0
 
 
-def _estimate(options: argparse.Namespace) -> int:
+def _estimate(options: argparse.Namespace) -> None:
     from famba import config
     from famba.bench import estimate
 
     device = estimate.place(options.profile, options.device)
     rows = estimate.estimate(options.profile, steps=options.steps, images=options.images, device=options.device)
     print(estimate.text(rows, config.load(options.profile, strategy="none").profile, device))
-    return 0
 
 
-def _readme(options: argparse.Namespace) -> int:
+def _readme(options: argparse.Namespace) -> None:
     from famba.analysis import summary
 
     summary.update_readme()
-    return 0
 
 
-def _crate(options: argparse.Namespace) -> int:
+def _crate(options: argparse.Namespace) -> None:
     from famba.analysis import crate
 
     crate.write(options.out)
-    return 0
 
 
-def _bench(options: argparse.Namespace) -> int:
+def _bench(options: argparse.Namespace) -> None:
     from famba import bench
 
     bench.main(
@@ -257,7 +248,6 @@ def _bench(options: argparse.Namespace) -> int:
         path=options.json,
         figure=options.figure,
     )
-    return 0
 
 
 def _gpu_check(options: argparse.Namespace) -> int:

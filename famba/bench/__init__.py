@@ -86,7 +86,7 @@ _CPU = _Benchmark(
     "results/benchmark.json",
 )
 _GPU = _Benchmark(gpu.PARTS, gpu.TITLES, gpu.FULL, gpu.QUICK, "results/benchmark_gpu.json")
-PARTS, TITLES = tuple(_CPU.parts), dict(_CPU.titles)
+TITLES = dict(_CPU.titles)
 
 
 def run(
@@ -155,17 +155,6 @@ def main(
         figure = config.root() / "figures/benchmark.png"
     if figure is not None:
         plots.save((plots.gpu_benchmark if on_gpu else plots.benchmark)(frames(result)), figure.absolute())
-
-
-def write(result: Mapping[str, Any], path: str | Path) -> Path:
-    """Write a result as JSON; a relative path is one from the repository root.
-
-    Raises:
-        InputError: it cannot be written there.
-    """
-    path = config.root() / path
-    write_atomic(path, json_bytes(result))
-    return path
 
 
 def frames(result: Mapping[str, Any]) -> dict[str, pd.DataFrame]:

@@ -327,8 +327,7 @@ def _tried(makes: Mapping[str, Callable[[], _T]], left: Left, of: str) -> dict[s
         except Exception as error:  # whatever kernels, compilers and drivers raise; the others continue
             message = (str(error).strip().splitlines() or [""])[0]
             left.append({"what": of + name, "reason": f"{type(error).__name__}: {message}"})
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
     return found
 
 

@@ -209,7 +209,7 @@ class Product(NamedTuple):
 
 _aten = torch.ops.aten
 # The position of the argument `groups`: a depthwise convolution is no matrix product.
-_OPS = {
+PRODUCT_OPS = {
     _aten.mm.default: None,
     _aten.addmm.default: None,
     _aten.bmm.default: None,
@@ -225,7 +225,7 @@ class _Recorder(TorchDispatchMode):
         self.found: list[Product] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in _OPS and (_OPS[func] is None or args[_OPS[func]] == 1):
+        if func in PRODUCT_OPS and (PRODUCT_OPS[func] is None or args[PRODUCT_OPS[func]] == 1):
             layouts = [Layout(tuple(x.shape), x.stride(), x.dtype) if isinstance(x, Tensor) else x for x in args]
             self.found.append(Product(func, tuple(layouts)))
         return func(*args, **(kwargs or {}))

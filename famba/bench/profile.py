@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from famba.bench.model import Setting, Training, available
+from famba.bench.model import PRODUCT_OPS, Setting, Training, available
 from famba.fusion import matching, merge
 from famba.kernels import ops, reference
 from famba.models import vim
@@ -21,14 +21,7 @@ from famba.profiling import memory
 PARTS = ("matrix products", "scan", "convolution", "norm", "gate", "fusion", "elementwise", "optimiser", "Python")
 _MARK = "part: "
 _BACKWARD = "autograd::engine::evaluate_function: "
-_PRODUCTS = (
-    "aten::mm",
-    "aten::addmm",
-    "aten::bmm",
-    "aten::baddbmm_",
-    "aten::convolution",
-    "aten::convolution_backward",
-)
+_PRODUCTS = {op.name() for op in PRODUCT_OPS}
 # The native mixer's scans include the projection of dt and the gate.
 _OPERATORS = {"famba::scans": "scan", "famba::chunked_scan": "scan", "famba::convs": "convolution"}
 _FUNCTIONS = (
