@@ -1,13 +1,9 @@
 """What each change of an ablation is worth, in points of accuracy, and the paper's ablations in the same units."""
 
-from pathlib import Path
-
 import pandas as pd
 
-from famba import config
 from famba.analysis import intervals, summary
 from famba.config import SweepParams
-from famba.storage.files import write_atomic
 
 
 def effects(asked: SweepParams, runs: pd.DataFrame) -> pd.DataFrame:
@@ -43,13 +39,6 @@ def markdown(effects: pd.DataFrame) -> str:
         f"it (points), paired by seed and image, n = {effects['n'].iloc[0]}; 95% interval over seeds and images, bold "
         f"where it excludes zero. Of {len(effects)}, {len(effects) / 20:.1f} would by chance alone.\n"
     )
-
-
-def write(effects: pd.DataFrame, folder: str | Path) -> str:
-    """Write effects.md, whose text is returned; if relative, the folder is from the repository root."""
-    text = markdown(effects)
-    write_atomic(config.root() / folder / "effects.md", text.encode())
-    return text
 
 
 def paper(table: int) -> pd.DataFrame:

@@ -5,7 +5,6 @@ Memory, FLOPs and tokens follow from the model and have none.
 """
 
 import math
-from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +65,7 @@ def load(folder: str | Path) -> pd.DataFrame:
     """
     path = config.root() / folder / "cost.csv"
     try:
-        table = pd.read_csv(StringIO(path.read_text(encoding="utf-8")), dtype={"disturbed": str})
+        table = pd.read_csv(path, dtype={"disturbed": str})
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     return table.fillna({"disturbed": ""})

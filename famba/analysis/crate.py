@@ -45,7 +45,8 @@ def write(folder: Path) -> None:
     crate: Any = ROCrate(version="1.1")
     crate.name, crate.license = f"Results of {cited['title']}", f"https://spdx.org/licenses/{cited['license']}"
     crate.description = "Training runs of Vision Mamba with token fusion, compared, as `dvc repro` made them."
-    crate.root_dataset["conformsTo"] = [crate.add_jsonld(_entity(url, name)) for url, name in _PROFILES.items()]
+    entities = [{"@id": url, "@type": "CreativeWork", "name": name} for url, name in _PROFILES.items()]
+    crate.root_dataset["conformsTo"] = [crate.add_jsonld(entity) for entity in entities]
 
     def file(path: str) -> Any:
         if known := crate.get(path):
@@ -69,10 +70,6 @@ def write(folder: Path) -> None:
         action["name"], action["description"] = name, stage["cmd"]
     crate.add_action([workflow], "#dvc-repro", object=[params], result=made)["name"] = "dvc repro"
     crate.write(folder)
-
-
-def _entity(url: str, name: str) -> dict[str, str]:
-    return {"@id": url, "@type": "CreativeWork", "name": name}
 
 
 def _stages() -> dict[str, Any]:

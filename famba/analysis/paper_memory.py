@@ -6,7 +6,7 @@ formula predicts, and with r = 1 and 2 they need more memory than without fusion
 
 import pandas as pd
 
-from famba.analysis import summary
+from famba.analysis import ablation
 from famba.fusion import strategies
 from famba.fusion.options import FusionOptions
 from famba.models.vim import create_model
@@ -25,24 +25,19 @@ def beside_formula() -> pd.DataFrame:
         Columns model, table (2: the first fusing layer varies, with r so that about as many tokens go; 3: r varies),
         first_layer, r, source (`paper` or `formula`) and memory_share.
     """
-    published = summary.paper_table()
-    unfused = published.loc[(published["table"] == 1) & (published["strategy"] == "none")]
-    base = dict(zip(unfused["model"], unfused["peak_memory_mib"], strict=True))
-    sizes = {model: create_model(model, num_classes=_CLASSES, cls_position=_CLS).config for model in base}
+    sizes = {x: create_model(x, num_classes=_CLASSES, cls_position=_CLS).config for x in ("vim_tiny", "vim_small")}
 
     def peak(model: str, schedule: list[int]) -> int:
         return flops.analyse(sizes[model], schedule, batch=_BATCH, options=_OPTIONS).peak_bytes
 
-    unfused_bytes = {model: peak(model, [0] * _DEPTH) for model in base}
+    unfused = {model: peak(model, [0] * _DEPTH) for model in sizes}
     rows = []
-    for row in published.loc[published["table"] > 1].to_dict("records"):
-        first, last = map(int, row["fused_layers"].split("-"))
-        r = row["tokens_fused_per_layer"]
-        at = {"table": row["table"], "first_layer": first, "r": r}
-        share = row["peak_memory_mib"] / base[row["model"]]
-        rows.append({"model": row["model"], **at, "source": "paper", "memory_share": share})
-        removed = strategies.schedule("upper", depth=_DEPTH, r=r, first_layer=first, last_layer=last)
-        for model in base:
-            share = peak(model, removed) / unfused_bytes[model]
-            rows.append({"model": model, **at, "source": "formula", "memory_share": share})
+    for table in (2, 3):
+        for row in ablation.paper(table).to_dict("records"):
+            at = {"table": table, "first_layer": row["first_layer"], "r": row["r"]}
+            rows.append({"model": "vim_tiny", **at, "source": "paper", "memory_share": row["memory_ratio"]})
+            removed = strategies.schedule("upper", depth=_DEPTH, r=row["r"], first_layer=row["first_layer"])
+            for model in sizes:
+                share = peak(model, removed) / unfused[model]
+                rows.append({"model": model, **at, "source": "formula", "memory_share": share})
     return pd.DataFrame(rows)

@@ -93,12 +93,8 @@ def text(frame: pd.DataFrame) -> str:
         for name, values in shown.items()
         for weights in WEIGHTS
     }
-    table = (
-        pd.DataFrame(columns)
-        .dropna()
-        .reindex([name for name in ordered(list(frame["strategy"])) if name != BASELINE])
-        .dropna()
-    )
+    fusing = [name for name in ordered(list(frame["strategy"])) if name != BASELINE]
+    table = pd.DataFrame(columns).reindex(fusing).dropna()
     return "\n".join(
         [
             _verdict(*intervals["trained"][1:], *intervals["trained minus untrained"][1:]),
@@ -117,8 +113,8 @@ def text(frame: pd.DataFrame) -> str:
     )
 
 
-def write(frame: pd.DataFrame, folder: str | Path, *, seed: int, profile: str) -> pd.DataFrame:
-    """Write similarity.csv (quantiles) and similarity.md (`text`); return the quantiles.
+def write(frame: pd.DataFrame, folder: str | Path, *, seed: int, profile: str) -> None:
+    """Write similarity.csv (quantiles) and similarity.md (`text`).
 
     Args:
         folder: if relative, from the repository root.
@@ -131,7 +127,6 @@ def write(frame: pd.DataFrame, folder: str | Path, *, seed: int, profile: str) -
         f"Profile `{profile}`; what fuses, in runs with seed {seed}. Untrained is the initialisation of the same seed."
     )
     write_atomic(folder / "similarity.md", f"{text(frame)}\n{setting}\n".encode())
-    return table
 
 
 def _verdict(low: float, high: float, gain_low: float, gain_high: float) -> str:

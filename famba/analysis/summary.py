@@ -11,8 +11,6 @@ import itertools
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from importlib import resources
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -89,23 +87,6 @@ def load_history(sweep: SweepParams, runs_dir: str | Path) -> pd.DataFrame:
     return frame.astype({column: float for column in runs.HISTORY_COLUMNS if column != "epoch"})
 
 
-def load_schedules(sweep: SweepParams, runs_dir: str | Path) -> pd.DataFrame:
-    """One row per layer of every strategy: what the runs removed and what their traces showed; as `schedule_frame`.
-
-    Raises:
-        InputError: as `load_runs`; or two seeds of one strategy that fused differently.
-    """
-    by_strategy: dict[str, runs.RunRecord] = {}
-    for name, record in _records(sweep, runs_dir):
-        first = by_strategy.setdefault(name, record)
-        if list(record.token_counts) != list(first.token_counts):
-            raise InputError(
-                f"{runs.run_name(name, record.seed)}: token_counts differ from those of "
-                f"{runs.run_name(name, first.seed)}"
-            )
-    return _layers({name: (record.schedule, record.token_counts) for name, record in by_strategy.items()})
-
-
 def schedule_frame(schedules: Mapping[str, Sequence[int]], *, tokens: int) -> pd.DataFrame:
     """Schedules by strategy as a tidy frame: strategy, layer (0 is the input), removed, tokens (after the layer).
 
@@ -115,7 +96,14 @@ def schedule_frame(schedules: Mapping[str, Sequence[int]], *, tokens: int) -> pd
     Raises:
         InputError: a schedule that asks a layer for more than it can fuse.
     """
-    return _layers({name: (plan, strategies.token_counts(plan, tokens)) for name, plan in schedules.items()})
+    rows = [
+        {"strategy": name, "layer": layer, "removed": removed, "tokens": left}
+        for name in ordered(schedules)
+        for layer, (removed, left) in enumerate(
+            zip([0, *schedules[name]], strategies.token_counts(schedules[name], tokens), strict=True)
+        )
+    ]
+    return pd.DataFrame(rows, columns=["strategy", "layer", "removed", "tokens"])
 
 
 def summary(frame: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
@@ -172,11 +160,11 @@ def accuracy_difference(
     return intervals.two_level(own - sum(weight * x for weight, x in zip(weights, others, strict=True)))
 
 
-def pareto(frame: pd.DataFrame, cost_column: str) -> list[str]:
+def pareto(table: pd.DataFrame, cost_column: str) -> list[str]:
     """The strategies that no other beats in mean top-1 and mean cost together, the cheapest first.
 
     Args:
-        frame: one row per run or per strategy, with top1_percent.
+        table: as from `summary`.
         cost_column: one of `COSTS`; less is better.
 
     Raises:
@@ -184,10 +172,7 @@ def pareto(frame: pd.DataFrame, cost_column: str) -> list[str]:
     """
     if cost_column not in COSTS:
         raise InputError(f"cost_column: {cost_column!r} is not one of {', '.join(COSTS)}")
-    points = {}
-    for name in frame["strategy"].unique():
-        own = frame[frame["strategy"] == name]
-        points[name] = (float(np.mean(own[cost_column])), float(np.mean(own["top1_percent"])))
+    points = {row["strategy"]: (row[cost_column], row["top1_percent_mean"]) for row in table.to_dict("records")}
 
     def beaten(name: str) -> bool:
         cost, score = points[name]
@@ -229,14 +214,13 @@ def write_curves(history: pd.DataFrame, folder: str | Path) -> pd.DataFrame:
 
 def markdown(summary: pd.DataFrame) -> str:
     """The summary as a reader wants it: accuracy and cost, what is Pareto-optimal, the paper beside it, and where."""
-    fronts = summary.rename(columns={"top1_percent_mean": "top1_percent"})
     lines = [
         _table(_readable(summary)),
         "",
         _explained(summary),
         "",
         *(
-            f"Pareto-optimal in mean top-1 against {word}: {', '.join(pareto(fronts, key))}."
+            f"Pareto-optimal in mean top-1 against {word}: {', '.join(pareto(summary, key))}."
             for key, word in COSTS.items()
         ),
         "",
@@ -258,10 +242,8 @@ def markdown_short(summary: pd.DataFrame) -> str:
 
 def paper_table() -> pd.DataFrame:
     """The paper's Tables 1 to 3, one row per run, n = 1 each; paper/README.md says what the columns are."""
-    file = resources.files("famba.analysis") / "paper" / "famba_v_results.csv"
-    return pd.read_csv(
-        StringIO(file.read_text(encoding="utf-8")), dtype={"fused_layers": str}, keep_default_na=False, na_values=[]
-    )
+    path = Path(__file__).parent / "paper" / "famba_v_results.csv"
+    return pd.read_csv(path, dtype={"fused_layers": str}, keep_default_na=False)
 
 
 def beside_paper(summary: pd.DataFrame) -> pd.DataFrame:
@@ -353,15 +335,6 @@ def _same(first: tuple[str, runs.RunRecord], other: tuple[str, runs.RunRecord], 
 def _flat(tree: Mapping[str, Any], but: Collection[str]) -> dict[str, Any]:
     kept = {key: value for key, value in tree.items() if key not in but}
     return {str(key): value for key, value in pd.json_normalize(kept, sep=".").to_dict("records")[0].items()}
-
-
-def _layers(plans: Mapping[str, tuple[Sequence[int], Sequence[int]]]) -> pd.DataFrame:
-    rows = [
-        {"strategy": name, "layer": layer, "removed": removed, "tokens": tokens}
-        for name in ordered(plans)
-        for layer, (removed, tokens) in enumerate(zip([0, *plans[name][0]], plans[name][1], strict=True))
-    ]
-    return pd.DataFrame(rows, columns=["strategy", "layer", "removed", "tokens"])
 
 
 _PAPERS_COSTS = ("train_time_s", "peak_memory_mib")

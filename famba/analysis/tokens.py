@@ -55,10 +55,6 @@ class Traced:
     scale: int = 1
 
     @property
-    def strategy(self) -> str:
-        return self.described["strategy"]
-
-    @property
     def patches(self) -> dict[str, Any]:
         """Fields of `plots.Patches`, in pixels of `images`."""
         sizes = {key: self.scale * self.model.config[key] for key in ("patch_size", "stride")}
@@ -269,8 +265,5 @@ def _grid_positions(model: VisionMamba) -> Float[Tensor, "tokens 2"]:
 
 def _centres(positions: Float[Tensor, "b tokens 2"], place: Int[Tensor, "b tokens"], t: int) -> Float[Tensor, "b t 2"]:
     """The centre of the patches of each of the t tokens."""
-    b = len(positions)
     into = place[..., None].expand(-1, -1, 2)
-    total = torch.zeros(b, t, 2, dtype=positions.dtype).scatter_add(1, into, positions)
-    count = torch.zeros(b, t, 2, dtype=positions.dtype).scatter_add(1, into, torch.ones_like(positions))
-    return total / count
+    return positions.new_zeros(len(positions), t, 2).scatter_reduce(1, into, positions, "mean", include_self=False)

@@ -29,7 +29,7 @@ class Cell:
     run_dir: Path
     p: config.Params
     seed: int
-    command: str | None = None
+    command: str | None = None  # to type for it, where it is more than a strategy and a seed of a profile
 
 
 def resolve(profile: str | None) -> list[config.Params]:
@@ -75,7 +75,7 @@ def ensure_runs(
     params = sweep.params(profile)
     _check_schedules(params)
     wanted = cells(params, sweep.seeds, runs_dir=runs_dir, command=command)
-    one = functools.partial(ensure_cell, train_missing=train_missing)
+    one = functools.partial(ensure, train_missing=train_missing)
     if jobs > 1 and train_missing:
         launcher.run(one, {cell.run_dir.name: cell for cell in missing(wanted)}, jobs=jobs)
     return [one(cell) for cell in wanted]
@@ -96,13 +96,7 @@ def missing(cells: Sequence[Cell]) -> list[Cell]:
     """Those whose runs are not there, complete, with these parameters and trained by the code of today."""
     from famba.training import fit
 
-    return [
-        cell
-        for cell in cells
-        if _why_not(
-            config.root() / cell.run_dir, cell.p, cell.seed, fit.made_of(cell.p, seed=cell.seed), known_code=True
-        )
-    ]
+    return [cell for cell in cells if _why_not(cell, fit.made_of(cell.p, seed=cell.seed), known_code=True)]
 
 
 def ensure_costs(sweep: SweepParams, *, profile: str, results_dir: str | Path, rounds: int | None) -> "pd.DataFrame":
@@ -134,52 +128,39 @@ def ensure_run(run_dir: str | Path, *, strategy: str, seed: int, profile: str, t
     Raises:
         InputError: the run is not what was asked for, and must not be trained; says why.
     """
-    return ensure(run_dir, config.load(profile, strategy=strategy), seed=seed, train_missing=train_missing)
+    return ensure(Cell(Path(run_dir), config.load(profile, strategy=strategy), seed), train_missing=train_missing)
 
 
-def ensure_cell(cell: Cell, **asked: bool) -> Path:
-    """The run of a cell; further arguments and errors as in `ensure`."""
-    return ensure(cell.run_dir, cell.p, seed=cell.seed, command=cell.command, **asked)
-
-
-def ensure(
-    run_dir: str | Path,
-    p: config.Params,
-    *,
-    seed: int,
-    train_missing: bool,
-    command: str | None = None,
-    known_code: bool = False,
-) -> Path:
+def ensure(cell: Cell, *, train_missing: bool, known_code: bool = False) -> Path:
     """The folder of the run of any parameters, checked; arguments and errors as in `ensure_run`.
 
     A run that was trained here says by what code, and is trained again by other code where that is allowed. The
     pipeline, which must not train here, sees to that itself. A run that another process is making is waited for.
 
     Args:
-        command: what to type for this run, where it is more than a strategy and a seed of a profile.
         known_code: train a run again that does not say by what code it was trained.
     """
-    folder = config.root() / run_dir
+    folder = config.root() / cell.run_dir
     if not train_missing:
-        if wrong := _why_not(folder, p, seed):
+        if wrong := _why_not(cell):
             raise InputError(wrong)
         return folder
     from famba.training import fit
 
-    made_of = fit.made_of(p, seed=seed)
-    if _why_not(folder, p, seed, made_of, known_code):
+    made_of = fit.made_of(cell.p, seed=cell.seed)
+    if _why_not(cell, made_of, known_code):
         with runs.held(folder, wait=True):
-            if _why_not(folder, p, seed, made_of, known_code):  # else a process that was waited for has made it
-                run = fit.fit(p, seed=seed)
-                cost = {**run.cost, "made_of": made_of, "command": command or run.cost["command"]}
+            if _why_not(cell, made_of, known_code):  # else a process that was waited for has made it
+                run = fit.fit(cell.p, seed=cell.seed)
+                cost = {**run.cost, "made_of": made_of, "command": cell.command or run.cost["command"]}
                 runs.write(dataclasses.replace(run, cost=cost), folder)
-                fit.forget(p, seed=seed)
+                fit.forget(cell.p, seed=cell.seed)
     return folder
 
 
-def _why_not(folder: Path, p: config.Params, seed: int, made_of: str | None = None, known_code: bool = False) -> str:
-    """Empty if the folder holds the run of these parameters and this seed, else the reason."""
+def _why_not(cell: Cell, made_of: str | None = None, known_code: bool = False) -> str:
+    """Empty if the cell's folder holds its run, else the reason."""
+    folder, p, seed = config.root() / cell.run_dir, cell.p, cell.seed
     try:
         run = runs.read(folder)
     except InputError as error:

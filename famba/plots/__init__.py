@@ -1,66 +1,32 @@
 """Figures: one function each, a tidy frame in, a figure out."""
 
-from famba.plots.benchmarks import benchmark, gpu_benchmark
-from famba.plots.results import (
-    ablation,
-    ablations,
-    accuracy_against,
-    costs,
-    fusing_costs,
-    paired_accuracy,
-    paper_memory,
-    strategies_overview,
-    tokens_per_layer,
-    training_curves,
-)
-from famba.plots.scaling import growth
-from famba.plots.similarity import fused_distance, similarity_heatmaps, token_similarity, token_size
-from famba.plots.style import GREY, STRATEGY_COLOURS, Animation, Figure, P, caption, save, styled
-from famba.plots.tokens import (
-    Patches,
-    fusion_animation,
-    fusion_at_layer,
-    fusion_map,
-    image_grid,
-    matching_steps,
-    patch_grid,
-    saliency,
-    saliency_map,
-)
-
-__all__ = [
-    "GREY",
-    "STRATEGY_COLOURS",
-    "Animation",
-    "Figure",
-    "P",
-    "Patches",
-    "ablation",
-    "ablations",
-    "accuracy_against",
-    "benchmark",
-    "caption",
-    "costs",
-    "fused_distance",
-    "fusing_costs",
-    "fusion_animation",
-    "fusion_at_layer",
-    "fusion_map",
-    "gpu_benchmark",
-    "growth",
-    "image_grid",
-    "matching_steps",
-    "paired_accuracy",
-    "paper_memory",
-    "patch_grid",
-    "saliency",
-    "saliency_map",
-    "save",
-    "similarity_heatmaps",
-    "strategies_overview",
-    "styled",
-    "token_similarity",
-    "token_size",
-    "tokens_per_layer",
-    "training_curves",
-]
+from famba.plots.benchmarks import benchmark as benchmark
+from famba.plots.benchmarks import gpu_benchmark as gpu_benchmark
+from famba.plots.results import ablation as ablation
+from famba.plots.results import ablations as ablations
+from famba.plots.results import accuracy_against as accuracy_against
+from famba.plots.results import costs as costs
+from famba.plots.results import fusing_costs as fusing_costs
+from famba.plots.results import paired_accuracy as paired_accuracy
+from famba.plots.results import paper_memory as paper_memory
+from famba.plots.results import strategies_overview as strategies_overview
+from famba.plots.results import tokens_per_layer as tokens_per_layer
+from famba.plots.results import training_curves as training_curves
+from famba.plots.scaling import growth as growth
+from famba.plots.similarity import fused_distance as fused_distance
+from famba.plots.similarity import similarity_heatmaps as similarity_heatmaps
+from famba.plots.similarity import token_similarity as token_similarity
+from famba.plots.similarity import token_size as token_size
+from famba.plots.style import STRATEGY_COLOURS as STRATEGY_COLOURS
+from famba.plots.style import Animation as Animation
+from famba.plots.style import Figure as Figure
+from famba.plots.style import save as save
+from famba.plots.tokens import Patches as Patches
+from famba.plots.tokens import fusion_animation as fusion_animation
+from famba.plots.tokens import fusion_at_layer as fusion_at_layer
+from famba.plots.tokens import fusion_map as fusion_map
+from famba.plots.tokens import image_grid as image_grid
+from famba.plots.tokens import matching_steps as matching_steps
+from famba.plots.tokens import patch_grid as patch_grid
+from famba.plots.tokens import saliency as saliency
+from famba.plots.tokens import saliency_map as saliency_map

@@ -52,7 +52,7 @@ def accuracy_against(runs: pd.DataFrame, table: pd.DataFrame, cost: str) -> Figu
         InputError: a column that is not a cost.
     """
     names, costs = strategies_in(table), table.set_index("strategy")
-    front = summary.pareto(table.rename(columns={"top1_percent_mean": "top1_percent"}), cost)
+    front = summary.pareto(table, cost)
     columns = math.ceil(len(names) / 20)
     figure = Figure(figsize=(5.4 + 1.8 * columns, 4.6), layout="constrained")
     axes, handles = figure.add_subplot(), {}
@@ -144,7 +144,7 @@ def tokens_per_layer(schedules: pd.DataFrame) -> Figure:
     """Tokens that each layer passes on, by strategy; what all strategies compute less of.
 
     Args:
-        schedules: as from `summary.load_schedules` or `summary.schedule_frame`.
+        schedules: as from `summary.schedule_frame`.
     """
     figure = Figure(figsize=(7.2, 4.0), layout="constrained")
     axes = figure.add_subplot()
@@ -195,7 +195,7 @@ def strategies_overview(schedules: pd.DataFrame) -> Figure:
     """Which layers fuse how much: one row per strategy, one cell per layer, the tokens it removes written in.
 
     Args:
-        schedules: as from `summary.load_schedules` or `summary.schedule_frame`.
+        schedules: as from `summary.schedule_frame`.
     """
     table = schedules.pivot(index="strategy", columns="layer", values=["removed", "tokens"]).loc[
         strategies_in(schedules)
@@ -245,9 +245,8 @@ def ablation(effects: pd.DataFrame) -> Figure:
     axes.axvline(0, color="0.4", linewidth=0.9, zorder=0)
     for row in range(1, len(changes)):
         axes.axhline(row - 0.5, color="0.9", linewidth=0.8, zorder=0)
-    axes.set_yticks(range(len(changes)), changes)
-    axes.set(ylim=(len(changes) - 0.5, -0.5), xlabel="change of top-1 accuracy (points)")
-    axes.grid(False, axis="y")
+    label_rows(axes, changes)
+    axes.set(xlabel="change of top-1 accuracy (points)")
     figure.legend(loc="outside upper center", ncols=len(names))
     caption(
         figure,
@@ -324,9 +323,6 @@ def _break_even(side: pd.DataFrame) -> str:
 def _by_strategy(names: list[str]) -> dict[str, Any]:
     """seaborn's arguments for one line of each strategy."""
     return {"hue": "strategy", "hue_order": names, "palette": STRATEGY_COLOURS, "legend": False}
-
-
-# In the order in which they are drawn, below the named strategies.
 
 
 @styled

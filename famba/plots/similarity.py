@@ -11,11 +11,9 @@ import pandas as pd
 import seaborn
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from famba.analysis import intervals, similarity, summary
-from famba.errors import InputError
 from famba.plots.style import (
     GREY,
     PALETTE,
@@ -33,22 +31,12 @@ _WEIGHTS_COLOURS = {"trained": "0.2", "untrained": PALETTE[9]}
 
 
 @styled
-def similarity_heatmaps(matrices: Sequence[Float[np.ndarray, "_ _"]], *, layers: Sequence[int] | None = None) -> Figure:
+def similarity_heatmaps(matrices: Sequence[Float[np.ndarray, "_ _"]]) -> Figure:
     """Cosine similarity of every token with every other, one heat-map per layer on one scale of colours.
 
     Args:
         matrices: one per layer, as from `tokens.similarities`; sizes may differ, since layers fuse.
-        layers: the number of each matrix's layer; None counts from 1.
-
-    Raises:
-        InputError: another number of layers than of matrices, or a matrix that is not square.
     """
-    numbers = list(range(1, len(matrices) + 1)) if layers is None else list(layers)
-    if len(numbers) != len(matrices) or not matrices:
-        raise InputError(f"layers: {len(numbers)} numbers for {len(matrices)} matrices")
-    for layer, matrix in zip(numbers, matrices, strict=True):
-        if matrix.shape[0] != matrix.shape[1]:
-            raise InputError(f"matrices: layer {layer} has the shape {matrix.shape}, which is not square")
     low = max(-1.0, math.floor(10 * min(float(matrix.min()) for matrix in matrices)) / 10)
     across = min(len(matrices), 4)
     down = math.ceil(len(matrices) / across)
@@ -56,7 +44,7 @@ def similarity_heatmaps(matrices: Sequence[Float[np.ndarray, "_ _"]], *, layers:
     panels = figure.subplots(down, across, squeeze=False)
     for axes in panels.flat[len(matrices) :]:
         axes.set_axis_off()
-    for axes, layer, matrix in zip(panels.flat, numbers, matrices, strict=False):
+    for axes, (layer, matrix) in zip(panels.flat, enumerate(matrices, start=1), strict=False):
         every = max(1, int(np.diff(MaxNLocator(4, integer=True).tick_values(0, len(matrix)))[0]))
         look = {"cmap": "viridis", "square": True, "cbar": False, "xticklabels": every, "yticklabels": every}
         seaborn.heatmap(matrix, vmin=low, vmax=1, **look, ax=axes)
@@ -137,21 +125,31 @@ def token_size(frame: pd.DataFrame) -> Figure:
         frame: as from `tokens.similarity_in_runs`.
 
     Raises:
-        InputError: a strategy that has no colour.
+        InputError: no strategy that fuses.
     """
     sizes = frame.loc[(frame["quantity"] == "size") & (frame["strategy"] != summary.BASELINE)]
     names = strategies_in(sizes)
     figure = Figure(figsize=(7.2, 1.2 + 0.75 * len(names)), layout="constrained")
     axes = figure.add_subplot()
-    for row, name in enumerate(names):
-        for offset, weights in zip((-0.19, 0.19), similarity.WEIGHTS, strict=True):
-            values = rows_of(sizes, name).loc[sizes["weights"] == weights, "value"].to_numpy()
-            _box(axes, values, row + offset, _WEIGHTS_COLOURS[weights], width=0.3)
+    for offset, weights in zip((-0.19, 0.19), similarity.WEIGHTS, strict=True):
+        own = sizes.loc[sizes["weights"] == weights]
+        axes.boxplot(
+            [rows_of(own, name)["value"] for name in names],
+            positions=np.arange(len(names)) + offset,
+            widths=0.3,
+            whis=(5, 95),
+            showfliers=False,
+            orientation="horizontal",
+            manage_ticks=False,
+            patch_artist=True,
+            boxprops={"facecolor": _WEIGHTS_COLOURS[weights], "alpha": 0.6, "linewidth": 0},
+            medianprops={"color": "white", "linewidth": 1.6},
+            label=weights,
+        )
     label_rows(axes, names)
     axes.set(xlim=(0, None), xlabel="patches of a token, after the last layer")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
-    handles = [Rectangle((0, 0), 1, 1, color=_WEIGHTS_COLOURS[weights], alpha=0.6) for weights in similarity.WEIGHTS]
-    figure.legend(handles, similarity.WEIGHTS, loc="outside upper center", ncols=2)
+    figure.legend(loc="outside upper center", ncols=2)
     text = f"Tokens of {sizes['image'].nunique()} images, class token apart: median, middle half, whiskers 5 to 95%."
     caption(figure, text)
     return figure
@@ -165,20 +163,3 @@ def _bands(axes: Axes, table: pd.DataFrame) -> None:
             axes.fill_between(own["layer"], own[low], own[high], color=colour, alpha=alpha, linewidth=0)
         axes.plot(own["layer"], own["median"], color=colour, marker=".", label=weights)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
-
-
-def _box(axes: Axes, values: np.ndarray, row: float, colour: str, width: float = 0.5) -> None:
-    """A lying box: median, middle half, whiskers from 5 to 95%."""
-    look = {"facecolor": colour, "alpha": 0.6, "linewidth": 0}
-    axes.boxplot(
-        values,
-        positions=[row],
-        widths=width,
-        whis=(5, 95),
-        showfliers=False,
-        orientation="horizontal",
-        manage_ticks=False,
-        patch_artist=True,
-        boxprops=look,
-        medianprops={"color": "white", "linewidth": 1.6},
-    )

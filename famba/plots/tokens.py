@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import seaborn
 from jaxtyping import Float, Int, UInt8
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
@@ -22,10 +21,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from famba.errors import InputError
-from famba.plots.style import Animation, Figure, styled
+from famba.plots.style import PALETTE, Animation, Figure, styled
 
-_PALETTE = seaborn.color_palette("colorblind").as_hex()
-_BLUE, _ORANGE, _SKY = _PALETTE[0], _PALETTE[1], _PALETTE[9]
+_BLUE, _ORANGE, _SKY = PALETTE[0], PALETTE[1], PALETTE[9]
 _TITLE: dict[str, Any] = {"fontsize": 9}
 _Groups = Sequence[Int[np.ndarray, "b t"]]
 
@@ -167,20 +165,15 @@ def matching_steps(
 
 
 @styled
-def fusion_map(
-    images: UInt8[np.ndarray, "b h w 3"], groups: _Groups, patches: Patches, layers: Sequence[int] | None = None
-) -> Figure:
+def fusion_map(images: UInt8[np.ndarray, "b h w 3"], groups: _Groups, patches: Patches) -> Figure:
     """Where fusion happened: patches that became one token share a colour and an outline, single ones have none.
 
     One row per image, one picture per layer after the image itself. A token keeps the colour of its first patch.
 
-    Args:
-        layers: those to draw, counted from 1; None is all.
-
     Raises:
-        InputError: groups that do not fit the images' patches, or a layer that does not exist.
+        InputError: groups that do not fit the images' patches.
     """
-    maps = _maps(images, groups, patches, layers)
+    maps = _maps(images, groups, patches)
     b, across = len(images), min(1 + len(maps), 13)
     down = math.ceil((1 + len(maps)) / across)
     size = 1.35 if across > 5 else 1.9
@@ -201,14 +194,12 @@ def fusion_map(
     return figure
 
 
-def fusion_animation(
-    images: UInt8[np.ndarray, "b h w 3"], groups: _Groups, patches: Patches, layers: Sequence[int] | None = None
-) -> Animation:
+def fusion_animation(images: UInt8[np.ndarray, "b h w 3"], groups: _Groups, patches: Patches) -> Animation:
     """The fusion map as an animation: one frame for the images and one per layer, with the remaining tokens.
 
-    Arguments and errors as in `fusion_map`.
+    Errors as in `fusion_map`.
     """
-    maps = _maps(images, groups, patches, layers)
+    maps = _maps(images, groups, patches)
 
     @styled
     def frame(layer: int) -> Figure:
@@ -244,7 +235,7 @@ def fusion_at_layer(
         InputError: as in `fusion_map`.
     """
     batch = [tokens[None] for tokens in groups]
-    maps = _maps(image[None], batch, patches, [layer] if layer else [])
+    maps = _maps(image[None], batch, patches)
     shape = patches.grid(image)
     salient = saliency(batch[:layer], patches)[0].reshape(shape) if layer else np.ones(shape)
     figure = Figure(figsize=(9.6, 2.7))  # a fixed layout: computing one takes as long as drawing, and sliders wait
@@ -253,8 +244,8 @@ def fusion_at_layer(
     whole, fused, heat, remaining = (figure.add_subplot(grid[column]) for column in (0, 1, 2, 4))
     for axes in (whole, fused):
         _show(axes, image)
-    for tokens in maps.values():
-        _colour_groups(fused, tokens[0], patches)
+    if layer:
+        _colour_groups(fused, maps[layer][0], patches)
     _heat(heat, image, salient, patches)
     _remaining_tokens(remaining, groups, layer)
     whole.set_title(label, **_TITLE)
@@ -278,37 +269,31 @@ def saliency(groups: _Groups, patches: Patches) -> Float[np.ndarray, "b _"]:
 
 
 @styled
-def saliency_map(
-    images: UInt8[np.ndarray, "b h w 3"], groups: _Groups, patches: Patches, layers: Sequence[int] | None = None
-) -> Figure:
+def saliency_map(images: UInt8[np.ndarray, "b h w 3"], groups: _Groups, patches: Patches) -> Figure:
     """`saliency` as heat over each image.
 
-    Arguments and errors as in `fusion_map`.
+    Errors as in `fusion_map`.
     """
-    chosen = [groups[layer - 1] for layer in _maps(images, groups, patches, layers)]
+    _maps(images, groups, patches)  # refuses groups of other images
     b = len(images)
     figure = Figure(figsize=(1.6 * b + 1.2, 3.4), layout="constrained")
     panels = figure.subplots(2, b, squeeze=False)
-    for (whole, axes), image, values in zip(panels.T, images, saliency(chosen, patches), strict=True):
+    for (whole, axes), image, values in zip(panels.T, images, saliency(groups, patches), strict=True):
         _show(whole, image)
         _heat(axes, image, values.reshape(patches.grid(image)), patches)
     bar = figure.colorbar(panels[1, 0].images[-1], ax=panels, shrink=0.9, aspect=24)
-    bar.set_label(f"1 / patches in its token\nmean over {len(chosen)} layer{'s' * (len(chosen) > 1)}", fontsize=8.5)
+    bar.set_label(f"1 / patches in its token\nmean over {len(groups)} layer{'s' * (len(groups) > 1)}", fontsize=8.5)
     return figure
 
 
-def _maps(
-    images: np.ndarray, groups: _Groups, patches: Patches, layers: Sequence[int] | None
-) -> dict[int, Int[np.ndarray, "b rows columns"]]:
-    """For each chosen layer the token of each patch."""
+def _maps(images: np.ndarray, groups: _Groups, patches: Patches) -> dict[int, Int[np.ndarray, "b rows columns"]]:
+    """For each layer the token of each patch."""
     shape, maps = (len(images), *patches.grid(images[0])), {}
-    for layer in range(1, len(groups) + 1) if layers is None else layers:
-        if not 1 <= layer <= len(groups):
-            raise InputError(f"layers: {layer} is not within 1..{len(groups)}")
-        tokens = patches.of(groups[layer - 1])
+    for layer, joined in enumerate(groups, start=1):
+        tokens = patches.of(joined)
         if tokens.shape != (shape[0], math.prod(shape[1:])):
             raise InputError(
-                f"groups: layer {layer} has the shape {groups[layer - 1].shape}; {shape[0]} images of {shape[1]} x "
+                f"groups: layer {layer} has the shape {joined.shape}; {shape[0]} images of {shape[1]} x "
                 f"{shape[2]} patches{'' if patches.cls_index is None else ' and a class token'} are expected"
             )
         maps[layer] = tokens.reshape(shape)

@@ -23,7 +23,6 @@ from famba.errors import InputError
 from famba.storage.runs import run_name
 
 SMOKE = "smoke"
-SMOKE_ROUNDS = 3  # of training steps
 _BOX = "border-left: 6px solid {}; background: {}; color: #222; padding: 0.6em 1em; font-size: 105%"
 
 
@@ -47,6 +46,11 @@ class Report:
     @property
     def smoke(self) -> bool:
         return self.folder != config.root()
+
+    @property
+    def rounds(self) -> int:
+        """Of the training steps that are timed: a few where the numbers mean nothing."""
+        return 3 if self.profile == SMOKE else 60
 
     @property
     def results_dir(self) -> Path:
@@ -93,7 +97,7 @@ def opened(
     profile: str | None,
     pipeline: bool,
     runs_dir: str = "results/runs",
-    of: str | None = "runs.csv",
+    of: str = "runs.csv",
 ) -> Report:
     """The report that a notebook shows.
 
@@ -103,19 +107,21 @@ def opened(
         command: that makes it.
         profile: None is the one that params.yaml names.
         pipeline: make it now, of finished runs.
-        of: the table in results/ of the runs that `file` was made of; None if there are none.
+        of: the table in results/ of the runs that `file` was made of.
     """
     root = config.root()
     if pipeline:
         name = profile_name(profile)
-        shown = f"Made now of the runs of the profile `{name}`."
-        return _made(make, Report(name, shown, root, root / runs_dir, made=True))
-    asked = profile_name(os.environ.get("FAMBA_PROFILE", profile))
-    try:
-        shown = _shown(root / "results" / file, root / "results" / of if of else None, root / runs_dir, asked)
-    except InputError as error:
-        return _made(make, smoke_report(f"{error}. `{command}` makes the real results."))
-    return Report(asked, shown.format(command=command), root, root / runs_dir, made=False)
+        report = Report(name, f"Made now of the runs of the profile `{name}`.", root, root / runs_dir, made=True)
+    else:
+        asked = profile_name(os.environ.get("FAMBA_PROFILE", profile))
+        try:
+            shown = _shown(root / "results" / file, root / "results" / of, root / runs_dir, asked)
+            return Report(asked, shown.format(command=command), root, root / runs_dir, made=False)
+        except InputError as error:
+            report = smoke_report(f"{error}. `{command}` makes the real results.")
+    make(report)
+    return report
 
 
 def smoke_report(why: str) -> Report:
@@ -127,12 +133,7 @@ def profile_name(profile: str | None) -> str:
     return config.load(profile, strategy="none").profile
 
 
-def _made(make: Callable[[Report], Any], report: Report) -> Report:
-    make(report)
-    return report
-
-
-def _shown(file: Path, of: Path | None, runs_dir: Path, profile: str) -> str:
+def _shown(file: Path, of: Path, runs_dir: Path, profile: str) -> str:
     """What a file of results shows.
 
     Raises:
@@ -140,10 +141,8 @@ def _shown(file: Path, of: Path | None, runs_dir: Path, profile: str) -> str:
     """
     if profile == SMOKE:
         raise InputError("FAMBA_PROFILE=smoke asks for it")
-    if missing := [path for path in (file, of) if path and not path.is_file()]:
+    if missing := [path for path in (file, of) if not path.is_file()]:
         raise InputError(f"{missing[0]}: missing")
-    if of is None:
-        return f"Committed results: {file.relative_to(config.root())}, made by `{{command}}`."
     runs = pd.read_csv(of)
     if set(runs["profile"]) != {profile}:
         raise InputError(f"{of}: of the profile {runs['profile'][0]!r}; {profile!r} is asked for")

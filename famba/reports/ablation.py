@@ -10,10 +10,10 @@ from famba import config, plots
 from famba.analysis import ablation, summary
 from famba.config import AblationParams
 from famba.experiments import sweep
-from famba.reports import SMOKE_ROUNDS, Report, calibration, compare, models, opened, profile_name, similarity
+from famba.reports import Report, calibration, compare, models, opened, profile_name, similarity
+from famba.storage.files import write_atomic
 from famba.storage.runs import run_name
 
-_ROUNDS = 60
 _TEXTS = ("effects.md", "calibration.md", "similarity.md")
 _JOBS = 2  # runs trained at the same time, each on one thread
 _SMOKE: dict[str, Any] = {
@@ -59,15 +59,15 @@ def make(report: Report, name: str) -> None:
     """
     variants, results_dir = asked(report, name), report.results_dir / "ablation" / name
     given = {"profile": report.profile, "runs_dir": report.runs_dir}
-    jobs, rounds = (1, SMOKE_ROUNDS) if report.smoke else (_JOBS, _ROUNDS)
+    jobs = 1 if report.smoke else _JOBS
     sweep.ensure_runs(variants, **given, train_missing=True, jobs=jobs, command=_command(name))
-    costs = sweep.ensure_costs(variants, profile=report.profile, results_dir=results_dir, rounds=rounds)
+    costs = sweep.ensure_costs(variants, profile=report.profile, results_dir=results_dir, rounds=report.rounds)
     runs = summary.load_runs(variants, report.runs_dir)
     table = summary.write_summary(runs, costs, results_dir)
     figures = plots.ablations(runs, table) | calibration.measure(report, variants, results_dir)
     if variants.changes:
         effects = ablation.effects(variants, runs)
-        ablation.write(effects, results_dir)
+        write_atomic(results_dir / "effects.md", ablation.markdown(effects).encode())
         figures |= {"effects": plots.ablation(effects)}
     elif variants.profile:
         history = summary.load_history(variants, report.runs_dir)

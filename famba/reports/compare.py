@@ -9,7 +9,7 @@ from IPython.display import Markdown
 from famba.analysis import summary
 from famba.experiments import sweep
 from famba.models import presets
-from famba.reports import SMOKE_ROUNDS, Report
+from famba.reports import Report
 
 
 def make(report: Report) -> None:
@@ -17,17 +17,16 @@ def make(report: Report) -> None:
     asked = report.sweep()
     given = {"profile": report.profile, "runs_dir": report.runs_dir}
     sweep.ensure_runs(asked, **given, train_missing=report.smoke)
-    rounds = SMOKE_ROUNDS if report.smoke else None
+    rounds = report.rounds if report.smoke else None
     costs = sweep.ensure_costs(asked, profile=report.profile, results_dir=report.results_dir, rounds=rounds)
     runs = summary.load_runs(asked, report.runs_dir)
     summary.write_summary(runs, costs, report.results_dir)
     summary.write_curves(summary.load_history(asked, report.runs_dir), report.results_dir)
 
 
-def make_costs(report: Report, rounds: int = 60) -> None:
+def make_costs(report: Report) -> None:
     """Measure training steps of all strategies in turn, and write cost.csv."""
-    given = {"profile": report.profile, "results_dir": report.results_dir}
-    sweep.ensure_costs(report.sweep(), **given, rounds=SMOKE_ROUNDS if report.smoke else rounds)
+    sweep.ensure_costs(report.sweep(), profile=report.profile, results_dir=report.results_dir, rounds=report.rounds)
 
 
 def schedules(profile: str) -> pd.DataFrame:
@@ -43,7 +42,7 @@ def schedules(profile: str) -> pd.DataFrame:
 def accuracy_in_words(table: pd.DataFrame, cost: str) -> Markdown:
     """What each strategy saves of a cost and loses in accuracy, and which are on the Pareto front."""
     word, base = summary.COSTS[cost], table.set_index("strategy").loc[summary.BASELINE]
-    front = summary.pareto(table.rename(columns={"top1_percent_mean": "top1_percent"}), cost)
+    front = summary.pareto(table, cost)
     lines = [
         f"Without fusion top-1 accuracy is {base['top1_percent_mean']:.1f} %, mean over {base['n']} seeds. "
         f"On the Pareto front of accuracy and {word}: {listed(front)}.",

@@ -109,14 +109,13 @@ def changed(path, value):
             {"profile": "paper", **changed(("profile",), "paper")},
             "upper-1: profile: 'paper', but 'smoke' in none-0: not one experiment",
         ),
-        ({"schedule": [4, 0], "token_counts": [17, 13, 13]}, "upper-1: token_counts differ from those of upper-0"),
     ],
 )
 def test_runs_of_two_experiments_are_refused(tmp_path, changes, said):
     write_runs(tmp_path)
     runs.write(make_run("upper", **{"seed": 1, **changes}), tmp_path / "upper-1")
     with pytest.raises(InputError, match=said):
-        summary.load_schedules(SWEEP, tmp_path)
+        summary.load_runs(SWEEP, tmp_path)
 
 
 def test_history_has_a_row_per_epoch_and_empty_cells_without_ema(tmp_path):
@@ -140,14 +139,6 @@ def test_curves_of_runs_that_trained_nothing_are_a_table_without_rows(tmp_path):
     history = summary.load_history(SWEEP, write_runs(tmp_path / "runs")).head(0)
     assert summary.write_curves(history, tmp_path).empty
     assert (tmp_path / "curves.csv").read_text().splitlines() == [",".join(summary.CURVES)]
-
-
-def test_schedules_have_a_row_per_layer_from_the_input_on(tmp_path):
-    frame = summary.load_schedules(SWEEP, write_runs(tmp_path))
-    upper = frame[frame["strategy"] == "upper"]
-    assert upper["layer"].to_list() == [0, 1, 2]
-    assert upper["removed"].to_list() == [0, 0, 4]
-    assert upper["tokens"].to_list() == [17, 17, 13]
 
 
 def test_the_papers_schedules_as_a_frame_end_at_the_papers_counts():
@@ -205,7 +196,8 @@ def test_seeds_that_cannot_be_paired_and_costs_of_another_profile_are_refused():
 
 def test_the_pareto_front_of_a_case_worked_by_hand():
     # (cost, top-1): none (40, 96), upper (30, 95), lower (20, 90), all (30, 94) and interleaved (20, 90) with lower.
-    frame = runs_frame({"none": [96.0], "upper": [95.0], "lower": [90.0], "all": [94.0], "interleaved": [90.0]})
+    top1 = {"none": 96.0, "upper": 95.0, "lower": 90.0, "all": 94.0, "interleaved": 90.0}
+    frame = pd.DataFrame(top1.items(), columns=["strategy", "top1_percent_mean"])
     frame["time_ratio"] = [40.0, 30.0, 20.0, 30.0, 20.0]
     assert summary.pareto(frame, "time_ratio") == ["interleaved", "lower", "upper", "none"]
     with pytest.raises(InputError, match="'throughput_img_s' is not one of time_ratio"):
@@ -214,8 +206,8 @@ def test_the_pareto_front_of_a_case_worked_by_hand():
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=5))
 def test_every_strategy_off_the_front_is_beaten_by_one_on_it(points):
-    frame = runs_frame({name: [float(score)] for name, (_, score) in zip(STRATEGIES, points, strict=False)})
-    frame["peak_memory_mib"] = [float(cost) for cost, _ in points]
+    scores = [(name, cost, score) for name, (cost, score) in zip(STRATEGIES, points, strict=False)]
+    frame = pd.DataFrame(scores, columns=["strategy", "peak_memory_mib", "top1_percent_mean"])
     front = summary.pareto(frame, "peak_memory_mib")
     at = dict(zip(STRATEGIES, points, strict=False))
     assert front

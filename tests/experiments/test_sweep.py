@@ -173,8 +173,8 @@ def test_a_run_that_was_trained_elsewhere_and_does_not_say_by_what_code_is_taken
 
 def test_a_run_records_the_command_that_was_given_for_it(tmp_path, trained):
     p = config.load("smoke", strategy="upper")
-    sweep.ensure(tmp_path / "given", p, seed=0, train_missing=True, command="make something")
-    sweep.ensure(tmp_path / "own", p, seed=0, train_missing=True)
+    sweep.ensure(sweep.Cell(tmp_path / "given", p, 0, "make something"), train_missing=True)
+    sweep.ensure(sweep.Cell(tmp_path / "own", p, 0), train_missing=True)
     assert [runs.read(tmp_path / name).cost["command"] for name in ("given", "own")] == ["make something", "none"]
 
 

@@ -52,19 +52,10 @@ def test_overlapping_patches_are_drawn_as_their_centres():
     assert tints(figure.axes[3]).shape == (6, 6, 4), "a second row for the second image"
 
 
-def test_a_fusion_map_refuses_groups_of_other_images_and_missing_layers():
+def test_a_fusion_map_refuses_groups_of_other_images():
     images = np.zeros((1, 4, 4, 3), np.uint8)
     with pytest.raises(InputError, match=r"layer 1 has the shape \(1, 5\); 1 images of 2 x 2 patches are expected"):
         plots.fusion_map(images, [np.zeros((1, 5), int)], patches=plots.Patches(2, 2))
-    with pytest.raises(InputError, match=r"layers: 3 is not within 1\.\.1"):
-        plots.fusion_map(images, [np.zeros((1, 4), int)], patches=plots.Patches(2, 2), layers=[3])
-
-
-def test_only_the_layers_asked_for_are_drawn():
-    images = np.zeros((1, 2, 2, 3), np.uint8)
-    figure = plots.fusion_map(images, [np.arange(4)[None]] * 24, patches=plots.Patches(1, 1), layers=[2, 24])
-    assert titles(figure) == ["image\n4 patches", "layer 2\n4 tokens", "layer 24\n4 tokens"]
-    assert len(titles(plots.fusion_map(images, [np.arange(4)[None]] * 24, patches=plots.Patches(1, 1)))) == 25
 
 
 def test_patches_are_numbered_in_scan_order():
@@ -100,16 +91,14 @@ def test_saliency_is_one_over_the_patches_of_a_token():
         plots.saliency([], plots.Patches(1, 1))
 
 
-def test_a_saliency_map_lays_the_heat_of_the_chosen_layers_over_the_patches():
+def test_a_saliency_map_lays_the_heat_over_the_patches():
     images = np.full((1, 6, 6, 3), 100, np.uint8)
-    figure = plots.saliency_map(images, HALVES, patches=plots.Patches(4, 2, 2), layers=[2, 3])
+    figure = plots.saliency_map(images, HALVES[1:], patches=plots.Patches(4, 2, 2))
     heat = figure.axes[1].images[-1]
     np.testing.assert_allclose(heat.get_array(), [[5 / 12, 2 / 3], [5 / 12, 1]])
     assert heat.get_extent() == [0.5, 4.5, 4.5, 0.5]
     assert heat.get_clim() == (0, 1)
     assert "mean over 2 layers" in figure.axes[-1].get_ylabel()
-    with pytest.raises(InputError, match=r"layers: 4 is not within 1\.\.3"):
-        plots.saliency_map(images, HALVES, patches=plots.Patches(4, 2, 2), layers=[4])
 
 
 def test_fusion_at_layer_shows_one_layer_and_the_remaining_tokens():
@@ -136,4 +125,3 @@ def test_an_animation_has_a_frame_for_the_images_and_one_for_each_layer():
         *(["input: 5 tokens"], ["layer 1: 5 tokens"], ["layer 2: 4 tokens"], ["layer 3: 3 tokens"])
     ]
     assert (tints(film.frames[3].axes[0])[..., 3] > 0).tolist() == [[True, True], [True, False]]
-    assert len(plots.fusion_animation(images, HALVES, patches=plots.Patches(2, 2, 2), layers=[3]).frames) == 2
