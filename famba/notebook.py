@@ -154,6 +154,8 @@ class _Shell(InteractiveShell):
 
 
 def _drawn(figure: Any) -> Any:
+    if own := getattr(figure, "_repr_png_", None):  # as a kernel shows it
+        return own()
     from IPython.core.pylabtools import print_figure
 
     return print_figure(figure, "png")

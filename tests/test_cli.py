@@ -11,7 +11,7 @@ import nbformat
 import pytest
 
 import famba
-from famba import config
+from famba import config, plots
 from famba.cli import main
 
 
@@ -144,15 +144,17 @@ def test_an_executed_notebook_holds_what_its_cells_print_show_and_return(noteboo
         "x = 1",
         "import sys\nfrom IPython.display import display\nfrom matplotlib.figure import Figure\n"
         "print('a', end=''); print('b'); print('c', file=sys.stderr)\n"
-        "shown = display('first', display_id=True); shown.update('second')\nFigure().subplots().figure",
+        "shown = display('first', display_id=True); shown.update('second')\n"
+        "from famba import plots\ndisplay(plots.Figure())\nFigure().subplots().figure",
     )
     assert main(["notebook", str(path), str(tmp_path / "out.ipynb")]) == 0
     executed = nbformat.read(tmp_path / "out.ipynb", as_version=4)
     nbformat.validate(executed)
-    printed, warned, shown, figure = executed.cells[-1].outputs
+    printed, warned, shown, own, figure = executed.cells[-1].outputs
     assert (printed.name, printed.text, warned.name, warned.text) == ("stdout", "ab\n", "stderr", "c\n")
     assert shown.data == {"text/plain": "'second'"}
     assert figure.execution_count == executed.cells[-1].execution_count == 2
+    assert base64.b64decode(own.data["image/png"]) == plots.Figure()._repr_png_()
     assert base64.b64decode(figure.data["image/png"]).startswith(b"\x89PNG")
 
 
