@@ -87,12 +87,20 @@ def _parser() -> argparse.ArgumentParser:
         help="a parameter of submitit's Slurm executor, such as time 240 (minutes, the default) or partition gpu",
     )
 
+    sub = command(
+        "ablation", _ablation, "train what is missing of an ablation's runs, and record what they found", "plots"
+    )
+    sub.add_argument("name", help="one of params.yaml's, under ablation")
+    sub.add_argument("--profile", help="of one that names none; the one that params.yaml names if not given")
+    sub.add_argument("--jobs", type=int, default=2, help="runs trained at the same time, each on one thread")
+
     sub = command("params", _params, "print the parameters that a run gets, its profile applied, as JSON")
     sub.add_argument("--strategy", required=True, help="one of params.yaml's, under fusion")
     sub.add_argument("--profile", help="one of params.yaml's; the one that it names itself if not given")
 
     sub = command("resolve", _resolve, "write what the pipeline's stages depend on: parameters, and digests of code")
     sub.add_argument("--out", type=Path, required=True, help="folder for params/<strategy>.json, code/<notebook>.json")
+    sub.add_argument("--ablation", metavar="NAME", help="write the parameters of one ablation instead; --out is a file")
 
     sub = command("notebook", _notebook, "execute a notebook with parameters; an unknown one is an error", "notebooks")
     sub.add_argument("notebook", type=Path)
@@ -187,6 +195,12 @@ def _sweep(options: argparse.Namespace) -> None:
     )
 
 
+def _ablation(options: argparse.Namespace) -> None:
+    from famba.experiments import ablations
+
+    print(ablations.make(options.name, profile=options.profile, jobs=options.jobs))
+
+
 def _params(options: argparse.Namespace) -> None:
     from famba import config
 
@@ -198,10 +212,15 @@ def _resolve(options: argparse.Namespace) -> None:
     from famba.experiments import sweep
     from famba.storage import provenance
 
+    if options.ablation is not None:
+        write_atomic(options.out, json_bytes(sweep.resolve_ablation(options.ablation)))
+        return
     for p in sweep.resolve(None):
         write_atomic(options.out / "params" / f"{p.strategy}.json", json_bytes(p.as_dict()))
     for notebook in sorted((config.root() / "notebooks").glob("*.ipynb")):
         write_atomic(options.out / "code" / f"{notebook.stem}.json", json_bytes(provenance.of_notebook(notebook)))
+    code = {"digest": provenance.of_module("famba.experiments.ablations")}
+    write_atomic(options.out / "code" / "records.json", json_bytes(code))
 
 
 def _notebook(options: argparse.Namespace) -> None:

@@ -22,17 +22,16 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from famba import config, data
+from famba import data
+from famba.analysis import trained
 from famba.config import AdaptiveRule, DataParams
 from famba.errors import InputError
 from famba.fusion import strategies
 from famba.fusion.options import FusionOptions
 from famba.fusion.strategies import ADAPTIVE
-from famba.models import saved
 from famba.models.vim import VisionMamba
 from famba.profiling import flops
 from famba.profiling.flops import Cost
-from famba.storage import runs
 
 _BATCH = 128  # images at a time
 
@@ -90,13 +89,13 @@ class Step:
         return fused.flops / unfused.flops
 
 
-def plan(run_dirs: Sequence[str | Path], rule: AdaptiveRule, *, kind: str, count: int) -> Plan:
+def plan(folders: Sequence[str | Path], rule: AdaptiveRule, *, kind: str, count: int) -> Plan:
     """The schedule that a budget buys by the costs of finished runs, which differ in their seeds alone.
 
     The images are of the runs' own validation split; the test split is not touched.
 
     Args:
-        run_dirs: if relative, from the repository root.
+        folders: of runs or of published models, as `trained.load` takes them.
         kind: one of `KINDS`; `fusing_costs` says what they are.
         count: images, evenly spread over the split; the whole split if it has fewer.
 
@@ -104,27 +103,26 @@ def plan(run_dirs: Sequence[str | Path], rule: AdaptiveRule, *, kind: str, count
         InputError: a run that is missing or spoilt, was trained with fusion, or differs from the first in more than its
             seed; no run or no image; an unknown kind; a budget that no schedule keeps.
     """
-    if not run_dirs or count < 1:
-        raise InputError(f"run_dirs: {len(run_dirs)}, count: {count}; both must be 1 or more")
-    first = runs.read(run_dirs[0])
-    if threads := first.params["train"]["threads"]:
+    if not folders or count < 1:
+        raise InputError(f"folders: {len(folders)}, count: {count}; both must be 1 or more")
+    loaded = [trained.load(folder) for folder in folders]
+    params = loaded[0][1]["params"]
+    if threads := params["train"]["threads"]:
         torch.set_num_threads(threads)  # sums in another order could tip a choice
     tables, sizes, chosen = [], {}, torch.empty(0)
-    for run_dir in run_dirs:
-        run, folder = runs.read(run_dir), config.root() / run_dir
-        if any(run.schedule):
-            raise InputError(f"{folder}: strategy {run.strategy!r} fuses tokens; calibration needs a run of 'none'")
-        if run.params != first.params:
-            raise InputError(f"{folder}: other parameters than {run_dirs[0]}; only their seeds may differ")
-        model, described = saved.load_model(folder / runs.MODEL_FILE)
-        split = data.load(DataParams(**run.params["data"]), seed=run.seed).val
+    for folder, (model, known) in zip(folders, loaded, strict=True):
+        if any(known["schedule"]):
+            raise InputError(f"{folder}: strategy {known['strategy']!r} fuses tokens; calibration needs one of 'none'")
+        if known["params"] != params:
+            raise InputError(f"{folder}: other parameters than {folders[0]}; only their seeds may differ")
+        split = data.load(DataParams(**params["data"]), seed=known["seed"]).val
         chosen = torch.linspace(0, len(split) - 1, min(count, len(split))).round().long()
-        images = data.normalise(split.images[chosen], described["mean"], described["std"])
+        images = data.normalise(split.images[chosen], known["mean"], known["std"])
         tables.append(fusing_costs(model, images, kind=kind))
         sizes = model.config
     costs = np.mean(tables, axis=0).tolist()
-    asked = first.params["train"]
-    step = Step(sizes, asked["batch_size"], FusionOptions(**first.params["options"]), asked["precision"])
+    asked = params["train"]
+    step = Step(sizes, asked["batch_size"], FusionOptions(**params["options"]), asked["precision"])
     schedule = within(rule, costs, step)
     return Plan(
         kind=kind,
@@ -133,7 +131,7 @@ def plan(run_dirs: Sequence[str | Path], rule: AdaptiveRule, *, kind: str, count
         memory_share=step.share("memory", schedule),
         flops_share=step.share("flops", schedule),
         costs=costs,
-        runs=[Path(run_dir).name for run_dir in run_dirs],
+        runs=[Path(folder).name for folder in folders],
         images=len(chosen),
     )
 

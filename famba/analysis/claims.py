@@ -27,7 +27,7 @@ import pandas as pd
 from scipy import stats
 
 from famba import config
-from famba.analysis import ablation, intervals, summary
+from famba.analysis import ablation, intervals, records, summary
 from famba.config import AblationParams, ClaimParams
 from famba.storage.files import write_atomic
 
@@ -44,17 +44,16 @@ def load(folder: str | Path) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
     """What has been measured: runs and summary of the sweep, under "", and of each ablation that was run, by its name.
 
     Args:
-        folder: which holds runs.csv and summary.csv, those of ablations in ablation/<name>; if relative, from the
-            repository root.
+        folder: which holds runs.csv and summary.csv, those of ablations in records/<name> and ablation/<name>; if
+            relative, from the repository root.
     """
-    folders = {"": config.root() / folder}
-    folders |= {name: folders[""] / "ablation" / name for name in config.load_ablations()}
-    kinds: Any = {"correct": "str", "threads": "str", "disturbed": "str"}
-    found = {}
-    for name, path in folders.items():
+    folder, found = config.root() / folder, {}
+    kinds: Any = {"threads": "str", "disturbed": "str"}
+    for name in ("", *config.load_ablations()):
+        path = folder / "ablation" / name if name else folder
         if (path / "summary.csv").is_file():
-            runs, table = (pd.read_csv(path / f"{x}.csv", dtype=kinds) for x in ("runs", "summary"))
-            found[name] = runs, table.fillna({"disturbed": ""})
+            runs = records.read(folder / "records" / name if name else folder)
+            found[name] = runs, pd.read_csv(path / "summary.csv", dtype=kinds).fillna({"disturbed": ""})
     return found
 
 
@@ -112,7 +111,7 @@ def write(found: pd.DataFrame, folder: str | Path) -> str:
         "the model and needs no test.",
     ]
     for name, (_, table) in measured.items():
-        where = f"ablation/{name}/" if name else ""
+        where = f"records/{name}/" if name else ""
         digests = [
             f"{where}{x} begins with " + hashlib.sha256((folder / where / x).read_bytes()).hexdigest()[:16]
             for x in ("runs.csv", "cost.csv")

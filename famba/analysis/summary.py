@@ -1,16 +1,15 @@
 """From finished runs to the numbers that are reported: exactly the runs a sweep names, their spread and differences.
 
-Frames are tidy: one row is one run, one epoch of a run, or one layer of a strategy. Strategies always come in the
-order of `strategies.ordered`. A number that does not exist (the spread of one run) is an empty cell, never a zero.
+Frames are tidy: one row is one run (`records`), or one layer of a strategy. Strategies always come in the order of
+`strategies.ordered`. A number that does not exist (the spread of one run) is an empty cell, never a zero.
 
 Accuracy is the runs'; what a step costs is measured apart (`training.cost`), since a run's own wall-clock depends on
 what ran beside it. Source of the paper's tables: arXiv:2409.09808.
 """
 
-import itertools
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,71 +19,16 @@ import pandas as pd
 from famba import config
 from famba.analysis import cost, intervals
 from famba.analysis.cost import BASELINE
-from famba.config import SweepParams
 from famba.errors import InputError
 from famba.fusion import strategies
 from famba.fusion.strategies import STRATEGIES, ordered
-from famba.storage import runs
 from famba.storage.files import json_bytes, write_atomic
 
-CURVES = ("strategy", "seed", "epoch", "train_loss", "val_loss", "train_top1_percent", "val_top1_percent")
 TABLES_IN = ("README.md", "docs/results.md")
 # Less of these is better, so that accuracy can be weighed against them.
 COSTS = {"time_ratio": "training time", "peak_memory_mib": "peak memory", "flops_per_image": "FLOPs"}
 # What all runs of a summary have in common, or what it must say if they do not.
 _SETTING = ("profile", "dataset", "img_size", "model", "device", "threads", "versions")
-
-
-def load_runs(sweep: SweepParams, runs_dir: str | Path) -> pd.DataFrame:
-    """One row for every run that the sweep names, and no other: a folder left from an earlier sweep is not counted.
-
-    The column strategy holds the variant's name; correct is as in `runs.RunRecord`, without images that none tested.
-
-    Args:
-        runs_dir: folder of the runs; if relative, from the repository root.
-
-    Raises:
-        InputError: a run that is missing or spoilt, a seed or strategy named twice, runs of different profiles, runs
-            whose parameters differ in more than the strategy's fusion rule and the changes; names run and key.
-    """
-    rows = []
-    for name, record in _records(sweep, runs_dir):
-        data, model = record.params["data"], record.params["model"]
-        rows.append(
-            {
-                "strategy": name,
-                "seed": record.seed,
-                "profile": record.profile,
-                "dataset": data["dataset"],
-                "img_size": data["img_size"],
-                "model": model["name"],
-                **{key: record.metrics[key] for key in ("top1_percent", "top5_percent", "loss")},
-                "correct": record.correct,
-                "chosen_weights": record.metrics["chosen"]["weights"],
-                "chosen_epoch": record.metrics["chosen"]["epoch"],
-                **{key: record.cost[key] for key in ("peak_memory_mib", "flops_per_image", "params_count")},
-                "tokens_removed": sum(record.schedule),
-                "tokens_left": record.token_counts[-1],
-                "device": record.cost["device"],
-                "threads": record.cost["threads"],
-                "versions": ", ".join(f"{name} {version}" for name, version in sorted(record.cost["versions"].items())),
-                "command": record.cost["command"],
-            }
-        )
-    images = itertools.zip_longest(*(row["correct"] for row in rows), fillvalue="-")
-    tested = zip(*(answers for answers in images if {*answers} != {"-"}), strict=True)
-    return pd.DataFrame(rows).assign(correct=["".join(answers) for answers in tested])
-
-
-def load_history(sweep: SweepParams, runs_dir: str | Path) -> pd.DataFrame:
-    """One row per epoch of every run of the sweep: strategy, seed and `runs.HISTORY_COLUMNS`; errors as above."""
-    rows = [
-        {"strategy": name, "seed": record.seed, **row}
-        for name, record in _records(sweep, runs_dir)
-        for row in record.history
-    ]
-    frame = pd.DataFrame(rows, columns=["strategy", "seed", *runs.HISTORY_COLUMNS])
-    return frame.astype({column: float for column in runs.HISTORY_COLUMNS if column != "epoch"})
 
 
 def schedule_frame(schedules: Mapping[str, Sequence[int]], *, tokens: int) -> pd.DataFrame:
@@ -116,7 +60,7 @@ def summary(frame: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
     rounds and disturbed. NaN where there is no such number: spread and interval of one run, the difference of `none`.
 
     Args:
-        frame: as from `load_runs`.
+        frame: as from `records.load_runs`.
         costs: as from `cost.table`.
 
     Raises:
@@ -151,7 +95,7 @@ def accuracy_difference(
     """Mean difference in top-1 (points), paired by seed and image, and its interval (`intervals.two_level`).
 
     Args:
-        ours, theirs: rows of `load_runs`, one for each seed, indexed by seed.
+        ours, theirs: rows of `records.load_runs`, one for each seed, indexed by seed.
         weights: of theirs, whose weighted mean ours are compared with.
     """
     groups = (ours, *theirs)
@@ -182,8 +126,7 @@ def pareto(table: pd.DataFrame, cost_column: str) -> list[str]:
 
 
 def write_summary(frame: pd.DataFrame, costs: pd.DataFrame, folder: str | Path) -> pd.DataFrame:
-    """Write runs.csv (a line for each run, with its answer for each test image), summary.csv, summary.md and
-    summary_short.md (for readers), and summary.json (for `dvc metrics`).
+    """Write summary.csv, summary.md and summary_short.md (for readers), and summary.json (for `dvc metrics`).
 
     Args:
         frame, costs: as for `summary`, which is returned.
@@ -192,24 +135,11 @@ def write_summary(frame: pd.DataFrame, costs: pd.DataFrame, folder: str | Path) 
     table, folder = summary(frame, costs), config.root() / folder
     by_strategy = table.set_index("strategy")
     means = {key: by_strategy[key].to_dict() for key in ("top1_percent_mean", "time_ratio", "memory_ratio")}
-    write_atomic(folder / "runs.csv", frame.to_csv(index=False, lineterminator="\n").encode())
     write_atomic(folder / "summary.csv", table.to_csv(index=False, lineterminator="\n").encode())
     write_atomic(folder / "summary.md", markdown(table).encode())
     write_atomic(folder / "summary_short.md", markdown_short(table).encode())
     write_atomic(folder / "summary.json", json_bytes(means))
     return table
-
-
-def write_curves(history: pd.DataFrame, folder: str | Path) -> pd.DataFrame:
-    """Write curves.csv, which `dvc plots` draws: one row per epoch of every run; return what it holds.
-
-    Args:
-        history: as from `load_history`.
-        folder: if relative, from the repository root.
-    """
-    curves = history.loc[:, list(CURVES)]
-    write_atomic(config.root() / folder / "curves.csv", curves.to_csv(index=False, lineterminator="\n").encode())
-    return curves
 
 
 def markdown(summary: pd.DataFrame) -> str:
@@ -302,39 +232,6 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _records(sweep: SweepParams, runs_dir: str | Path) -> list[tuple[str, runs.RunRecord]]:
-    """Each variant's name and run, strategies in their fixed order, checked to be runs of one experiment."""
-    folder, found = config.root() / runs_dir, []
-    sections = {key.split(".")[0] for given in sweep.changes.values() for key in given}
-    for name, (strategy, _) in sweep.variants.items():
-        for seed in sweep.seeds:
-            path = folder / runs.run_name(name, seed)
-            record = runs.read(path)
-            if (record.strategy, record.seed) != (strategy, seed):
-                raise InputError(f"{path}: holds the run {runs.run_name(record.strategy, record.seed)}")
-            found.append((name, record))
-    by_name: dict[str, tuple[str, runs.RunRecord]] = {}
-    for run in found:
-        _same(found[0], run, but={"strategy", "fusion", *sections})
-        _same(by_name.setdefault(run[0], run), run, but=set())
-    return found
-
-
-def _same(first: tuple[str, runs.RunRecord], other: tuple[str, runs.RunRecord], *, but: Collection[str]) -> None:
-    theirs, ours = _flat(other[1].params, but), _flat(first[1].params, but)
-    for key in [*theirs, *(key for key in ours if key not in theirs)]:
-        if theirs.get(key) != ours.get(key):
-            names = [runs.run_name(name, record.seed) for name, record in (other, first)]
-            raise InputError(
-                f"{names[0]}: {key}: {theirs.get(key)!r}, but {ours.get(key)!r} in {names[1]}: not one experiment"
-            )
-
-
-def _flat(tree: Mapping[str, Any], but: Collection[str]) -> dict[str, Any]:
-    kept = {key: value for key, value in tree.items() if key not in but}
-    return {str(key): value for key, value in pd.json_normalize(kept, sep=".").to_dict("records")[0].items()}
 
 
 _PAPERS_COSTS = ("train_time_s", "peak_memory_mib")

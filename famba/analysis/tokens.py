@@ -5,7 +5,6 @@ Axes: b images, t tokens at a layer, h and w pixels. Weights are only read: anot
 
 import copy
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from famba import config, data
-from famba.analysis import similarity
+from famba.analysis import similarity, trained
 from famba.config import DataParams
 from famba.errors import InputError
 from famba.fusion import strategies
 from famba.models import saved
 from famba.models.vim import Trace, VisionMamba
-from famba.storage import checkpoint, runs
+from famba.storage import runs
 from famba.training import fit
 
 _BATCH = 50  # images: a trace holds every layer's tokens
@@ -80,7 +79,7 @@ def trace_run(run_dir: str | Path, *, count: int) -> Traced:
 
 
 def trace_images(folder: str | Path, sources: Sequence[str | Path | np.ndarray]) -> Traced:
-    """Trace a user's images, of any size, through the model of a finished run, or one that `reports.models` published.
+    """Trace a user's images, of any size, through the model of a finished run, or one that was published (`trained`).
 
     Each is resized and cropped at the centre to the model's size; the same square is kept larger for drawing.
 
@@ -91,14 +90,7 @@ def trace_images(folder: str | Path, sources: Sequence[str | Path | np.ndarray])
     Raises:
         InputError: no images, or one that cannot be read; a missing or damaged run.
     """
-    folder = config.root() / folder
-    if (folder / "config.json").is_file():
-        described = json.loads((folder / "config.json").read_bytes())
-        model = saved.rebuilt(folder, checkpoint.read(folder / runs.MODEL_FILE)[0], described)
-    else:
-        runs.read(folder)
-        model, described = saved.load_model(folder / runs.MODEL_FILE)
-    return trace(model, described, sources)
+    return trace(*trained.load(folder), sources)
 
 
 def trace(model: VisionMamba, described: Mapping[str, Any], sources: Sequence[str | Path | np.ndarray]) -> Traced:
@@ -194,10 +186,11 @@ def token_similarity(model: VisionMamba, images: Float[Tensor, "n 3 h w"]) -> pd
     return pd.concat(found, ignore_index=True)
 
 
-def similarity_in_runs(run_dirs: Sequence[Path], *, images: int) -> pd.DataFrame:
+def similarity_in_runs(folders: Sequence[Path], *, images: int) -> pd.DataFrame:
     """`token_similarity` of finished runs, and of the initial weights of their seeds.
 
     Args:
+        folders: of runs or of published models, as `trained.load` takes them.
         images: number of images, from the start of the test split.
 
     Returns:
@@ -207,18 +200,17 @@ def similarity_in_runs(run_dirs: Sequence[Path], *, images: int) -> pd.DataFrame
         InputError: a run that does not exist, more images than the test split has.
     """
     frames = []
-    for folder in run_dirs:
-        run = runs.read(folder)
-        trained, described = saved.load_model(folder / runs.MODEL_FILE)
-        p = config.load(run.profile, strategy=run.strategy)
-        dataset = data.load(p.data, seed=run.seed)
+    for folder in folders:
+        model, known = trained.load(folder)
+        p = config.load(known["params"]["profile"], strategy=known["strategy"])
+        dataset = data.load(p.data, seed=known["seed"])
         if not 1 <= images <= len(dataset.test):
             raise InputError(f"images: {images}; must be in 1..{len(dataset.test)}, the test images")
-        inputs = data.normalise(dataset.test.images[:images], described["mean"], described["std"])
-        untrained = fit.build(p, classes=len(dataset.classes), seed=run.seed)
-        for weights, model in zip(similarity.WEIGHTS, (trained, untrained), strict=True):
-            names = {"strategy": run.strategy, "seed": run.seed, "weights": weights}
-            frames.append(token_similarity(model.eval(), inputs).assign(**names))
+        inputs = data.normalise(dataset.test.images[:images], known["mean"], known["std"])
+        untrained = fit.build(p, classes=len(dataset.classes), seed=known["seed"])
+        for weights, each in zip(similarity.WEIGHTS, (model, untrained), strict=True):
+            names = {"strategy": known["strategy"], "seed": known["seed"], "weights": weights}
+            frames.append(token_similarity(each.eval(), inputs).assign(**names))
     return pd.concat(frames, ignore_index=True)
 
 

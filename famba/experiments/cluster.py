@@ -17,7 +17,7 @@ from typing import Any
 
 from famba import config
 from famba.errors import FambaError, InputError
-from famba.experiments import launcher, sweep
+from famba.experiments import ablations, launcher, sweep
 from famba.experiments.sweep import Cell
 from famba.storage.files import claimed
 
@@ -79,8 +79,7 @@ def _cells(stage: str, profile: str, results: Path) -> dict[Path, list[Cell]]:
         found: dict[Path, dict[Path, Cell]] = {}
         for name, each in config.load_ablations().items():
             runs_dir, params = folder / (each.profile or profile), each.params(profile)
-            made_by = {"runs_dir": runs_dir, "command": f"make ablation NAME={name}"}
-            for cell in sweep.cells(params, each.seeds, **made_by):
+            for cell in sweep.cells(params, each.seeds, runs_dir=runs_dir, command=ablations.command(name)):
                 found.setdefault(runs_dir, {}).setdefault(cell.run_dir, cell)
         return {each: list(cells.values()) for each, cells in found.items()}
     return {folder: sweep.cells(asked.params(profile), asked.seeds, runs_dir=folder)}

@@ -19,12 +19,19 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def run(task: Callable[[Item], Result], items: Mapping[str, Item], *, jobs: int) -> dict[str, Result]:
+def run(
+    task: Callable[[Item], Result],
+    items: Mapping[str, Item],
+    *,
+    jobs: int,
+    done: Callable[[str], object] = lambda name: None,
+) -> dict[str, Result]:
     """The task's results by the items' names, in the items' order.
 
     Args:
         task: a function of a module; it, the items and the results are pickled.
         jobs: items in work at the same time, each in its own process.
+        done: called here with the name of each item whose task is done.
 
     Raises:
         FambaError: as the task raised it, the item's name put before its message; or a worker that was killed. The
@@ -39,6 +46,7 @@ def run(task: Callable[[Item], Result], items: Mapping[str, Item], *, jobs: int)
             for future in as_completed(futures):
                 try:
                     future.result()
+                    done(futures[future])
                 except BrokenProcessPool:  # it does not say whose; items are begun in their order
                     lost = [name for other, name in futures.items() if not other.done() or other.exception()]
                     reason = "a worker process was stopped; most often the machine ran out of memory"

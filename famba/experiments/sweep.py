@@ -5,21 +5,21 @@ checkout without runs, trains the small ones that it shows.
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from famba import config
-from famba.config import SweepParams
+from famba.config import AblationParams, SweepParams
 from famba.errors import InputError
-from famba.experiments import launcher
 from famba.fusion import strategies
 from famba.models import presets
 from famba.storage import runs
 
 if TYPE_CHECKING:
     import pandas as pd
+
+SMOKE = "smoke"  # the profile whose numbers mean nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +40,32 @@ def resolve(profile: str | None) -> list[config.Params]:
     """
     sweep = config.load_sweep()
     params = sweep.params(profile)
-    _check_schedules(params)
+    check_schedules(params)
     return list(params.values())
 
 
-def _check_schedules(params: Mapping[str, config.Params]) -> None:
+def resolve_ablation(name: str) -> dict[str, Any]:
+    """What an ablation's runs and figures rest on besides code; errors as in `resolve` and `load_ablation`."""
+    asked = load_ablation(name)
+    profile = asked.profile or config.load(None, strategy="none").profile
+    params = asked.params(profile)
+    check_schedules(params)
+    return {
+        "seeds": asked.seeds,
+        "adaptive": dataclasses.asdict(config.load_adaptive(profile)),
+        "variants": {variant: p.as_dict() for variant, p in params.items()},
+    }
+
+
+def load_ablation(name: str) -> AblationParams:
+    """The ablation of that name; InputError where params.yaml has none."""
+    found = config.load_ablations()
+    if name not in found:
+        raise InputError(f"params.yaml: ablation: {name!r} is not one of {', '.join(found)}")
+    return found[name]
+
+
+def check_schedules(params: Mapping[str, config.Params]) -> None:
     """Before hours of training, that each variant's schedule fits its model."""
     for variant, p in params.items():
         given = {key: getattr(p.model, key) for key in ("patch_size", "stride", "depth")}
@@ -58,27 +79,11 @@ def _check_schedules(params: Mapping[str, config.Params]) -> None:
             raise InputError(f"params.yaml: {where} under profile {p.profile}: {error}") from None
 
 
-def ensure_runs(
-    sweep: SweepParams,
-    *,
-    profile: str,
-    runs_dir: str | Path,
-    train_missing: bool,
-    jobs: int = 1,
-    command: str | None = None,
-) -> list[Path]:
-    """The folders of all runs that a sweep names, in its order; arguments and errors as in `ensure` and `resolve`.
-
-    Args:
-        jobs: runs trained at the same time, each in a process of its own if there are several.
-    """
+def ensure_runs(sweep: SweepParams, *, profile: str, runs_dir: str | Path, train_missing: bool) -> list[Path]:
+    """The folders of all runs that a sweep names, in its order; arguments and errors as in `ensure` and `resolve`."""
     params = sweep.params(profile)
-    _check_schedules(params)
-    wanted = cells(params, sweep.seeds, runs_dir=runs_dir, command=command)
-    one = functools.partial(ensure, train_missing=train_missing)
-    if jobs > 1 and train_missing:
-        launcher.run(one, {cell.run_dir.name: cell for cell in missing(wanted)}, jobs=jobs)
-    return [one(cell) for cell in wanted]
+    check_schedules(params)
+    return [ensure(cell, train_missing=train_missing) for cell in cells(params, sweep.seeds, runs_dir=runs_dir)]
 
 
 def cells(
@@ -99,22 +104,23 @@ def missing(cells: Sequence[Cell]) -> list[Cell]:
     return [cell for cell in cells if _why_not(cell, fit.made_of(cell.p, seed=cell.seed), known_code=True)]
 
 
-def ensure_costs(sweep: SweepParams, *, profile: str, results_dir: str | Path, rounds: int | None) -> "pd.DataFrame":
+def ensure_costs(sweep: SweepParams, *, profile: str, results_dir: str | Path, measure: bool) -> "pd.DataFrame":
     """What training each variant costs, as `analysis.cost.table` has it.
 
     Args:
         results_dir: where cost.csv is.
-        rounds: measure now, in so many rounds, and write it there; None reads what has been measured.
+        measure: now, and write it there; else read what has been measured.
 
     Raises:
         InputError: nothing has been measured; as from `training.cost.measure`.
     """
     from famba.analysis import cost
 
-    if rounds is not None:
-        from famba.training.cost import measure
+    if measure:
+        from famba.training import cost as steps
 
-        cost.write(cost.table(measure(sweep.params(profile), rounds=rounds)), results_dir)
+        rounds = 3 if profile == SMOKE else 60
+        cost.write(cost.table(steps.measure(sweep.params(profile), rounds=rounds)), results_dir)
     return cost.load(results_dir)
 
 

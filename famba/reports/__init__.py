@@ -20,9 +20,9 @@ from IPython.display import Image, Markdown
 
 from famba import config, plots
 from famba.errors import InputError
+from famba.experiments.sweep import SMOKE
 from famba.storage.runs import run_name
 
-SMOKE = "smoke"
 _BOX = "border-left: 6px solid {}; background: {}; color: #222; padding: 0.6em 1em; font-size: 105%"
 
 
@@ -46,11 +46,6 @@ class Report:
     @property
     def smoke(self) -> bool:
         return self.folder != config.root()
-
-    @property
-    def rounds(self) -> int:
-        """Of the training steps that are timed: a few where the numbers mean nothing."""
-        return 3 if self.profile == SMOKE else 60
 
     @property
     def results_dir(self) -> Path:

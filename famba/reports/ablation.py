@@ -6,16 +6,14 @@ from typing import Any
 
 from IPython.display import Image, Markdown, display
 
-from famba import config, plots
-from famba.analysis import ablation, summary
+from famba import plots
+from famba.analysis import ablation, cost, records, summary
 from famba.config import AblationParams
-from famba.experiments import sweep
-from famba.reports import Report, calibration, compare, models, opened, profile_name, similarity
+from famba.experiments import ablations, sweep
+from famba.reports import Report, calibration, compare, opened, profile_name, similarity
 from famba.storage.files import write_atomic
-from famba.storage.runs import run_name
 
 _TEXTS = ("effects.md", "calibration.md", "similarity.md")
-_JOBS = 2  # runs trained at the same time, each on one thread
 _SMOKE: dict[str, Any] = {
     "varied": ("upper",),
     "changes": {
@@ -27,25 +25,21 @@ _SMOKE: dict[str, Any] = {
 
 def open_report(name: str, *, profile: str | None, pipeline: bool) -> Report:
     """The report of the ablation of that name in params.yaml; arguments as of `reports.opened`."""
-    profile = config.load_ablations()[name].profile or profile_name(profile)
+    profile = sweep.load_ablation(name).profile or profile_name(profile)
     return opened(
         functools.partial(make, name=name),
         f"ablation/{name}/summary.md",
-        command=_command(name),
+        command=ablations.command(name),
         profile=profile,
         pipeline=pipeline,
-        runs_dir=f"results/experiments/ablation/{profile}",
-        of=f"ablation/{name}/runs.csv",
+        runs_dir=str(ablations.runs_dir(profile)),
+        of=f"records/{name}/runs.csv",
     )
-
-
-def _command(name: str) -> str:
-    return f"make ablation NAME={name}"
 
 
 def asked(report: Report, name: str) -> AblationParams:
     """The runs of an ablation; of smoke runs a few are enough."""
-    found = config.load_ablations()[name]
+    found = sweep.load_ablation(name)
     if not report.smoke:
         return found
     few: dict[str, Any] = {"profile": None, "strategies": ("none", "upper"), "seeds": report.sweep().seeds}
@@ -53,29 +47,24 @@ def asked(report: Report, name: str) -> AblationParams:
 
 
 def make(report: Report, name: str) -> None:
-    """Train what is missing of the runs, measure what training each variant costs, and compare them.
+    """Compare the runs by their record; of another profile's strategies as they are, with curves and similarity.
 
-    Of another profile's strategies as they are, curves and similarity are shown, and the first seed's models published.
+    Only smoke runs are trained.
     """
-    variants, results_dir = asked(report, name), report.results_dir / "ablation" / name
-    given = {"profile": report.profile, "runs_dir": report.runs_dir}
-    jobs = 1 if report.smoke else _JOBS
-    sweep.ensure_runs(variants, **given, train_missing=True, jobs=jobs, command=_command(name))
-    costs = sweep.ensure_costs(variants, profile=report.profile, results_dir=results_dir, rounds=report.rounds)
-    runs = summary.load_runs(variants, report.runs_dir)
-    table = summary.write_summary(runs, costs, results_dir)
-    figures = plots.ablations(runs, table) | calibration.measure(report, variants, results_dir)
+    variants, record = asked(report, name), report.results_dir / "records" / name
+    results_dir = report.results_dir / "ablation" / name
+    if report.smoke:
+        ablations.record(name, variants, record, profile=report.profile, runs_dir=report.runs_dir)
+    runs = records.published(variants, record)
+    table = summary.write_summary(runs, cost.load(record), results_dir)
+    figures = plots.ablations(runs, table) | calibration.measure(report, variants, record / "models", results_dir)
     if variants.changes:
         effects = ablation.effects(variants, runs)
         write_atomic(results_dir / "effects.md", ablation.markdown(effects).encode())
         figures |= {"effects": plots.ablation(effects)}
     elif variants.profile:
-        history = summary.load_history(variants, report.runs_dir)
-        figures |= {"curves": plots.training_curves(summary.write_curves(history, results_dir))}
-        figures |= similarity.measure(report, variants, results_dir)
-        for strategy in variants.strategies:
-            run = report.runs_dir / run_name(strategy, variants.seeds[0])
-            models.publish(run, report.folder / models.WEIGHTS / strategy)
+        figures |= {"curves": plots.training_curves(report.table(f"records/{name}/curves.csv"))}
+        figures |= similarity.measure(report, variants, record / "models", results_dir)
     report.save(**{f"ablation/{name}/{kind}": figure for kind, figure in figures.items()})
 
 

@@ -14,8 +14,8 @@ from famba.storage.files import json_bytes, write_atomic
 _IMAGES = 256  # of the validation split
 
 
-def measure(report: Report, asked: SweepParams, results_dir: Path) -> dict[str, plots.Figure]:
-    """Calibrate with the first seed's run without fusion, once for each strategy of a sweep that is called by_<kind>.
+def measure(report: Report, asked: SweepParams, models: Path, results_dir: Path) -> dict[str, plots.Figure]:
+    """Calibrate with the first seed's model without fusion, once for each strategy of a sweep that is called by_<kind>.
 
     The schedules that params.yaml has are compared with those that are found; nothing is changed there.
     """
@@ -23,7 +23,7 @@ def measure(report: Report, asked: SweepParams, results_dir: Path) -> dict[str, 
     if not kinds:
         return {}
     rule = config.load_adaptive(report.profile)
-    folder = report.runs_dir / runs.run_name(BASELINE, asked.seeds[0])
+    folder = models / runs.run_name(BASELINE, asked.seeds[0])
     plans = [calibration.plan([folder], rule, kind=kind, count=_IMAGES) for kind in kinds]
     params = asked.params(report.profile)
     schedules = {name: params[name].schedule(len(plans[0].schedule)) for name in asked.variants}

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 from IPython.display import Markdown
 
-from famba.analysis import summary
+from famba.analysis import records, summary
 from famba.experiments import sweep
 from famba.models import presets
 from famba.reports import Report
@@ -17,16 +17,16 @@ def make(report: Report) -> None:
     asked = report.sweep()
     given = {"profile": report.profile, "runs_dir": report.runs_dir}
     sweep.ensure_runs(asked, **given, train_missing=report.smoke)
-    rounds = report.rounds if report.smoke else None
-    costs = sweep.ensure_costs(asked, profile=report.profile, results_dir=report.results_dir, rounds=rounds)
-    runs = summary.load_runs(asked, report.runs_dir)
+    costs = sweep.ensure_costs(asked, profile=report.profile, results_dir=report.results_dir, measure=report.smoke)
+    runs, history = (load(asked, report.runs_dir) for load in (records.load_runs, records.load_history))
+    records.write(runs, report.results_dir)
+    records.write(history.loc[:, list(records.CURVES)], report.results_dir, "curves.csv")
     summary.write_summary(runs, costs, report.results_dir)
-    summary.write_curves(summary.load_history(asked, report.runs_dir), report.results_dir)
 
 
 def make_costs(report: Report) -> None:
     """Measure training steps of all strategies in turn, and write cost.csv."""
-    sweep.ensure_costs(report.sweep(), profile=report.profile, results_dir=report.results_dir, rounds=report.rounds)
+    sweep.ensure_costs(report.sweep(), profile=report.profile, results_dir=report.results_dir, measure=True)
 
 
 def schedules(profile: str) -> pd.DataFrame:

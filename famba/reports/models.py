@@ -1,6 +1,5 @@
 """The trained models that the notebook `tokens` looks into: a run of the sweep, a published one, else a smoke run."""
 
-import json
 import os
 from pathlib import Path
 
@@ -9,12 +8,10 @@ from famba.analysis import tokens
 from famba.analysis.tokens import Traced
 from famba.errors import InputError
 from famba.experiments import sweep
-from famba.models import saved
 from famba.reports import SMOKE, Report, profile_name, smoke_report
 from famba.storage import runs
-from famba.storage.files import json_bytes, write_atomic
 
-WEIGHTS = "results/ablation/photographs/weights"
+MODELS = "results/records/photographs/models"
 
 
 def opened(profile: str | None, *, strategy: str, seed: int, pipeline: bool) -> tuple[Report, Path]:
@@ -32,7 +29,7 @@ def opened(profile: str | None, *, strategy: str, seed: int, pipeline: bool) -> 
         folder = sweep.ensure_run(runs_dir / name, **wanted, profile=asked, train_missing=False)
         shown = f"The finished run results/runs/{name} of the profile `{asked}`."
     except InputError as error:
-        folder = root / WEIGHTS / strategy
+        folder = root / MODELS / runs.run_name(strategy, 0)
         if pipeline:
             raise
         if asked == SMOKE or not folder.is_dir():
@@ -52,18 +49,9 @@ def traced(folder: Path, *, count: int) -> Traced:
 
 def all_traced(folder: Path) -> dict[str, Traced]:
     """Every model that can be played with, by name: the one in a folder, and all that are published."""
-    others = sorted((config.root() / WEIGHTS).glob("*/config.json"))
+    others = sorted((config.root() / MODELS).glob(f"{runs.run_name('*', 0)}/config.json"))
     found = {f"photographs, {file.parent.name}": file.parent for file in others if file.parent != folder}
     return {name: traced(each, count=10) for name, each in {folder.name: folder, **found}.items()}
-
-
-def publish(run_dir: Path, folder: Path) -> None:
-    """Write the model of a run as `save_pretrained` does, in half precision, and what `tokens.trace_images` needs."""
-    model, described = saved.load_model(run_dir / runs.MODEL_FILE)
-    model.half().save_pretrained(folder)
-    file = folder / "config.json"
-    kept = {key: described[key] for key in ("strategy", "classes", "mean", "std")}
-    write_atomic(file, json_bytes(json.loads(file.read_bytes()) | kept))
 
 
 PHOTOGRAPHS = [data.shipped(f"images/{name}.jpg") for name in ("china", "flower")]

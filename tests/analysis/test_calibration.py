@@ -8,13 +8,12 @@ import torch
 from test_tokens import untrained
 
 from famba import config, create_model, data
-from famba.analysis import calibration
+from famba.analysis import calibration, trained
 from famba.config import AdaptiveRule
 from famba.errors import InputError
 from famba.fusion import strategies
 from famba.fusion.options import FusionOptions
 from famba.profiling import flops
-from famba.storage import runs
 
 SIZES = {"depth": 3, "d_model": 8, "d_state": 2, "num_classes": 5, "backend": "torch"}
 TOKENS, MOST = 37, 18  # of vim_nano: 6 x 6 patches and the class token
@@ -159,15 +158,10 @@ def test_calibration_looks_at_validation_images_and_never_at_the_test_split(run_
 
 
 def test_a_run_that_fuses_or_differs_from_the_first_is_no_ground_for_calibration(run_dir, monkeypatch):
-    read = runs.read
-
-    def other(folder):
-        run = read(run_dir)
-        changes = {"fusing": {"schedule": [2, 0, 0, 0]}, "other": {"params": {**run.params, "profile": "x"}}}
-        return dataclasses.replace(run, **changes.get(folder, {}))
-
-    monkeypatch.setattr(runs, "read", other)
-    for folder, said in {"fusing": "needs a run of 'none'", "other": "only their seeds may differ"}.items():
+    model, known = trained.load(run_dir)
+    changes = {"fusing": {"schedule": [2, 0, 0, 0]}, "other": {"params": {**known["params"], "profile": "x"}}}
+    monkeypatch.setattr(trained, "load", lambda folder: (model, known | changes.get(folder, {})))
+    for folder, said in {"fusing": "needs one of 'none'", "other": "only their seeds may differ"}.items():
         with pytest.raises(InputError, match=said):
             calibration.plan([run_dir, folder], AdaptiveRule(total=2), kind="similarity", count=2)
     with pytest.raises(InputError, match="must be 1 or more"):

@@ -7,27 +7,15 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_runs import make_run, spoil
 
 from famba import config
 from famba.analysis import intervals, summary
-from famba.config import SweepParams
 from famba.errors import InputError
 from famba.fusion.strategies import STRATEGIES
-from famba.storage import runs
-
-SWEEP = SweepParams(strategies=("upper", "none"), seeds=(0, 1))
-
-
-def write_runs(folder, strategies=("none", "upper"), seeds=(0, 1), **changes):
-    for strategy in strategies:
-        for seed in seeds:
-            runs.write(make_run(strategy, seed, **changes), folder / f"{strategy}-{seed}")
-    return folder
 
 
 def runs_frame(top1, **columns):
-    """A frame as load_runs gives it, from {strategy: [top1 of seed 0, 1, ..]}, of 100 images each."""
+    """A frame as records.load_runs gives it, from {strategy: [top1 of seed 0, 1, ..]}, of 100 images each."""
     setting = {"profile": "default", "dataset": "digits", "img_size": 8, "model": "vim_nano", "device": "a CPU"}
     setting |= {"threads": 2, "versions": "torch 2.13.0", "top5_percent": 99.0, **columns}
     return pd.DataFrame(
@@ -64,81 +52,6 @@ def costs_frame(ratios=RATIOS, **columns):
 
 def summarised(top1, **columns):
     return summary.summary(runs_frame(top1, **columns), costs_frame(profile=columns.get("profile", "default")))
-
-
-def test_exactly_the_runs_of_the_sweep_are_loaded_in_the_fixed_order(tmp_path):
-    write_runs(tmp_path, ("none", "upper", "all"), (0, 1, 2))
-    frame = summary.load_runs(SWEEP, tmp_path)
-    assert list(zip(frame["strategy"], frame["seed"], strict=True)) == [
-        *(("none", 0), ("none", 1), ("upper", 0), ("upper", 1))
-    ]
-    row = frame.iloc[0]
-    assert (row["top1_percent"], row["peak_memory_mib"], row["model"]) == (95.0, 100.0, "vim_nano")
-    assert row["correct"].count("1") == 19
-    assert (row["tokens_removed"], row["tokens_left"], row["versions"]) == (4, 13, "torch 2.13.0")
-
-
-def test_images_that_no_run_tested_are_left_out(tmp_path):
-    for strategy in SWEEP.strategies:
-        runs.write(make_run(strategy, seed=0, correct="--" + "1" * 19 + "0"), tmp_path / f"{strategy}-0")
-        runs.write(make_run(strategy, seed=1, correct="-" * 4 + "0" + "1" * 19), tmp_path / f"{strategy}-1")
-    frame = summary.load_runs(SWEEP, tmp_path)
-    assert frame["correct"].tolist() == ["1" * 19 + "0--", "--0" + "1" * 19] * 2
-
-
-def test_a_missing_run_is_named(tmp_path):
-    write_runs(tmp_path, seeds=(0,))
-    with pytest.raises(InputError, match="none-1: no such run"):
-        summary.load_runs(SWEEP, tmp_path)
-
-
-def changed(path, value):
-    """The parameters of a run with one of them replaced, or removed."""
-    return {"params": spoil(dict(make_run("upper").params), path, value)}
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"seed": 7}, "upper-1: holds the run upper-7"),
-        (changed(("train", "lr"), 0.5), r"upper-1: train\.lr: 0\.5, but 0\.\d+ in none-0: not one experiment"),
-        (changed(("train", "lr"), KeyError), r"upper-1: train\.lr: None, but 0\.\d+ in none-0"),
-        (changed(("options", "order"), "append"), r"upper-1: options\.order: 'append', but 'scan' in none-0"),
-        (changed(("fusion", "r"), 3), r"upper-1: fusion\.r: 3, but 8 in upper-0"),
-        (
-            {"profile": "paper", **changed(("profile",), "paper")},
-            "upper-1: profile: 'paper', but 'smoke' in none-0: not one experiment",
-        ),
-    ],
-)
-def test_runs_of_two_experiments_are_refused(tmp_path, changes, said):
-    write_runs(tmp_path)
-    runs.write(make_run("upper", **{"seed": 1, **changes}), tmp_path / "upper-1")
-    with pytest.raises(InputError, match=said):
-        summary.load_runs(SWEEP, tmp_path)
-
-
-def test_history_has_a_row_per_epoch_and_empty_cells_without_ema(tmp_path):
-    frame = summary.load_history(SWEEP, write_runs(tmp_path))
-    assert len(frame) == 2 * 2 * 2
-    assert frame["train_loss"].to_list() == [2.0, 1.0] * 4
-    assert frame["ema_val_loss"].isna().all()
-    assert {str(kind) for kind in frame.dtypes.drop(["strategy", "seed", "epoch"])} == {"float64"}
-
-
-def test_the_curves_are_the_history_of_all_runs_digit_for_digit(tmp_path):
-    history = summary.load_history(SWEEP, write_runs(tmp_path / "runs"))
-    summary.write_curves(history, tmp_path / "results")
-    lines = (tmp_path / "results" / "curves.csv").read_text().splitlines()
-    assert lines[0] == "strategy,seed,epoch,train_loss,val_loss,train_top1_percent,val_top1_percent"
-    assert lines[1:3] == ["none,0,1,2.0,1.9,40.0,45.0", "none,0,2,1.0,0.95,80.0,90.0"]
-    assert len(lines) == 1 + len(history)
-
-
-def test_curves_of_runs_that_trained_nothing_are_a_table_without_rows(tmp_path):
-    history = summary.load_history(SWEEP, write_runs(tmp_path / "runs")).head(0)
-    assert summary.write_curves(history, tmp_path).empty
-    assert (tmp_path / "curves.csv").read_text().splitlines() == [",".join(summary.CURVES)]
 
 
 def test_the_papers_schedules_as_a_frame_end_at_the_papers_counts():
@@ -221,14 +134,11 @@ def test_every_strategy_off_the_front_is_beaten_by_one_on_it(points):
 def test_the_summary_is_the_same_bytes_again(tmp_path):
     for name in ("one", "two"):
         summary.write_summary(runs_frame({"none": [90.0, 96.0], "upper": [89.0, 94.0]}), costs_frame(), tmp_path / name)
-    for name in ("runs.csv", "summary.csv", "summary.md", "summary_short.md", "summary.json"):
+    for name in ("summary.csv", "summary.md", "summary_short.md", "summary.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     tree = json.loads((tmp_path / "one" / "summary.json").read_text())
     assert tree["top1_percent_mean"] == {"none": 93.0, "upper": 91.5}
     assert tree["time_ratio"] == {"none": 1.0, "upper": 0.9}
-    lines = (tmp_path / "one" / "runs.csv").read_text().splitlines()
-    assert len(lines) == 1 + 4
-    assert "1" * 94 + "0" * 6 in lines[4]
 
 
 def cells(text, first):

@@ -14,11 +14,11 @@ from processes import PATIENCE_S
 from test_runs import make_run
 
 from famba import config, training
-from famba.analysis import summary
+from famba.analysis import records
 from famba.cli import main
 from famba.config import SweepParams
 from famba.errors import InputError
-from famba.experiments import launcher, sweep
+from famba.experiments import sweep
 from famba.storage import runs
 
 
@@ -60,35 +60,19 @@ def test_runs_that_are_missing_are_trained_once_and_their_checkpoints_forgotten(
     assert len(trained) == 4
 
 
-def test_worker_processes_are_asked_for_missing_runs_alone(tmp_path, trained, monkeypatch):
-    asked = []
-
-    def run(one, cells, *, jobs):
-        asked.append((list(cells), jobs))
-        for cell in cells.values():
-            one(cell)
-
-    monkeypatch.setattr(launcher, "run", run)
-    sweep.ensure_run(tmp_path / "none-3", strategy="none", seed=3, profile="smoke", train_missing=True)
-    for _ in range(2):
-        sweep.ensure_runs(SWEEP, profile="smoke", runs_dir=tmp_path, train_missing=True, jobs=2)
-    assert asked == [(["none-0", "upper-0", "upper-3"], 2), ([], 2)]
-
-
 def test_the_runs_of_variants_lie_apart_and_are_loaded_under_their_names(tmp_path, trained):
     changes = {"append": {"options.order": "append"}, "smaller": {"model.d_model": 8}}
     asked = dataclasses.replace(SWEEP, varied=("upper",), changes=changes, seeds=(3,))
-    folders = sweep.ensure_runs(asked, profile="smoke", runs_dir=tmp_path, train_missing=True, command="make ablation")
+    folders = sweep.ensure_runs(asked, profile="smoke", runs_dir=tmp_path, train_missing=True)
     names = ["none", "upper", "upper_append", "upper_smaller"]
     assert folders == [tmp_path / f"{name}-3" for name in names]
     sweep.ensure_runs(asked, profile="smoke", runs_dir=tmp_path, train_missing=True)
     assert len(trained) == 4, "each once"
     assert runs.read(folders[2]).params == asked.params("smoke")["upper_append"].as_dict()
-    table = summary.load_runs(asked, tmp_path)
+    table = records.load_runs(asked, tmp_path)
     assert table["strategy"].to_list() == names
-    assert set(table["command"]) == {"make ablation"}
     with pytest.raises(InputError, match=r"upper_append-3: options\.order: 'append', but 'scan' in none-3"):
-        summary.load_runs(dataclasses.replace(asked, changes={"append": {"model.depth": 3}}), tmp_path)
+        records.load_runs(dataclasses.replace(asked, changes={"append": {"model.depth": 3}}), tmp_path)
 
 
 def test_a_schedule_that_does_not_fit_is_refused_before_anything_is_trained(tmp_path, trained):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_runs import make_run
 
-from famba.analysis import summary
+from famba.analysis import records
 from famba.config import SweepParams
 from famba.fusion.strategies import STRATEGIES
 from famba.plots import STRATEGY_COLOURS
@@ -30,7 +30,8 @@ def shown(tmp_path_factory) -> dict[str, dict]:
     for strategy in sweep.strategies:
         for seed in sweep.seeds:
             runs.write(make_run(strategy, seed), folder / "runs" / runs.run_name(strategy, seed))
-    summary.write_curves(summary.load_history(sweep, folder / "runs"), folder / "results")
+    history = records.load_history(sweep, folder / "runs")
+    records.write(history[list(records.CURVES)], folder / "results", "curves.csv")
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     dvc, environment = Path(sys.executable).with_name("dvc"), {"DVC_SITE_CACHE_DIR": str(folder / "site")}
     command = [dvc, "plots", "show", "--json"]
@@ -49,10 +50,10 @@ def test_each_curve_is_drawn_from_the_epochs_of_every_run(shown):
         }, name
         epoch, value = plot["transform"]
         assert epoch == {"calculate": "toNumber(datum['epoch'])", "as": "x"}
-        (column,) = (key for key in summary.CURVES if value == {"calculate": f"toNumber(datum['{key}'])", "as": "y"})
+        (column,) = (key for key in records.CURVES if value == {"calculate": f"toNumber(datum['{key}'])", "as": "y"})
         assert all(float(row[column]) > 0 for row in rows)
         columns.add(column)
-    assert columns == set(summary.CURVES) - {"strategy", "seed", "epoch"}
+    assert columns == set(records.CURVES) - {"strategy", "seed", "epoch"}
 
 
 def test_a_curve_is_the_mean_over_seeds_in_the_colour_of_its_strategy(shown):

@@ -8,7 +8,7 @@ from test_runs import make_run
 from test_summary import costs_frame, runs_frame
 
 from famba import config, plots, reports
-from famba.analysis import cost, summary
+from famba.analysis import cost, records, summary
 from famba.errors import InputError
 from famba.reports import compare, models
 from famba.storage import runs
@@ -24,6 +24,7 @@ def checkout(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FAMBA_PROFILE", raising=False)
     frame = runs_frame({"none": [95.0], "upper": [94.0]})
+    records.write(frame, tmp_path / "results")
     summary.write_summary(frame, costs_frame(), tmp_path / "results")
     return tmp_path
 
@@ -92,10 +93,10 @@ def test_the_pipeline_takes_finished_runs_only(checkout):
 
 
 def test_a_model_is_the_finished_run_else_the_published_one(checkout):
-    (checkout / models.WEIGHTS / "upper").mkdir(parents=True)
+    (checkout / models.MODELS / "upper-0").mkdir(parents=True)
     report, folder = models.opened("default", strategy="upper", seed=0, pipeline=False)
-    assert folder == checkout / models.WEIGHTS / "upper"
-    assert report.shown.startswith(f"The trained model {models.WEIGHTS}/upper.")
+    assert folder == checkout / models.MODELS / "upper-0"
+    assert report.shown.startswith(f"The trained model {models.MODELS}/upper-0.")
     params = config.load("default", strategy="upper").as_dict()
     runs.write(make_run("upper", profile="default", params=params), checkout / "results" / "runs" / "upper-0")
     report, folder = models.opened("default", strategy="upper", seed=0, pipeline=False)

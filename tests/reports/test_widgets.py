@@ -1,5 +1,6 @@
 """The widgets as objects: no browser, no kernel."""
 
+import dataclasses
 import io
 import re
 from types import SimpleNamespace
@@ -9,15 +10,16 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from test_runs import make_run
 from test_summary import costs_frame, runs_frame
 from test_tokens import run  # noqa: F401 (a fixture)
 
-from famba import VisionMamba, create_model, plots
-from famba.analysis import summary, tokens
+from famba import create_model, plots
+from famba.analysis import records, summary, tokens, trained
 from famba.fusion import strategies
 from famba.fusion.strategies import STRATEGIES
 from famba.models import saved
-from famba.reports import Report, models, widgets
+from famba.reports import Report, widgets
 from famba.reports.models import PHOTOGRAPHS
 from famba.reports.widgets import TokenExplorer
 from famba.storage import runs
@@ -32,9 +34,8 @@ def traced(run, tmp_path_factory):  # noqa: F811
     model = create_model("vim_micro", **sizes, num_classes=10, schedule=[0, 2, 5])
     described = {"strategy": "lower", "classes": list("abcdefghij"), "mean": [0.5] * 3, "std": [0.25] * 3}
     content = saved.model_bytes(model, model.state_dict(), described)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / runs.MODEL_FILE).write_bytes(content)
-    models.publish(tmp_path / "run", tmp_path / "lower")
+    runs.write(dataclasses.replace(make_run("lower"), model_bytes=content), tmp_path / "run")
+    trained.publish(tmp_path / "run", tmp_path / "lower", made_of="")
     return {"upper-0": tokens.trace_run(run, count=3), "photos": tokens.trace_images(tmp_path / "lower", PHOTOGRAPHS)}
 
 
@@ -45,17 +46,6 @@ def explorer(traced):
 
 def no_picture(*_, **__):
     return SimpleNamespace(_repr_png_=lambda: b"")
-
-
-def test_a_published_model_predicts_as_its_run_and_is_half_as_large(run, tmp_path):  # noqa: F811
-    models.publish(run, tmp_path)
-    published, trained = (tokens.trace_images(folder, PHOTOGRAPHS) for folder in (tmp_path, run))
-    assert published.described["strategy"] == trained.described["strategy"]
-    assert published.predicted == trained.predicted
-    torch.testing.assert_close(published.trace.pooled, trained.trace.pooled, atol=0.01, rtol=0.01)
-    size = (tmp_path / "model.safetensors").stat().st_size
-    assert size < 0.6 * (run / runs.MODEL_FILE).stat().st_size
-    assert VisionMamba.from_pretrained(tmp_path).schedule == trained.model.schedule
 
 
 def pixels(explorer):
@@ -181,6 +171,7 @@ def test_the_matching_that_is_drawn_is_the_models_own():
 
 def test_a_schedule_of_ones_own_is_trained_and_drawn_beside_the_named_ones(tmp_path, monkeypatch):
     frame = runs_frame({"none": [30.0, 40.0], "upper": [20.0, 30.0]}, profile="smoke")
+    records.write(frame, tmp_path / "results")
     summary.write_summary(frame, costs_frame(profile="smoke"), tmp_path / "results")
     trainer = widgets.ScheduleTrainer(Report("smoke", "", tmp_path, tmp_path, made=False))
     assert trainer.schedule == [0, 8, 8, 8]

@@ -1,0 +1,138 @@
+"""A run as one line: what it found, as tables and figures read it.
+
+Frames are tidy: one row is one run, or one epoch of a run.
+"""
+
+import itertools
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from famba import config
+from famba.config import SweepParams
+from famba.errors import InputError
+from famba.storage import runs
+from famba.storage.files import write_atomic
+
+CURVES = ("strategy", "seed", "epoch", "train_loss", "val_loss", "train_top1_percent", "val_top1_percent")
+_TEXT: Any = {"correct": "str", "made_of": "str"}
+
+
+def line(name: str, record: runs.RunRecord) -> dict[str, Any]:
+    """What is kept of a variant's run. Correct is as in `runs.RunRecord`, of a set with a fixed test split without the
+    images that are never tested."""
+    data, answers = record.params["data"], record.correct
+    return {
+        "strategy": name,
+        "seed": record.seed,
+        "profile": record.profile,
+        "dataset": data["dataset"],
+        "img_size": data["img_size"],
+        "model": record.params["model"]["name"],
+        **{key: record.metrics[key] for key in ("top1_percent", "top5_percent", "loss")},
+        "correct": answers if data["folds"] else answers.replace("-", ""),
+        "chosen_weights": record.metrics["chosen"]["weights"],
+        "chosen_epoch": record.metrics["chosen"]["epoch"],
+        **{key: record.cost[key] for key in ("peak_memory_mib", "flops_per_image", "params_count")},
+        "tokens_removed": sum(record.schedule),
+        "tokens_left": record.token_counts[-1],
+        "device": record.cost["device"],
+        "threads": record.cost["threads"],
+        "versions": ", ".join(f"{name} {version}" for name, version in sorted(record.cost["versions"].items())),
+        "command": record.cost["command"],
+    }
+
+
+def load_runs(sweep: SweepParams, runs_dir: str | Path) -> pd.DataFrame:
+    """One row for every run that the sweep names, and no other: a folder left from an earlier sweep is not counted.
+
+    The column strategy holds the variant's name; correct is without images that none tested.
+
+    Args:
+        runs_dir: folder of the runs; if relative, from the repository root.
+
+    Raises:
+        InputError: a run that is missing or spoilt, a seed or strategy named twice, runs of different profiles, runs
+            whose parameters differ in more than the strategy's fusion rule and the changes; names run and key.
+    """
+    rows = [line(name, record) for name, record in _records(sweep, runs_dir)]
+    return _of_tested_images(pd.DataFrame(rows))
+
+
+def load_history(sweep: SweepParams, runs_dir: str | Path) -> pd.DataFrame:
+    """One row per epoch of every run of the sweep: strategy, seed and `runs.HISTORY_COLUMNS`; errors as above."""
+    rows = [
+        {"strategy": name, "seed": record.seed, **row}
+        for name, record in _records(sweep, runs_dir)
+        for row in record.history
+    ]
+    frame = pd.DataFrame(rows, columns=["strategy", "seed", *runs.HISTORY_COLUMNS])
+    return frame.astype({column: float for column in runs.HISTORY_COLUMNS if column != "epoch"})
+
+
+def published(sweep: SweepParams, folder: str | Path) -> pd.DataFrame:
+    """The same of runs that need not be here, from their lines in a folder's runs.csv, which may hold others, too.
+
+    Raises:
+        InputError: no such file, or a run without a line there.
+    """
+    lines = read(folder).set_index(["strategy", "seed"], drop=False)
+    wanted = [(name, seed) for name in sweep.variants for seed in sweep.seeds]
+    if missing := [runs.run_name(*each) for each in wanted if each not in lines.index]:
+        raise InputError(f"{folder}/runs.csv: {len(missing)} of {len(wanted)} runs are missing, the first {missing[0]}")
+    return _of_tested_images(lines.loc[wanted].reset_index(drop=True))
+
+
+def read(folder: str | Path) -> pd.DataFrame:
+    """All lines of a folder's runs.csv; if relative, the folder is from the repository root."""
+    path = config.root() / folder / "runs.csv"
+    try:
+        return _of_tested_images(pd.read_csv(path, dtype=_TEXT))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def write(lines: pd.DataFrame, folder: str | Path, name: str = "runs.csv") -> None:
+    """Write lines, of runs or of epochs, into a folder; if relative, it is from the repository root."""
+    write_atomic(config.root() / folder / name, lines.to_csv(index=False, lineterminator="\n").encode())
+
+
+def _of_tested_images(lines: pd.DataFrame) -> pd.DataFrame:
+    images = itertools.zip_longest(*lines["correct"], fillvalue="-")
+    tested = zip(*(answers for answers in images if {*answers} != {"-"}), strict=True)
+    return lines.assign(correct=["".join(answers) for answers in tested])
+
+
+def _records(sweep: SweepParams, runs_dir: str | Path) -> list[tuple[str, runs.RunRecord]]:
+    """Each variant's name and run, strategies in their fixed order, checked to be runs of one experiment."""
+    folder, found = config.root() / runs_dir, []
+    sections = {key.split(".")[0] for given in sweep.changes.values() for key in given}
+    for name, (strategy, _) in sweep.variants.items():
+        for seed in sweep.seeds:
+            path = folder / runs.run_name(name, seed)
+            record = runs.read(path)
+            if (record.strategy, record.seed) != (strategy, seed):
+                raise InputError(f"{path}: holds the run {runs.run_name(record.strategy, record.seed)}")
+            found.append((name, record))
+    by_name: dict[str, tuple[str, runs.RunRecord]] = {}
+    for run in found:
+        _same(found[0], run, but={"strategy", "fusion", *sections})
+        _same(by_name.setdefault(run[0], run), run, but=set())
+    return found
+
+
+def _same(first: tuple[str, runs.RunRecord], other: tuple[str, runs.RunRecord], *, but: Collection[str]) -> None:
+    theirs, ours = _flat(other[1].params, but), _flat(first[1].params, but)
+    for key in [*theirs, *(key for key in ours if key not in theirs)]:
+        if theirs.get(key) != ours.get(key):
+            names = [runs.run_name(name, record.seed) for name, record in (other, first)]
+            raise InputError(
+                f"{names[0]}: {key}: {theirs.get(key)!r}, but {ours.get(key)!r} in {names[1]}: not one experiment"
+            )
+
+
+def _flat(tree: Mapping[str, Any], but: Collection[str]) -> dict[str, Any]:
+    kept = {key: value for key, value in tree.items() if key not in but}
+    return {str(key): value for key, value in pd.json_normalize(kept, sep=".").to_dict("records")[0].items()}
