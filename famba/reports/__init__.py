@@ -143,9 +143,7 @@ def _shown(file: Path, of: Path, runs_dir: Path, profile: str) -> str:
         raise InputError(f"{of}: of the profile {runs['profile'][0]!r}; {profile!r} is asked for")
     if all(_is_run(runs_dir, row) for row in runs.to_dict("records")):
         return f"Finished runs of the profile `{profile}`: {runs_dir.relative_to(config.root())}."
-    return (
-        f"Committed results of the profile `{profile}`. The runs behind them are not here: `{{command}}` trains them."
-    )
+    return f"Committed results of the profile `{profile}`, not the runs behind them: `{{command}}` makes them again."
 
 
 def _is_run(runs_dir: Path, row: dict[Any, Any]) -> bool:

@@ -17,6 +17,7 @@ from famba.config import AdaptiveRule
 from famba.errors import InputError
 from famba.fusion.strategies import STRATEGIES
 from famba.plots.benchmarks import _three_digits
+from famba.plots.style import PALETTE
 
 
 @pytest.fixture
@@ -265,7 +266,7 @@ def test_distances_have_a_panel_for_each_strategy_that_fuses_and_say_what_chance
 def test_sizes_at_the_end_are_drawn_for_the_strategies_that_fuse(likeness):
     axes = plots.token_size(likeness).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["upper"]
-    medians = [line.get_xdata().tolist() for line in axes.get_lines() if line.get_color() == "white"]
+    medians = [line.get_xdata().tolist() for line in axes.get_lines() if line.get_color() == PALETTE[3]]
     assert medians == [[2.0, 2.0]] * 2
 
 
