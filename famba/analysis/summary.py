@@ -290,7 +290,7 @@ def setting(summary: pd.DataFrame) -> str:
     first = summary.iloc[0]
     text = (
         f"Profile `{first['profile']}`: `{first['model']}` on {first['dataset']} at {first['img_size']} px. "
-        f"{cost.caption(summary)} {first['versions']}. The command of each run is in its cost.json."
+        f"{cost.caption(summary)} {first['versions']}. runs.csv has the command of each run."
     )
     if any(";" in first[key] for key in ("device", "threads", "versions")):
         text += " **Runs were made on different machines or versions.**"
