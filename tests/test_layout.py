@@ -23,7 +23,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 import famba
-from famba import backends
+from famba import backends, config
 from famba.analysis import summary
 from famba.cli import main
 from famba.storage import provenance

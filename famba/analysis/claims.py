@@ -148,8 +148,8 @@ def findings(found: pd.DataFrame, measured: Mapping[str, tuple[pd.DataFrame, pd.
         where = f"Ablation `{name}`" if name else "The sweep"
         said = f"changes with {changes}" if changes else "is not shown to change"
         lines.append(
-            f"- **{where}**: top-1 {said}; of {len(effects)} intervals at 95%, {len(effects) / 20:.1f} would exclude "
-            "zero by chance alone."
+            f"- **{where}**: top-1 {said}; of {len(effects)} interval{'s'[: len(effects) - 1]} at 95%, "
+            f"{len(effects) / 20:.1f} would exclude zero by chance alone."
         )
     return "\n".join(lines)
 

@@ -178,7 +178,7 @@ def test_findings_are_the_decided_claims_and_what_changes_top1_by_an_interval_wi
         f"- **Ablation `unchanged`**: {strategies}",
         "- **Ablation `changed`**: top-1 changes with `bad` (upper \N{MINUS SIGN}40.0 points); of 2 intervals at 95%, "
         "0.1 would exclude zero by chance alone.",
-        "- **Ablation `steady`**: top-1 is not shown to change; of 1 intervals at 95%, 0.1 would exclude zero by "
+        "- **Ablation `steady`**: top-1 is not shown to change; of 1 interval at 95%, 0.1 would exclude zero by "
         "chance alone.",
     ]
 
