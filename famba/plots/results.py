@@ -44,7 +44,7 @@ def accuracy_against(runs: pd.DataFrame, table: pd.DataFrame, cost: str) -> Figu
     """Top-1 accuracy against a cost: each strategy's mean with its spread, its runs, and the Pareto front.
 
     Args:
-        runs: as from `summary.load_runs`.
+        runs: as from `records.load_runs`.
         table: as from `summary.summary`.
         cost: one of `summary.COSTS`; less is better.
 
@@ -90,7 +90,7 @@ def paired_accuracy(runs: pd.DataFrame) -> Figure:
     """Each seed's accuracy without fusion and with a strategy, joined by a line; one panel for each strategy.
 
     Args:
-        runs: as from `summary.load_runs`.
+        runs: as from `records.load_runs`.
     """
     scores = runs.pivot(index="strategy", columns="seed", values="top1_percent")
     names = [name for name in strategies_in(runs) if name != summary.BASELINE]
@@ -167,7 +167,7 @@ def training_curves(history: pd.DataFrame) -> Figure:
     """Training loss, validation loss and validation accuracy by epoch: mean over seeds with its spread.
 
     Args:
-        history: as from `summary.load_history`; without a row where nothing was trained, and the figure says so.
+        history: as from `records.load_history`; without a row where nothing was trained, and the figure says so.
     """
     columns = {
         "train_loss": "training loss",

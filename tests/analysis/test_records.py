@@ -90,6 +90,12 @@ def test_the_curves_are_the_history_of_all_runs_digit_for_digit(tmp_path):
     assert len(lines) == 1 + len(history)
 
 
+def test_curves_of_runs_that_trained_nothing_are_a_table_without_rows(tmp_path):
+    history = records.load_history(SWEEP, write_runs(tmp_path / "runs")).head(0)
+    records.write(history[list(records.CURVES)], tmp_path, "curves.csv")
+    assert (tmp_path / "curves.csv").read_text().splitlines() == [",".join(records.CURVES)]
+
+
 def test_lines_say_what_the_runs_say_and_need_none_of_them(tmp_path):
     for strategy in SWEEP.strategies:
         runs.write(make_run(strategy, seed=0, correct="--" + "1" * 19 + "0"), tmp_path / f"{strategy}-0")
