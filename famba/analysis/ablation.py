@@ -11,7 +11,7 @@ def effects(asked: SweepParams, runs: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         asked: whose varied strategies are all among its unchanged ones.
-        runs: as from `records.load_runs`.
+        runs: as from `records.published`.
 
     Returns:
         A row for each change and strategy: change, strategy, mean, low and high (points, 95%), n (seeds).

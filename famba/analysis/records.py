@@ -42,38 +42,36 @@ def line(name: str, record: runs.RunRecord) -> dict[str, Any]:
         "threads": record.cost["threads"],
         "versions": ", ".join(f"{name} {version}" for name, version in sorted(record.cost["versions"].items())),
         "command": record.cost["command"],
+        "made_of": record.cost.get("made_of", ""),
     }
 
 
-def load_runs(sweep: SweepParams, runs_dir: str | Path) -> pd.DataFrame:
-    """One row for every run that the sweep names, and no other: a folder left from an earlier sweep is not counted.
+def epochs(name: str, record: runs.RunRecord) -> list[dict[str, Any]]:
+    """A row for each epoch of a variant's run: `CURVES`."""
+    rows = [{"strategy": name, "seed": record.seed, **row} for row in record.history]
+    return [{key: row[key] for key in CURVES} for row in rows]
 
-    The column strategy holds the variant's name; correct is without images that none tested.
+
+def gather(sweep: SweepParams, runs_dir: str | Path, folder: str | Path) -> None:
+    """Write runs.csv and curves.csv of the runs that the sweep names, and no other: a folder left there is not counted.
 
     Args:
-        runs_dir: folder of the runs; if relative, from the repository root.
+        runs_dir, folder: if relative, from the repository root.
 
     Raises:
         InputError: a run that is missing or spoilt, a seed or strategy named twice, runs of different profiles, runs
             whose parameters differ in more than the strategy's fusion rule and the changes; names run and key.
     """
-    rows = [line(name, record) for name, record in _records(sweep, runs_dir)]
-    return _of_tested_images(pd.DataFrame(rows))
-
-
-def load_history(sweep: SweepParams, runs_dir: str | Path) -> pd.DataFrame:
-    """One row per epoch of every run of the sweep: strategy, seed and `runs.HISTORY_COLUMNS`; errors as above."""
-    rows = [
-        {"strategy": name, "seed": record.seed, **row}
-        for name, record in _records(sweep, runs_dir)
-        for row in record.history
-    ]
-    frame = pd.DataFrame(rows, columns=["strategy", "seed", *runs.HISTORY_COLUMNS])
-    return frame.astype({column: float for column in runs.HISTORY_COLUMNS if column != "epoch"})
+    found = _records(sweep, runs_dir)
+    write(pd.DataFrame([line(*run) for run in found]), folder)
+    rows = [row for run in found for row in epochs(*run)]
+    write(pd.DataFrame(rows, columns=list(CURVES)), folder, "curves.csv")
 
 
 def published(sweep: SweepParams, folder: str | Path) -> pd.DataFrame:
-    """The same of runs that need not be here, from their lines in a folder's runs.csv, which may hold others, too.
+    """A row for each run that the sweep names, from their lines in a folder's runs.csv, which may hold others, too.
+
+    The column strategy holds the variant's name; correct is without images that none of them tested.
 
     Raises:
         InputError: no such file, or a run without a line there.

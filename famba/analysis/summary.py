@@ -60,7 +60,7 @@ def summary(frame: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
     rounds and disturbed. NaN where there is no such number: spread and interval of one run, the difference of `none`.
 
     Args:
-        frame: as from `records.load_runs`.
+        frame: as from `records.published`.
         costs: as from `cost.table`.
 
     Raises:
@@ -95,7 +95,7 @@ def accuracy_difference(
     """Mean difference in top-1 (points), paired by seed and image, and its interval (`intervals.two_level`).
 
     Args:
-        ours, theirs: rows of `records.load_runs`, one for each seed, indexed by seed.
+        ours, theirs: rows of `records.published`, one for each seed, indexed by seed.
         weights: of theirs, whose weighted mean ours are compared with.
     """
     groups = (ours, *theirs)

@@ -3,7 +3,7 @@
 That is in git. So tables and figures are drawn anywhere in seconds, and no run is trained twice: one is known where a
 line says that it was made of the parameters and the code of today, whoever trained it.
 
-    runs.csv     a line for each run (`analysis.records`), and what it was made of
+    runs.csv     a line for each run (`analysis.records`)
     curves.csv   a line for each epoch, of another profile's strategies as they are
     cost.csv     what a training step of each variant costs, measured in turn
     models/      trained models that are looked into (`analysis.trained`)
@@ -91,7 +91,9 @@ class _Record:
         self.shown = [run for run in cells if as_they_are and (run[0] == BASELINE or run[1] == asked.seeds[0])]
         if any(name.startswith("by_") for name in asked.strategies) and not self.shown:
             self.shown = [(BASELINE, asked.seeds[0])]  # for calibration
-        files = [folder / "runs.csv"] if as_they_are else [*folder.parent.glob("*/runs.csv")]
+        files = [folder / "runs.csv"]
+        if not as_they_are:
+            files = [*folder.parent.glob("*/runs.csv"), folder.parents[1] / "runs.csv"]  # which is the sweep's
         self.lines = {line.get("made_of"): line for file in files for line in _rows(file)}
         self.curves: dict[tuple[str, int], list[dict[Any, Any]]] | None = None
         if as_they_are:
@@ -111,9 +113,9 @@ class _Record:
         """What a run found that is finished."""
         run_dir, made_of = self.cells[run].run_dir, self.made_of[run]
         found = runs.read(run_dir)
-        self.lines[made_of] = records.line(run[0], found) | {"made_of": made_of}
+        self.lines[made_of] = records.line(run[0], found)
         if self.curves is not None:
-            self.curves[run] = [{"strategy": run[0], "seed": run[1], **row} for row in found.history]
+            self.curves[run] = records.epochs(run[0], found)
         if run in self.shown:
             trained.publish(run_dir, self.model(run), made_of=made_of)
         self.write()

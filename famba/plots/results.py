@@ -44,7 +44,7 @@ def accuracy_against(runs: pd.DataFrame, table: pd.DataFrame, cost: str) -> Figu
     """Top-1 accuracy against a cost: each strategy's mean with its spread, its runs, and the Pareto front.
 
     Args:
-        runs: as from `records.load_runs`.
+        runs: as from `records.published`.
         table: as from `summary.summary`.
         cost: one of `summary.COSTS`; less is better.
 
@@ -90,7 +90,7 @@ def paired_accuracy(runs: pd.DataFrame) -> Figure:
     """Each seed's accuracy without fusion and with a strategy, joined by a line; one panel for each strategy.
 
     Args:
-        runs: as from `records.load_runs`.
+        runs: as from `records.published`.
     """
     scores = runs.pivot(index="strategy", columns="seed", values="top1_percent")
     names = [name for name in strategies_in(runs) if name != summary.BASELINE]

@@ -18,10 +18,8 @@ def make(report: Report) -> None:
     given = {"profile": report.profile, "runs_dir": report.runs_dir}
     sweep.ensure_runs(asked, **given, train_missing=report.smoke)
     costs = sweep.ensure_costs(asked, profile=report.profile, results_dir=report.results_dir, measure=report.smoke)
-    runs, history = (load(asked, report.runs_dir) for load in (records.load_runs, records.load_history))
-    records.write(runs, report.results_dir)
-    records.write(history.loc[:, list(records.CURVES)], report.results_dir, "curves.csv")
-    summary.write_summary(runs, costs, report.results_dir)
+    records.gather(asked, report.runs_dir, report.results_dir)
+    summary.write_summary(records.published(asked, report.results_dir), costs, report.results_dir)
 
 
 def make_costs(report: Report) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import pandas as pd
 import pytest
 from test_runs import make_run, spoil
 
@@ -21,9 +20,15 @@ def write_runs(folder, strategies=("none", "upper"), seeds=(0, 1), **changes):
     return folder
 
 
+def gathered(folder):
+    """The lines of the sweep's runs in a folder, by way of the file."""
+    records.gather(SWEEP, folder, folder)
+    return records.published(SWEEP, folder)
+
+
 def test_exactly_the_runs_of_the_sweep_are_loaded_in_the_fixed_order(tmp_path):
     write_runs(tmp_path, ("none", "upper", "all"), (0, 1, 2))
-    frame = records.load_runs(SWEEP, tmp_path)
+    frame = gathered(tmp_path)
     assert list(zip(frame["strategy"], frame["seed"], strict=True)) == [
         *(("none", 0), ("none", 1), ("upper", 0), ("upper", 1))
     ]
@@ -37,14 +42,14 @@ def test_images_that_no_run_tested_are_left_out(tmp_path):
     for strategy in SWEEP.strategies:
         runs.write(make_run(strategy, seed=0, correct="--" + "1" * 19 + "0"), tmp_path / f"{strategy}-0")
         runs.write(make_run(strategy, seed=1, correct="-" * 4 + "0" + "1" * 19), tmp_path / f"{strategy}-1")
-    frame = records.load_runs(SWEEP, tmp_path)
+    frame = gathered(tmp_path)
     assert frame["correct"].tolist() == ["1" * 19 + "0--", "--0" + "1" * 19] * 2
 
 
 def test_a_missing_run_is_named(tmp_path):
     write_runs(tmp_path, seeds=(0,))
     with pytest.raises(InputError, match="none-1: no such run"):
-        records.load_runs(SWEEP, tmp_path)
+        gathered(tmp_path)
 
 
 def changed(path, value):
@@ -70,40 +75,29 @@ def test_runs_of_two_experiments_are_refused(tmp_path, changes, said):
     write_runs(tmp_path)
     runs.write(make_run("upper", **{"seed": 1, **changes}), tmp_path / "upper-1")
     with pytest.raises(InputError, match=said):
-        records.load_runs(SWEEP, tmp_path)
-
-
-def test_history_has_a_row_per_epoch_and_empty_cells_without_ema(tmp_path):
-    frame = records.load_history(SWEEP, write_runs(tmp_path))
-    assert len(frame) == 2 * 2 * 2
-    assert frame["train_loss"].to_list() == [2.0, 1.0] * 4
-    assert frame["ema_val_loss"].isna().all()
-    assert {str(kind) for kind in frame.dtypes.drop(["strategy", "seed", "epoch"])} == {"float64"}
+        gathered(tmp_path)
 
 
 def test_the_curves_are_the_history_of_all_runs_digit_for_digit(tmp_path):
-    history = records.load_history(SWEEP, write_runs(tmp_path / "runs"))
-    records.write(history[list(records.CURVES)], tmp_path / "results", "curves.csv")
+    records.gather(SWEEP, write_runs(tmp_path / "runs"), tmp_path / "results")
     lines = (tmp_path / "results" / "curves.csv").read_text().splitlines()
     assert lines[0] == "strategy,seed,epoch,train_loss,val_loss,train_top1_percent,val_top1_percent"
     assert lines[1:3] == ["none,0,1,2.0,1.9,40.0,45.0", "none,0,2,1.0,0.95,80.0,90.0"]
-    assert len(lines) == 1 + len(history)
+    assert len(lines) == 1 + 2 * 2 * 2
 
 
 def test_curves_of_runs_that_trained_nothing_are_a_table_without_rows(tmp_path):
-    history = records.load_history(SWEEP, write_runs(tmp_path / "runs")).head(0)
-    records.write(history[list(records.CURVES)], tmp_path, "curves.csv")
+    for strategy in SWEEP.strategies:
+        params = spoil(dict(make_run(strategy).params), ("train", "epochs"), 0)
+        write_runs(tmp_path / "runs", (strategy,), history=[], params=params)
+    records.gather(SWEEP, tmp_path / "runs", tmp_path)
     assert (tmp_path / "curves.csv").read_text().splitlines() == [",".join(records.CURVES)]
 
 
-def test_lines_say_what_the_runs_say_and_need_none_of_them(tmp_path):
-    for strategy in SWEEP.strategies:
-        runs.write(make_run(strategy, seed=0, correct="--" + "1" * 19 + "0"), tmp_path / f"{strategy}-0")
-        runs.write(make_run(strategy, seed=1, correct="-" * 4 + "0" + "1" * 19), tmp_path / f"{strategy}-1")
-    loaded = records.load_runs(SWEEP, tmp_path)
-    lines = [records.line(name, runs.read(tmp_path / f"{name}-{seed}")) for seed in (1, 0) for name in SWEEP.strategies]
-    records.write(pd.DataFrame(lines), tmp_path)
-    pd.testing.assert_frame_equal(records.published(SWEEP, tmp_path), loaded)
+def test_lines_serve_a_sweep_of_some_of_them_and_a_missing_one_is_named(tmp_path):
+    records.gather(SWEEP, write_runs(tmp_path), tmp_path)
+    some = SweepParams(strategies=("upper",), seeds=(1,))
+    assert records.published(some, tmp_path)[["strategy", "seed"]].to_numpy().tolist() == [["upper", 1]]
     with pytest.raises(InputError, match=r"runs\.csv: 2 of 4 runs are missing, the first none-2"):
         records.published(SweepParams(strategies=("upper", "none"), seeds=(0, 2)), tmp_path)
     with pytest.raises(InputError, match=r"elsewhere/runs\.csv: cannot be read"):

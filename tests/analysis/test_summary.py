@@ -15,7 +15,7 @@ from famba.fusion.strategies import STRATEGIES
 
 
 def runs_frame(top1, **columns):
-    """A frame as records.load_runs gives it, from {strategy: [top1 of seed 0, 1, ..]}, of 100 images each."""
+    """A frame as records.published gives it, from {strategy: [top1 of seed 0, 1, ..]}, of 100 images each."""
     setting = {"profile": "default", "dataset": "digits", "img_size": 8, "model": "vim_nano", "device": "a CPU"}
     setting |= {"threads": 2, "versions": "torch 2.13.0", "top5_percent": 99.0, **columns}
     return pd.DataFrame(

@@ -12,7 +12,7 @@ from test_sweep import trained  # noqa: F401 (a fixture)
 from famba.analysis import records
 from famba.analysis import trained as models
 from famba.cli import main
-from famba.config import AblationParams
+from famba.config import AblationParams, SweepParams
 from famba.experiments import ablations, launcher, sweep
 
 ASKED = AblationParams(
@@ -78,7 +78,11 @@ def test_a_line_is_written_as_soon_as_its_run_is_finished(tmp_path, record, trai
 
 
 def test_lines_of_other_ablations_serve_and_those_of_other_code_or_that_are_not_asked_for_do_not(tmp_path, record):
-    record()
+    asked = SweepParams(strategies=("none",), seeds=(0,))
+    sweep.ensure_runs(asked, profile="smoke", runs_dir=tmp_path / "sweep", train_missing=True)
+    records.gather(asked, tmp_path / "sweep", tmp_path)
+    assert record().count(("none", 0)) == 0, "which is the sweep's"
+    assert lines(tmp_path / "records" / "one") == ALL
     other = dataclasses.replace(ASKED, changes={"scrambled": {"options.order": "append"}}, seeds=(3, 5))
     assert record("other", other) == [("none", 5), ("upper", 5), ("upper", 5)]
     assert lines(tmp_path / "records" / "other") == [
