@@ -167,7 +167,7 @@ def training_curves(history: pd.DataFrame) -> Figure:
     """Training loss, validation loss and validation accuracy by epoch: mean over seeds with its spread.
 
     Args:
-        history: as from `records.load_history`; without a row where nothing was trained, and the figure says so.
+        history: curves.csv, as from `records.gather`; without a row where nothing was trained, and the figure says so.
     """
     columns = {
         "train_loss": "training loss",

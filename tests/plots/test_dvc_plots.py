@@ -30,8 +30,7 @@ def shown(tmp_path_factory) -> dict[str, dict]:
     for strategy in sweep.strategies:
         for seed in sweep.seeds:
             runs.write(make_run(strategy, seed), folder / "runs" / runs.run_name(strategy, seed))
-    history = records.load_history(sweep, folder / "runs")
-    records.write(history[list(records.CURVES)], folder / "results", "curves.csv")
+    records.gather(sweep, folder / "runs", folder / "results")
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     dvc, environment = Path(sys.executable).with_name("dvc"), {"DVC_SITE_CACHE_DIR": str(folder / "site")}
     command = [dvc, "plots", "show", "--json"]
