@@ -135,23 +135,29 @@ def findings(found: pd.DataFrame, measured: Mapping[str, tuple[pd.DataFrame, pd.
     of = {verdict: said.loc[said["verdict"] == verdict, "says"].to_list() for verdict in VERDICTS}
     lines = [f"- **{verdict.capitalize()}**: {' '.join(of[verdict])}" for verdict in VERDICTS[:2] if of[verdict]]
     lines.append(f"- {' '.join(f'**{x.capitalize()}**: {len(of[x])}.' for x in VERDICTS[2:])}")
-    ablations = config.load_ablations()
+    ablations, steady, of_steady = config.load_ablations(), [], 0
     for name, (runs, table) in measured.items():
         effects = _effects(ablations.get(name), runs, table)
         if effects.empty:
             continue
+        where = f"ablation `{name}`" if name else "the sweep"
         clear: Any = effects[(effects["low"] > 0) | (effects["high"] < 0)]
         entries: dict[str, list[str]] = {}
         for change, strategy, mean in clear[["change", "strategy", "mean"]].itertuples(index=False):
             entries.setdefault(change, []).append(f"{strategy} {intervals.signed(mean)}".strip())
         changes = ", ".join(f"`{change}` ({', '.join(found)} points)" for change, found in entries.items())
-        where = f"Ablation `{name}`" if name else "The sweep"
-        said = f"changes with {changes}" if changes else "is not shown to change"
-        lines.append(
-            f"- **{where}**: top-1 {said}; of {len(effects)} interval{'s'[: len(effects) - 1]} at 95%, "
-            f"{len(effects) / 20:.1f} would exclude zero by chance alone."
-        )
+        if changes:
+            lines.append(f"- In {where} **top-1 changes** with {changes}; {_by_chance(len(effects))}.")
+        else:
+            steady.append(where)
+            of_steady += len(effects)
+    if steady:
+        lines.append(f"- In {', '.join(steady)} **top-1 is not shown to change**; {_by_chance(of_steady)}.")
     return "\n".join(lines)
+
+
+def _by_chance(count: int) -> str:
+    return f"of {count} interval{'s'[: count - 1]} at 95%, {count / 20:.1f} would exclude zero by chance alone"
 
 
 def _effects(asked: AblationParams | None, runs: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:

@@ -158,7 +158,8 @@ def test_the_page_has_verdict_effect_n_and_the_digests_of_the_tables_that_it_tra
 def test_findings_are_the_decided_claims_and_what_changes_top1_by_an_interval_without_zero(monkeypatch):
     asked = {"strategies": ("none", "upper"), "seeds": (0, 1, 2, 3), "varied": ("upper",)}
     changes = {name: {"fusion.upper.r": 1} for name in ("bad", "same")}
-    ablations = {"unchanged": {}, "missing": {"absent": {}}, "changed": changes, "steady": {"same": {}}}
+    steady = {name: {"same": {}} for name in ("steady", "calm")}
+    ablations = {"unchanged": {}, "missing": {"absent": {}}, "changed": changes, **steady}
     made = {name: AblationParams(**asked, changes=given) for name, given in ablations.items()}
     monkeypatch.setattr(config, "load_ablations", lambda: made)
     top1 = TOP1 | {"upper_bad": [50.0, 51.0, 50.0, 51.0], "upper_same": TOP1["upper"]}
@@ -167,19 +168,19 @@ def test_findings_are_the_decided_claims_and_what_changes_top1_by_an_interval_wi
     stated = {"no": dataclasses.replace(above[0], says="It rises."), "perhaps": above[1]}
     found = claims.verdicts(stated | {"yes": claim("top1_percent_diff", ["all"], below=0.0)}, tables)
     strategies = (
-        "top-1 changes with `all` (\N{MINUS SIGN}30.5 points), `upper_bad` (\N{MINUS SIGN}40.0 points); of 4 intervals "
-        "at 95%, 0.2 would exclude zero by chance alone."
+        "**top-1 changes** with `all` (\N{MINUS SIGN}30.5 points), `upper_bad` (\N{MINUS SIGN}40.0 points); of 4 "
+        "intervals at 95%, 0.2 would exclude zero by chance alone."
     )
     assert claims.findings(found, tables).splitlines() == [
         "- **Confirmed**: It is so.",
         "- **Refuted**: It rises.",
         "- **Not told apart**: 1. **Not measured**: 0.",
-        f"- **The sweep**: {strategies}",
-        f"- **Ablation `unchanged`**: {strategies}",
-        "- **Ablation `changed`**: top-1 changes with `bad` (upper \N{MINUS SIGN}40.0 points); of 2 intervals at 95%, "
-        "0.1 would exclude zero by chance alone.",
-        "- **Ablation `steady`**: top-1 is not shown to change; of 1 interval at 95%, 0.1 would exclude zero by "
-        "chance alone.",
+        f"- In the sweep {strategies}",
+        f"- In ablation `unchanged` {strategies}",
+        "- In ablation `changed` **top-1 changes** with `bad` (upper \N{MINUS SIGN}40.0 points); of 2 intervals at "
+        "95%, 0.1 would exclude zero by chance alone.",
+        "- In ablation `steady`, ablation `calm` **top-1 is not shown to change**; of 2 intervals at 95%, 0.1 would "
+        "exclude zero by chance alone.",
     ]
 
 
