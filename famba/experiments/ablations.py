@@ -57,7 +57,7 @@ def record(name: str, asked: AblationParams, folder: Path, *, profile: str, runs
     """Train what is not known of an ablation's runs, and write what all of them found; a line as soon as it is known.
 
     Args:
-        folder: of the record; those beside it are of other ablations, whose lines serve as well.
+        folder: of the record; lines of other ablations, beside it, and of the sweep, above, serve as well.
     """
     params = asked.params(profile)
     sweep.check_schedules(params)
@@ -91,10 +91,8 @@ class _Record:
         self.shown = [run for run in cells if as_they_are and (run[0] == BASELINE or run[1] == asked.seeds[0])]
         if any(name.startswith("by_") for name in asked.strategies) and not self.shown:
             self.shown = [(BASELINE, asked.seeds[0])]  # for calibration
-        files = [folder / "runs.csv"]
-        if not as_they_are:
-            files = [*folder.parent.glob("*/runs.csv"), folder.parents[1] / "runs.csv"]  # which is the sweep's
-        self.lines = {line.get("made_of"): line for file in files for line in _rows(file)}
+        others = [] if as_they_are else [folder.parents[1] / "runs.csv", *folder.parent.glob("*/runs.csv")]
+        self.lines = {line.get("made_of"): line for file in [*others, folder / "runs.csv"] for line in _rows(file)}
         self.curves: dict[tuple[str, int], list[dict[Any, Any]]] | None = None
         if as_they_are:
             self.curves = defaultdict(list)
