@@ -53,7 +53,7 @@ def epochs(name: str, record: runs.RunRecord) -> list[dict[str, Any]]:
 
 
 def gather(sweep: SweepParams, runs_dir: str | Path, folder: str | Path) -> None:
-    """Write runs.csv and curves.csv of the runs that the sweep names, and no other: a folder left there is not counted.
+    """Write runs.csv and curves.csv of the runs that the sweep names; those of an earlier one are left out.
 
     Args:
         runs_dir, folder: if relative, from the repository root.

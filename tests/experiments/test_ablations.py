@@ -94,6 +94,17 @@ def test_lines_of_other_ablations_serve_and_those_of_other_code_or_that_are_not_
     assert len(lines(tmp_path / "records" / "other")) == 3
 
 
+def test_a_known_line_stays_as_it_is_whatever_others_hold_of_that_run(tmp_path, record):
+    record()
+    file = tmp_path / "records" / "one" / "runs.csv"
+    made = file.read_bytes()
+    for other in (tmp_path, tmp_path / "records" / "earlier", tmp_path / "records" / "later"):
+        other.mkdir(exist_ok=True)
+        (other / "runs.csv").write_bytes(made.replace(b"NAME=one", b"NAME=other"))
+    assert record() == []
+    assert file.read_bytes() == made
+
+
 def test_worker_processes_are_asked_for_runs_that_are_not_known_and_not_on_disk(tmp_path, record, monkeypatch):
     asked = []
 
