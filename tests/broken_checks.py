@@ -30,9 +30,7 @@ def has_a_scan_that_raises(setting, say):
     from famba.gpu_check import checks
     from famba.kernels import scan
 
-    def refuse(*given):
-        raise RuntimeError("no such chip")
-
+    refuse = mock.Mock(side_effect=RuntimeError("no such chip"))
     with mock.patch.dict(scan._BACKENDS, native=dataclasses.replace(scan._BACKENDS["native"], run=refuse)):
         return checks.operators(setting, say)
 

@@ -1,7 +1,9 @@
 """The doctor: one row for everything, and each problem with its reason and its command."""
 
+import re
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -77,8 +79,7 @@ def test_missing_broken_and_crashing_packages_are_recognised(packages):
     }
     for name, source in sources.items():
         (packages / f"{name}.py").write_text(source)
-    assert diagnostics._imported(["absent_package", "absent_package.part", *sources]) == {
-        "absent_package": None,
+    assert diagnostics._imported(["absent_package.part", *sources]) == {
         "absent_package.part": None,
         "sound": "",
         "broken": "build",
@@ -93,18 +94,6 @@ def test_an_import_that_hangs_is_given_up(packages, monkeypatch):
     assert diagnostics._imported(["hanging"]) == {"hanging": "its import took more than 1 s"}
 
 
-@pytest.mark.parametrize(
-    ("error", "reason"), [(None, "not installed"), ("OSError: libcudart", "does not import: OSError: libcudart")]
-)
-def test_without_torch_the_other_rows_are_there(examine, error, reason):
-    found = examine(torch=error)
-    assert list(found) == NAMES
-    assert (found["torch"].reason, found["torch"].command) == (reason, "make env")
-    for name in ("GPU", "native kernels"):
-        assert found[name].reason == "torch does not import"
-    assert found["tensorboard"].usable
-
-
 def test_it_runs_where_torch_cannot_be_imported_at_all():
     code = (
         "import sys; sys.modules['torch'] = None\n"
@@ -114,21 +103,18 @@ def test_it_runs_where_torch_cannot_be_imported_at_all():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "no   torch" in done.stdout
-    assert "$ make env" in done.stdout
+    rows = re.findall(r"no   (.+)\n +(.+)\n +\$ make env\n", done.stdout)
+    broken = "torch does not import"
+    assert rows == [("torch", "not installed"), ("GPU", broken), ("native kernels", broken)]
 
 
 def test_a_gpu_that_torch_cannot_compute_on_is_not_usable(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
-    one = torch.ones(1)
-    monkeypatch.setattr(torch, "ones", lambda *size, device: one)
+    monkeypatch.setattr(torch, "ones", Mock(return_value=torch.ones(1)))
     assert diagnostics._gpu() == Row("GPU", "NVIDIA H100")
-
-    def unsupported(*size, device):
-        raise RuntimeError("CUDA error: no kernel image is available\nCUDA kernel errors might be ..")
-
-    monkeypatch.setattr(torch, "ones", unsupported)
+    error = RuntimeError("CUDA error: no kernel image is available\nCUDA kernel errors might be ..")
+    monkeypatch.setattr(torch, "ones", Mock(side_effect=error))
     reason = "torch cannot compute on it: CUDA error: no kernel image is available"
     assert diagnostics._gpu() == Row("GPU", "NVIDIA H100", reason, "make env TORCH_BACKEND=auto")
 
@@ -166,14 +152,10 @@ def test_what_a_user_can_do_for_gpu_kernels_is_listed_by_the_work_it_takes(exami
     assert found["hub"].reason == "transformers is not installed; not needed, for backend triton has all kernels"
     assert found["hub"].command == "pip install kernels einops transformers"
     wheel, build = found["mamba_ssm"].command.splitlines()
-    assert wheel.startswith(
-        "MAMBA_KEEP_CUDA_BUILD=TRUE pip install mamba-ssm causal-conv1d --no-build-isolation  # a wh"
-    )
+    assert wheel.startswith("MAMBA_KEEP_CUDA_BUILD=TRUE pip install mamba-ssm causal-conv1d --no-build-isolation  # a")
     assert build.startswith("MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE MAMBA_KEEP_CUDA_BUILD=TRUE pip inst")
     found = examine(gpu=True, triton="ImportError: no ptxas", **missing)
-    assert found["triton"] == Row(
-        "triton", diagnostics._version("triton"), "triton does not import: ImportError: no ptxas", "pip install triton"
-    )
+    assert found["triton"][2:] == ("triton does not import: ImportError: no ptxas", "pip install triton")
     assert found["mamba_ssm"].reason == "selective_scan_cuda is not installed"
     assert all(row.usable for name, row in examine(gpu=True).items() if name in diagnostics._GPU)
 
@@ -200,9 +182,6 @@ def test_without_a_compiler_the_command_of_the_system_installs_one(tmp_path, mon
 
 
 def test_a_driver_that_hangs_is_no_driver(monkeypatch, tmp_path):
-    def hang(*arguments, **options):
-        raise subprocess.TimeoutExpired("nvidia-smi", 20)
-
     monkeypatch.setattr(environment, "_DRIVER", tmp_path / "absent")
-    monkeypatch.setattr(subprocess, "run", hang)
+    monkeypatch.setattr(subprocess, "run", Mock(side_effect=subprocess.TimeoutExpired("nvidia-smi", 20)))
     assert environment.gpu_driver() == ""

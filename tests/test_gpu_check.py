@@ -30,10 +30,7 @@ CPU = Setting("cpu", quick=True)
 BROKEN = {
     "has_a_wrong_scan": ("FAILED", r"AssertionError: 10 of [2-4]\d cases; scan, b \d+, .*: relative error \d.*"),
     "has_a_scan_that_raises": ("FAILED", r".* 10 of [2-4]\d cases; scan, b .*: RuntimeError: no such chip; at: .*"),
-    "forgets_its_optimiser": (
-        "FAILED",
-        r"AssertionError: other metrics after resuming; training losses \[\[.*; at: checkpoints left: \[\]",
-    ),
+    "forgets_its_optimiser": ("FAILED", r"AssertionError: other metrics after resum.*; at: checkpoints left: \[\]"),
     "hangs": ("FAILED", r"it took more than 10 s; at: waiting for \d+"),
     "is_killed": ("FAILED", "its process was killed by SIGSEGV; at: reading nowhere"),
     "exits": ("FAILED", "its process ended with status 3"),
@@ -66,24 +63,16 @@ def test_each_end_of_a_check_is_one_line_and_the_next_runs(monkeypatch, tmp_path
     assert written["steps"] == [{"x": 1}]
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"), [("raises", "RuntimeError: no such device"), ("cannot_run", "no such program")]
-)
-def test_without_its_device_gpu_check_says_so_in_one_line_fails_and_writes_nothing(
-    name, reason, monkeypatch, tmp_path, capsys
-):
-    monkeypatch.setattr(gpu_check, "CHECKS", {"device": broken(name)[name], **broken("passes")})
-    path = tmp_path / "check.json"
-    assert main(["gpu-check", "passes", "--json", str(path)]) == 1
-    printed = capsys.readouterr()
-    assert printed.out + printed.err == f"famba: gpu-check: device 'cuda' cannot be used: {reason}\n"
-    assert not path.exists()
+def test_without_its_device_gpu_check_says_so_in_one_line_fails_and_writes_nothing(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_check, "CHECKS", {"device": broken("raises")["raises"], **broken("passes")})
+    said = refused(capsys, "gpu-check", "passes", "--json", str(tmp_path / "check.json"))
+    assert said == "famba: gpu-check: device 'cuda' cannot be used: RuntimeError: no such device\n"
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("name", "limit_s"), [("cannot_run", 300.0), ("passes", 0.0)])
-def test_gpu_check_fails_if_every_check_but_the_device_was_skipped(name, limit_s):
-    with pytest.raises(FambaError, match=rf"^gpu-check: every check was skipped: {name}$"):
-        gpu_check.run(broken(name), CPU, "", None, limit_s=limit_s)
+def test_gpu_check_fails_if_no_time_is_left_for_any_check_but_the_device():
+    with pytest.raises(FambaError, match=r"^gpu-check: every check was skipped: passes$"):
+        gpu_check.run(broken("passes"), CPU, "", None, limit_s=0.0)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +97,6 @@ def test_every_check_that_runs_on_a_cpu_passes_and_can_be_drawn(tmp_path, capsys
     result = json.loads(path.read_text())
     assert {row["check"]: row["verdict"] for row in result["checks"]} == verdicts
     assert len(capsys.readouterr().out.splitlines()) == len(verdicts)
-    assert result["command"] == "python -m famba gpu-check --quick --device cpu"
     assert {"device", "instruction_set", "versions"} <= set(result)
     details = {row["check"]: row["detail"] for row in result["checks"]}
     for name in ("operators", "models"):
@@ -119,17 +107,6 @@ def test_every_check_that_runs_on_a_cpu_passes_and_can_be_drawn(tmp_path, capsys
     assert {"checks", "setting", "steps", "schedules"} <= set(tables)
     assert list(tables["checks"]["verdict"]) == list(verdicts.values())
     assert len(plots.gpu_benchmark(tables).axes) == 2
-
-
-def test_full_checks_cover_all_sizes():
-    cases = checks._operator_cases(Setting("cuda", quick=False))
-    names = [case.name for case in cases]
-    assert len(set(names)) > 200
-    for kind in ("scan, b", "both scans", "convolution", "norm", "fusion"):
-        of = [name for name in names if name.startswith(kind)]
-        assert all(any(f"b {b}," in name for name in of) for b in (1, 2, 3, 16))
-        assert {name.rsplit(", ", 1)[1] for name in of} == {"fp32", "bf16"}
-    assert {f"n {n}" for n in (1, 2, 3, 8, 16, 33, 64)} <= set(re.findall(r"n \d+", " ".join(names)))
 
 
 @pytest.fixture
@@ -180,16 +157,14 @@ def test_a_machine_with_torch_alone_needs_only_the_wheels_of_the_makefile(torch_
     path = tmp_path / "check.json"
     done = torch_alone("streaming", "steps", "--wheels", str(folder), "--json", str(path))
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads(path.read_text())["checks"]
-    verdicts = {row["check"]: row["verdict"] for row in rows}
+    verdicts = {row["check"]: row["verdict"] for row in json.loads(path.read_text())["checks"]}
     assert verdicts == {"device": "ok", "streaming": "ok", "steps": "ok"}, done.stdout
 
 
 def test_without_wheels_the_missing_package_is_named(torch_alone, tmp_path):
     done = torch_alone("device", "steps", "--wheels", str(tmp_path))
-    assert (done.returncode, done.stdout) == (1, "")
-    reason = "pydantic is missing; make gpu-check-wheels"
-    assert done.stderr == f"famba: gpu-check: device 'cpu' cannot be used: {reason}\n"
+    said = "famba: gpu-check: device 'cpu' cannot be used: pydantic is missing; make gpu-check-wheels\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
 
 
 def test_the_sanitizer_runs_small_calls_of_every_operator_and_its_finding_fails(tmp_path, monkeypatch):
@@ -236,11 +211,7 @@ def test_a_graph_with_other_losses_fails(monkeypatch):
     monkeypatch.setattr(cuda_graph, "unavailable", lambda device, processes: "")
 
     def captured(call, device):
-        def replay():
-            loss, correct = call()
-            return loss * factor, correct
-
-        return replay
+        return lambda: tuple(x * weight for x, weight in zip(call(), (factor, 1), strict=True))
 
     monkeypatch.setattr(cuda_graph, "captured", captured)
     assert checks.graph(CPU, print).detail.startswith("3 epochs, losses apart by 0e+00")

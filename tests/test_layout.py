@@ -14,6 +14,7 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -29,6 +30,8 @@ from famba.cli import main
 from famba.storage import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
 STAGE_NOTEBOOKS = ("train", "cost", "compare", "tokens", "similarity", "ablation", "claims")
 # A package imports only from itself and from those before it; two modules of fusion need nothing and come first.
 PACKAGES = (
@@ -43,6 +46,10 @@ NO_TORCH = (
     *("analysis.ablation", "analysis.cost", "analysis.records", "analysis.similarity", "analysis.summary"),
     *("experiments.launcher", "plots"),
 )
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    return YAML(typ="safe", pure=True).load(path.read_text())
 
 
 def modules() -> list[str]:
@@ -78,9 +85,8 @@ def stages() -> dict[str, dict]:
     """Each stage of the root's pipeline and of those in folders, by its name; of a foreach, the body."""
     found: dict[str, dict] = {}
     for path in [ROOT / "dvc.yaml", *sorted(ROOT.glob("*/dvc.yaml"))]:
-        document = YAML(typ="safe", pure=True).load(path.read_text())
-        assert not set(found) & set(document["stages"])
-        bodies = {name: stage.get("do", stage) for name, stage in document["stages"].items()}
+        bodies = {name: stage.get("do", stage) for name, stage in read_yaml(path)["stages"].items()}
+        assert not set(found) & set(bodies)
         assert all((stage.get("wdir") == "..") == (path.parent != ROOT) for stage in bodies.values()), path
         found |= bodies
     return found
@@ -117,31 +123,28 @@ def test_what_reads_results_needs_no_torch_and_training_needs_nothing_that_reads
     assert not [name for name in needed if package(name) > package("famba.training")]
 
 
-def loaded_after(code: str) -> set[str]:
-    """The modules that a Python process has imported after some code."""
-    command = [sys.executable, "-c", f"import sys\n{code}\nprint(*sys.modules)"]
-    return set(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.split())
-
-
-def test_the_package_hands_out_its_public_names_and_imports_nothing_for_it():
-    assert not {"torch", "famba.config"} & loaded_after("import famba")
+def test_the_package_hands_out_its_public_names():
     assert len(famba.__all__) > 5
-    for name in famba.__all__:
-        assert getattr(famba, name) is not None
+    assert all(getattr(famba, name) is not None for name in famba.__all__)
 
 
-def test_a_model_is_made_without_the_compiler_and_what_is_for_tables_and_parameters():
-    """torch's compiler takes as long to import as all the rest of torch."""
-    found = loaded_after("import famba; famba.create_model('vim_nano', num_classes=10, img_size=8)")
-    assert "torch" in found
-    assert not {"torch._dynamo", "pandas", "scipy", "sklearn", "pydantic", "matplotlib"} & found
-
-
-def test_stages_are_resolved_without_torch_and_what_is_for_tables():
-    """`dvc repro` does that each time."""
-    found = loaded_after("from famba.cli import main; main(['resolve', '--out', 'build/resolved'])")
-    assert "famba.storage.provenance" in found
-    assert not {"torch", "pandas", "scipy"} & found
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import famba", "torch famba.config"),
+        (
+            "import famba; famba.create_model('vim_nano', num_classes=10, img_size=8)",
+            "torch._dynamo pandas scipy sklearn pydantic matplotlib",  # the compiler takes as long as the rest of torch
+        ),
+        ("from famba.cli import main; main(['resolve', '--out', 'build/resolved'])", "torch pandas scipy"),
+    ],
+    ids=["package", "model", "dvc repro"],
+)
+def test_what_takes_long_to_import_is_imported_where_it_is_needed_alone(code, absent):
+    command = [sys.executable, "-c", f"import sys\n{code}\nprint(*sys.modules)"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
+    assert "famba" in found
+    assert not set(absent.split()) & set(found)
 
 
 def test_each_stage_depends_on_the_digest_of_the_notebook_that_it_runs():
@@ -158,12 +161,9 @@ def test_each_stage_depends_on_the_digest_of_the_notebook_that_it_runs():
 
 def test_what_judges_the_claims_is_code_of_their_stage_alone():
     """Stages that depended on it would measure all times again where only a verdict is worded anew."""
-    users = set()
-    for name in STAGE_NOTEBOOKS:
-        code = "\n".join(cell.source for cell in notebooks()[name].cells if cell.cell_type == "code")
-        if "famba.analysis.claims" in provenance._closure(provenance._parsed(code.encode())[0]):
-            users.add(name)
-    assert users == {"claims"}
+    sources = {name: "\n".join(code(notebooks()[name])).encode() for name in STAGE_NOTEBOOKS}
+    needed = {name: provenance._closure(provenance._parsed(source)[0]) for name, source in sources.items()}
+    assert [name for name, found in needed.items() if "famba.analysis.claims" in found] == ["claims"]
 
 
 def test_stages_depend_on_the_parameters_that_they_read():
@@ -188,10 +188,8 @@ def test_training_outputs_are_cached_and_only_gathering_ones_are_not():
     """`cache: false` switches off DVC's run cache, so a finished run would be trained again."""
     for name, stage in notebook_stages().items():
         for out in [*stage.get("outs", []), *stage.get("metrics", []), *stage.get("plots", [])]:
-            path, cached = (
-                (out, True) if isinstance(out, str) else next((k, v.get("cache", True)) for k, v in out.items())
-            )
-            assert cached == path.startswith("results/runs/"), (name, out)
+            ((path, how),) = out.items() if isinstance(out, dict) else [(out, {})]
+            assert how.get("cache", True) == path.startswith("results/runs/"), (name, out)
 
 
 def test_stage_notebooks_hold_no_outputs_and_every_notebook_asks_for_the_same_kernel():
@@ -216,18 +214,19 @@ def test_notebooks_call_the_package_and_hold_no_logic_of_their_own():
         assert notebook.cells[0].cell_type == "markdown"
         assert notebook.cells[0].source.startswith("# "), name
         for source in code(notebook):
-            assert not [node for node in ast.walk(ast.parse(source)) if isinstance(node, banned)], (name, source)
-            texts = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
+            nodes = list(ast.walk(ast.parse(source)))
+            assert not [node for node in nodes if isinstance(node, banned)], (name, source)
+            texts = [node.value for node in nodes if isinstance(node, ast.Constant)]
             assert not [text for text in texts if isinstance(text, str) and re.match(r"\.{1,2}/", text)], (name, source)
         assert any("assert " in source for source in code(notebook)), f"{name} checks nothing"
 
 
 def test_notebook_defaults_are_the_real_profile_and_write_nothing_that_is_published():
     for name, notebook in notebooks().items():
-        assert defaults(notebook).get("profile") is None, name
-        assert defaults(notebook).get("pipeline", False) is False, name
-        written = [value for key, value in defaults(notebook).items() if key.endswith("_dir")]
-        assert all(str(path).startswith("build/") for path in written), name
+        given = defaults(notebook)
+        assert given.get("profile") is None, name
+        assert given.get("pipeline", False) is False, name
+        assert all(str(path).startswith("build/") for key, path in given.items() if key.endswith("_dir")), name
 
 
 def test_every_notebook_leads_to_another_and_the_first_lists_them_all():
@@ -240,59 +239,48 @@ def test_every_notebook_leads_to_another_and_the_first_lists_them_all():
         assert re.search(r"^(Next|Back to).*\]\([\w-]+\.ipynb\)\.$", text, re.MULTILINE), name
 
 
-def test_the_conda_environments_ask_for_what_pyproject_asks_for():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *(line for name in FOR_ALL for line in extras[name])]
-    conda = {"torch": "pytorch-cpu", "matplotlib": "matplotlib-base"}
-    for file, torch, more in (
-        ("environment.yml", "pytorch-cpu", []),
-        ("environment-cuda.yml", "pytorch-gpu", extras["cuda"]),
-    ):
-        document = YAML(typ="safe", pure=True).load((ROOT / file).read_text())
-        *by_conda, by_pip = document["dependencies"]
-        asked = [Requirement(line) for line in [*wanted, *more] if not line.startswith("famba")]
-        expected = {(conda | {"torch": torch}).get(req.name, req.name): (req.specifier, req.marker) for req in asked}
-        expected |= {"python": (Requirement(f"python{project['requires-python']}").specifier, None)}
-        if file == "environment-cuda.yml":
-            expected["triton"] = (expected["triton"][0], None)  # it is for Linux only
-        given = [Requirement(line) for line in [*by_conda, *by_pip["pip"][1:]]]
-        got = {req.name: (req.specifier, req.marker) for req in given if req.name not in ("pip", "cxx-compiler")}
-        assert len(expected) > 20
-        assert got == expected, file
-        assert not any(";" in line for line in by_conda), "conda knows no markers"
-        assert by_pip["pip"][0] == "-e ."
+def required(*extras: str) -> list[Requirement]:
+    """What famba needs with these extras."""
+    lines = [*PROJECT["dependencies"], *(line for name in extras for line in EXTRAS[name])]
+    return [Requirement(line) for line in lines if not line.startswith("famba")]
+
+
+@pytest.mark.parametrize(("kind", "extras"), [("", FOR_ALL), ("-cuda", (*FOR_ALL, "cuda"))])
+def test_the_conda_environments_ask_for_what_pyproject_asks_for(kind, extras):
+    *by_conda, by_pip = read_yaml(ROOT / f"environment{kind}.yml")["dependencies"]
+    conda = {"torch": "pytorch-gpu" if kind else "pytorch-cpu", "matplotlib": "matplotlib-base"}
+    asked = [*required(*extras), Requirement(f"python{PROJECT['requires-python']}")]
+    expected = {conda.get(req.name, req.name): (req.specifier, req.marker) for req in asked}
+    if kind:
+        expected["triton"] = (expected["triton"][0], None)  # it is for Linux only
+    given = [Requirement(line) for line in [*by_conda, *by_pip["pip"][1:]]]
+    assert len(expected) > 20
+    assert {x.name: (x.specifier, x.marker) for x in given if x.name not in ("pip", "cxx-compiler")} == expected
+    assert not any(";" in line for line in by_conda), "conda knows no markers"
+    assert by_pip["pip"][0] == "-e ."
 
 
 def test_everything_but_torch_is_pinned_and_torch_in_one_place():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pins = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines()]
     pinned = {re.sub(r"[-_.]+", "-", req.name).lower(): str(req.specifier) for req in pins}
     assert len(pinned) > 100
     assert all(specifier.startswith("==") for specifier in pinned.values())
-    asked = [
-        *project["dependencies"],
-        *(line for extra in (*FOR_ALL, "docs") for line in project["optional-dependencies"][extra]),
-    ]
-    for req in map(Requirement, asked):
-        name = re.sub(r"[-_.]+", "-", req.name).lower()
-        if name not in ("torch", "famba"):
-            assert req.specifier.contains(pinned[name].removeprefix("==")), name
     assert "torch" not in pinned
+    for req in required(*FOR_ALL, "docs"):
+        if req.name != "torch":
+            version = pinned[re.sub(r"[-_.]+", "-", req.name).lower()].removeprefix("==")
+            assert req.specifier.contains(version), req.name
     assert len(re.findall(r"^TORCH +:= torch==", (ROOT / "Makefile").read_text(), re.MULTILINE)) == 1
 
 
 def test_security_gives_a_reason_for_every_dependency_of_the_core():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     _, section = (ROOT / "SECURITY.md").read_text().split("| package | reason |")
-    rows = re.findall(r"^\| (\S+) \| \S.+ \|$", section, re.MULTILINE)
-    assert rows == [Requirement(line).name for line in project["dependencies"]]
+    assert re.findall(r"(?m)^\| (\S+) \| \S.+ \|$", section) == [req.name for req in required()]
 
 
 def test_workflows_pin_actions_by_commit():
-    used = [
-        line for path in ROOT.glob(".github/workflows/*.yml") for line in re.findall(r"uses: (.+)", path.read_text())
-    ]
+    workflows = "\n".join(path.read_text() for path in ROOT.glob(".github/workflows/*.yml"))
+    used = re.findall(r"uses: (.+)", workflows)
     assert len(used) >= 2
     assert [line for line in used if not re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v\d+(\.\d+)*", line)] == []
 
@@ -318,8 +306,7 @@ def test_a_wheel_made_of_the_sdist_trains_outside_the_checkout_with_the_core_pac
     table = "famba/analysis/paper/famba_v_results.csv"
     assert {"famba/kernels/cpu/scan.cpp", "famba/kernels/cpu/jobs.h", table, "famba/py.typed"} <= wanted
     assert packed == wanted | {"famba/params.yaml"}
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["plots"]
-    absent = [Requirement(line).name for line in extras]  # None in sys.modules: not to be imported
+    absent = [Requirement(line).name for line in EXTRAS["plots"]]  # None in sys.modules: not to be imported
     (tmp_path / "installed" / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({absent}))")
     for label, colour in {"blue": (20, 40, 200), "red": (200, 30, 20)}.items():
         (tmp_path / "images" / label).mkdir(parents=True)
@@ -348,7 +335,7 @@ def test_committed_locks_are_of_this_code_and_these_parameters(tmp_path):
         assert main(["resolve", "--ablation", name, "--out", str(tmp_path / "ablations" / f"{name}.json")]) == 0
     looked = 0
     for path in [ROOT / "dvc.lock", *ROOT.glob("*/dvc.lock")]:
-        for name, stage in YAML(typ="safe", pure=True).load(path.read_text())["stages"].items():
+        for name, stage in read_yaml(path)["stages"].items():
             for dep in stage.get("deps", []):
                 if (file := tmp_path / dep["path"].removeprefix("build/")).is_file():
                     digest = hashlib.md5(file.read_bytes()).hexdigest()
@@ -373,8 +360,7 @@ def anchors(text: str) -> set[str]:
 def test_the_readme_command_writes_both_files(tmp_path, monkeypatch):
     for name in ("params.yaml", "dvc.yaml", *summary.TABLES_IN):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        text = (ROOT / name).read_text()
-        emptied = re.sub(r"(:begin -->).*?(<!-- \S+:end)", r"\1\2", text, flags=re.DOTALL)
+        emptied = re.sub(r"(?s)(:begin -->).*?(<!-- \S+:end)", r"\1\2", (ROOT / name).read_text())
         (tmp_path / name).write_text(emptied)
     shutil.copytree(ROOT / "results", tmp_path / "results", ignore=shutil.ignore_patterns("runs", "experiments"))
     monkeypatch.chdir(tmp_path)
@@ -400,13 +386,15 @@ def test_links_in_readme_and_docs_point_to_files_and_headings_that_exist():
     assert looked > 50
 
 
+def targets() -> set[str]:
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
 def test_commands_and_profiles_that_readme_and_docs_name_exist(capsys):
     text = "\n".join(documents().values())
     blocks = "\n".join(re.findall(r"^```.*?^```|`[^`\n]+`", text, re.DOTALL | re.MULTILINE))
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"\bmake ([a-z][a-z-]*)", blocks))
-    assert {"repro", "test", "gpu-check"} <= named
-    assert named <= targets
+    assert {"repro", "test", "gpu-check"} <= named <= targets()
     with pytest.raises(SystemExit):
         main(["--help"])
     usage = capsys.readouterr().out
@@ -414,21 +402,17 @@ def test_commands_and_profiles_that_readme_and_docs_name_exist(capsys):
     assert {"train", "bench"} <= words
     for word in words:
         assert re.search(rf"^ +{word}\s", usage, re.MULTILINE), word
-    for module in set(re.findall(r"-m (famba\.[a-z_.]+)", blocks)):
-        assert module in modules()
+    assert set(re.findall(r"-m (famba\.[a-z_.]+)", blocks)) <= set(modules())
     profiles = set(re.findall(r"profile[= ]([a-z_0-9]+)", blocks))
     assert {"smoke", "paper"} <= profiles
-    assert profiles <= set(YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())["profiles"])
-    for stage in set(re.findall(r"dvc repro experiments/dvc.yaml:([a-z]+)", blocks)):
-        assert stage in stages()
+    assert profiles <= set(read_yaml(ROOT / "params.yaml")["profiles"])
+    assert set(re.findall(r"dvc repro experiments/dvc.yaml:([a-z]+)", blocks)) <= set(stages())
 
 
 def test_make_lists_every_target():
     done = subprocess.run(["make", "help"], capture_output=True, text=True, check=True, cwd=ROOT)
-    makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
-    assert {"env", "repro", "test", "lab"} <= targets
-    assert set(re.findall(r"^  make ([a-z-]+)", done.stdout, re.MULTILINE)) == targets
+    assert {"env", "repro", "test", "lab"} <= targets()
+    assert set(re.findall(r"^  make ([a-z-]+)", done.stdout, re.MULTILINE)) == targets()
     assert subprocess.run(["make"], capture_output=True, text=True, check=True, cwd=ROOT).stdout == done.stdout
 
 
@@ -445,15 +429,3 @@ def test_types():
     done = subprocess.run([pyright, "--pythonpath", sys.executable], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 errors" in done.stdout
-
-
-def test_no_test_asserts_how_long_something_took():
-    """A busy machine would fail it; `processes.wait_until`, which gives up on what hangs, is the one exception."""
-    clock = re.compile(r"\btime\.(time|monotonic|perf_counter|process_time|thread_time)(_ns)?\(")
-    found, looked_at = [], 0
-    for path in sorted((ROOT / "tests").rglob("*.py")):
-        statements = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
-        found += [path.name for statement in statements if clock.search(ast.unparse(statement))]
-        looked_at += len(statements)
-    assert looked_at > 1000
-    assert found == ["processes.py"]

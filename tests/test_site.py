@@ -1,13 +1,10 @@
-"""The documentation's site, and notebooks in git."""
+"""The documentation's site."""
 
 import importlib.util
-import json
 import re
-import shutil
 import subprocess
 import sys
 from fnmatch import fnmatch
-from pathlib import Path
 
 import pytest
 from checkout import ROOT
@@ -59,28 +56,3 @@ def test_the_site_has_no_broken_link_or_reference(tmp_path):
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "README.html").read_text()
     assert not re.findall(r'<(?:script|link)[^>]*(?:src|href)="https?:', page)
-
-
-def test_the_diff_of_an_executed_notebook_holds_its_edited_lines_and_no_outputs(tmp_path):
-    lab = subprocess.run(["make", "-n", "lab"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    (configure,) = re.findall(r"^git config diff.*", lab, re.MULTILINE)
-    for name in (".gitattributes", "notebooks/train.ipynb"):
-        shutil.copy(ROOT / name, tmp_path)
-
-    def git(*words):
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
-
-    git("init", "-q")
-    git("add", ".")
-    tools = str(Path(sys.executable).parent)
-    subprocess.run(configure.replace(".venv/bin", tools), shell=True, check=True, cwd=tmp_path)
-    path = tmp_path / "train.ipynb"
-    notebook = json.loads(path.read_text())
-    cell = next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")
-    cell.update(execution_count=1, outputs=[{"output_type": "stream", "name": "stdout", "text": ["done\n"]}])
-    cell["source"].append("\nadded = 1")
-    notebook["metadata"]["language_info"] = {"name": "python", "version": "3.11.7"}
-    path.write_text(json.dumps(notebook, indent=1))
-    added = re.findall(r"^[+] (.*)", git("diff"), re.MULTILINE)
-    assert len(added) == 2  # the line before it gets its line break
-    assert "added = 1" in added[1]

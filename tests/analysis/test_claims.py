@@ -37,15 +37,12 @@ def measured(top1, ratios=RATIOS):
     [
         (("top1_percent_diff", ["all"]), {"below": 0.0}, "confirmed"),
         (("top1_percent_diff", ["all"]), {"above": 0.0}, "refuted"),
-        (("top1_percent_diff", ["all"]), {"above": -1.0}, "refuted"),
         (("top1_percent_diff", ["upper"]), {"below": 0.0}, "not told apart"),
         (("top1_percent_diff", ["upper"]), {"above": -5.0}, "confirmed"),
-        (("top1_percent_diff", ["upper"]), {"above": -0.1}, "not told apart"),
         (("top1_percent_diff", ["upper"], ["all"]), {"above": 0.0}, "confirmed"),
         (("time_ratio", ["all", "upper"]), {"below": 1.0}, "confirmed"),
         (("time_ratio", ["upper"], ["all"]), {"below": 1.0}, "refuted"),
         (("time_ratio", ["all", "upper"]), {"below": 0.85}, "refuted"),
-        (("time_ratio", ["upper"]), {"below": 0.9}, "not told apart"),
         (("time_ratio", ["upper"]), {"below": 0.8895}, "refuted"),
         (("time_ratio", ["all", "upper"]), {"below": 0.8895}, "not told apart"),  # one contrary of two
         (("memory_ratio", ["all", "upper"]), {"below": 1.0}, "confirmed"),
@@ -79,10 +76,7 @@ def test_holm_multiplies_the_least_by_their_number_and_never_falls():
 
 def test_more_claims_need_more_certainty_but_those_without_a_test_do_not_count():
     one = {"it": claim("time_ratio", ["all"], below=0.811)}  # p slightly below 5%
-    untested = {
-        "memory": claim("memory_ratio", ["all"], below=1.0),
-        "later": claim("memory_ratio", ["late"], below=1.0),
-    }
+    untested = {"memory": claim("memory_ratio", ["all"], below=1), "later": claim("memory_ratio", ["late"], below=1)}
     first = judged(one | untested).set_index("claim")
     assert first["verdict"].to_dict() == {"it": "confirmed", "memory": "confirmed", "later": "not measured"}
     assert first["p"].notna().to_dict() == {"it": True, "memory": False, "later": False}
@@ -133,25 +127,19 @@ def test_the_page_has_verdict_effect_n_and_the_digests_of_the_tables_that_it_tra
     table.to_csv(tmp_path / "summary.csv", index=False)
     loaded = claims.load(tmp_path)
     assert list(loaded) == [""], "no ablation was run"
-    found = claims.verdicts(
-        {"worse": claim("top1_percent_diff", ["all"], below=0.0), "later": claim("memory_ratio", ["late"], below=1.0)},
-        loaded,
-    )
+    stated = {"worse": claim("top1_percent_diff", ["all"], below=0), "later": claim("memory_ratio", ["late"], below=1)}
+    found = claims.verdicts(stated, loaded)
     text = claims.write(found, tmp_path)
     assert (tmp_path / "claims.md").read_text(encoding="utf-8") == text + "\n"
     assert (tmp_path / "findings.md").read_text(encoding="utf-8") == claims.findings(found, loaded) + "\n"
     row = next(line for line in text.splitlines() if "all against none" in line)
-    assert "It is so. (Table 1)" in row
-    assert "**confirmed**" in row
-    assert "all against none: \N{MINUS SIGN}30.50 (\N{MINUS SIGN}" in row
-    assert "| difference in top-1 (points) below 0 |" in row
-    assert "seeds: 4, images: 100" in row
+    said = ("It is so. (Table 1)", "**confirmed**", "all against none: −30.50 (−", "seeds: 4, images: 100")
+    for words in (*said, "| difference in top-1 (points) below 0 |"):
+        assert words in row
     assert "**not measured**" in text
     assert "Profile `default`" in text
     assert text.endswith(", of cost.csv begins with 2d711642b726b044.")
-    written = pd.read_csv(tmp_path / "claims.csv").fillna(
-        {"quantity": "", "strategy": "", "against": "", "required": ""}
-    )
+    written = pd.read_csv(tmp_path / "claims.csv").fillna(dict.fromkeys(("strategy", "against", "required"), ""))
     pd.testing.assert_frame_equal(written, found, check_dtype=False)
 
 
@@ -167,27 +155,23 @@ def test_findings_are_the_decided_claims_and_what_changes_top1_by_an_interval_wi
     above = [claim("top1_percent_diff", ["all"], above=0.0), claim("top1_percent_diff", ["upper"], above=0.0)]
     stated = {"no": dataclasses.replace(above[0], says="It rises."), "perhaps": above[1]}
     found = claims.verdicts(stated | {"yes": claim("top1_percent_diff", ["all"], below=0.0)}, tables)
-    strategies = (
-        "**top-1 changes** with `all` (\N{MINUS SIGN}30.5 points), `upper_bad` (\N{MINUS SIGN}40.0 points); of 4 "
-        "intervals at 95%, 0.2 would exclude zero by chance alone."
-    )
+    by_chance = "of {} intervals at 95%, {} would exclude zero by chance alone.".format
+    strategies = f"**top-1 changes** with `all` (−30.5 points), `upper_bad` (−40.0 points); {by_chance(4, 0.2)}"
     assert claims.findings(found, tables).splitlines() == [
         "- **Confirmed**: It is so.",
         "- **Refuted**: It rises.",
         "- **Not told apart**: 1. **Not measured**: 0.",
         f"- In the sweep {strategies}",
         f"- In ablation `unchanged` {strategies}",
-        "- In ablation `changed` **top-1 changes** with `bad` (upper \N{MINUS SIGN}40.0 points); of 2 intervals at "
-        "95%, 0.1 would exclude zero by chance alone.",
-        "- In ablation `steady`, ablation `calm` **top-1 is not shown to change**; of 2 intervals at 95%, 0.1 would "
-        "exclude zero by chance alone.",
+        f"- In ablation `changed` **top-1 changes** with `bad` (upper −40.0 points); {by_chance(2, 0.1)}",
+        f"- In ablation `steady`, ablation `calm` **top-1 is not shown to change**; {by_chance(2, 0.1)}",
     ]
 
 
 def test_the_forest_plot_has_a_row_for_each_comparison_that_was_measured_coloured_by_the_verdict():
     found = judged({"a": claim("top1_percent_diff", ["all"], below=0), "b": claim("memory_ratio", ["all"], above=1)})
     upper, lower = forest(found).axes
-    assert [label.get_text() for label in upper.get_yticklabels()] == ["a:  all \N{MINUS SIGN} none"]
+    assert [label.get_text() for label in upper.get_yticklabels()] == ["a:  all − none"]
     assert [axes.lines[0].get_color() for axes in (upper, lower)] == [PALETTE[2], PALETTE[3]]
     assert len(lower.lines) == 2  # effect and bound; memory has no interval
     assert forest(judged({"c": claim("memory_ratio", ["late"], below=1.0)})).axes[0].lines[:] == []

@@ -57,6 +57,9 @@ def test_what_cannot_be_a_crate_is_refused_and_nothing_is_overwritten(run):
     (run / "results" / "summary.md").unlink()
     with pytest.raises(InputError, match=r"results/summary\.md: missing, but a stage"):
         crate.write(run / "new")
+    (run / "CITATION.cff").unlink()
+    with pytest.raises(InputError, match=r"CITATION\.cff: missing"):
+        crate.write(run / "new")
     (run / "dvc.lock").unlink()
     with pytest.raises(InputError, match=r"dvc\.lock: no stage was run"):
         crate.write(run / "new")

@@ -29,9 +29,7 @@ def gathered(folder):
 def test_exactly_the_runs_of_the_sweep_are_loaded_in_the_fixed_order(tmp_path):
     write_runs(tmp_path, ("none", "upper", "all"), (0, 1, 2))
     frame = gathered(tmp_path)
-    assert list(zip(frame["strategy"], frame["seed"], strict=True)) == [
-        *(("none", 0), ("none", 1), ("upper", 0), ("upper", 1))
-    ]
+    assert (frame["strategy"].tolist(), frame["seed"].tolist()) == (["none"] * 2 + ["upper"] * 2, [0, 1, 0, 1])
     row = frame.iloc[0]
     assert (row["top1_percent"], row["peak_memory_mib"], row["model"]) == (95.0, 100.0, "vim_nano")
     assert row["correct"].count("1") == 19
@@ -44,12 +42,6 @@ def test_images_that_no_run_tested_are_left_out(tmp_path):
         runs.write(make_run(strategy, seed=1, correct="-" * 4 + "0" + "1" * 19), tmp_path / f"{strategy}-1")
     frame = gathered(tmp_path)
     assert frame["correct"].tolist() == ["1" * 19 + "0--", "--0" + "1" * 19] * 2
-
-
-def test_a_missing_run_is_named(tmp_path):
-    write_runs(tmp_path, seeds=(0,))
-    with pytest.raises(InputError, match="none-1: no such run"):
-        gathered(tmp_path)
 
 
 def changed(path, value):
@@ -65,10 +57,7 @@ def changed(path, value):
         (changed(("train", "lr"), KeyError), r"upper-1: train\.lr: None, but 0\.\d+ in none-0"),
         (changed(("options", "order"), "append"), r"upper-1: options\.order: 'append', but 'scan' in none-0"),
         (changed(("fusion", "r"), 3), r"upper-1: fusion\.r: 3, but 8 in upper-0"),
-        (
-            {"profile": "paper", **changed(("profile",), "paper")},
-            "upper-1: profile: 'paper', but 'smoke' in none-0: not one experiment",
-        ),
+        ({"profile": "paper", **changed(("profile",), "paper")}, "upper-1: profile: 'paper', but 'smoke' in none-0"),
     ],
 )
 def test_runs_of_two_experiments_are_refused(tmp_path, changes, said):

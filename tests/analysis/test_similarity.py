@@ -30,13 +30,9 @@ def measured(slopes, depth=6, images=20, strategies=("none", "upper"), seeds=(3,
 def test_quantiles_of_a_case_worked_by_hand_come_in_the_fixed_order():
     frame = measured({"untrained": 0.0, "trained": 0.0}, depth=2, images=5, strategies=("upper", "none"))
     table = similarity.quantiles(frame)
-    keys = table[["quantity", "strategy", "weights", "layer"]].to_numpy().tolist()
-    assert keys[:5] == [
-        *(["similarity", "none", "trained", 1], ["similarity", "none", "trained", 2]),
-        *(["similarity", "none", "untrained", 1], ["similarity", "none", "untrained", 2]),
-        ["similarity", "upper", "trained", 1],
-    ]
-    assert list(dict.fromkeys(table["quantity"])) == list(similarity.QUANTITIES)
+    keys = itertools.product(("none", "upper"), ("trained", "untrained"), (1, 2))
+    assert list(table.loc[:7, ["strategy", "weights", "layer"]].itertuples(index=False, name=None)) == list(keys)
+    assert table["quantity"].unique().tolist() == list(similarity.QUANTITIES)
     first = table.iloc[0]
     assert first["n"] == 45
     np.testing.assert_allclose(first[list(similarity.QUANTILES)].astype(float), [0.5, 0.51, 0.52, 0.53, 0.54])
@@ -49,15 +45,8 @@ def test_the_rise_compares_the_thirds_of_each_model():
     assert rises.index.tolist() == [3, 4, 5]
 
 
-@pytest.mark.parametrize(
-    ("depth", "lower", "upper"),
-    [(2, [1], [2]), (4, [1], [4]), (10, [1, 2, 3], [8, 9, 10]), (24, [*range(1, 9)], [*range(17, 25)])],
-)
-def test_thirds_do_not_overlap(depth, lower, upper):
-    assert similarity.thirds(depth) == (lower, upper)
-
-
-def test_what_cannot_be_compared_is_refused():
+def test_two_layers_have_thirds_and_what_cannot_be_compared_is_refused():
+    assert similarity.thirds(2) == ([1], [2])
     with pytest.raises(InputError, match="depth: 1; at least 2 layers needed"):
         similarity.thirds(1)
     with pytest.raises(InputError, match="strategies: upper; 'none' is needed"):
@@ -96,7 +85,7 @@ def test_the_text_and_the_table_are_written_with_the_numbers(tmp_path):
     frame = measured({"trained": -0.02, "untrained": 0.0})
     similarity.write(frame, tmp_path, seed=3, profile="smoke")
     text = (tmp_path / "similarity.md").read_text()
-    assert "- trained: \N{MINUS SIGN}0.0800 (\N{MINUS SIGN}0.0800 to \N{MINUS SIGN}0.0800)" in text
+    assert "- trained: −0.0800 (−0.0800 to −0.0800)" in text
     assert "mean over 20 images and 3 models" in text
     assert re.search(r"\| upper +\| +2.00 \| +3.00 \| +7.00 \| +7.00 \|", text)
     assert "seed 3" in text

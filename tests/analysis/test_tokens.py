@@ -55,8 +55,6 @@ def test_images_of_any_size_are_traced_small_and_drawn_large(run, tmp_path):
     assert seen.inputs.shape == (3, 3, 8, 8)
     assert seen.patches == {"patch_size": 84, "stride": 28, "cls_index": 18}
     assert torch.equal(seen.inputs[0], seen.inputs[1]), "a file and its pixels"
-    grid = (seen.images.shape[1] - 84) // 28 + 1
-    assert grid**2 == seen.model.tokens - 1
     with pytest.raises(InputError, match="sources: no images"):
         tokens.trace_images(run, [])
 
@@ -101,57 +99,39 @@ def test_similarities_and_groups_are_those_of_the_trace(run):
     assert [groups.max() + 1 for groups in tokens.groups(seen.trace)] == seen.trace.token_counts[1:]
 
 
-SCHEDULE = [3, 0, 4, 2]
-
-
-def small(**changes):
-    torch.manual_seed(0)
-    sizes = {"img_size": 8, "patch_size": 2, "stride": 2, "depth": 4, "d_model": 16, "d_state": 4}
-    return create_model("vim_nano", num_classes=3, **sizes, **({"schedule": SCHEDULE} | changes)).eval()
-
-
 def slowly(model, images):
     """The quantities of `token_similarity`, one token at a time; patches are followed as sets."""
-    found = []
+    found, cls = [], model.tokens if model.cls_index is None else model.cls_index
     with torch.no_grad():
         _, trace = model.forward_with_trace(images)
-    skip = 0 if model.cls_index is None else 1
     for image in range(len(images)):
         followed = [{i} for i in range(model.tokens)]
         for layer in range(1, model.depth + 1):
             normed = trace.normed[layer - 1][image].double()
-            patches = [t for t, members in enumerate(followed) if model.cls_index not in members]
+            patches = [t for t, members in enumerate(followed) if cls not in members]
             for one in patches:
                 others = [float(torch.cosine_similarity(normed[one], normed[o], dim=0)) for o in patches if o != one]
                 found.append(("similarity", image, layer, max(others)))
             if (matching := trace.matchings[layer - 1]) is not None:
-                for source, target in zip(
-                    matching.source[image].tolist(), matching.target[image].tolist(), strict=True
-                ):
-                    ends = []
-                    for members in (followed[source], followed[target]):
-                        at = [i - (skip and i > model.cls_index) for i in members]
-                        ends.append(np.mean([divmod(i, model.grid) for i in at], axis=0))
-                    found.append(("distance", image, layer, float(np.linalg.norm(ends[0] - ends[1]))))
+                for pair in torch.stack([matching.source[image], matching.target[image]], 1).tolist():
+                    places = [[divmod(i - (i > cls), model.grid) for i in followed[t]] for t in pair]
+                    source, target = (np.mean(at, axis=0) for at in places)
+                    found.append(("distance", image, layer, float(np.linalg.norm(source - target))))
             groups = trace.groups[layer - 1][image].tolist()
             followed = [{i for i, token in enumerate(groups) if token == t} for t in range(max(groups) + 1)]
-        found += [("size", image, model.depth, len(m)) for m in followed if model.cls_index not in m]
+        found += [("size", image, model.depth, len(m)) for m in followed if cls not in m]
     return found
 
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {},
-        {"cls_position": "head", "fusion": FusionOptions(order="append")},
-        {"cls_position": "middle", "fusion": FusionOptions(order="append")},
-        {"cls_position": "none", "pool": "mean"},
-        {"schedule": [0, 0, 0, 0]},
-    ],
+    [{}, {"cls_position": "middle", "fusion": FusionOptions(order="append")}, {"cls_position": "none", "pool": "mean"}],
 )
 def test_similarity_agrees_with_following_every_token(changes, monkeypatch):
     monkeypatch.setattr(tokens, "_BATCH", 2)  # the last batch is smaller
-    model = small(**changes)
+    torch.manual_seed(0)
+    sizes = {"img_size": 8, "patch_size": 2, "stride": 2, "depth": 4, "d_model": 16, "d_state": 4}
+    model = create_model("vim_nano", num_classes=3, schedule=[3, 0, 4, 2], **sizes, **changes).eval()
     images = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     frame = tokens.token_similarity(model, images)
     ours = sorted(frame[["quantity", "image", "layer", "value"]].itertuples(index=False, name=None))
@@ -161,21 +141,10 @@ def test_similarity_agrees_with_following_every_token(changes, monkeypatch):
     np.testing.assert_allclose([row[3] for row in ours], [row[3] for row in theirs], rtol=1e-6, atol=1e-9)
 
 
-def test_equal_tokens_have_similarity_one_at_most():
-    model = small(schedule=[0] * 4)
-    torch.nn.init.zeros_(model.pos_embed)
-    frame = tokens.token_similarity(model, torch.ones(1, 3, 8, 8))
-    of_first = frame[(frame["quantity"] == "similarity") & (frame["layer"] == 1)]["value"]
-    np.testing.assert_allclose(of_first, 1)
-    assert (frame["value"] <= 1).all()
-
-
 def test_each_run_is_measured_beside_the_initial_weights_of_its_seed(tmp_path):
     folders = [untrained(tmp_path, strategy, seed=3, weights=99) for strategy in ("none", "upper")]
     frame = tokens.similarity_in_runs(folders, images=4)
-    assert set(zip(frame["strategy"], frame["weights"], strict=True)) == {
-        *(("none", "trained"), ("none", "untrained"), ("upper", "trained"), ("upper", "untrained"))
-    }
+    assert frame.groupby(["strategy", "weights"]).ngroups == 4
     assert (set(frame["seed"]), set(frame["image"])) == ({3}, {0, 1, 2, 3})
     p = config.load("smoke", strategy="upper")
     dataset = data.load(p.data, seed=3)
@@ -186,8 +155,6 @@ def test_each_run_is_measured_beside_the_initial_weights_of_its_seed(tmp_path):
         np.testing.assert_allclose(ours, expected)
 
 
-def test_too_many_images_and_missing_runs_are_refused(run, tmp_path):
+def test_too_many_images_are_refused(run):
     with pytest.raises(InputError, match=r"images: 501; must be in 1\.\.450"):
         tokens.similarity_in_runs([run], images=501)
-    with pytest.raises(InputError, match="none-4: no such run"):
-        tokens.similarity_in_runs([tmp_path / "none-4"], images=1)

@@ -26,7 +26,7 @@ BACKENDS = available("torch", "native")
 
 
 @pytest.mark.parametrize("name", scan._PEERS)
-@pytest.mark.parametrize("t", [1, 7, 8, 33])
+@pytest.mark.parametrize("t", [1, 8, 33])
 def test_a_peer_computes_the_reference_scan(name, t):
     pytest.importorskip(scan._PEERS[name][0].split(".")[0])
     if name == "accelerated-scan" and t == 1:
@@ -46,8 +46,7 @@ def test_a_peer_that_cannot_be_imported_is_left_out_with_its_reason(monkeypatch)
     monkeypatch.setitem(sys.modules, "mambapy.pscan", None)
     monkeypatch.setitem(scan._PEERS, "transformers", ("types", scan._PEERS["transformers"][1]))  # an older version
     reasons = {row["what"]: row["reason"] for row in scan.left_out()}
-    assert "mambapy" in reasons["mambapy"]
-    assert reasons["mambapy"].startswith("ModuleNotFoundError: ")
+    assert reasons["mambapy"].startswith("ModuleNotFoundError: import of mambapy.pscan halted")
     assert reasons["transformers"].startswith("AttributeError: module 'types' has no attribute")
     assert "loop in torch" not in reasons
 
@@ -120,16 +119,7 @@ def test_a_product_is_repeated_with_its_strides():
     x, w = torch.randn(6, 8)[:, :3], torch.randn(5, 3)
     (product,) = model.products_of(lambda: F.linear(x, w))
     assert product.arguments == (((6, 3), (8, 1), torch.float32), ((3, 5), (1, 3), torch.float32))
-    again = model.products_of(model.repeat([product]))
-    assert again == [product]
-    (added,) = model.products_of(lambda: F.linear(x, w, torch.zeros(5)))
-    model.repeat([added])()
-
-
-def test_a_depthwise_convolution_is_no_matrix_product():
-    x = torch.randn(1, 4, 9)
-    assert model.products_of(lambda: F.conv1d(x, torch.randn(4, 1, 3), groups=4)) == []
-    assert len(model.products_of(lambda: F.conv1d(x, torch.randn(4, 4, 3)))) == 1
+    assert model.products_of(model.repeat([product])) == [product]
 
 
 def events(*rows):
@@ -233,11 +223,6 @@ def test_fusing_is_relative_to_its_layer():
     assert len(table) == 1 + 4 * len(set(QUICK.removed.values()))
 
 
-def test_an_unknown_part_is_named():
-    with pytest.raises(InputError, match=r"part: 'speed' is unknown; allowed: scan, model, .*, precision, data"):
-        bench.run(["scan", "speed"], quick=True)
-
-
 def test_the_command_prints_and_writes_the_chosen_parts(tmp_path, capsys):
     written, drawn = tmp_path / "new" / "memory.json", tmp_path / "memory.png"
     asked = ["bench", "memory", "--quick", "--json", str(written), "--figure", str(drawn)]
@@ -269,21 +254,13 @@ def test_fusion_is_measured_against_lengths_and_every_table_has_its_title():
 
 def test_the_loss_falls_in_bf16_as_in_fp32():
     """They differ by less than a quarter of what another order of the images changes."""
-    curves = {
-        name: np.array(model.loss_curve(kind, steps=100, depth=1, order=order)).reshape(5, 20).mean(1)
-        for name, kind, order in (("fp32", "fp32", 0), ("bf16", "bf16", 0), ("other", "fp32", 1))
-    }
-    assert curves["fp32"][-1] < 0.85 * curves["fp32"][0]
-    apart = {name: np.abs(curve - curves["fp32"]) for name, curve in curves.items()}
-    assert 0 < apart["bf16"].max() < 0.25 * apart["other"].max()
-
-
-def test_a_curve_is_the_same_every_time_and_counts_its_steps():
-    once = model.loss_curve("fp32", steps=3, depth=1)
-    assert len(once) == 3
-    assert once == model.loss_curve("fp32", steps=3, depth=1)
-    assert model.loss_curve("bf16", steps=1, depth=1)[0] == pytest.approx(once[0], rel=0.02)
-    assert model.loss_curve("fp32", steps=1, depth=1, order=1) != once[:1]
+    kinds = (("fp32", 0), ("bf16", 0), ("fp32", 1))
+    single, low, other = (model.loss_curve(kind, steps=100, depth=1, order=order) for kind, order in kinds)
+    assert single[:3] == model.loss_curve("fp32", steps=3, depth=1), "a curve is the same every time"
+    curves = np.reshape([single, low, other], (3, 5, 20)).mean(2)
+    assert curves[0, -1] < 0.85 * curves[0, 0]
+    _, of_low, of_other = np.abs(curves - curves[0]).max(1)
+    assert 0 < of_low < 0.25 * of_other
 
 
 def test_bf16_is_compared_with_fp32_in_time_and_loss():
@@ -305,10 +282,8 @@ def test_loading_is_measured_in_turn_with_the_step_that_takes_the_images(monkeyp
     assert result["left_out"] == []
     rows = {(row["img_size"], row["what"]): row for row in result["data"]}
     step, one_by_one = "training step, vim_nano", "timm, image by image"
-    assert set(rows) == {
-        (16, "tensors, whole batches"), (16, one_by_one), (16, step),
-        (40, one_by_one), (40, f"{one_by_one}, 1 workers"), (40, step),
-    }  # fmt: skip
+    small, large = ["tensors, whole batches", one_by_one, step], [one_by_one, f"{one_by_one}, 1 workers", step]
+    assert list(rows) == [(16, what) for what in small] + [(40, what) for what in large]
     for (img_size, what), row in rows.items():
         assert row["images_per_s"] == pytest.approx(1e3 * row["images"] / row["median_ms"])
         assert row["of_model"] == pytest.approx(row["images_per_s"] / rows[img_size, step]["images_per_s"])
@@ -341,7 +316,6 @@ def test_growth_compares_measured_steps_with_the_law_of_the_fitted_sizes(monkeyp
     np.testing.assert_allclose(frame["time_ms_coefficients"].tolist(), [[5, 2]] * len(frame))
     time, memory = plots.growth(frame).axes
     assert [axes.get_xlabel() for axes in (time, memory)] == ["depth (layers)"] * 2
-    assert [text.get_text() for text in time.get_legend().get_texts()] == [
-        f"{name}: 5 + 2 x" for name in frame["backend"].unique()
-    ]
+    laws = [text.get_text() for text in time.get_legend().get_texts()]
+    assert laws == [f"{name}: 5 + 2 x" for name in frame["backend"].unique()]
     assert [text.get_text() for text in memory.texts] == ["+20%"] * len(BACKENDS)

@@ -11,7 +11,7 @@ from refusals import refused
 
 from famba import bench
 from famba.bench import gpu, timing
-from famba.bench.gpu import PublishedMixer, set_norm_backend, set_published_mixers
+from famba.bench.gpu import PublishedMixer, set_norm_backend
 from famba.bench.model import Training
 from famba.bench.timing import table
 from famba.cli import main
@@ -22,17 +22,6 @@ from famba.models.mixer import BidirectionalMixer
 from famba.profiling import memory
 
 QUICK = dataclasses.replace(gpu.QUICK, device="cpu")
-
-
-def test_published_mixers_keep_the_weights_and_the_output():
-    training = Training(QUICK, "torch")
-    before = list(training.model.parameters())
-    expected = training.model(training.images)
-    model = training.model
-    set_published_mixers(model)
-    assert [type(block.mixer) for block in model.layers] == [PublishedMixer] * model.depth
-    assert {id(weight) for weight in model.parameters()} == {id(weight) for weight in before}
-    torch.testing.assert_close(model(training.images), expected)
 
 
 def inner(xz, conv_weight, conv_bias, x_weight, dt_weight, out_weight, out_bias, A, B=None, C=None, D=None,
@@ -72,17 +61,12 @@ def test_the_backend_of_all_norms_is_set():
 
 
 def test_asynchronous_calls_are_queued_in_doubling_numbers(monkeypatch):
-    clock, seen = [0.0], []
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
-
-    def finish() -> None:
-        clock[0] += 1.0 * (len(seen) - sum(len(row) for row in rows))
-        rows.append("c" * (len(seen) - sum(len(row) for row in rows)))
-
-    rows: list[str] = []
+    seen, waits = [], [0]  # a call takes a second, which is waited for
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(waits[-1]))
     calls = {"c": lambda: seen.append("c")}
+    finish = lambda: waits.append(len(seen))  # noqa: E731
     assert timing.interleaved(calls, rounds=1, warmup=0, turn_s=3.5, finish=finish) == {"c": [1.0]}
-    assert rows == ["c", "c", "cc"]
+    assert waits == [0, 1, 2, 4]
 
 
 def test_a_table_by_hand():
@@ -96,21 +80,11 @@ def test_the_bytes_of_a_scan_by_hand():
     assert gpu.one_scan_bytes(2, 3, 5, 7, torch.float32) == 2 * gpu.one_scan_bytes(2, 3, 5, 7, torch.bfloat16)
 
 
-def test_a_contestant_that_raises_is_left_out_with_its_reason():
-    def fail() -> int:
-        raise RuntimeError("no such chip\nat all")
-
-    left: gpu.Left = []
-    assert gpu._tried({"a": lambda: 1, "b": fail, "c": lambda: 3}, left, "x, ") == {"a": 1, "c": 3}
-    assert left == [{"what": "x, b", "reason": "RuntimeError: no such chip"}]
-
-
 def test_a_slow_step_is_left_out(monkeypatch):
     monkeypatch.setattr(memory, "peak_memory", lambda *_: 0)
     left: gpu.Left = []
     assert gpu.bench_steps(dataclasses.replace(QUICK, slow_s=-1.0), left) == []
-    assert left
-    assert all("TimeoutError: one step took" in row["reason"] for row in left)
+    assert {row["reason"].split(" took ")[0] for row in left} == {"TimeoutError: one step"}
 
 
 def test_a_compiler_has_a_time_limit():

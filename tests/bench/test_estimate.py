@@ -9,12 +9,10 @@ from refusals import refused
 from famba import config
 from famba.bench import estimate
 from famba.cli import main
-from famba.errors import InputError
 
 
-@pytest.fixture
-def rows(monkeypatch):
-    """Rows of a profile without training anything: a step takes 100 ms in each strategy of each model."""
+def test_the_hours_of_both_models_and_each_strategy_by_hand(monkeypatch):
+    """A step takes 100 ms in each strategy of each model."""
 
     def measured(p, steps, images):
         epoch_s = images // p.train.batch_size * 0.1
@@ -23,12 +21,8 @@ def rows(monkeypatch):
         return {"model": p.model.name, "strategy": p.strategy, **row}
 
     monkeypatch.setattr(estimate, "_row", measured)
-    return lambda profile, **options: estimate.estimate(profile, **options)
-
-
-def test_the_hours_of_both_models_and_each_strategy_by_hand(rows):
     # 45,000 // 128 = 351 steps of 0.1 s are 35.1 s an epoch, 300 epochs 2.925 h, five strategies of two models 29.25 h
-    found, strategies = rows("paper", device="cpu"), config.load_sweep().strategies
+    found, strategies = estimate.estimate("paper", device="cpu"), config.load_sweep().strategies
     assert [(row["model"], row["strategy"]) for row in found] == [(m, s) for m in estimate.MODELS for s in strategies]
     assert [row["epoch_s"] for row in found] == pytest.approx([35.1] * 10)
     assert [row["hours"] for row in found] == pytest.approx([2.925] * 10)
@@ -77,10 +71,13 @@ def test_the_papers_recipe_is_timed_without_timm_in_its_parts_and_with_mixed_lab
     assert 3 < loss < 7
 
 
+DEVICES = f"train.device: 'cuda:99'; torch sees {torch.cuda.device_count()} CUDA devices here"
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--profile", "paper", "--device", "cuda:99"], "'cuda:99'; torch sees"),
+        (["--profile", "paper", "--device", "cuda:99"], f"{DEVICES}; to try it here: --device cpu"),
         (["--profile", "paper", "--device", "tpu"], "'tpu': must be auto, cpu, cuda or cuda:N; to try"),
         (["--profile", "smoke", "--images", "3"], "images: 3: must be at least train.batch_size, 32"),
         (["--profile", "smoke", "--steps", "0"], "steps: 0: must be at least 1"),
@@ -89,12 +86,3 @@ def test_the_papers_recipe_is_timed_without_timm_in_its_parts_and_with_mixed_lab
 )
 def test_invalid_arguments_are_refused_in_one_line(options, said, capsys):
     assert said in refused(capsys, "estimate", *options)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
-def test_a_missing_gpu_is_reported_with_an_alternative(capsys):
-    assert main(["estimate", "--profile", "paper"]) == 1
-    printed = capsys.readouterr().err
-    assert printed == ("famba: train.device: 'cuda'; torch sees 0 CUDA devices here; to try it here: --device cpu\n")
-    with pytest.raises(InputError, match="--device cpu"):
-        estimate.place("paper")

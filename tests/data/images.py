@@ -4,26 +4,9 @@ import numpy as np
 from PIL import Image
 from refusals import refusal
 
-DIGITS = {
-    "dataset": "digits",
-    "root": None,
-    "img_size": 8,
-    "val_fraction": 0.1,
-    "split_seed": 0,
-    "limit": None,
-    "eval_crop": 1.0,
-    "normalise": "train",
-    "augment": "tensor",
-    "shift": 1,
-    "flip": False,
-    "erase": 0.0,
-    "mixup": 0.0,
-    "cutmix": 0.0,
-    "rand_augment": None,
-    "color_jitter": 0.0,
-    "workers": 0,
-    "memory_mib": 4096,
-}
+DIGITS = {"dataset": "digits", "root": None, "img_size": 8, "val_fraction": 0.1, "split_seed": 0, "limit": None}
+DIGITS |= {"eval_crop": 1.0, "normalise": "train", "workers": 0, "memory_mib": 4096, "augment": "tensor", "shift": 1}
+DIGITS |= {"flip": False, "erase": 0.0, "mixup": 0.0, "cutmix": 0.0, "rand_augment": None, "color_jitter": 0.0}
 
 
 def photograph(seed: int, size: tuple[int, int] = (8, 8)) -> Image.Image:

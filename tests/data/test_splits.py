@@ -1,10 +1,8 @@
 import functools
 import hashlib
-import logging
 import os
 import shutil
-import struct
-import zlib
+from base64 import b64decode
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from images import DIGITS, one_line, photograph
 from PIL import ExifTags, Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from famba import data
 from famba.config import DataParams
-from famba.data.datasets import Cells, Files, pixels
+from famba.data.datasets import Cells, pixels
 from famba.errors import InputError
 
 
@@ -31,14 +29,9 @@ def load(seed: int = 0, **changes: object) -> data.Dataset:
 digits = functools.cache(load)
 
 
-def png_48_bit() -> bytes:
-    """A pixel of 16 bits per channel, which Pillow cannot write."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(7))) + chunk(b"IEND", b"")
+# A pixel of 16 bits per channel, which Pillow cannot write.
+PNG_48_BIT = b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABEAIAAADA54+dAAAAC0lEQVR4nGNgAAMAAAcAAbKGrPQAAAAASUVORK5CYII=")
+JPEG = "train/dog/1.jpg"
 
 
 def from_folder(**changes: object) -> data.Dataset:
@@ -52,61 +45,38 @@ def caches(checkout: Path) -> list[Path]:
 # digits
 
 
-def test_digits_are_split_into_500_test_images_and_a_tenth_of_the_rest_held_out():
-    d = digits()
-    assert (len(d.train), len(d.val), len(d.test)) == (1167, 130, 500)
-    assert d.classes == tuple("0123456789")
-    for split in (d.train, d.val, d.test):
-        assert split.images.dtype == torch.uint8
-        assert split.labels.dtype == torch.int64
-        assert split.images.shape == (len(split), 3, 8, 8)
-        assert split.images.min() == 0
-        assert split.images.max() == 255
-        assert torch.equal(split.images[:, 0], split.images[:, 1])
-
-
-def test_digits_hold_the_scans_of_scikit_learn_each_exactly_once():
+def test_digits_are_scikit_learns_500_for_testing_and_a_tenth_of_the_rest_held_out():
     from sklearn.datasets import load_digits
 
     d = digits()
-    ours = torch.cat([s.images[:, 0].flatten(1) for s in (d.train, d.val, d.test)]).double() * 16 / 255
-    labels = torch.cat([s.labels for s in (d.train, d.val, d.test)])
-    pixels, target = load_digits(return_X_y=True)
-    found = torch.cat([ours.round().int(), labels[:, None]], 1).tolist()
-    assert sorted(found) == sorted([*map(int, row), int(label)] for row, label in zip(pixels, target, strict=True))
-
-
-def test_every_split_holds_each_class_by_its_share():
-    d = digits()
-    everything = sum(torch.bincount(s.labels) for s in (d.train, d.val, d.test))
-    for split in (d.train, d.val, d.test):
-        share = everything * len(split) / 1797
-        assert (torch.bincount(split.labels) - share).abs().max() < 1.2  # twice rounded: the test split, then val
+    splits = (d.train, d.val, d.test)
+    assert [len(split) for split in splits] == [1167, 130, 500]
+    assert d.classes == tuple("0123456789")
+    images, labels = torch.cat([x.images for x in splits]), torch.cat([x.labels for x in splits])
+    assert torch.equal(images, images[:, :1].expand(-1, 3, 8, 8))
+    scans = (images[:, 0].flatten(1).double() * 16 / 255).round()
+    found, expected = torch.cat([scans, labels[:, None]], 1), np.column_stack(load_digits(return_X_y=True))
+    assert sorted(found.tolist()) == sorted(expected.tolist())
+    for split in splits:  # each class by its share, twice rounded: the test split, then val
+        share = torch.bincount(labels) * len(split) / 1797
+        assert (torch.bincount(split.labels) - share).abs().max() < 1.2
 
 
 def test_the_test_split_is_the_same_one_for_every_parameter_and_for_ever():
     reference = digits().test
     for changes in ({"split_seed": 7}, {"val_fraction": 0.3}, {"limit": 100}):
-        other = digits(**changes).test
-        assert torch.equal(other.images, reference.images)
-        assert torch.equal(other.labels, reference.labels)
+        assert torch.equal(digits(**changes).test.images, reference.images)
     # Accuracies of other days are of this very split: if this changes, no result can be compared with an older one.
     assert hashlib.sha256(reference.images.numpy().tobytes()).hexdigest()[:16] == "0e7d6e34c27d9eff"
 
 
 def test_over_the_seeds_every_image_is_tested_once_in_folds_that_hold_each_class_by_its_share():
     folds = [digits(seed, folds=4) for seed in range(4)]
-    ids = torch.cat([d.test_ids for d in folds])
-    assert ids.sort().values.tolist() == list(range(1797))
-    pixels = digits(limit=None)
-    whole = torch.cat([x.images for x in (pixels.train, pixels.val, pixels.test)]).flatten(1)
+    assert torch.cat([d.test_ids for d in folds]).sort().values.tolist() == list(range(1797))
+    share = torch.bincount(torch.cat([d.test.labels for d in folds])) / 4
     for d in folds:
-        assert len(d.test) in (449, 450)
-        assert (
-            torch.bincount(d.test.labels) - torch.bincount(torch.cat([f.test.labels for f in folds])) / 4
-        ).abs().max() < 1
-        learnt = torch.cat([d.train.images, d.val.images]).flatten(1)
-        assert len(learnt) + len(d.test) == len(whole)
+        assert (torch.bincount(d.test.labels) - share).abs().max() < 1
+        assert len(d.train) + len(d.val) + len(d.test) == 1797
     assert torch.equal(digits(5, folds=4).test_ids, folds[1].test_ids)
     assert torch.equal(digits(5).test.images, digits().test.images), "without folds the seed chooses nothing"
 
@@ -116,7 +86,6 @@ def test_the_same_parameters_give_the_same_splits_and_another_seed_gives_others(
     for name in ("train", "val"):
         assert torch.equal(getattr(first, name).images, getattr(again, name).images)
         assert not torch.equal(getattr(first, name).images, getattr(other, name).images)
-    assert (first.mean, first.std) == (again.mean, again.std)
 
 
 def test_limit_takes_a_stratified_part_of_the_training_images_and_leaves_the_validation_split():
@@ -129,20 +98,11 @@ def test_limit_takes_a_stratified_part_of_the_training_images_and_leaves_the_val
     assert {image.numpy().tobytes() for image in part.train.images} <= rows
 
 
-def test_digits_of_another_size_are_those_that_pillow_resizes():
-    small, large = digits(), digits(img_size=16)
-    assert large.train.images.shape == (1167, 3, 16, 16)
-    scan = Image.fromarray(small.train.images[5, 0].numpy())
-    expected = np.asarray(scan.convert("RGB").resize((16, 16), Image.Resampling.BICUBIC))
-    assert np.array_equal(large.train.images[5].numpy(), expected.transpose(2, 0, 1))
-
-
 def test_mean_and_std_are_those_of_the_training_split_alone():
     for d in (digits(), digits(limit=50)):
         x = d.train.images.double() / 255
         assert d.mean == pytest.approx(x.mean((0, 2, 3)).tolist(), rel=1e-12)
         assert d.std == pytest.approx(x.std((0, 2, 3), correction=0).tolist(), rel=1e-12)
-        assert all(type(value) is float for value in (*d.mean, *d.std))
     assert digits().mean != digits(limit=50).mean
 
 
@@ -153,8 +113,6 @@ def test_a_folder_gives_its_images_with_the_classes_and_files_sorted_by_name(fol
     d = from_folder()
     assert d.classes == ("cat", "dog")
     assert (len(d.train), len(d.val), len(d.test)) == (16, 4, 4)
-    assert torch.bincount(d.train.labels).tolist() == [8, 8]
-    assert torch.bincount(d.val.labels).tolist() == [2, 2]
     assert d.test.labels.tolist() == [0, 0, 1, 1]
     files = [folder / "test" / name / file for name in ("cat", "dog") for file in ("0.png", "1.jpg")]
     for image, file in zip(d.test.images, files, strict=True):
@@ -163,11 +121,7 @@ def test_a_folder_gives_its_images_with_the_classes_and_files_sorted_by_name(fol
 
 def test_the_second_load_reads_the_cache_and_no_image(folder, monkeypatch, caplog):
     first = from_folder()
-
-    def refuse(*args: object) -> None:
-        raise AssertionError("an image was opened")
-
-    monkeypatch.setattr(Image, "open", refuse)
+    monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("an image was opened"))
     second = from_folder()
     assert torch.equal(first.train.images, second.train.images)
     assert torch.equal(first.test.images, second.test.images)
@@ -175,22 +129,15 @@ def test_the_second_load_reads_the_cache_and_no_image(folder, monkeypatch, caplo
     assert not caplog.records
 
 
-@pytest.mark.parametrize(
-    ("change", "tested", "size"),
-    [
-        pytest.param(lambda file: photograph(99, (9, 9)).save(file), 4, 8, id="content"),
-        pytest.param(lambda file: os.utime(file, ns=(1, 1)), 4, 8, id="time"),
-        pytest.param(lambda file: file.rename(file.with_name("5.png")), 4, 8, id="name"),
-        pytest.param(lambda file: photograph(99).save(file.with_name("6.png")), 5, 8, id="more"),
-        pytest.param(lambda file: None, 4, 10, id="img_size"),
-    ],
-)
-def test_a_changed_folder_is_decoded_anew(folder, change, tested, size):
+def test_a_changed_folder_and_another_size_are_decoded_anew(folder):
     from_folder()
-    change(folder / "test" / "cat" / "0.png")
-    d = from_folder(img_size=size)
-    assert len(caches(folder.parent)) == 2
-    assert d.test.images.shape == (tested, 3, size, size)
+    file = folder / "test" / "cat" / "0.png"
+    os.utime(file, ns=(1, 1))
+    from_folder()
+    file.rename(file.with_name("5.png"))
+    from_folder()
+    assert from_folder(img_size=10).test.images.shape == (4, 3, 10, 10)
+    assert len(caches(folder.parent)) == 4
 
 
 def foreign(path: Path) -> None:
@@ -203,20 +150,13 @@ def one_bit(path: Path) -> None:
     path.write_bytes(raw)
 
 
-def other_name(path: Path) -> None:
-    images = load_file(path)["images"]
-    save_file({"pictures": images}, path, metadata={"crc32": str(zlib.crc32(images.numpy().data))})
-
-
 @pytest.mark.parametrize(
     "damage",
     [
         pytest.param(lambda path: path.write_bytes(path.read_bytes()[:-100]), id="truncated"),
         pytest.param(lambda path: path.write_bytes(b""), id="empty"),
-        pytest.param(lambda path: path.write_bytes(b"not a tensor" * 50), id="nonsense"),
         pytest.param(one_bit, id="one bit"),
         pytest.param(foreign, id="foreign"),
-        pytest.param(other_name, id="other name"),
     ],
 )
 def test_a_damaged_cache_is_rebuilt_with_a_warning_of_one_line(folder, damage, caplog):
@@ -224,76 +164,36 @@ def test_a_damaged_cache_is_rebuilt_with_a_warning_of_one_line(folder, damage, c
     (cache,) = caches(folder.parent)
     whole = cache.read_bytes()
     damage(cache)
-    assert cache.read_bytes() != whole
-    second = from_folder()
-    assert torch.equal(first.train.images, second.train.images)
+    assert torch.equal(first.train.images, from_folder().train.images)
     assert caches(folder.parent) == [cache]
     assert cache.read_bytes() == whole
     (record,) = caplog.records
-    assert record.levelno == logging.WARNING
-    assert cache.name in record.getMessage()
+    assert f"{cache.name}: damaged (" in record.getMessage()
     assert "\n" not in record.getMessage()
 
 
-def test_a_cache_that_cannot_be_written_is_an_error_that_names_it_and_leaves_nothing(folder, monkeypatch):
-    def full(*args: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    one_line(from_folder, "build/cache/images-8px-", "No space left on device")
-    assert caches(folder.parent) == []
-
-
 def test_the_root_is_found_from_a_folder_below_it_and_may_be_absolute(folder, monkeypatch):
-    here = from_folder()
     (folder.parent / "notebooks").mkdir()
     monkeypatch.chdir(folder.parent / "notebooks")
-    assert torch.equal(from_folder().train.images, here.train.images)
-    assert torch.equal(from_folder(root=str(folder)).train.images, here.train.images)
+    for root in ("images", str(folder)):
+        assert from_folder(root=root).classes == ("cat", "dog")
     assert len(caches(folder.parent)) == 1
 
 
-@pytest.mark.parametrize(
-    ("mode", "pixel", "colour"),
-    [
-        ("1", 1, [255, 255, 255]),
-        ("L", 77, [77, 77, 77]),
-        ("LA", (77, 30), [77, 77, 77]),
-        ("RGBA", (200, 30, 10, 128), [200, 30, 10]),
-        ("P", 1, [200, 30, 10]),
-        ("P, transparent", 1, [200, 30, 10]),
-    ],
-)
-def test_grey_palette_and_transparent_images_become_rgb(folder, mode, pixel, colour):
-    image = Image.new(mode.split(",")[0], (8, 8), pixel)
-    if image.mode == "P":
-        image.putpalette([0, 0, 0, 200, 30, 10])
-    if "transparent" in mode:
-        image.info["transparency"] = bytes([255, 128])
-    image.save(folder / "test" / "cat" / "0.png")
-    assert from_folder().test.images[0].flatten(1).unique(dim=1).flatten().tolist() == colour
-
-
-@pytest.mark.parametrize(("size", "box"), [((40, 16), (12, 0, 28, 16)), ((16, 40), (0, 12, 16, 28)), ((16, 16), None)])
-def test_larger_images_are_resized_by_the_shorter_side_and_cropped_at_the_centre(folder, size, box):
-    image = photograph(5, size)
-    image.save(folder / "test" / "cat" / "0.png")
-    got = from_folder().test.images[0].int()
-    # Cropping first differs from cropping last where the filter looks over the edge, and by rounding.
-    square = image.crop(box) if box else image
-    expected = np.asarray(square.resize((8, 8), Image.Resampling.BICUBIC)).transpose(2, 0, 1).astype(int)
-    assert (got - torch.from_numpy(expected)).abs().max() <= 6
-    assert (got - torch.from_numpy(expected))[:, 2:-2, 2:-2].abs().max() <= 1
+def test_grey_palette_and_transparent_images_become_rgb(checkout):
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 200, 30, 10])
+    palette.info["transparency"] = bytes([255, 128])
+    grey, colours = Image.new("LA", (8, 8), (77, 30)), Image.new("RGBA", (8, 8), (200, 30, 10, 128))
+    for image, colour in ((palette, [200, 30, 10]), (grey, [77, 77, 77]), (colours, [200, 30, 10])):
+        image.save("it.png")
+        assert data.read_image("it.png", 8).flatten(1).unique(dim=1).flatten().tolist() == colour
 
 
 def test_hidden_files_are_passed_over(folder):
     (folder / "train" / "cat" / ".DS_Store").write_bytes(b"x")
     (folder / "train" / ".ipynb_checkpoints").mkdir()
     assert from_folder().classes == ("cat", "dog")
-
-
-def truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-30])
 
 
 def empty(path: Path) -> None:
@@ -304,27 +204,18 @@ def empty(path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "parts"),
     [
-        (shutil.rmtree, ("data.root", "images", "no such folder")),
         (lambda top: shutil.rmtree(top / "train"), ("images/train", "train/<class>/ and test/<class>/")),
-        (lambda top: shutil.rmtree(top / "test"), ("images/test", "train/<class>/ and test/<class>/")),
         (lambda top: empty(top / "train"), ("images/train", "no class folders")),
         (lambda top: empty(top / "train" / "dog"), ("images/train/dog", "no image files")),
-        (lambda top: empty(top / "test" / "cat"), ("images/test/cat", "no image files")),
         (lambda top: shutil.rmtree(top / "test" / "cat"), ("'cat'", "train/ only")),
         (lambda top: shutil.rmtree(top / "train" / "dog"), ("'dog'", "test/ only")),
         (lambda top: (top / "train" / "list.txt").write_text("x"), ("train/list.txt", "only class folders")),
         (lambda top: (top / "train" / "cat" / "more").mkdir(), ("train/cat/more", "only image files")),
-        (lambda top: (top / "train" / "cat" / "a.txt").write_text("x"), ("train/cat/a.txt", "no known format")),
-        (lambda top: (top / "train" / "cat" / "a.png").touch(), ("train/cat/a.png", "no known format")),
-        (lambda top: truncate(top / "train" / "cat" / "0.png"), ("train/cat/0.png", "not a whole image")),
-        (lambda top: truncate(top / "train" / "dog" / "1.jpg"), ("train/dog/1.jpg", "truncated")),
-        (lambda top: truncate(top / "train" / "dog" / "2.bmp"), ("train/dog/2.bmp", "not a whole image")),
-        (lambda top: (top / "test" / "cat" / "9").symlink_to("nowhere"), ("test/cat/9", "only image files")),
+        (lambda top: (top / JPEG).write_bytes((top / JPEG).read_bytes()[:-30]), (JPEG, "not a whole", "truncated")),
         (lambda top: (top / "test" / "cat" / "9").symlink_to("9"), ("test/cat/9", "symbolic links")),
-        (lambda top: (top / "test" / "cat" / "9").symlink_to("/dev/zero"), ("test/cat/9", "only image files")),
         (lambda top: os.mkfifo(top / "test" / "cat" / "9"), ("test/cat/9", "only image files")),
         (lambda top: (top / "test" / "cat" / "\x1b9\n.png").touch(), (r"test/cat/\x1b9\n.png", "no known format")),
-        (lambda top: (top / "test" / "cat" / "9.png").write_bytes(png_48_bit()), ("test/cat/9.png", "8 bits")),
+        (lambda top: (top / "test" / "cat" / "9.png").write_bytes(PNG_48_BIT), ("test/cat/9.png", "8 bits")),
         (lambda top: Image.new("I;16", (8, 8), 999).save(top / "test" / "cat" / "9.png"), ("test/cat/9.png", "8 bits")),
     ],
 )
@@ -334,20 +225,11 @@ def test_a_folder_that_is_not_laid_out_right_is_an_error_of_one_line_and_caches_
     assert not (folder.parent / "build").exists()
 
 
-def test_a_folder_that_may_not_be_read_is_named(folder, monkeypatch):
-    def denied(path: object) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(os, "scandir", denied)
-    one_line(from_folder, f"{folder / 'train'}: cannot be read (Permission denied)")
-
-
-def test_a_pipe_is_not_waited_for_wherever_its_path_comes_from(checkout):
+def test_a_pipe_that_a_parquet_file_names_is_not_waited_for(checkout):
     os.mkfifo(checkout / "pipe")
     table = pa.table({"image": [{"bytes": None, "path": str(checkout / "pipe")}]})
-    for images in (Files([str(checkout / "pipe")]), Cells(SimpleNamespace(data=table), "image", "set")):
-        with pytest.raises(InputError, match="no regular file there"):
-            pixels(images, 0, 8)
+    with pytest.raises(InputError, match="no regular file there"):
+        pixels(Cells(SimpleNamespace(data=table), "image", "set"), 0, 8)
 
 
 def test_an_image_is_turned_as_its_exif_data_says(checkout):
@@ -360,9 +242,8 @@ def test_an_image_is_turned_as_its_exif_data_says(checkout):
 
 
 def test_of_several_broken_images_the_first_is_named(folder):
-    for i in range(10):
-        for name in ("dog", "cat"):
-            (folder / "train" / name / f"{i}.{('png', 'jpg', 'bmp', 'gif')[i % 4]}").write_bytes(b"broken")
+    for file in (folder / "train").rglob("*.*"):
+        file.write_bytes(b"broken")
     with pytest.raises(InputError, match=r"train/cat/0\.png"):
         from_folder()
 
@@ -379,8 +260,6 @@ def test_of_several_broken_images_the_first_is_named(folder):
         ({"limit": 1168}, ("data.limit", "1168", "1167")),
         ({"limit": 9}, ("data.limit 9", "training image")),
         ({"val_fraction": 0.001}, ("data.val_fraction 0.001", "validation image")),
-        ({"val_fraction": 1e-9}, ("data.val_fraction 1e-09", "validation image")),
-        ({"val_fraction": 0.9999}, ("data.val_fraction 0.9999", "training image")),
         ({"shift": 8}, ("data.shift", "8", "data.img_size")),
     ],
 )
@@ -390,9 +269,7 @@ def test_what_cannot_be_had_is_an_error_of_one_line(checkout, changes, parts):
 
 def test_images_without_any_contrast_are_an_error(folder):
     for file in (folder / "train").rglob("*.*"):
-        Image.new("RGB", (8, 8), (5, 6, 7)).save(file.with_suffix(".png"))
-        if file.suffix != ".png":
-            file.unlink()
+        Image.new("RGB", (8, 8)).save(file)
     with pytest.raises(InputError, match="channel 0"):
         from_folder()
 
@@ -418,12 +295,7 @@ def test_batches_hold_every_image_once_beside_its_own_label(n, batch_size, drop_
     sizes = [len(labels) for _, labels in got]
     assert sizes[:-1] == [batch_size] * (len(sizes) - 1)
     seen = torch.cat([labels for _, labels in got]).tolist()
-    if drop_last:
-        assert sizes[-1] == batch_size
-        assert len(seen) == n - n % batch_size
-        assert len(set(seen)) == len(seen)
-    else:
-        assert sorted(seen) == list(range(n))
+    assert len(set(seen)) == len(seen) == (n - n % batch_size if drop_last else n)
     if seed is None:
         assert seen == list(range(len(seen)))
 
@@ -468,7 +340,6 @@ def test_one_image_is_read_from_a_file_or_an_array_as_a_folder_reads_it(folder):
     ("source", "said"),
     [
         ("nowhere.png", "nowhere.png: not a whole image that Pillow can read .no regular file there"),
-        ("params.yaml", "params.yaml: not a whole image that Pillow can read"),
         (np.zeros((4, 4), np.float32), r"image: float32 of shape \(4, 4\); must be uint8 of \(h, w\) or \(h, w, 3\)"),
         (np.zeros((4, 4, 4), np.uint8), r"image: uint8 of shape \(4, 4, 4\)"),
         (np.zeros((0, 4, 3), np.uint8), r"image: uint8 of shape \(0, 4, 3\)"),

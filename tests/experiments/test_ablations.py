@@ -7,11 +7,11 @@ import sys
 
 import pandas as pd
 import pytest
+from refusals import refusal, refused
 from test_sweep import trained  # noqa: F401 (a fixture)
 
 from famba.analysis import records
 from famba.analysis import trained as models
-from famba.cli import main
 from famba.config import AblationParams, SweepParams
 from famba.experiments import ablations, launcher, sweep
 
@@ -48,15 +48,18 @@ def lines(folder):
 ALL = [(name, seed) for name in ("none", "upper", "upper_append") for seed in (0, 3)]
 
 
-def test_runs_are_trained_once_and_are_known_afterwards_without_their_folders(tmp_path, record):
+def test_runs_are_trained_once_and_stay_known_without_their_folders_whatever_other_records_hold(tmp_path, record):
     assert len(record()) == 6
-    assert lines(tmp_path / "records" / "one") == ALL
-    made = (tmp_path / "records" / "one" / "runs.csv").read_bytes()
-    table = records.published(ASKED, tmp_path / "records" / "one")
-    assert set(table["command"]) == {"make ablation NAME=one"}
+    file = tmp_path / "records" / "one" / "runs.csv"
+    assert lines(file.parent) == ALL
+    assert set(records.published(ASKED, file.parent)["command"]) == {"make ablation NAME=one"}
+    made = file.read_bytes()
     shutil.rmtree(tmp_path / "runs")
+    for other in (tmp_path, tmp_path / "records" / "earlier", tmp_path / "records" / "later"):
+        other.mkdir(exist_ok=True)
+        (other / "runs.csv").write_bytes(made.replace(b"NAME=one", b"NAME=other"))
     assert record() == []
-    assert (tmp_path / "records" / "one" / "runs.csv").read_bytes() == made
+    assert file.read_bytes() == made
 
 
 def test_a_line_is_written_as_soon_as_its_run_is_finished(tmp_path, record, trained, monkeypatch):  # noqa: F811
@@ -94,15 +97,11 @@ def test_lines_of_other_ablations_serve_and_those_of_other_code_or_that_are_not_
     assert len(lines(tmp_path / "records" / "other")) == 3
 
 
-def test_a_known_line_stays_as_it_is_whatever_others_hold_of_that_run(tmp_path, record):
-    record()
+def test_a_record_that_is_no_table_is_named(tmp_path, record):
     file = tmp_path / "records" / "one" / "runs.csv"
-    made = file.read_bytes()
-    for other in (tmp_path, tmp_path / "records" / "earlier", tmp_path / "records" / "later"):
-        other.mkdir(exist_ok=True)
-        (other / "runs.csv").write_bytes(made.replace(b"NAME=one", b"NAME=other"))
-    assert record() == []
-    assert file.read_bytes() == made
+    file.parent.mkdir(parents=True)
+    file.write_text('strategy,seed\n"none,0\n')
+    assert refusal(record).startswith(f"{file}: not readable as CSV: ")
 
 
 def test_worker_processes_are_asked_for_runs_that_are_not_known_and_not_on_disk(tmp_path, record, monkeypatch):
@@ -139,8 +138,6 @@ def test_strategies_of_another_profile_have_curves_and_models_all_of_none_and_on
     assert {path.name for path in (folder / "models").iterdir()} == {"none-3"}
 
 
-def test_an_unknown_ablation_is_an_error_of_one_line(capsys):
-    for arguments in (["ablation", "most"], ["resolve", "--ablation", "most", "--out", "most.json"]):
-        assert main(arguments) == 1
-        said = capsys.readouterr().err
-        assert said.startswith("famba: params.yaml: ablation: 'most' is not one of photographs, photographs_all, ")
+@pytest.mark.parametrize("arguments", [["ablation", "most"], ["resolve", "--ablation", "most", "--out", "most.json"]])
+def test_an_unknown_ablation_is_an_error_of_one_line(arguments, capsys):
+    assert "params.yaml: ablation: 'most' is not one of photographs, photographs_all, " in refused(capsys, *arguments)

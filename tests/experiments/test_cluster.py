@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 from processes import FOREVER_S, PATIENCE_S, wait_until
+from refusals import refused
 
 from famba import config
 from famba.cli import main
@@ -105,6 +106,18 @@ def test_without_submitit_or_slurm_one_line_says_so(tmp_path, monkeypatch, capsy
     monkeypatch.setenv("PATH", "")
     assert main(command) == 1
     assert capsys.readouterr().err.endswith('Could not detect "srun", are you indeed on a slurm cluster?\n')
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--jobs", "0"], "--jobs: 0; must be at least 1"),
+        (["--slurm", "mem", "8G"], "--slurm: {'mem': '8G'}; allowed with --cluster slurm only"),
+        (["--cluster", "slurm", "--slurm", "time", "4h"], "--slurm time: '4h'; must be a whole number of minutes"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_before_anything_is_trained(arguments, said, capsys):
+    assert refused(capsys, "sweep", "--profile", "smoke", *arguments) == f"famba: {said}\n"
 
 
 def test_a_controller_that_does_not_answer_is_asked_again(tmp_path, monkeypatch):

@@ -1,7 +1,5 @@
 """Which backend runs: what `auto` takes, and that it says why where it must take a slower one."""
 
-import logging
-
 import pytest
 import torch
 
@@ -10,57 +8,46 @@ from famba.kernels import dispatch
 from famba.kernels.dispatch import Backend, choose, chosen
 
 X = torch.zeros(1)
-
-
-def slow():
-    return "slow"
-
-
-def fast():
-    return "fast"
+SLOW, FAST = (lambda: "slow"), (lambda: "fast")
 
 
 def table(missing: str = "", unsuited: str = "") -> dict[str, Backend]:
-    return {"torch": Backend(slow), "native": Backend(fast, lambda: missing, lambda *tensors: unsuited)}
+    return {"torch": Backend(SLOW), "native": Backend(FAST, lambda: missing, lambda *tensors: unsuited)}
 
 
-@pytest.fixture
-def said(caplog):
-    """The warnings so far."""
-    dispatch._warn.cache_clear()
-    caplog.set_level(logging.WARNING, "famba")
-    yield lambda: [record.getMessage() for record in caplog.records]
+@pytest.fixture(autouse=True)
+def warned_of_nothing():
     dispatch._warn.cache_clear()
 
 
-def test_auto_takes_the_fastest_that_can_run_and_says_nothing(said):
+def test_auto_takes_the_fastest_that_can_run_and_says_nothing(caplog):
     assert choose(table(), "auto", X).run() == "fast"
     assert chosen(table(), "auto", X) == "native"
     assert choose(table(unsuited="too wide"), "auto", X).run() == "slow"
-    assert said() == []
+    assert caplog.messages == []
 
 
-def test_auto_says_once_why_this_machine_cannot_run_the_fastest(said):
+def test_auto_says_once_why_this_machine_cannot_run_the_fastest(caplog):
     for _ in range(3):
         assert choose(table(missing="no compiler; install g++"), "auto", X).run() == "slow"
-    (line,) = said()
+    (line,) = caplog.messages
     assert line == (
         "backend auto: slower kernels than native run on cpu: no compiler; install g++ "
         "(python -m famba doctor names the command)"
     )
 
 
-def test_a_backend_that_was_asked_for_by_name_gives_no_warning(said):
+def test_a_backend_that_was_asked_for_by_name_gives_no_warning(caplog):
     assert chosen(table(missing="no compiler"), "torch", X) == "torch"
     assert chosen(table(), "reference", X) == "torch"
     with pytest.raises(InputError, match="backend: 'cuda' is unknown; allowed: auto, reference"):
         chosen(table(), "cuda", X)
-    assert said() == []
+    assert caplog.messages == []
 
 
-def test_on_cuda_the_lack_of_triton_is_said_and_that_of_an_optional_package_is_not(said, monkeypatch):
-    missing = {name: Backend(fast, lambda name=name: f"{name} is missing") for name in ("triton", "mamba_ssm")}
+def test_on_cuda_the_lack_of_triton_is_said_and_that_of_an_optional_package_is_not(caplog, monkeypatch):
+    missing = {name: Backend(FAST, lambda name=name: f"{name} is missing") for name in ("triton", "mamba_ssm")}
     monkeypatch.setitem(dispatch._FASTEST, "meta", dispatch._FASTEST["cuda"])  # a device that is everywhere
-    assert choose({"torch": Backend(slow), **missing}, "auto", X.to("meta")).run() == "slow"
-    (line,) = said()
+    assert choose({"torch": Backend(SLOW), **missing}, "auto", X.to("meta")).run() == "slow"
+    (line,) = caplog.messages
     assert "slower kernels than triton run on meta: triton is missing" in line

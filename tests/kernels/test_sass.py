@@ -1,4 +1,4 @@
-"""What the GPU's scan is compiled to for compute capability 9.0, read without a GPU by NVIDIA's disassembler.
+"""What the GPU's kernels are compiled to for compute capability 9.0, read without a GPU by NVIDIA's disassembler.
 
 A multiprocessor's four schedulers start one instruction of one warp per clock each, so the number of instructions per
 token is a lower bound of the time. Waiting is not counted.
@@ -9,31 +9,16 @@ import subprocess
 
 import pytest
 import torch
+from agreement import draw_scan
 
 from famba.kernels.triton import conv, runtime, scan
 
 if runtime.triton is None or runtime.INTERPRETED:
     pytest.skip("nothing is compiled without triton", allow_module_level=True)
 
-from test_triton import start_all
 from triton_compiler import specialised
 
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)([^;]*);")
-TEXT = """
-        /*0000*/                   IADD3 R1, R1, 1, RZ ;
-.L_x_1:
-        /*0010*/                   FADD R2, R2, R3 ;
-.L_x_2:
-        /*0020*/                   MUFU.EX2 R4, R4 ;
-        /*0030*/              @!P0 FFMA R2, R2, R4, R5 ;
-        /*0040*/               @P1 BRA `(.L_x_2) ;
-        /*0050*/                   FADD R2, R2, R3 ;
-        /*0060*/               @P2 BRA `(.L_x_1) ;
-        /*0070*/               @P3 BRA `(.L_x_3) ;
-        /*0080*/                   STG.E [R2.64], R4 ;
-.L_x_3:
-        /*0090*/                   EXIT ;
-"""
 
 
 def innermost_loops(sass):
@@ -51,31 +36,22 @@ def innermost_loops(sass):
     return [names[first : last + 1] for first, last in sorted(inner)]
 
 
-def start_scan(e, t, n):
-    """Start forward and backward of both directions on a mixer's layout; one specialisation of each kernel."""
+def test_the_scan_issues_no_more_instructions_per_token_than_before(tmp_path):
+    """Forward and backward of both directions on a mixer's layout."""
+    from triton import knobs
+
+    e, t, n = 384, 197, 16
 
     def side():
-        selected = torch.zeros(2, t, 12 + 2 * n, dtype=torch.bfloat16)
-        _, B, C = selected.split([12, n, n], dim=-1)
+        _, B, C = torch.zeros(2, t, 12 + 2 * n, dtype=torch.bfloat16).split([12, n, n], dim=-1)
         u, delta = torch.zeros(2, 2, t, e, dtype=torch.bfloat16)
         return [u.mT, delta.mT, torch.zeros(e, n), B.mT, C.mT, torch.zeros(e), torch.zeros(e)]
 
-    with specialised() as made:
+    with specialised() as found:
         sides, gate = [*side(), *side()], torch.zeros(2, t, 2 * e, dtype=torch.bfloat16).chunk(2, dim=-1)[1].mT
         out, y, states = torch.ops.famba.gpu_scan(*sides, gate, True, False, 0.5, True)
         torch.ops.famba.gpu_scan_backward(out, *sides, gate, y, states, True, False, 0.5)
-    return {x.source.fn: x for x in made}
-
-
-def test_the_innermost_loop_is_found_and_its_instructions_are_named():
-    assert innermost_loops(TEXT) == [["MUFU", "FFMA", "BRA"]]
-    assert innermost_loops("") == []
-
-
-def test_the_scan_issues_no_more_instructions_per_token_than_before(tmp_path):
-    from triton import knobs
-
-    made, path, per_token = start_scan(384, 197, 16), tmp_path / "kernel.cubin", {}
+    made, path, per_token = {x.source.fn: x for x in found}, tmp_path / "kernel.cubin", {}
     assert len(made) == 2
     for kernel, specialisation in made.items():
         path.write_bytes(specialisation.code("cubin", 90))
@@ -96,24 +72,28 @@ def test_the_scan_issues_no_more_instructions_per_token_than_before(tmp_path):
     assert per_token[scan._SUB] <= 700
 
 
-def test_each_thread_reads_from_memory_the_states_that_it_wrote_there():
-    """Otherwise threads would have to wait for each other more often."""
-    for kernel, specialisation in start_scan(48, 9, 64).items():
-        code = specialisation.code("ttgir", 90)
-        layouts = re.findall(r"tt\.(?:load|store) .* tensor<16x32x!tt\.ptr<f32>, (#\w+)>", code)
-        assert len(layouts) >= 3
-        assert len(set(layouts)) == 1
-        layout = re.search(rf"^{layouts[0]} = #ttg\.blocked<{{(.*)}}>$", code, re.MULTILINE)
-        assert layout
-        assert "sizePerThread = [1, 1], threadsPerWarp = [1, 32]" in layout[1], "registers by lanes"
-        if kernel is scan._forward_kernel:
-            # one between the directions: what the second adds to may be another thread's
-            assert len(re.findall(r"(?:ttg|gpu)\.barrier", code)) == 1
+def start_all():
+    """Call every operator once."""
+    b, e, t, n = 2, 48, 9, 16
+    sides = [x.detach() for _ in range(2) for x in draw_scan(b, e, t, n, dtype=torch.bfloat16)]
+    given = [*sides[:6], sides[7], *sides[8:14], sides[15]]
+    out, y, states = torch.ops.famba.gpu_scan(*given, sides[6], True, False, 0.5, True)
+    torch.ops.famba.gpu_scan_backward(out, *given, sides[6], y, states, True, False, 0.5)
+    weight, bias = torch.randn(e, 4), torch.randn(e)
+    torch.ops.famba.gpu_conv(given[0], weight, bias, weight, bias, False)
+    torch.ops.famba.gpu_conv_backward(out, out, given[0], weight, bias, weight, bias, False)
+    x = torch.randn(b, t, e)
+    normed, total, scale = torch.ops.famba.gpu_norm(x.bfloat16(), x, bias, 1e-5)
+    torch.ops.famba.gpu_norm_backward(normed, total, total, scale, bias)
+    source, target, _ = torch.ops.famba.gpu_match(x, torch.zeros(b, 1, dtype=torch.int64), 3)
+    places = torch.ops.famba.gpu_plan(source, target, torch.ones(b, t), True, True)
+    fused = torch.ops.famba.gpu_fuse(x.bfloat16(), x, *places[:3], source)
+    torch.ops.famba.gpu_fuse_backward(*fused, *places[1:3])
 
 
 def test_lanes_access_adjacent_addresses():
     with specialised() as made:
-        start_all(torch.bfloat16)
+        start_all()
     kernels = {x.source.fn: x for x in made}
     assert len(kernels) == 11
     for kernel, specialisation in kernels.items():

@@ -45,9 +45,7 @@ OPERATORS = {
 }
 
 
-def start_model(
-    batch, cls_position, dtype, n, size, training, order, weighting, feature, position
-):  # fmt: skip
+def start_model(batch, cls_position, dtype, n, size, training, order, weighting, feature, position):
     d_model, image = size
     patches = (image - 2) ** 2
     model = create_model(
@@ -136,9 +134,8 @@ def test_every_kernel_that_models_and_operators_start_compiles(kernels):
 
 def test_threads_wait_before_they_read_what_others_may_have_written(kernels):
     """And before they overwrite what others may have yet to read. Layouts differ at n = 1; they may at any."""
-    seen = {kernel.name: 0 for kernel in kernels}
+    assert sum(kernel.name == "scan._backward_kernel" for kernel in kernels) >= len(OPERATORS["n"])
     for kernel in kernels:
-        seen[kernel.name] += 1
         both = {name: found for name, found in kernel.accesses().items() if {"load", "store"} <= set(found)}
         if kernel.name == "scan._backward_kernel":
             assert both == {"scratch": ["store", "barrier", "load", "barrier"]}
@@ -147,7 +144,6 @@ def test_threads_wait_before_they_read_what_others_may_have_written(kernels):
             assert list(both.values()) in ([], [["store", "barrier", "load"]], [["store", "barrier", "load", "store"]])
         else:
             assert not both
-    assert seen["scan._backward_kernel"] >= len(OPERATORS["n"])
 
 
 def test_weights_of_means_are_rounded_to_nearest(kernels):
@@ -157,17 +153,9 @@ def test_weights_of_means_are_rounded_to_nearest(kernels):
     assert all("tt.precise_divf" in ttir and "arith.divf" not in ttir for ttir in plans)
 
 
-CAPABILITIES = (80, 90, 100, 120)
-
-
 def test_a_sample_of_every_kernel_is_assembled_for_each_compute_capability(kernels):
-    generator, capabilities = random.Random(0), itertools.cycle(CAPABILITIES)
-    by_name = itertools.groupby(sorted(kernels, key=lambda kernel: kernel.name), key=lambda kernel: kernel.name)
-    seen = set()
-    for name, those in by_name:
-        for kernel in generator.choices(list(those), k=2):
-            capability = next(capabilities)
-            assert kernel.code("cubin", capability)[:4] == b"\x7fELF"
-            seen.add((name, capability))
-    assert len({name for name, _ in seen}) == 11
-    assert {capability for _, capability in seen} == set(CAPABILITIES)
+    generator, capabilities = random.Random(0), itertools.cycle((80, 90, 100, 120))
+    by_name = {kernel.name: [other for other in kernels if other.name == kernel.name] for kernel in kernels}
+    for _, those in sorted(by_name.items()):
+        for kernel in generator.choices(those, k=2):
+            assert kernel.code("cubin", next(capabilities))[:4] == b"\x7fELF"

@@ -73,9 +73,8 @@ class Specialisation:
         return None
 
     def run(self, x: int, y: int, z: int, *_: Any) -> None:
-        assert 1 <= x < 2**31, f"{self.name}: grid {x, y, z}"
-        assert 1 <= y < 2**16, f"{self.name}: grid {x, y, z}"
-        assert 1 <= z < 2**16, f"{self.name}: grid {x, y, z}"
+        limits = zip((x, y, z), (2**31, 2**16, 2**16), strict=True)
+        assert all(1 <= blocks < limit for blocks, limit in limits), f"{self.name}: grid {x, y, z}"
 
     def accesses(self) -> dict[str, list[str]]:
         """`load`s and `store`s of the memory that each argument points to, with every `barrier`, as TTIR lists them.

@@ -5,13 +5,12 @@ They run in processes of their own, because the shape checks that tests put arou
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
 from famba import backends
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(backends()["native"] != "", reason=backends()["native"])
 PREPARE = """
 import sys, warnings

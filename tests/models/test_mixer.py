@@ -7,7 +7,6 @@ import torch
 from goldens import golden_json, golden_tensors
 
 from famba import backends
-from famba.errors import BackendError
 from famba.kernels.triton import runtime
 from famba.models.mixer import BidirectionalMixer
 
@@ -70,15 +69,3 @@ def test_what_stands_in_the_place_of_a_module_is_called(name):
         weight.data *= 2
     module.__class__ = type("Adapted", (kind := type(module),), {"forward": lambda m, x: 2 * kind.forward(m, x)})
     torch.testing.assert_close(mixer(x), doubled(x))
-
-
-@pytest.mark.skipif("native" not in BACKENDS, reason="cannot run")
-def test_more_taps_than_the_kernels_have_are_left_to_torch_and_refused_by_name():
-    torch.manual_seed(0)
-    mixer, x = BidirectionalMixer(16, 4, d_conv=20), torch.randn(2, 7, 16)
-    found = mixer(x)
-    mixer.backend = "torch"
-    torch.testing.assert_close(found, mixer(x))
-    mixer.backend = "native"
-    with pytest.raises(BackendError, match="it runs with at most 8 taps, got 20"):
-        mixer(x)

@@ -8,14 +8,13 @@ from pathlib import Path
 import jaxtyping
 import pytest
 import torch
-from goldens import golden_json, golden_tensors
+from goldens import golden_json
 from hypothesis import given
 from hypothesis import strategies as st
 from refusals import refusal
 from safetensors.torch import save_file
 
 from famba import FusionOptions, VisionMamba, load_vim, schedule, set_schedule
-from famba.fusion.strategies import STRATEGIES
 from famba.models import pretrained
 from famba.models.pretrained import resize_positions, take_weights
 from famba.models.saved import model_bytes
@@ -66,15 +65,7 @@ def test_the_sizes_of_a_released_model_are_read_off_its_shapes(reference, monkey
     assert sizes.items() <= model.config.items()
     assert (model.config["d_model"], model.config["num_classes"]) == (expected["embed_dim"], 1000)
     assert (model.tokens, model.cls_position, model.pool) == (expected["num_tokens"], "middle", "cls")
-
-
-def test_weights_of_the_reference_give_its_logits(tmp_path):
-    config = golden_json("vim_tiny")["config"]
-    golden = golden_tensors("vim_tiny.golden")
-    path = release(tmp_path / "vim.pth", model=golden_tensors("vim_tiny.weights"))
-    model = load_vim(path, trained_at=config["img_size"])
-    assert model.config["stride"] == config["stride"]
-    torch.testing.assert_close(model(golden["input"]), golden["logits"], rtol=1e-4, atol=1e-4)
+    assert model.config["average_directions"]
 
 
 def test_the_moving_average_is_taken_where_there_is_one_unless_the_other_is_asked_for(tmp_path):
@@ -128,7 +119,6 @@ def test_a_model_is_fused_from_the_start_if_it_is_told_to(tmp_path):
     options = FusionOptions(order="append", weighting="mean")
     model = load_vim(path, trained_at=32, schedule=[0, 3, 3], fusion=options)
     assert (model.schedule, model.options) == ([0, 3, 3], options)
-    assert "r = 9 of t = 17 tokens" in refusal(lambda: load_vim(path, trained_at=32, schedule=[9, 0, 0]))
 
 
 @pytest.mark.parametrize("cls_position", ["middle", "head", "none"])
@@ -152,18 +142,11 @@ def test_models_with_the_class_token_elsewhere_are_read_if_that_is_said(tmp_path
         (lambda s: s.update({"pos_embed": torch.zeros(17, 16)}), "pos_embed has shape (17, 16); expected 3 dimensions"),
         (lambda s: s.update({"pos_embed": torch.zeros(1, 18, 16)}), "18 rows; must be a square number of patches and"),
         (lambda s: s.update({"pos_embed": torch.zeros(1, 17, 8)}), "pos_embed has shape (1, 17, 8); expected"),
-        (
-            lambda s: s.update({"layers.2.mixer.D_b": torch.zeros(4)}),
-            "layers.2.mixer.D_b has shape (4,); expected (32,)",
-        ),
         (lambda s: s.update({"cls_token": 3}), "model.cls_token is no tensor"),
-        (lambda s: s.update({"head.bias": torch.zeros(7, dtype=torch.bool)}), "head.bias is torch.bool, torch.strided"),
-        (lambda s: s.update({"head.bias": torch.zeros(7, dtype=torch.int64)}), "head.bias is torch.int64"),
         (lambda s: s.update({"head.bias": torch.zeros(7, dtype=torch.complex64)}), "head.bias is torch.complex64"),
         (lambda s: s.update({"head.bias": torch.zeros(7).to_sparse()}), "head.bias is torch.float32, torch.sparse_coo"),
         (lambda s: s.update({"head.bias": torch.zeros(7, device="meta")}), "head.bias is torch.float32, torch.strided"),
         (lambda s: s["head.bias"].fill_(torch.nan), "head.bias holds numbers that are not finite in float32"),
-        (lambda s: s["head.bias"].data[:1].fill_(-torch.inf), "head.bias holds numbers that are not finite"),
         (lambda s: s.update({"head.bias": torch.full((7,), 1e300, dtype=torch.float64)}), "head.bias holds numbers"),
         (lambda s: s.update({"pos_embed": torch.zeros(1).expand(1, 10**9 + 1, 16)}), "the file holds fewer numbers"),
     ],
@@ -264,17 +247,11 @@ def test_fusion_goes_on_and_off_again_and_gives_the_unfused_model_bit_for_bit(po
     assert trace.token_counts == [17, 17, 12, 7]
     assert model.options == options
     assert not torch.equal(fused, unfused)
+    assert torch.equal(fused, drawn(pool=pool, schedule=[0, 5, 5], fusion=options)(images()))
     assert set_schedule(model, None) is model
     assert torch.equal(model(images()), unfused)
     assert model.forward_with_trace(images())[1].token_counts == [17] * 4
     assert all(torch.equal(t, weights[key]) for key, t in model.state_dict().items())
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_applying_a_schedule_is_building_with_it(strategy):
-    plan = schedule(strategy, depth=3, r=0 if strategy == "none" else 3)
-    built = drawn(schedule=plan)
-    assert torch.equal(set_schedule(drawn(), plan)(images()), built(images()))
 
 
 @pytest.mark.parametrize(
@@ -283,9 +260,7 @@ def test_applying_a_schedule_is_building_with_it(strategy):
         ("upper", "schedule: 'upper'; must be 3 whole numbers, such as famba.schedule('upper', depth=3, r=..) gives"),
         ([0, 1.5, 2], "must be 3 whole numbers"),
         (7, "must be 3 whole numbers"),
-        ([1, 2], "schedule: 2 entries; must be one for each of 3 layers"),
         ([0, 9, 0], "layer 2: r = 9 of t = 17 tokens; allowed: 0..8"),
-        ([0, -1, 0], "layer 2: r = -1"),
     ],
 )
 def test_a_schedule_that_cannot_be_is_refused_and_the_model_is_as_it_was(plan, expected, monkeypatch):
@@ -339,7 +314,6 @@ def test_weights_fit_a_model_of_another_size_and_other_classes(tmp_path):
     ("change", "expected"),
     [
         ({"depth": 2}, "has the unknown layers.2.mixer.A_b_log and 16 more"),
-        ({"depth": 4}, "lacks layers.3.mixer.A_log"),
         ({"d_model": 32}, "cls_token has shape (1, 1, 16); expected (1, 1, 32)"),
         ({"d_state": 8}, "layers.0.mixer.A_log has shape (32, 4); expected (32, 8)"),
         ({"patch_size": 4, "stride": 4}, "patch_embed.proj.weight has shape (16, 3, 8, 8); expected (16, 3, 4, 4)"),

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from goldens import golden_json, golden_tensors
+from refusals import refusal
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from famba import FusionOptions, InputError, VisionMamba, create_model
+from famba import FusionOptions, VisionMamba, create_model
 from famba.models.vim import kernels
 
 PAPER = FusionOptions(order="append", weighting="mean", feature="normed", position="before_mixer")
@@ -66,21 +67,16 @@ def test_outputs_of_every_layer_and_gradients_of_every_parameter_agree_with_the_
     for key, expected in grads.items():
         close(parameters[key].grad, expected, RELATIVE[torch.float32])
     close(images.grad, golden["grad_input"], RELATIVE[torch.float32])
-    norms, expected = (
-        torch.stack([parameters[key].grad.norm() for key in described["param_keys"]]),
-        golden[f"grad_norm{suffix}"],
-    )
-    assert ((norms - expected).abs() / expected.clamp(min=1e-12)).max() <= RELATIVE[dtype]
+    norms = torch.stack([parameters[key].grad.norm() for key in described["param_keys"]])
+    torch.testing.assert_close(norms, golden[f"grad_norm{suffix}"], rtol=RELATIVE[dtype], atol=1e-21)
 
 
-@pytest.mark.parametrize("reference", ["vim_ti", "vim_s", "vim_b"])
-def test_state_dict_keys_and_shapes_are_the_released_ones(reference):
-    expected = golden_json("vim_state_dict_keys")[reference]
-    name = {"vim_ti": "vim_tiny", "vim_s": "vim_small", "vim_b": "vim_base"}[reference]
+@pytest.mark.parametrize(("reference", "name"), [("vim_ti", "vim_tiny"), ("vim_s", "vim_small"), ("vim_b", "vim_base")])
+def test_state_dict_keys_and_shapes_are_the_released_ones(reference, name):
+    expected = golden_json("vim_state_dict_keys")[reference]["shapes"]
     with torch.device("meta"):
-        model = create_model(name)
-        assert {key: list(t.shape) for key, t in model.state_dict().items()} == expected["shapes"]
-        assert list(model.state_dict()) == list(expected["shapes"])
+        shapes = {key: list(t.shape) for key, t in create_model(name).state_dict().items()}
+    assert list(shapes.items()) == list(expected.items())
 
 
 @pytest.mark.slow
@@ -156,7 +152,7 @@ def test_fused_models_agree_with_the_reference(case):
 
 
 def small(**changes) -> VisionMamba:
-    torch.manual_seed(changes.pop("seed", 0))
+    torch.manual_seed(0)
     return create_model("vim_nano", **{"num_classes": 10, "depth": 4, "d_model": 16, "d_state": 4, **changes})
 
 
@@ -188,44 +184,24 @@ def test_each_option_changes_the_result(key, value):
 
 @pytest.mark.parametrize("cls_position", ["middle", "head"])
 @pytest.mark.parametrize("order", ["scan", "append"])
-def test_the_class_token_is_never_fused_and_is_followed(cls_position, order):
+def test_groups_and_sizes_follow_every_patch_and_the_class_token_is_never_fused(cls_position, order):
     model = small(cls_position=cls_position, schedule=[9, 9, 6, 3], fusion=FusionOptions(order=order))
     _, trace = model.forward_with_trace(torch.randn(3, 3, 8, 8))
     start = {"middle": 18, "head": 0}[cls_position]
     rows = torch.arange(3)
     for groups, sizes in zip(trace.groups, trace.sizes, strict=True):
+        assert torch.equal(functional.one_hot(groups, sizes.shape[1]).sum(1).float(), sizes)
         now = groups[rows, start]
         assert (sizes[rows, now] == 1).all()
         assert ((groups == now[:, None]).sum(1) == 1).all()
     assert torch.equal(trace.cls_index, trace.groups[-1][:, start])
 
 
-def test_groups_and_sizes_tell_where_every_patch_went():
-    _, trace = small(schedule=[9, 9, 6, 3]).forward_with_trace(torch.randn(2, 3, 8, 8))
-    for groups, sizes in zip(trace.groups, trace.sizes, strict=True):
-        assert torch.equal(torch.nn.functional.one_hot(groups, sizes.shape[1]).sum(1).float(), sizes)
-
-
-def test_a_schedule_of_zeros_is_the_unfused_model_bit_for_bit():
-    images = torch.randn(2, 3, 8, 8)
-    plain = small()
-    assert torch.equal(small(schedule=[0, 0, 0, 0], fusion=PAPER)(images), plain(images))
-    fused = small(schedule=[9, 9, 6, 3])
-    assert not torch.equal(fused(images), plain(images))
-    fused.set_fusion([0] * 4, FusionOptions())
-    assert torch.equal(fused(images), plain(images))
-
-
-@pytest.mark.parametrize(("cls_position", "order"), [("middle", "scan"), ("head", "append"), ("none", "scan")])
-def test_images_of_a_batch_do_not_affect_each_other(cls_position, order):
-    pool = "mean" if cls_position == "none" else "cls"
-    options = FusionOptions(order=order)
-    model = small(cls_position=cls_position, pool=pool, schedule=[9, 9, 6, 3], fusion=options).double()
+def test_images_of_a_batch_do_not_affect_each_other():
+    model = small(schedule=[9, 9, 6, 3]).double()
     images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
-    with torch.no_grad():
-        together = model(images)
-        alone = torch.cat([model(images[i : i + 1]) for i in range(3)])
-    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
+    alone = torch.cat([model(images[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(model(images), alone, rtol=1e-9, atol=1e-9)
 
 
 def test_mean_pooling_weighs_a_token_by_the_patches_it_stands_for():
@@ -245,16 +221,6 @@ def test_both_directions_start_with_small_steps():
     assert torch.equal(mixer.A_b_log, mixer.A_log)
 
 
-def test_with_the_class_token_at_the_head_the_last_forward_scan_learns_nothing():
-    """The reason why it stands in the middle: the last layer's forward scan reads the class token first."""
-    model = small(cls_position="head")
-    model(torch.randn(2, 3, 8, 8)).square().sum().backward()
-    assert model.layers[-1].mixer.A_log.grad.abs().sum() == 0
-    middle = small(cls_position="middle")
-    middle(torch.randn(2, 3, 8, 8)).square().sum().backward()
-    assert middle.layers[-1].mixer.A_log.grad.abs().sum() > 0
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -267,22 +233,19 @@ def test_with_the_class_token_at_the_head_the_last_forward_scan_learns_nothing()
         ({"pool": "max"}, "pool: 'max'"),
         ({"schedule": [1, 2]}, "schedule: 2 entries; must be one for each of 4 layers"),
         ({"schedule": [0, 19, 0, 0]}, "layer 2: r = 19 of t = 37 tokens; allowed: 0..18"),
-        ({"schedule": [17, 8, 4, 4]}, "layer 4: r = 4 of t = 8 tokens; allowed: 0..3"),
         ({"schedule": [0, -1, 0, 0]}, "layer 2: r = -1"),
         # the class token may stand between the others
         ({"img_size": 6, "stride": 3, "depth": 2, "schedule": [2, 1]}, "layer 2: r = 1 of t = 3 tokens; allowed: 0..0"),
     ],
 )
 def test_a_model_that_cannot_be_is_refused_in_one_line(arguments, said):
-    with pytest.raises(InputError) as error:
-        create_model(**{"name": "vim_nano", "depth": 4, "d_model": 16, **arguments})
-    assert said in str(error.value)
-    assert "\n" not in str(error.value)
+    assert said in refusal(lambda: create_model(**{"name": "vim_nano", "depth": 4, "d_model": 16, **arguments}))
 
 
-def test_an_image_of_another_size_is_refused():
-    with pytest.raises(InputError, match=r"images: \(9, 8\) pixels; this model takes \(8, 8\)"):
-        small()(torch.randn(1, 3, 9, 8))
+def test_images_of_another_size_or_other_channels_are_refused():
+    said = refusal(lambda: small()(torch.randn(1, 3, 9, 8)))
+    assert said == "images: (9, 8) pixels; this model takes (8, 8)"
+    assert refusal(lambda: small()(torch.randn(1, 1, 8, 8))) == "images: 1 channels; this model takes 3"
 
 
 class Operators(TorchDispatchMode):

@@ -48,11 +48,10 @@ def test_a_fresh_clone_shows_the_committed_results_and_writes_nothing(checkout):
 
 
 def test_runs_are_finished_only_if_all_of_them_have_the_accuracy_of_the_table(checkout):
-    for name, score in (("none-0", 95.0), ("upper-0", 93.0)):
-        (checkout / "results" / "runs" / name).mkdir(parents=True)
-        (checkout / "results" / "runs" / name / "metrics.json").write_text(json.dumps({"top1_percent": score}))
-    assert "Committed" in opened([]).shown
-    (checkout / "results" / "runs" / "upper-0" / "metrics.json").write_text(json.dumps({"top1_percent": 94.0}))
+    for name, score in (("none", 95.0), ("upper", 93.0), ("upper", 94.0)):
+        assert "Committed" in opened([]).shown
+        (checkout / f"results/runs/{name}-0").mkdir(parents=True, exist_ok=True)
+        (checkout / f"results/runs/{name}-0/metrics.json").write_text(json.dumps({"top1_percent": score}))
     assert opened([]).shown == "Finished runs of the profile `default`: results/runs."
 
 

@@ -1,7 +1,10 @@
 """Model files: what goes in comes out, and anything else is refused by name."""
 
+import re
+
 import pytest
 import torch
+from refusals import refusal
 from safetensors.torch import save
 
 from famba import FusionOptions, InputError, create_model
@@ -35,18 +38,21 @@ def test_the_same_model_is_the_same_bytes(model, path):
     assert model_bytes(model, model.state_dict(), {"seed": 3, "strategy": "upper"}) == path.read_bytes()
 
 
-def test_a_file_cut_short_anywhere_is_refused(path):
+def test_what_is_no_whole_model_file_is_refused(path):
     whole = path.read_bytes()
-    for length in (0, 4, 100, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:length])
-        with pytest.raises(InputError, match=r"model\.safetensors: not a whole safetensors file"):
-            load_model(path)
+    cut_short = (b"", whole[:4], whole[:100], whole[: len(whole) // 2], whole[:-1])
+    contents = dict.fromkeys(cut_short, "not a whole safetensors file")
+    contents[save({"a": torch.zeros(2)})] = "holds tensors that famba did not write; expected a famba model"
+    contents[pack({"a": torch.zeros(2)}, {"kind": "training state"})] = "holds training state; expected a famba model"
+    for content, said in contents.items():
+        path.write_bytes(content)
+        assert f"model.safetensors: {said}" in refusal(lambda: load_model(path))
 
 
 def test_a_byte_that_changed_anywhere_is_noticed_or_changes_nothing(path):
     """Nothing: in blanks of the header, say."""
     tensors, described = read(path)
-    whole, refused = bytearray(path.read_bytes()), 0
+    whole, refused = bytearray(path.read_bytes()), []
     header = 8 + int.from_bytes(whole[:8], "little")
     places = [*range(0, header, 7), *range(header, len(whole), 499), len(whole) - 1]
     assert len(places) > 500
@@ -57,22 +63,13 @@ def test_a_byte_that_changed_anywhere_is_noticed_or_changes_nothing(path):
             whole[place] ^= bit
             try:
                 back, said = read(path)
-            except InputError:
-                refused += 1
+            except InputError as error:
+                refused.append(str(error))
                 continue
             assert said is None or said == described, place  # None: no longer one of famba's by its name
             assert all(torch.equal(back[key], t) for key, t in tensors.items()), place
-    assert refused > 0.9 * 2 * len(places)
-
-
-def test_a_changed_weight_is_named_by_its_checksum(path):
-    whole = bytearray(path.read_bytes())
-    whole[-1] ^= 1
-    path.write_bytes(whole)
-    with pytest.raises(
-        InputError, match=r"model\.safetensors: spoilt: its CRC-32 is [0-9a-f]{8}; that of what was wri"
-    ):
-        load_model(path)
+    assert len(refused) > 0.9 * 2 * len(places)
+    assert re.search(r"model\.safetensors: spoilt: its CRC-32 is [0-9a-f]{8}; that of what was wri", refused[-1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
@@ -84,40 +81,3 @@ def test_tensors_of_any_type_and_shape_come_back(tmp_path, dtype):
     assert {key: (t.dtype, t.tolist()) for key, t in back.items()} == {
         key: (t.dtype, t.tolist()) for key, t in tensors.items()
     }
-
-
-def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no such file"):
-        load_model(tmp_path / "nothing.safetensors")
-
-
-def test_a_foreign_file_is_refused(path):
-    path.write_bytes(save({"a": torch.zeros(2)}))
-    with pytest.raises(InputError, match="tensors that famba did not write; expected a famba model"):
-        load_model(path)
-    path.write_bytes(pack({"a": torch.zeros(2)}, {"kind": "training state"}))
-    with pytest.raises(InputError, match="holds training state; expected a famba model"):
-        load_model(path)
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda state: state.pop("norm_f.weight"), "lacks norm_f.weight"),
-        (lambda state: state.update(extra=torch.zeros(1)), "has the unknown extra"),
-        (lambda state: state.update({"head.bias": torch.zeros(3)}), r"head.bias has shape \(3,\); expected \(10,\)"),
-    ],
-)
-def test_tensors_that_are_not_the_models_are_refused_by_name(model, path, change, said):
-    state = dict(model.state_dict())
-    change(state)
-    path.write_bytes(model_bytes(model, state, {}))
-    with pytest.raises(InputError, match=said):
-        load_model(path)
-
-
-def test_a_description_that_makes_no_model_is_refused(model, path):
-    model.config = {**model.config, "depth": 7}
-    path.write_bytes(model_bytes(model, model.state_dict(), {}))
-    with pytest.raises(InputError, match="does not describe a model: schedule: 2 entries"):
-        load_model(path)

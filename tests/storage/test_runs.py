@@ -1,13 +1,16 @@
 import copy
 import dataclasses
+import functools
 import json
-import subprocess
-import sys
+import math
+import operator
+import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from refusals import refusal
 
 from famba import config
-from famba.errors import InputError
 from famba.storage import runs
 
 FILES = [f"{name}.json" for name in ("metrics", "cost", "schedule", "params")]
@@ -76,19 +79,6 @@ def test_a_run_reads_back_as_it_was_written(tmp_path):
     assert {file.name for file in (tmp_path / "run").iterdir()} == set(FILES)
 
 
-def test_files_hold_the_agreed_keys_and_no_time_but_in_cost(tmp_path):
-    folder = runs.write(make_run(), tmp_path / "run")
-    metrics = json.loads((folder / "metrics.json").read_text())
-    expected = ("strategy", "seed", "profile", "top1_percent", "top5_percent", "loss", "chosen", "validation")
-    assert set(metrics) == set(expected)
-    schedule = {"strategy": "upper", "schedule": [0, 4], "token_counts": [17, 17, 13]}
-    assert json.loads((folder / "schedule.json").read_text()) == schedule
-    lines = (folder / "history.csv").read_text().splitlines()
-    assert lines[0].split(",") == list(runs.HISTORY_COLUMNS)
-    assert not any("time" in column for column in runs.HISTORY_COLUMNS)
-    assert lines[1] == "1,0.30000000000000004,2.0,40.0,1.9,45.0,49.0,,"
-
-
 def test_metrics_json_is_written_last_and_taken_away_first(tmp_path, monkeypatch):
     runs.write(make_run(), tmp_path / "run")
     written = []
@@ -114,24 +104,10 @@ def test_a_relative_folder_lies_in_the_repository_whatever_the_working_directory
     assert runs.read("results/run").strategy == "upper"
 
 
-def test_bad_numbers_are_refused_before_any_file_is_touched(tmp_path):
-    folder = runs.write(make_run(), tmp_path / "run")
-    before = {file: file.read_bytes() for file in folder.iterdir()}
-    bad = make_run(metrics={**make_run().metrics, "loss": float("nan")})
-    with pytest.raises(InputError, match=r"metrics\.json: loss: nan: Input should be a finite number"):
-        runs.write(bad, folder)
-    bad = make_run(cost={**make_run().cost, "cpu_mhz": float("inf")})
-    with pytest.raises(InputError, match=r"cost\.json: .*not JSON compliant"):
-        runs.write(bad, folder)
-    assert {file: file.read_bytes() for file in folder.iterdir()} == before
-
-
 def spoil(tree, path, value):
     tree = copy.deepcopy(tree)
     *parents, last = path
-    at = tree
-    for key in parents:
-        at = at[key]
+    at = functools.reduce(operator.getitem, parents, tree)
     if value is KeyError:
         del at[last]
     else:
@@ -144,7 +120,6 @@ def spoil(tree, path, value):
     [
         ("metrics.json", ("top1_percent",), KeyError, r"metrics\.json: top1_percent: missing"),
         ("metrics.json", ("top1_percent",), 101.0, r"top1_percent: 101\.0: Input should be less than or equal to 100"),
-        ("metrics.json", ("top1_percent",), "95", "top1_percent: '95': Input should be a valid number"),
         ("metrics.json", ("loss",), True, "loss: True: Input should be a valid number"),
         ("metrics.json", ("loss",), float("nan"), r"metrics\.json: not readable as JSON: NaN is not a finite number"),
         ("metrics.json", ("seed",), "0", "seed: '0': Input should be a valid integer"),
@@ -158,8 +133,6 @@ def spoil(tree, path, value):
         ("cost.json", ("train_time_s",), -1.0, r"train_time_s: -1\.0: Input should be greater than or equal to 0"),
         ("cost.json", ("epoch_time_s",), [1.0, None], r"epoch_time_s\.1: None: Input should be a valid number"),
         ("cost.json", ("versions",), [], r"versions: \[\] is not a section"),
-        ("cost.json", ("kernels",), KeyError, r"cost\.json: kernels: missing"),
-        ("cost.json", ("kernels", "scan"), None, r"kernels\.scan: None: Input should be a valid string"),
         ("schedule.json", ("token_counts",), [17, 17], r"token_counts: \[17, 17\]: must be 3 numbers"),
         ("schedule.json", ("token_counts",), [17, 17, 14], "layer 2 made 14 of 17 tokens, though r = 4"),
         ("schedule.json", ("schedule",), [0.0, 4], r"schedule\.0: 0\.0: Input should be a valid integer"),
@@ -171,39 +144,20 @@ def test_a_spoilt_file_is_named_in_one_line(tmp_path, file, path, value, said):
     folder = runs.write(make_run(), tmp_path / "run")
     tree = spoil(json.loads((folder / file).read_text()), path, value)
     (folder / file).write_text(json.dumps(tree))
-    with pytest.raises(InputError, match=said) as caught:
-        runs.read(folder)
-    assert "\n" not in str(caught.value)
+    assert re.search(said, refusal(lambda: runs.read(folder)))
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_missing_file_is_named(tmp_path, name):
-    folder = runs.write(make_run(), tmp_path / "run")
-    (folder / name).unlink()
-    with pytest.raises(InputError, match=f"{name}: missing"):
-        runs.read(folder)
-
-
-@pytest.mark.parametrize(
-    ("correct", "said"),
-    [
-        ("1" * 20, r"correct\.txt: 20 of 20 correct; metrics\.json says 95\.0%"),
-        ("-" * 20, r"correct\.txt: must hold 0, 1 or - for each image, and an image that was tested"),
-        ("1" * 19 + "0x", r"correct\.txt: must hold 0, 1 or -"),
-    ],
-)
-def test_answers_by_image_that_are_not_those_of_the_accuracy_are_refused(tmp_path, correct, said):
-    with pytest.raises(InputError, match=said):
-        runs.write(make_run(correct=correct), tmp_path / "run")
-
-
-@pytest.mark.parametrize("content", [b"", b'{"a": ', b"[]", b"\xff\xfe\x00"])
-def test_broken_json_is_named(tmp_path, content):
-    folder = runs.write(make_run(), tmp_path / "run")
-    (folder / "cost.json").write_bytes(content)
-    with pytest.raises(InputError, match=r"cost\.json: not") as caught:
-        runs.read(folder)
-    assert "\n" not in str(caught.value)
+def test_a_missing_or_broken_file_is_named(tmp_path):
+    assert "nothing: no such run" in refusal(lambda: runs.read(tmp_path / "nothing"))
+    folder = tmp_path / "run"
+    for name in FILES:
+        runs.write(make_run(), folder)
+        (folder / name).unlink()
+        assert f"{name}: missing" in refusal(lambda: runs.read(folder))
+    runs.write(make_run(), folder)
+    for content in (b'{"a": ', b"[]", b"\xff\xfe\x00"):
+        (folder / "cost.json").write_bytes(content)
+        assert "cost.json: not" in refusal(lambda: runs.read(folder))
 
 
 @pytest.mark.parametrize(
@@ -212,7 +166,6 @@ def test_broken_json_is_named(tmp_path, content):
         ("val_loss", "loss", "its first line must be epoch,lr"),
         ("2,0.30000000000000004", "3,0.30000000000000004", "epoch: 3 in line 2 of the epochs"),
         (",2.0,", ",nan,", r"epoch 1\.train_loss: 'nan': Input should be a finite number"),
-        (",2.0,", ",two,", r"epoch 1\.train_loss: 'two': Input should be a valid number"),
         (",2.0,", ",,", r"epoch 1\.train_loss: None: Input should be a valid number"),
         (",2.0,", ",", "epoch 1: 8 values; 9 columns"),
         (",2.0,", ",\xff,", "not readable as text"),
@@ -222,65 +175,35 @@ def test_a_spoilt_history_is_named(tmp_path, old, new, said):
     path = runs.write(make_run(), tmp_path / "run") / "history.csv"
     assert old in path.read_text()
     path.write_bytes(path.read_text().replace(old, new, 1).encode("latin-1"))
-    with pytest.raises(InputError, match=said):
-        runs.read(path.parent)
+    assert re.search(said, refusal(lambda: runs.read(path.parent)))
 
 
-def test_a_run_without_epochs_or_weights_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"history\.csv: no epochs"):
-        runs.write(make_run(history=[]), tmp_path / "run")
-    with pytest.raises(InputError, match="no weights given"):
-        runs.write(make_run(model_bytes=b""), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (("history",), [], r"history\.csv: no epochs"),
+        (("history", 0, "epoch_time_s"), 1.0, r"epoch 1\.epoch_time_s: unknown key; allowed: ema_val_loss, "),
+        (("model_bytes",), b"", "no weights given"),
+        (("metrics", "loss"), math.nan, r"metrics\.json: loss: nan: Input should be a finite number"),
+        (("cost", "cpu_mhz"), math.inf, r"cost\.json: .*not JSON compliant"),
+        (("correct",), "1" * 20, r"correct\.txt: 20 of 20 correct; metrics\.json says 95\.0%"),
+        (("correct",), "-" * 20, r"correct\.txt: must hold 0, 1 or - for each image, and an image that was tested"),
+        (("correct",), "1" * 19 + "0x", r"correct\.txt: must hold 0, 1 or -"),
+    ],
+)
+def test_an_invalid_run_is_refused_before_any_file_is_touched(tmp_path, path, value, said):
+    folder = runs.write(make_run(), tmp_path / "run")
+    before = {file: file.read_bytes() for file in folder.iterdir()}
+    invalid = runs.Run(**spoil(vars(make_run()), path, value))
+    assert re.search(said, refusal(lambda: runs.write(invalid, folder)))
+    assert {file: file.read_bytes() for file in folder.iterdir()} == before
 
 
-def test_a_run_that_trained_nothing_has_no_epochs_and_says_what_it_started_from(tmp_path):
-    run = make_run(history=[])
-    run.params["train"]["epochs"] = 0
-    run.metrics["init_sha256"] = "0" * 64
-    record = runs.read(runs.write(run, tmp_path / "run"))
-    assert record.history == []
-    assert record.metrics["init_sha256"] == "0" * 64
-
-
-def test_a_history_with_another_column_is_refused(tmp_path):
-    history = [{**make_run().history[0], "epoch_time_s": 1.0}]
-    with pytest.raises(InputError, match=r"epoch 1\.epoch_time_s: unknown key; allowed: ema_val_loss, "):
-        runs.write(make_run(history=history), tmp_path / "run")
-
-
-def test_a_folder_without_a_run_is_named(tmp_path):
-    with pytest.raises(InputError, match="nothing: no such run"):
-        runs.read(tmp_path / "nothing")
-
-
-HOLD = """
-import sys
-from famba.storage import runs
-with runs.held(sys.argv[1]) as folder:
-    print(folder, flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_a_folder_that_another_process_holds_is_not_written_to(tmp_path):
-    runs.write(make_run(), tmp_path / "run")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    command = [sys.executable, "-c", HOLD, tmp_path / "run"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == f"{tmp_path / 'run'}\n"
-        with pytest.raises(InputError, match=r"run: another process is making a run there$"):
-            runs.write(make_run(seed=1), tmp_path / "run")
-        other.kill()
-    assert (tmp_path / "run" / ".lock").exists()
-    (tmp_path / "run" / ".lock").unlink()
-    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
-    runs.write(make_run(seed=1), tmp_path / "run")
-    assert runs.read(tmp_path / "run").seed == 1
-
-
-def test_a_process_that_holds_a_folder_writes_into_it_and_nothing_of_that_stays(tmp_path):
-    with runs.held(tmp_path / "run") as folder, runs.held(tmp_path / "run"):
-        runs.write(make_run(), tmp_path / "run")
+def test_a_folder_is_written_to_by_its_holder_alone(tmp_path):
+    with runs.held(tmp_path / "run") as folder, ThreadPoolExecutor(1) as other:
+        said = refusal(lambda: other.submit(runs.write, make_run(), folder).result())
+        assert said == f"{folder}: another process is making a run there"
+        assert [path.name for path in folder.iterdir()] == [".lock"]
+        runs.write(make_run(), folder)
         assert (folder / ".lock").exists()
-    assert not (folder / ".lock").exists()
+    assert {path.name for path in folder.iterdir()} == set(FILES)

@@ -1,12 +1,10 @@
 import shutil
-from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
 from famba.training import fit
 from famba.training.trainer import Trainer
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -20,14 +18,13 @@ def repository(tmp_path, monkeypatch):
 
 @pytest.fixture
 def interrupt(monkeypatch):
-    """Train a run until the checkpoint of an epoch is written."""
+    """Train a run until its first checkpoint is written."""
     save = Trainer._save
 
-    def train(p, seed, epoch=1):
+    def train(p, seed):
         def stop(trainer):
             save(trainer)
-            if trainer.epoch == epoch:
-                raise KeyboardInterrupt
+            raise KeyboardInterrupt
 
         with monkeypatch.context() as patched:
             patched.setattr(Trainer, "_save", stop)
@@ -35,12 +32,3 @@ def interrupt(monkeypatch):
                 fit.fit(p, seed=seed)
 
     return train
-
-
-@pytest.fixture
-def epochs(monkeypatch):
-    """The epochs that are trained from here on."""
-    trained: list[int] = []
-    run_epoch = Trainer.run_epoch
-    monkeypatch.setattr(Trainer, "run_epoch", lambda trainer: (run_epoch(trainer), trained.append(trainer.epoch)))
-    return trained
