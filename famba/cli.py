@@ -9,7 +9,7 @@ import argparse
 import contextlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,98 +52,84 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"famba {famba.__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    def command(name: str, run: Any, summary: str, extra: str = "") -> argparse.ArgumentParser:
+    def command(name: str, run: Any, summary: str, extra: str = "") -> Callable[..., argparse.Action]:
         sub = commands.add_parser(name, help=summary, description=summary)
         sub.set_defaults(run=run, extra=extra)
-        return sub
+        return sub.add_argument
 
-    sub = command("train", _train, "train one strategy with one seed, and write the run")
-    what = sub.add_mutually_exclusive_group()
+    add = command("train", _train, "train one strategy with one seed, and write the run")
+    what = commands.choices["train"].add_mutually_exclusive_group()
     what.add_argument("--strategy", help="one of params.yaml's, under fusion; the one that --set gives, or none")
     what.add_argument(
         "--resolved", type=Path, metavar="FILE", help="or all parameters, as a run's params.json has them"
     )
-    sub.add_argument("--profile", help="one of params.yaml's; the one that it names itself if not given")
-    sub.add_argument("--processes", type=int, help="train together, each on its device; instead of train.processes")
-    sub.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="instead of params.yaml's: train.epochs=3"
-    )
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--out", type=Path, help="folder of the run; build/runs/<strategy>-<seed> if not given")
-    sub.add_argument("--force", action="store_true", help="replace a run that is in that folder")
-    sub.add_argument("--keep-checkpoints", action="store_true", help="do not remove them when the run is written")
+    add("--profile", help="one of params.yaml's; the one that it names itself if not given")
+    add("--processes", type=int, help="train together, each on its device; instead of train.processes")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="instead of params.yaml's: train.epochs=3")
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, help="folder of the run; build/runs/<strategy>-<seed> if not given")
+    add("--force", action="store_true", help="replace a run that is in that folder")
+    add("--keep-checkpoints", action="store_true", help="do not remove them when the run is written")
 
-    sub = command("sweep", _sweep, "train all runs of a stage as jobs of a cluster; those that are finished are kept")
-    sub.add_argument("stage", nargs="?", default="train", choices=("train", "ablation"))
-    sub.add_argument("--profile", help="one of params.yaml's; the one that it names itself if not given")
-    sub.add_argument("--cluster", default="local", choices=("local", "slurm"))
-    sub.add_argument("--jobs", type=int, help="at the same time; if not given, 1 on this machine, all on Slurm")
-    sub.add_argument(
-        "--slurm",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help="a parameter of submitit's Slurm executor, such as time 240 (minutes, the default) or partition gpu",
-    )
+    add = command("sweep", _sweep, "train all runs of a stage as jobs of a cluster; those that are finished are kept")
+    add("stage", nargs="?", default="train", choices=("train", "ablation"))
+    add("--profile", help="one of params.yaml's; the one that it names itself if not given")
+    add("--cluster", default="local", choices=("local", "slurm"))
+    add("--jobs", type=int, help="at the same time; if not given, 1 on this machine, all on Slurm")
+    said = "a parameter of submitit's Slurm executor, such as time 240 (minutes, the default) or partition gpu"
+    add("--slurm", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help=said)
 
-    sub = command(
+    add = command(
         "ablation", _ablation, "train what is missing of an ablation's runs, and record what they found", "plots"
     )
-    sub.add_argument("name", help="one of params.yaml's, under ablation")
-    sub.add_argument("--profile", help="of one that names none; the one that params.yaml names if not given")
-    sub.add_argument("--jobs", type=int, default=2, help="runs trained at the same time, each on one thread")
+    add("name", help="one of params.yaml's, under ablation")
+    add("--profile", help="of one that names none; the one that params.yaml names if not given")
+    add("--jobs", type=int, default=2, help="runs trained at the same time, each on one thread")
 
-    sub = command("params", _params, "print the parameters that a run gets, its profile applied, as JSON")
-    sub.add_argument("--strategy", required=True, help="one of params.yaml's, under fusion")
-    sub.add_argument("--profile", help="one of params.yaml's; the one that it names itself if not given")
+    add = command("params", _params, "print the parameters that a run gets, its profile applied, as JSON")
+    add("--strategy", required=True, help="one of params.yaml's, under fusion")
+    add("--profile", help="one of params.yaml's; the one that it names itself if not given")
 
-    sub = command("resolve", _resolve, "write what the pipeline's stages depend on: parameters, and digests of code")
-    sub.add_argument("--out", type=Path, required=True, help="folder for params/<strategy>.json, code/<notebook>.json")
-    sub.add_argument("--ablation", metavar="NAME", help="write the parameters of one ablation instead; --out is a file")
+    add = command("resolve", _resolve, "write what the pipeline's stages depend on: parameters, and digests of code")
+    add("--out", type=Path, required=True, help="folder for params/<strategy>.json, code/<notebook>.json")
+    add("--ablation", metavar="NAME", help="write the parameters of one ablation instead; --out is a file")
 
-    sub = command("notebook", _notebook, "execute a notebook with parameters; an unknown one is an error", "notebooks")
-    sub.add_argument("notebook", type=Path)
-    sub.add_argument("output", type=Path, help="the executed copy")
-    sub.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="given")
+    add = command("notebook", _notebook, "execute a notebook with parameters; an unknown one is an error", "notebooks")
+    add("notebook", type=Path)
+    add("output", type=Path, help="the executed copy")
+    add("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="given")
 
     command("doctor", _doctor, "check the environment: which backends work, why not, and how to fix it")
 
-    sub = command(
+    add = command(
         "estimate", _estimate, "estimate the time of the sweep on this device from a few training steps", "plots"
     )
-    sub.add_argument("--profile", help="one of params.yaml's; the one that it names itself if not given")
-    sub.add_argument("--steps", type=int, default=20, help="timed for each strategy")
-    sub.add_argument("--images", type=int, default=45_000, help="of an epoch")
-    sub.add_argument("--device", help="instead of the profile's")
+    add("--profile", help="one of params.yaml's; the one that it names itself if not given")
+    add("--steps", type=int, default=20, help="timed for each strategy")
+    add("--images", type=int, default=45_000, help="of an epoch")
+    add("--device", help="instead of the profile's")
 
     command("readme", _readme, "write the tables of README.md and docs/results.md from results/", "plots")
 
-    sub = command("crate", _crate, "write the results with their provenance as a Workflow Run RO-Crate", "dev")
-    sub.add_argument("--out", type=Path, required=True, help="folder, new or empty")
+    add = command("crate", _crate, "write the results with their provenance as a Workflow Run RO-Crate", "dev")
+    add("--out", type=Path, required=True, help="folder, new or empty")
 
-    sub = command("bench", _bench, "measure scans, training steps and fusion on an idle machine", "plots")
-    sub.add_argument(
-        "parts", nargs="*", metavar="part", help="scan, model, fusion, memory, precision, data; all if none is given"
-    )
-    sub.add_argument(
-        "--gpu", action="store_true", help="the benchmark of a GPU, with the parts scan, steps, fusion, graphs"
-    )
-    sub.add_argument("--device", default="cuda", help="with --gpu: cuda, cuda:N; cpu with --quick")
-    sub.add_argument("--quick", action="store_true", help="small sizes that take seconds, to see that it works")
-    sub.add_argument("--json", type=Path, help="write the result there; a full one goes to results/ by default")
-    sub.add_argument("--figure", type=Path, help="draw it there; a full one goes to figures/benchmark.png by default")
+    add = command("bench", _bench, "measure scans, training steps and fusion on an idle machine", "plots")
+    add("parts", nargs="*", metavar="part", help="scan, model, fusion, memory, precision, data; all if none is given")
+    add("--gpu", action="store_true", help="the benchmark of a GPU, with the parts scan, steps, fusion, graphs")
+    add("--device", default="cuda", help="with --gpu: cuda, cuda:N; cpu with --quick")
+    add("--quick", action="store_true", help="small sizes that take seconds, to see that it works")
+    add("--json", type=Path, help="write the result there; a full one goes to results/ by default")
+    add("--figure", type=Path, help="draw it there; a full one goes to figures/benchmark.png by default")
 
-    sub = command(
+    add = command(
         "gpu-check", _gpu_check, "check and measure everything that famba does on a GPU: at most eight minutes"
     )
-    sub.add_argument("checks", nargs="*", metavar="check", help=f"{', '.join(gpu_check.CHECKS)}; all if none is given")
-    sub.add_argument("--device", default="cuda", help="cuda, cuda:N; cpu with --quick")
-    sub.add_argument("--quick", action="store_true", help="small sizes, to see that it works")
-    sub.add_argument(
-        "--json", type=Path, help=f"write the result there; a full one goes to {gpu_check.PATH} by default"
-    )
-    sub.add_argument("--wheels", type=Path, help=f"folder of packages that are not installed; {gpu_check.WHEELS}")
+    add("checks", nargs="*", metavar="check", help=f"{', '.join(gpu_check.CHECKS)}; all if none is given")
+    add("--device", default="cuda", help="cuda, cuda:N; cpu with --quick")
+    add("--quick", action="store_true", help="small sizes, to see that it works")
+    add("--json", type=Path, help=f"write the result there; a full one goes to {gpu_check.PATH} by default")
+    add("--wheels", type=Path, help=f"folder of packages that are not installed; {gpu_check.WHEELS}")
     return parser
 
 
@@ -190,9 +176,8 @@ def _sweep(options: argparse.Namespace) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("famba").setLevel(logging.INFO)
     slurm = {name: config.parse_value(name, text) for name, text in options.slurm}
-    print(
-        cluster.train(options.stage, profile=options.profile, cluster=options.cluster, jobs=options.jobs, slurm=slurm)
-    )
+    where = {"profile": options.profile, "cluster": options.cluster, "jobs": options.jobs}
+    print(cluster.train(options.stage, **where, slurm=slurm))
 
 
 def _ablation(options: argparse.Namespace) -> None:
@@ -259,30 +244,15 @@ def _crate(options: argparse.Namespace) -> None:
 def _bench(options: argparse.Namespace) -> None:
     from famba import bench
 
-    bench.main(
-        options.parts,
-        quick=options.quick,
-        on_gpu=options.gpu,
-        device=options.device,
-        path=options.json,
-        figure=options.figure,
-    )
+    files = {"path": options.json, "figure": options.figure}
+    bench.main(options.parts, quick=options.quick, on_gpu=options.gpu, device=options.device, **files)
 
 
 def _gpu_check(options: argparse.Namespace) -> int:
-    return gpu_check.main(
-        options.checks,
-        device=options.device,
-        quick=options.quick,
-        json=options.json,
-        wheels=options.wheels or gpu_check.ROOT / gpu_check.WHEELS,
-    )
+    wheels = options.wheels or gpu_check.ROOT / gpu_check.WHEELS
+    return gpu_check.main(options.checks, device=options.device, quick=options.quick, json=options.json, wheels=wheels)
 
 
 def _say(why: str) -> None:
     with contextlib.suppress(OSError):  # nobody may be listening any more
         print(f"famba: {why}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -23,10 +23,8 @@ _GPU = {
     "triton": ("triton",),
     "hub": ("kernels", "einops", "transformers"),
     "mamba_ssm": (
-        "mamba_ssm.ops.selective_scan_interface",
-        "selective_scan_cuda",
-        "causal_conv1d",
-        "causal_conv1d_cuda",
+        *("mamba_ssm.ops.selective_scan_interface", "selective_scan_cuda"),
+        *("causal_conv1d", "causal_conv1d_cuda"),
     ),
 }
 _TIME_LIMIT_S = 120
@@ -71,9 +69,8 @@ def doctor() -> list[Row]:
     return [torch, gpu, native, *_gpu_backends(found, gpu), *_extras(found, torch)]
 
 
-def text(rows: Iterable[Row]) -> str:
+def text(rows: Sequence[Row]) -> str:
     """torch's report of the system where torch imports, then the rows."""
-    rows = list(rows)
     width = max(len(row.name) for row in rows)
     lines = []
     if any(row.name == "torch" and row.usable for row in rows):
@@ -101,14 +98,10 @@ def _import(module: str) -> str | None:
         return _last_line(str(error))
     # An extension of torch finds torch's libraries only after torch.
     first = "" if module == "torch" or importlib.util.find_spec("torch") is None else "import torch; "
+    command = [sys.executable, "-c", f"{first}import {module}"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", f"{first}import {module}"],
-            capture_output=True,
-            text=True,
-            timeout=_TIME_LIMIT_S,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIME_LIMIT_S, env=env)
     except subprocess.TimeoutExpired:
         return f"its import took more than {_TIME_LIMIT_S} s"
     if done.returncode < 0:
@@ -176,14 +169,13 @@ def _gpu_backends(found: dict[str, str | None], gpu: Row) -> list[Row]:
     }
     rows: list[Row] = []
     for name, modules in _GPU.items():
-        row = Row(name, _version("kernels" if name == "hub" else name))
+        reason = command = ""
         if module := next((module for module in modules if found[module] != ""), None):
-            error = found[module]
+            error, command = found[module], commands[name]
             reason = f"{module} is not installed" if error is None else f"{module} does not import: {error}"
             if rows and rows[0].usable:
                 reason += "; not needed, for backend triton has all kernels"
-            row = row._replace(reason=reason, command=commands[name])
-        rows.append(row)
+        rows.append(Row(name, _version("kernels" if name == "hub" else name), reason, command))
     return rows
 
 

@@ -31,17 +31,16 @@ def write(folder: Path) -> None:
         folder: of the crate, which must be empty or not exist.
 
     Raises:
-        InputError: the folder is not empty; nothing was run; a stage's file is missing; no `rocrate`.
+        InputError: the folder is not empty; nothing was run; CITATION.cff or a stage's file is missing.
     """
-    try:
-        from rocrate.model.computerlanguage import ComputerLanguage
-        from rocrate.rocrate import ROCrate
-    except ImportError:
-        raise InputError("rocrate: not installed; pip install rocrate") from None
+    from rocrate.model.computerlanguage import ComputerLanguage
+    from rocrate.rocrate import ROCrate
+
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder}: not empty; nothing is overwritten")
     stages = _stages()
-    cited = _yaml("CITATION.cff")
+    if not (cited := _yaml("CITATION.cff")):
+        raise InputError("CITATION.cff: missing; it has the title and the licence")
     crate: Any = ROCrate(version="1.1")
     crate.name, crate.license = f"Results of {cited['title']}", f"https://spdx.org/licenses/{cited['license']}"
     crate.description = "Training runs of Vision Mamba with token fusion, compared, as `dvc repro` made them."

@@ -9,27 +9,14 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
 
 from famba import config
-from famba.bench import gpu, timing
-from famba.bench import loading as data_loading
-from famba.bench import scan as scans
-from famba.bench.fusing import bench_layer, bench_schedules, break_even
-from famba.bench.model import (
-    FULL,
-    QUICK,
-    Setting,
-    available,
-    bench_curves,
-    bench_memory,
-    bench_model,
-    bench_precision,
-)
-from famba.bench.profile import bench_profile
+from famba.bench import fusing, gpu, loading, model, profile, scan, timing
+from famba.bench.model import Setting
 from famba.errors import InputError
 from famba.kernels import precision
 from famba.kernels.cpu import runtime
@@ -37,56 +24,41 @@ from famba.profiling import environment
 from famba.storage.files import json_bytes, write_atomic
 
 
-class _Benchmark(NamedTuple):
-    """A part makes tables of a setting and appends to the list of what it leaves out."""
-
-    parts: Mapping[str, Callable[[Any, gpu.Left], dict[str, Any]]]
-    titles: Mapping[str, str]
-    full: Setting
-    quick: Setting
-    path: str
-
-
 def _scan(setting: Setting, left: gpu.Left) -> dict[str, Any]:
-    left += scans.left_out()
-    return {"scan": scans.bench_scan(setting.scans, rounds=3 * setting.rounds, slow_s=setting.slow_s)}
+    left += scan.left_out()
+    return {"scan": scan.bench_scan(setting.scans, rounds=3 * setting.rounds, slow_s=setting.slow_s)}
 
 
 def _fusion(setting: Setting, _: gpu.Left) -> dict[str, Any]:
-    tables = bench_schedules(setting)
-    return {"layer": bench_layer(setting), **tables, "break_even_r": break_even(tables["uniform"])}
+    tables = fusing.bench_schedules(setting)
+    return {"layer": fusing.bench_layer(setting), **tables, "break_even_r": fusing.break_even(tables["uniform"])}
 
 
 def _data(setting: Setting, left: gpu.Left) -> dict[str, Any]:
-    left += data_loading.left_out()
-    return {"data": data_loading.bench_loading(setting)}
+    left += loading.left_out()
+    return {"data": loading.bench_loading(setting)}
 
 
-_CPU = _Benchmark(
-    {
-        "scan": _scan,
-        "model": lambda s, _: {"model": bench_model(s), "profile": bench_profile(s)},
-        "fusion": _fusion,
-        "memory": lambda s, _: {"memory": bench_memory(s)},
-        "precision": lambda s, _: {"precision": bench_precision(s), "curves": bench_curves(s)},
-        "data": _data,
-    },
-    {
-        "scan": "Selective scan, forward and backward, relative to the first contestant and to a matrix product",
-        "model": "One training step, relative to its matrix products alone",
-        "profile": "Where the time of a training step goes",
-        **gpu.FUSION_TITLES,
-        "memory": "Peak memory of a training step, relative to the formula and to the torch backend",
-        "precision": "A training step in fp32 and in bf16, and the speed-up over fp32",
-        "curves": "Training loss of vim_nano on digits, by step",
-        "data": "Loading and augmenting images, relative to the training step that takes them and to timm",
-    },
-    FULL,
-    QUICK,
-    "results/benchmark.json",
-)
-_GPU = _Benchmark(gpu.PARTS, gpu.TITLES, gpu.FULL, gpu.QUICK, "results/benchmark_gpu.json")
-TITLES = dict(_CPU.titles)
+# A part makes tables of a setting and appends to the list of what it leaves out.
+_PARTS: dict[str, Callable[[Setting, gpu.Left], dict[str, Any]]] = {
+    "scan": _scan,
+    "model": lambda s, _: {"model": model.bench_model(s), "profile": profile.bench_profile(s)},
+    "fusion": _fusion,
+    "memory": lambda s, _: {"memory": model.bench_memory(s)},
+    "precision": lambda s, _: {"precision": model.bench_precision(s), "curves": model.bench_curves(s)},
+    "data": _data,
+}
+TITLES = {
+    "scan": "Selective scan, forward and backward, relative to the first contestant and to a matrix product",
+    "model": "One training step, relative to its matrix products alone",
+    "profile": "Where the time of a training step goes",
+    **gpu.FUSION_TITLES,
+    "memory": "Peak memory of a training step, relative to the formula and to the torch backend",
+    "precision": "A training step in fp32 and in bf16, and the speed-up over fp32",
+    "curves": "Training loss of vim_nano on digits, by step",
+    "data": "Loading and augmenting images, relative to the training step that takes them and to timm",
+}
+_PATH, _GPU_PATH = "results/benchmark.json", "results/benchmark_gpu.json"
 
 
 def run(
@@ -109,33 +81,29 @@ def run(
     Raises:
         InputError: an unknown part or device, or a device that is not here.
     """
-    benchmark = _GPU if on_gpu else _CPU
+    known, sizes = (gpu.PARTS, gpu) if on_gpu else (_PARTS, model)
     for part in parts:
-        if part not in benchmark.parts:
-            raise InputError(f"part: {part!r} is unknown; allowed: {', '.join(benchmark.parts)}")
+        if part not in known:
+            raise InputError(f"part: {part!r} is unknown; allowed: {', '.join(known)}")
     if on_gpu:
         gpu.check_device(device, quick)
     device = device if on_gpu else "cpu"
-    setting = dataclasses.replace(benchmark.quick if quick else benchmark.full, device=device)
+    setting = dataclasses.replace(sizes.QUICK if quick else sizes.FULL, device=device)
     precision.configure()
     if torch.device(device).type == "cuda":
         torch.cuda.set_device(device)
-    chosen = [part for part in benchmark.parts if not parts or part in parts]
-    words = [
-        "python -m famba bench",
-        *(["--gpu"] if on_gpu else []),
-        *(chosen if len(chosen) < len(benchmark.parts) else []),
-    ]
+    chosen = [part for part in known if not parts or part in parts]
+    words = ["python -m famba bench", *["--gpu"] * on_gpu, *(chosen if len(chosen) < len(known) else [])]
     words += ["--quick"] * quick + [f"--device {device}"] * (on_gpu and device != "cuda")
     result: dict[str, Any] = {
         "setting": dataclasses.asdict(setting),
         "command": " ".join(words),
-        "kernels": runtime.instruction_set() if available("native") else None,
+        "kernels": runtime.instruction_set() if model.available("native") else None,
         "left_out": [],
         **environment.environment(device),
     }
     for part in chosen:
-        result |= benchmark.parts[part](setting, result["left_out"])
+        result |= known[part](setting, result["left_out"])
         if path is not None:
             write_atomic(path, json_bytes(result))
     return result
@@ -148,7 +116,7 @@ def main(
     from famba import plots
 
     whole = not quick and not parts
-    default = config.root() / (_GPU if on_gpu else _CPU).path if whole else None
+    default = config.root() / (_GPU_PATH if on_gpu else _PATH) if whole else None
     result = run(parts, quick=quick, on_gpu=on_gpu, device=device, path=path.absolute() if path else default)
     print(text(result, on_gpu=on_gpu))
     if figure is None and whole and not on_gpu:
@@ -162,7 +130,7 @@ def frames(result: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     return {name: pd.DataFrame(result[name]) for name in TITLES | gpu.TITLES if name in result}
 
 
-def gpu_frames(path: str | Path = _GPU.path) -> dict[str, pd.DataFrame]:
+def gpu_frames(path: str | Path = _GPU_PATH) -> dict[str, pd.DataFrame]:
     """The tables written by `bench --gpu` or `gpu-check`, with device and versions as `setting`; {} without the file.
 
     `gpu-check` has `checks`, one row per check.
@@ -183,8 +151,13 @@ def gpu_frames(path: str | Path = _GPU.path) -> dict[str, pd.DataFrame]:
 
 
 def text(result: Mapping[str, Any], *, on_gpu: bool = False) -> str:
-    """A result for a terminal."""
-    shown = timing.text(result, gpu.TITLES if on_gpu else TITLES)
-    return shown + (
-        f"\nSmallest r with which fusing is faster: {result['break_even_r']}" if "break_even_r" in result else ""
-    )
+    """A result for a terminal: its tables under their titles, and what was left out."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    lines = [f"{result['device']}, {result['instruction_set']}, {result['threads']} threads; {versions}"]
+    for name, title in (gpu.TITLES if on_gpu else TITLES).items():
+        if name in result:
+            lines += ["", title, timing.table(result[name])]
+    lines += [f"left out: {row['what']}: {row['reason']}" for row in result["left_out"]]
+    if "break_even_r" in result:
+        lines.append(f"Smallest r with which fusing is faster: {result['break_even_r']}")
+    return "\n".join(lines)

@@ -10,7 +10,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from pydantic import ValidationError
 from torch.nn import functional
 
 from famba import config
@@ -92,8 +91,6 @@ def place(profile: str | None = None, device: str | None = None) -> torch.device
         return fit._device(t if device is None else dataclasses.replace(t, device=device))
     except InputError as error:
         raise InputError(f"{error}{hint}") from None
-    except ValidationError:
-        raise InputError(f"train.device: {device!r} is not one of auto, cpu, cuda, cuda:N{hint}") from None
 
 
 def _single(p: Params, name: str, device: str | None) -> Params:

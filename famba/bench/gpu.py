@@ -52,8 +52,6 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _MIB = 2**20
 _T = TypeVar("_T")
 Left = list[dict[str, str]]
-
-
 _GPU: dict[str, Any] = {"device": "cuda", "precision": "bf16"}
 FULL = dataclasses.replace(
     model.FULL, **_GPU, scans=((128, 384, 197, 16),), batch=128, turn_s=0.1, models=("vim_tiny", "vim_small"),
@@ -124,10 +122,8 @@ def _scans(
     of = f"scan {directions} {precision}, "
 
     def make(name: str) -> Callable[[], object]:
-        how: dict[str, Any] = {"device": setting.device, "dtype": dtype}
-        return _warm(
-            both_call(shape, name, **how) if both else scan_call(shape, name, **how, channels_last=name != "mamba_ssm")
-        )
+        call = both_call if both else partial(scan_call, channels_last=name != "mamba_ssm")
+        return _warm(call(shape, name, device=setting.device, dtype=dtype))
 
     calls = _tried({name: partial(make, name) for name in (*fast, "torch")}, left, of)
     found = setting.times(calls, rounds=3 * setting.rounds, budget_s=setting.slow_s)
@@ -137,17 +133,10 @@ def _scans(
     moved = (scan_bytes if both else one_scan_bytes)(*shape, dtype)
     first = next(iter(found.values()), {})
     return [
-        {
-            "shape": str(tuple(shape)),
-            "directions": directions,
-            "precision": precision,
-            "contestant": name,
-            **row,
-            **ratio(row, first, "times"),
-            "device_ms": device[name]["median_ms"] if name in device else None,
-            "mib": moved / _MIB,
-            "of_roofline": device.get(name, row)["median_ms"] * gb_per_s * 1e6 / moved,
-        }
+        {"shape": str(tuple(shape)), "directions": directions, "precision": precision, "contestant": name, **row}
+        | ratio(row, first, "times")
+        | {"device_ms": device[name]["median_ms"] if name in device else None, "mib": moved / _MIB}
+        | {"of_roofline": device.get(name, row)["median_ms"] * gb_per_s * 1e6 / moved}
         for name, row in found.items()
     ]
 
@@ -177,7 +166,10 @@ def _steps(setting: Setting, left: Left) -> list[dict[str, Any]]:
         training = Training(setting, backend)
         set_norm_backend(training.model, norms)
         if fused is not None:
-            set_published_mixers(training.model, fused=fused)
+            for block in training.model.layers:
+                mixer = block.get_submodule("mixer")
+                assert isinstance(mixer, BidirectionalMixer)
+                block.mixer = PublishedMixer(mixer, fused=fused)
         training.step()  # creates the optimiser's moments
         start = time.perf_counter()
         peaks[what] = memory.peak_memory(training.step, training.resident(), torch.device(setting.device)) / _MIB
@@ -189,15 +181,9 @@ def _steps(setting: Setting, left: Left) -> list[dict[str, Any]]:
     found = setting.times(calls, rounds=setting.rounds, warmup=0, budget_s=setting.slow_s)
     first = next(iter(found), "")
     return [
-        {
-            "model": setting.model,
-            "contestant": what,
-            **row,
-            "img_per_s": 1e3 * setting.batch / row["median_ms"],
-            **ratio(row, found[first], "times"),
-            "peak_mib": peaks[what],
-            "memory": peaks[what] / peaks[first],
-        }
+        {"model": setting.model, "contestant": what, **row, "img_per_s": 1e3 * setting.batch / row["median_ms"]}
+        | ratio(row, found[first], "times")
+        | {"peak_mib": peaks[what], "memory": peaks[what] / peaks[first]}
         for what, row in found.items()
     ]
 
@@ -284,14 +270,6 @@ class PublishedMixer(nn.Module):
             xz, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, self.mixer.out_proj.weight, None,
             -torch.exp(A_log.float()), D=D.float(), delta_bias=dt_proj.bias.float(), delta_softplus=True,
         )  # fmt: skip
-
-
-def set_published_mixers(model: VisionMamba, *, fused: bool = False) -> None:
-    """Replace each mixer by a `PublishedMixer` of the same weights."""
-    for block in model.layers:
-        mixer = block.get_submodule("mixer")
-        assert isinstance(mixer, BidirectionalMixer)
-        block.mixer = PublishedMixer(mixer, fused=fused)
 
 
 def set_norm_backend(model: VisionMamba, backend: str) -> None:

@@ -11,7 +11,6 @@ from PIL import Image
 
 from famba import config, data
 from famba.bench.model import Setting, Training
-from famba.bench.timing import interleaved, summary
 from famba.config import IMAGENET_MEAN, IMAGENET_STD, DataParams
 from famba.data import augment, loader, timm_transforms
 from famba.data.datasets import Files
@@ -102,18 +101,12 @@ def _rows(setting: Setting, img_size: int, calls: _Calls) -> list[dict[str, Any]
     step = f"training step, {model}"
     calls[step] = Training(replace(setting, model=model, batch=b, img_sizes=(img_size,))).step, b
     timed = {name: call for name, (call, _) in calls.items()}
-    turns: dict[str, Any] = {"turn_s": setting.slow_s / 40, "budget_s": 3 * setting.slow_s}
-    found = {name: summary(x) for name, x in interleaved(timed, rounds=setting.rounds, **turns).items()}
+    turns = replace(setting, turn_s=setting.slow_s / 40)
+    found = turns.times(timed, rounds=setting.rounds, budget_s=3 * setting.slow_s)
     speed = {name: 1e3 * images / found[name]["median_ms"] for name, (_, images) in calls.items()}
     return [
-        {
-            "what": name,
-            "img_size": img_size,
-            **row,
-            "images": calls[name][1],
-            "images_per_s": speed[name],
-            "of_model": speed[name] / speed[step],
-            "faster": speed[name] / speed[_TIMM] if _TIMM in speed and name != step else None,
-        }
+        {"what": name, "img_size": img_size, **row, "images": calls[name][1], "images_per_s": speed[name]}
+        | {"of_model": speed[name] / speed[step]}
+        | {"faster": speed[name] / speed[_TIMM] if _TIMM in speed and name != step else None}
         for name, row in found.items()
     ]

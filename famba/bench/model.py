@@ -33,48 +33,29 @@ _MIB = 2**20
 
 @dataclass(frozen=True)
 class Setting:
-    """The sizes of a benchmark.
+    """The sizes of a benchmark."""
 
-    Attributes:
-        scans: (b, e, t, n) of the scans that are timed alone.
-        model, depth, d_model: as for `create_model`.
-        batch: images of a training step.
-        img_sizes: pixels; the largest is the model's, the others give fewer tokens.
-        removed: tokens removed by each fusing layer, by strategy.
-        uniform: tokens removed by every layer, near the break-even.
-        rounds: measurements of each contestant, after one for warm-up.
-        curve_steps: training steps of a loss curve, a multiple of 20.
-        loads: model and batch by pixels; the first data set lies in memory, the second streams.
-        loaded: images that stream in one turn.
-        slow_s: seconds after which a slow contestant is measured no further than twice.
-        precision: of the training steps: fp32, or bf16 for autocast.
-        turn_s: a shorter call is repeated for this long.
-        models: of a GPU, whose training steps are compared.
-        small: of a GPU, model, batch and pixels of a step so short that Python's calls take longer than its work.
-        copy_mib: of a GPU, size of the copy.
-        compile_s: of a GPU, time limit of torch.compile, seconds; 0 leaves it out.
-    """
-
-    scans: tuple[tuple[int, int, int, int], ...]
-    model: str
-    batch: int
-    img_sizes: tuple[int, ...]
-    removed: Mapping[str, int]
-    uniform: tuple[int, ...]
-    rounds: int
-    curve_steps: int
-    loads: Mapping[int, tuple[str, int]]
-    loaded: int
-    slow_s: float
+    scans: tuple[tuple[int, int, int, int], ...]  # (b, e, t, n) of the scans that are timed alone
+    model: str  # as for `create_model`, and so are depth and d_model
+    batch: int  # images of a training step
+    img_sizes: tuple[int, ...]  # pixels; the largest is the model's, the others give fewer tokens
+    removed: Mapping[str, int]  # tokens removed by each fusing layer, by strategy
+    uniform: tuple[int, ...]  # tokens removed by every layer, near the break-even
+    rounds: int  # measurements of each contestant, after one for warm-up
+    curve_steps: int  # training steps of a loss curve, a multiple of 20
+    loads: Mapping[int, tuple[str, int]]  # model and batch by pixels; the first set lies in memory, the second streams
+    loaded: int  # images that stream in one turn
+    slow_s: float  # seconds after which a slow contestant is measured no further than twice
     depth: int | None = None
     d_model: int | None = None
     device: str = "cpu"
-    precision: str = "fp32"
-    turn_s: float = 0.0
-    models: tuple[str, ...] = ()
-    small: tuple[str, int, int] = ("", 0, 0)
-    copy_mib: int = 0
-    compile_s: float = 0.0
+    precision: str = "fp32"  # of the training steps: fp32, or bf16 for autocast
+    turn_s: float = 0.0  # a shorter call is repeated for this long
+    # Of a GPU alone.
+    models: tuple[str, ...] = ()  # those whose training steps are compared
+    small: tuple[str, int, int] = ("", 0, 0)  # model, batch and pixels of a step that is shorter than Python's calls
+    copy_mib: int = 0  # size of the copy
+    compile_s: float = 0.0  # time limit of torch.compile, seconds; 0 leaves it out
 
     def create(self, backend: str = "auto", *, img_size: int | None = None) -> VisionMamba:
         """The model on its device, without fusion."""
@@ -98,33 +79,17 @@ class Setting:
 # A small scan, where overhead rules, two larger ones and Vim-Ti's at 224 px; Vim-Ti with the schedules of Famba-V's
 # Table 1.
 FULL = Setting(
-    scans=((32, 384, 197, 16), (64, 192, 65, 16), (64, 128, 65, 16), (16, 96, 50, 8)),
-    model="vim_tiny",
-    batch=16,
-    img_sizes=(224, 192, 160, 128, 96, 80),
-    removed={"all": 7, "interleaved": 14, "lower": 9, "upper": 9},
-    uniform=(1, 2, 3, 5),
-    rounds=5,
-    curve_steps=200,
-    loads={32: ("vim_micro", 64), 224: ("vim_tiny", 8)},
-    loaded=256,
+    scans=((32, 384, 197, 16), (64, 192, 65, 16), (64, 128, 65, 16), (16, 96, 50, 8)), model="vim_tiny", batch=16,
+    img_sizes=(224, 192, 160, 128, 96, 80), removed={"all": 7, "interleaved": 14, "lower": 9, "upper": 9},
+    uniform=(1, 2, 3, 5), rounds=5, curve_steps=200, loads={32: ("vim_micro", 64), 224: ("vim_tiny", 8)}, loaded=256,
     slow_s=10.0,
-)
+)  # fmt: skip
 # Seconds, to see that it works.
 QUICK = Setting(
-    scans=((2, 32, 19, 8),),
-    model="vim_nano",
-    depth=4,
-    batch=4,
-    img_sizes=(8, 6, 5),
-    removed={"all": 6, "interleaved": 10, "lower": 8, "upper": 8},
-    uniform=(1, 6),
-    rounds=2,
-    curve_steps=20,
-    loads={16: ("vim_nano", 4), 40: ("vim_nano", 4)},
-    loaded=8,
-    slow_s=1.0,
-)
+    scans=((2, 32, 19, 8),), model="vim_nano", depth=4, batch=4, img_sizes=(8, 6, 5),
+    removed={"all": 6, "interleaved": 10, "lower": 8, "upper": 8}, uniform=(1, 6), rounds=2, curve_steps=20,
+    loads={16: ("vim_nano", 4), 40: ("vim_nano", 4)}, loaded=8, slow_s=1.0,
+)  # fmt: skip
 
 
 class Training:
@@ -181,13 +146,8 @@ def bench_model(setting: Setting) -> list[dict[str, Any]]:
     found = setting.times(calls, rounds=setting.rounds, budget_s=setting.slow_s)
     gflops = flops_of(products) / 1e9
     return [
-        {
-            "what": name,
-            **row,
-            **ratio(row, found["matrix products"], "products"),
-            "product_gflops": gflops,
-            "product_gflops_per_s": 1e3 * gflops / row["median_ms"],
-        }
+        {"what": name, **row, **ratio(row, found["matrix products"], "products")}
+        | {"product_gflops": gflops, "product_gflops_per_s": 1e3 * gflops / row["median_ms"]}
         for name, row in found.items()
     ]
 
@@ -278,9 +238,8 @@ def bench_memory(setting: Setting) -> list[dict[str, Any]]:
         training = Training(setting, backend)
         depth = training.model.depth
         training.step()  # creates the optimiser's moments
-        for strategy, schedule in {"none": [0] * depth, **setting.schedules(depth)}.items():
-            if strategy != "none" and backend != backends[-1]:
-                continue
+        schedules = {"none": [0] * depth} | (setting.schedules(depth) if backend == backends[-1] else {})
+        for strategy, schedule in schedules.items():
             peak = memory.peak_memory(lambda x=training, s=schedule: x.step(s), training.resident(), "cpu")
             predicted = flops.analyse(training.model.config, schedule, batch=setting.batch, backend=backend).peak_bytes
             sizes = {"peak_mib": peak / _MIB, "predicted_mib": predicted / _MIB, "of_predicted": peak / predicted}
@@ -290,9 +249,8 @@ def bench_memory(setting: Setting) -> list[dict[str, Any]]:
 
 def bench_precision(setting: Setting) -> list[dict[str, Any]]:
     """A training step in fp32 and in bf16; `faster` is the time in fp32 over the row's."""
-    found = setting.times(
-        {name: Training(setting, precision=name).step for name in ("fp32", "bf16")}, rounds=setting.rounds
-    )
+    calls = {name: Training(setting, precision=name).step for name in ("fp32", "bf16")}
+    found = setting.times(calls, rounds=setting.rounds)
     return [{"precision": name, **row, **ratio(found["fp32"], row, "faster")} for name, row in found.items()]
 
 
@@ -302,12 +260,10 @@ def bench_curves(setting: Setting) -> list[dict[str, Any]]:
     fp32 with the images in another order shows how far apart two curves lie without any difference in precision.
     """
     runs = {"fp32": ("fp32", 0), "bf16": ("bf16", 0), "fp32, other order": ("fp32", 1)}
-    losses = {
-        name: np.array(loss_curve(kind, steps=setting.curve_steps, depth=setting.depth, order=order))
-        .reshape(_POINTS, -1)
-        .mean(1)
-        for name, (kind, order) in runs.items()
-    }
+    losses = {}
+    for name, (kind, order) in runs.items():
+        curve = loss_curve(kind, steps=setting.curve_steps, depth=setting.depth, order=order)
+        losses[name] = np.reshape(curve, (_POINTS, -1)).mean(1)
     each = setting.curve_steps // _POINTS
     return [{"step": (i + 1) * each, **{name: float(x[i]) for name, x in losses.items()}} for i in range(_POINTS)]
 

@@ -9,6 +9,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -103,14 +104,10 @@ def _marked_functions() -> Iterator[None]:
 
         return call
 
-    kept = [(module, name, getattr(module, name)) for _, module, name in _FUNCTIONS]
-    for part, module, name in _FUNCTIONS:
-        setattr(module, name, marked(part, getattr(module, name)))
-    try:
+    with contextlib.ExitStack() as patches:
+        for part, module, name in _FUNCTIONS:
+            patches.enter_context(mock.patch.object(module, name, marked(part, getattr(module, name))))
         yield
-    finally:
-        for module, name, function in kept:
-            setattr(module, name, function)
 
 
 def _part(name: str) -> str:

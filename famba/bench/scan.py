@@ -35,7 +35,8 @@ def bench_scan(shapes: Sequence[Sequence[int]], *, rounds: int, slow_s: float = 
         shapes: (b, e, t, n) of each scan.
         slow_s: seconds after which a slow contestant is measured no further.
     """
-    names = [*available("native", "torch", "reference"), *(name for name in _PEERS if not missing(name))]
+    absent = [row["what"] for row in left_out()]
+    names = [*available("native", "torch", "reference"), *(name for name in _PEERS if name not in absent)]
     left, right = torch.randn(2, 2048, 2048)
     rows = []
     for shape in shapes:
@@ -52,18 +53,16 @@ def bench_scan(shapes: Sequence[Sequence[int]], *, rounds: int, slow_s: float = 
     return rows
 
 
-def missing(name: str) -> str:
-    """Why a peer cannot run here ("": it can)."""
-    try:
-        peer(name)
-    except Exception as error:  # not installed, another version, or built for another torch
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-    return ""
-
-
 def left_out() -> list[dict[str, str]]:
     """The peers that cannot run here, and why."""
-    return [{"what": name, "reason": why} for name in _PEERS if (why := missing(name))]
+    rows = []
+    for name in _PEERS:
+        try:
+            peer(name)
+        except Exception as error:  # not installed, another version, or built for another torch
+            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            rows.append({"what": name, "reason": reason})
+    return rows
 
 
 def scan_call(
@@ -123,9 +122,8 @@ def both_call(
 
     def side() -> list[Tensor]:
         A = -torch.arange(1.0, n + 1, device=device).repeat(e, 1)
-        single = {"kind": torch.float32}
         tokens = [draw(b, t, k) for k in (e, m, n, n)]
-        return [*tokens, draw(e, m), A, draw(e, **single), draw(e, **single) - 3]
+        return [*tokens, draw(e, m), A, draw(e, kind=torch.float32), draw(e, kind=torch.float32) - 3]
 
     left, right, gate = side(), side(), draw(b, t, e)
     inputs, cotangent = [*left, *right, gate], draw(b, t, e).mT

@@ -57,16 +57,6 @@ def ratio(one: Mapping[str, float | int], other: Mapping[str, float | int], name
     return {name: one["median_ms"] / other["median_ms"], f"{name}_least": one["least_ms"] / other["least_ms"]}
 
 
-def text(result: Mapping[str, Any], titles: Mapping[str, str]) -> str:
-    """The tables of a result under their titles, for a terminal."""
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    lines = [f"{result['device']}, {result['instruction_set']}, {result['threads']} threads; {versions}"]
-    for name, title in titles.items():
-        if name in result:
-            lines += ["", title, table(result[name])]
-    return "\n".join([*lines, *(f"left out: {row['what']}: {row['reason']}" for row in result["left_out"])])
-
-
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows for a terminal, without the columns of minima in ms."""
     frame = pd.DataFrame(rows)

@@ -74,7 +74,7 @@ def train(stage: str, *, profile: str | None, cluster: str, jobs: int | None, sl
 
 def _cells(stage: str, profile: str, results: Path) -> dict[Path, list[Cell]]:
     """The runs of a stage by their folders; all ablations of one profile share theirs."""
-    asked, folder = config.load_sweep(), results / STAGES[stage]
+    folder = results / STAGES[stage]
     if stage == "ablation":
         found: dict[Path, dict[Path, Cell]] = {}
         for name, each in config.load_ablations().items():
@@ -82,6 +82,7 @@ def _cells(stage: str, profile: str, results: Path) -> dict[Path, list[Cell]]:
             for cell in sweep.cells(params, each.seeds, runs_dir=runs_dir, command=ablations.command(name)):
                 found.setdefault(runs_dir, {}).setdefault(cell.run_dir, cell)
         return {each: list(cells.values()) for each, cells in found.items()}
+    asked = config.load_sweep()
     return {folder: sweep.cells(asked.params(profile), asked.seeds, runs_dir=folder)}
 
 

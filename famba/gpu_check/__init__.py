@@ -160,8 +160,8 @@ def run(
     return result
 
 
-def _row(verdict: str, detail: str, **more: Any) -> dict[str, Any]:
-    return {"verdict": verdict, "detail": " ".join(detail.split()), "seconds": 0.0, **more}
+def _row(verdict: str, detail: str) -> dict[str, Any]:
+    return {"verdict": verdict, "detail": " ".join(detail.split()), "seconds": 0.0}
 
 
 def _tried(check: Check, setting: Setting) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -188,7 +188,9 @@ def _tried(check: Check, setting: Setting) -> tuple[dict[str, Any], dict[str, An
                 at = said
         except EOFError:
             process.join()
-            row, tables = _row(FAILED, f"its process {_end(process.exitcode)}"), {}
+            status = process.exitcode or 0
+            end = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+            row, tables = _row(FAILED, f"its process {end}"), {}
         finally:
             _kill(process)
         row["seconds"] = time.monotonic() - start
@@ -196,12 +198,6 @@ def _tried(check: Check, setting: Setting) -> tuple[dict[str, Any], dict[str, An
             row["detail"] += f"; at: {at}" if at else ""
             row["output"] = Path(printed.name).read_text(errors="replace")[-_OUTPUT:]
     return row, tables
-
-
-def _end(exitcode: int | None) -> str:
-    if exitcode is not None and exitcode < 0:
-        return f"was killed by {signal.Signals(-exitcode).name}"
-    return f"ended with status {exitcode}"
 
 
 def _kill(process: BaseProcess) -> None:

@@ -62,7 +62,6 @@ class _Case(NamedTuple):
 
 def device(setting: Setting, say: Say) -> Outcome:
     """The device exists and computes."""
-    del say
     where = _begin(setting)
     tables = environment.environment(where)
     if where.type == "cuda":
@@ -91,14 +90,9 @@ def models(setting: Setting, say: Say) -> Outcome:
     cases = []
     for i, (precision, options) in enumerate(itertools.product(_DTYPES, combined)):
         b, n, cls_position, img_size = _BATCHES[i % 4], _STATES[i % 7], _CLASS_TOKENS[i % 3], _IMAGES[i // 3 % 3]
-        sizes: dict[str, Any] = {
-            "img_size": img_size,
-            "d_state": n,
-            "cls_position": cls_position,
-            "pool": "cls" if cls_position != "none" and i % 2 else "mean",
-            "average_directions": bool(i // 2 % 2),
-            "fusion": options,
-        }
+        pool = "cls" if cls_position != "none" and i % 2 else "mean"
+        sizes = {"img_size": img_size, "d_state": n, "cls_position": cls_position, "pool": pool, "fusion": options}
+        sizes["average_directions"] = bool(i // 2 % 2)
         name = f"model, b {b}, n {n}, {img_size} px, class token {cls_position}, {precision}, "
         name += "/".join(vars(options).values())
         cases.append(_Case(name, precision, functools.partial(_model_error, setting, b, sizes, precision)))
@@ -220,7 +214,6 @@ def _measured(part: str, table: str, line: str, setting: Setting, say: Say) -> O
 
 def tests(setting: Setting, say: Say) -> Outcome:
     """The tests that need a GPU."""
-    del setting
     importlib.import_module("pytest")
     # Collecting the others would import packages that may be missing here.
     files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
@@ -259,15 +252,11 @@ def sanitizer(setting: Setting, say: Say) -> Outcome:
         raise Skipped("compute-sanitizer is missing")
     code = "import sys; sys.path[:] = {!r}; from famba.gpu_check import checks; checks.small_calls({!r})"
     code = code.format(sys.path, setting.device)
+    env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else an overrun stays inside torch's block
     for tool in ("memcheck", "racecheck"):
         say(tool)
-        done = subprocess.run(
-            [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code],
-            env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # else an overrun stays inside torch's block
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
+        command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code]
+        done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
         print(done.stdout[-2000:], done.stderr[-2000:])
         assert done.returncode == 0, f"{tool}: status {done.returncode}, {(done.stdout.splitlines() or [''])[-1]}"
     return Outcome("memcheck and racecheck have found nothing")
@@ -439,13 +428,7 @@ def _fusion(s: _Shape, draw: _Draw, dtype: torch.dtype) -> _Call:
     return run, [x.to(dtype), y]
 
 
-_OPERATORS: dict[str, Callable[[_Shape, _Draw, torch.dtype], _Call]] = {
-    "scan": _scan,
-    "both scans": _both_scans,
-    "convolution": _convolution,
-    "norm": _norm,
-    "fusion": _fusion,
-}
+_OPERATORS = {"scan": _scan, "both scans": _both_scans, "convolution": _convolution, "norm": _norm, "fusion": _fusion}
 
 
 def _model_error(setting: Setting, b: int, config: Mapping[str, Any], precision: str) -> float:
