@@ -20,16 +20,14 @@ def effects(asked: SweepParams, runs: pd.DataFrame) -> pd.DataFrame:
     for change in asked.changes:
         for strategy in asked.varied:
             changed, plain = (runs[runs["strategy"] == x].set_index("seed") for x in (f"{strategy}_{change}", strategy))
-            found = zip(("mean", "low", "high"), summary.accuracy_difference(changed, plain), strict=True)
-            rows.append({"change": change, "strategy": strategy, **dict(found), "n": len(changed)})
-    return pd.DataFrame(rows)
+            rows.append((change, strategy, *summary.accuracy_difference(changed, plain), len(changed)))
+    return pd.DataFrame(rows, columns=["change", "strategy", "mean", "low", "high", "n"])
 
 
 def markdown(effects: pd.DataFrame) -> str:
     """The effects as a table, a row for each change."""
-    entries = [
-        intervals.with_interval(intervals.signed, *row) for row in effects[["mean", "low", "high"]].to_numpy(float)
-    ]
+    rows = effects[["mean", "low", "high"]].to_numpy(float)
+    entries = [intervals.with_interval(intervals.signed, *row) for row in rows]
     clear = (effects["low"] > 0) | (effects["high"] < 0)
     bold = [f"**{entry}**" if sure else entry for entry, sure in zip(entries, clear, strict=True)]
     table = effects.assign(entry=bold).pivot(index="change", columns="strategy", values="entry")
@@ -47,15 +45,7 @@ def paper(table: int) -> pd.DataFrame:
     Returns:
         One row per run: r, first_layer, top1_percent_diff, time_ratio, memory_ratio.
     """
-    published = summary.paper_table()
-    base = published.query("table == 1 and model == 'vim_tiny' and strategy == 'none'").iloc[0]
+    published = summary.paper_table().rename(columns={"tokens_fused_per_layer": "r"})
     rows = published.loc[published["table"] == table]
-    return pd.DataFrame(
-        {
-            "r": rows["tokens_fused_per_layer"],
-            "first_layer": rows["fused_layers"].str.split("-").str[0].astype(int),
-            "top1_percent_diff": rows["top1_percent"] - base["top1_percent"],
-            "time_ratio": rows["train_time_s"] / base["train_time_s"],
-            "memory_ratio": rows["peak_memory_mib"] / base["peak_memory_mib"],
-        }
-    )
+    rows = rows.assign(first_layer=rows["fused_layers"].str.split("-").str[0].astype(int))
+    return rows.loc[:, ["r", "first_layer", "top1_percent_diff", "time_ratio", "memory_ratio"]]

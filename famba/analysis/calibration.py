@@ -10,7 +10,7 @@ fusing them does to the model's answer.
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from famba.models.vim import VisionMamba
 from famba.profiling import flops
 from famba.profiling.flops import Cost
 
+KINDS = ("similarity", "logits")  # what fusing costs: the measures
 _BATCH = 128  # images at a time
 
 
@@ -106,10 +107,11 @@ def plan(folders: Sequence[str | Path], rule: AdaptiveRule, *, kind: str, count:
     if not folders or count < 1:
         raise InputError(f"folders: {len(folders)}, count: {count}; both must be 1 or more")
     loaded = [trained.load(folder) for folder in folders]
-    params = loaded[0][1]["params"]
-    if threads := params["train"]["threads"]:
-        torch.set_num_threads(threads)  # sums in another order could tip a choice
-    tables, sizes, chosen = [], {}, torch.empty(0)
+    sizes, params = loaded[0][0].config, loaded[0][1]["params"]
+    asked = params["train"]
+    if asked["threads"]:
+        torch.set_num_threads(asked["threads"])  # sums in another order could tip a choice
+    tables, chosen = [], torch.empty(0)
     for folder, (model, known) in zip(folders, loaded, strict=True):
         if any(known["schedule"]):
             raise InputError(f"{folder}: strategy {known['strategy']!r} fuses tokens; calibration needs one of 'none'")
@@ -119,21 +121,12 @@ def plan(folders: Sequence[str | Path], rule: AdaptiveRule, *, kind: str, count:
         chosen = torch.linspace(0, len(split) - 1, min(count, len(split))).round().long()
         images = data.normalise(split.images[chosen], known["mean"], known["std"])
         tables.append(fusing_costs(model, images, kind=kind))
-        sizes = model.config
     costs = np.mean(tables, axis=0).tolist()
-    asked = params["train"]
     step = Step(sizes, asked["batch_size"], FusionOptions(**params["options"]), asked["precision"])
     schedule = within(rule, costs, step)
-    return Plan(
-        kind=kind,
-        rule=rule,
-        schedule=schedule,
-        memory_share=step.share("memory", schedule),
-        flops_share=step.share("flops", schedule),
-        costs=costs,
-        runs=[Path(folder).name for folder in folders],
-        images=len(chosen),
-    )
+    shares = {f"{key}_share": step.share(key, schedule) for key in ("memory", "flops")}
+    runs = [Path(folder).name for folder in folders]
+    return Plan(kind=kind, rule=rule, schedule=schedule, costs=costs, runs=runs, images=len(chosen), **shares)
 
 
 def markdown(plans: Sequence[Plan], schedules: Mapping[str, Sequence[int]]) -> str:
@@ -155,16 +148,16 @@ def markdown(plans: Sequence[Plan], schedules: Mapping[str, Sequence[int]]) -> s
         }
         for name, removed in named.items()
     ]
-    lines = [pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True), ""]
+    said, first = [], plans[0]
     for plan in plans:
         name = f"by_{plan.kind}"
         same = "which is" if list(schedules[name]) == plan.schedule else "not"
-        lines.append(f"By {plan.kind}, calibration finds {' '.join(map(str, plan.schedule))}, {same} `{name}`.")
-    first = plans[0]
+        said.append(f"By {plan.kind}, calibration finds {' '.join(map(str, plan.schedule))}, {same} `{name}`.")
     asked = {key: value for key, value in dataclasses.asdict(first.rule).items() if value is not None}
     budget = ", ".join(f"`{key}: {value}`" for key, value in asked.items())
-    lines += ["", f"Budget: {budget}. Costs: of {first.images} validation images, in {', '.join(first.runs)}."]
-    return "\n".join(lines) + "\n"
+    basis = f"Budget: {budget}. Costs: of {first.images} validation images, in {', '.join(first.runs)}."
+    table = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+    return "\n\n".join([table, "\n".join(said), basis]) + "\n"
 
 
 @torch.no_grad()
@@ -181,14 +174,16 @@ def fusing_costs(model: VisionMamba, images: Float[Tensor, "b 3 h w"], *, kind: 
         images: normalised, and not those that it was trained on.
 
     Raises:
-        InputError: an unknown kind.
+        InputError: an unknown kind; `similarity` of a model that matches tokens by something else.
     """
-    if kind not in _KINDS:
-        raise InputError(f"kind: {kind!r} is not one of {', '.join(_KINDS)}")
+    if kind not in KINDS:
+        raise InputError(f"kind: {kind!r} is not one of {', '.join(KINDS)}")
     if kind == "similarity" and model.options.matching != "similarity":
         raise InputError(f"kind: 'similarity': options.matching {model.options.matching!r} compares no tokens")
+    measure = _unlike if kind == "similarity" else _answer_changes
     model = copy.deepcopy(model).eval()
-    return [[0.0, *_KINDS[kind](model, images, layer)] for layer in range(model.depth)]
+    most = (model.tokens - int(model.cls_index is not None)) // 2
+    return [[0.0, *measure(model, images, layer, most)] for layer in range(model.depth)]
 
 
 def within(rule: AdaptiveRule, costs: strategies.Costs, step: Step) -> list[int]:
@@ -219,9 +214,9 @@ def within(rule: AdaptiveRule, costs: strategies.Costs, step: Step) -> list[int]
     raise InputError(f"fusion.{ADAPTIVE}.{key}: {share}; the least that fusing can reach here is {least:.3f}")
 
 
-def _unlike(model: VisionMamba, images: Tensor, layer: int) -> list[float]:
+def _unlike(model: VisionMamba, images: Tensor, layer: int, most: int) -> list[float]:
     """1 - similarity, summed over the 1, 2, .. best pairs: fusing as many as there are shows them all, best first."""
-    most = _fuse_at(model, layer, _most(model))
+    _fuse_at(model, layer, most)
     total = torch.zeros(most, dtype=torch.float64)
     for batch in images.split(_BATCH):
         _, trace = model.forward_with_trace(batch)
@@ -232,32 +227,15 @@ def _unlike(model: VisionMamba, images: Tensor, layer: int) -> list[float]:
     return (total.cumsum(0) / len(images)).tolist()
 
 
-def _answer_changes(model: VisionMamba, images: Tensor, layer: int) -> list[float]:
-    most = _most(model)
-    measured = sorted({min(most, round(2 ** (power / 2))) for power in range(2 * most.bit_length() + 1)})
-    unfused, divergence = _log_probabilities(model, images, layer, 0), [0.0]
+def _answer_changes(model: VisionMamba, images: Tensor, layer: int, most: int) -> list[float]:
+    measured = [0, *sorted({min(most, round(2 ** (power / 2))) for power in range(2 * most.bit_length() + 1)})]
+    answers: list[Tensor] = []
     for r in measured:
-        fused = _log_probabilities(model, images, layer, r)
-        divergence.append(functional.kl_div(fused, unfused, reduction="batchmean", log_target=True).item())
-    return np.interp(range(1, most + 1), [0, *measured], divergence).tolist()
+        _fuse_at(model, layer, r)
+        answers.append(torch.cat([model(batch).double().log_softmax(-1) for batch in images.split(_BATCH)]))
+    change = [functional.kl_div(x, answers[0], reduction="batchmean", log_target=True).item() for x in answers]
+    return np.interp(range(1, most + 1), measured, change).tolist()
 
 
-_KINDS: dict[str, Callable[[VisionMamba, Tensor, int], list[float]]] = {
-    "similarity": _unlike,
-    "logits": _answer_changes,
-}
-KINDS = tuple(_KINDS)
-
-
-def _log_probabilities(model: VisionMamba, images: Tensor, layer: int, r: int) -> Float[Tensor, "b classes"]:
-    _fuse_at(model, layer, r)
-    return torch.cat([model(batch).double().log_softmax(-1) for batch in images.split(_BATCH)])
-
-
-def _most(model: VisionMamba) -> int:
-    return (model.tokens - int(model.cls_index is not None)) // 2
-
-
-def _fuse_at(model: VisionMamba, layer: int, r: int) -> int:
+def _fuse_at(model: VisionMamba, layer: int, r: int) -> None:
     model.set_fusion([r if at == layer else 0 for at in range(model.depth)], model.options)
-    return r

@@ -100,11 +100,9 @@ def write(found: pd.DataFrame, folder: str | Path) -> str:
         folder: as given to `load`.
     """
     folder, measured = config.root() / folder, load(folder)
-    lines = [
+    paragraphs = [
         "# The claims, and what the runs say of them",
-        "",
         _markdown(found),
-        "",
         "Effect: of the first strategy against the second, with its 95% interval; accuracies are paired by seed and "
         "image. Against two variants with weights: interpolated between them at the same cost. p: of the claim, "
         f"two-sided, Holm-adjusted over the claims that have a test; below {LEVEL:g} it decides. Memory follows from "
@@ -112,12 +110,10 @@ def write(found: pd.DataFrame, folder: str | Path) -> str:
     ]
     for name, (_, table) in measured.items():
         where = f"records/{name}/" if name else ""
-        digests = [
-            f"{where}{x} begins with " + hashlib.sha256((folder / where / x).read_bytes()).hexdigest()[:16]
-            for x in ("runs.csv", "cost.csv")
-        ]
-        lines += ["", f"{where or 'The sweep'}: {summary.setting(table)} SHA-256 of {', of '.join(digests)}."]
-    text = "\n".join(lines)
+        names = [f"{where}{x}" for x in ("runs.csv", "cost.csv")]
+        digests = [f"{x} begins with {hashlib.sha256((folder / x).read_bytes()).hexdigest()[:16]}" for x in names]
+        paragraphs.append(f"{where or 'The sweep'}: {summary.setting(table)} SHA-256 of {', of '.join(digests)}.")
+    text = "\n\n".join(paragraphs)
     write_atomic(folder / "claims.csv", found.to_csv(index=False, lineterminator="\n").encode())
     write_atomic(folder / "claims.md", f"{text}\n".encode())
     write_atomic(folder / "findings.md", f"{findings(found, measured)}\n".encode())

@@ -14,8 +14,7 @@ from famba.profiling import flops
 
 # As the public Famba-V code fuses. At this batch nearly all memory is activations, so the ratio hardly depends on it.
 _OPTIONS = FusionOptions(order="append", weighting="mean")
-_CLS, _CLASSES, _BATCH = "head", 100, 128
-_DEPTH = 24
+_CLS, _CLASSES, _BATCH, _DEPTH = "head", 100, 128, 24
 
 
 def beside_formula() -> pd.DataFrame:

@@ -84,10 +84,7 @@ def text(frame: pd.DataFrame) -> str:
     rises["trained minus untrained"] = rises["trained"] - rises["untrained"]
     intervals = {name: student(values.to_list()) for name, values in rises.items()}
     of_images: Any = frame.groupby(["quantity", "strategy", "weights", "image"])["value"]
-    shown = {
-        "distance of a pair": of_images.median().xs("distance"),
-        "largest final token": of_images.max().xs("size"),
-    }
+    shown = {"distance of a pair": of_images.median().xs("distance"), "largest final token": of_images.max().xs("size")}
     columns = {
         f"{name}, {weights}": values.xs(weights, level="weights").groupby("strategy").median()
         for name, values in shown.items()
@@ -95,22 +92,16 @@ def text(frame: pd.DataFrame) -> str:
     }
     fusing = [name for name in ordered(list(frame["strategy"])) if name != BASELINE]
     table = pd.DataFrame(columns).reindex(fusing).dropna()
-    return "\n".join(
-        [
-            _verdict(*intervals["trained"][1:], *intervals["trained minus untrained"][1:]),
-            "",
-            f"Similarity of an unfused token (`{BASELINE}`) with its most similar token: median of the upper third "
-            f"({upper}) minus median of the lower third ({lower}), mean over {frame['image'].nunique()} images and "
-            f"{len(rises)} model{'' if len(rises) == 1 else 's'}, with its 95% interval over models:",
-            "",
-            *(f"- {name}: {with_interval('{:+.4f}'.format, *interval)}" for name, interval in intervals.items()),
-            "",
-            f"What fuses, in patches, medians over the images; random patches are {chance_distance(frame):.2f} apart:",
-            "",
-            table.to_markdown(floatfmt=".2f"),
-            "",
-        ]
-    )
+    parts = [
+        _verdict(*intervals["trained"][1:], *intervals["trained minus untrained"][1:]),
+        f"Similarity of an unfused token (`{BASELINE}`) with its most similar token: median of the upper third "
+        f"({upper}) minus median of the lower third ({lower}), mean over {frame['image'].nunique()} images and "
+        f"{len(rises)} model{'' if len(rises) == 1 else 's'}, with its 95% interval over models:",
+        "\n".join(f"- {name}: {with_interval('{:+.4f}'.format, *interval)}" for name, interval in intervals.items()),
+        f"What fuses, in patches, medians over the images; random patches are {chance_distance(frame):.2f} apart:",
+        table.to_markdown(floatfmt=".2f"),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def write(frame: pd.DataFrame, folder: str | Path, *, seed: int, profile: str) -> None:

@@ -40,13 +40,10 @@ def schedule_frame(schedules: Mapping[str, Sequence[int]], *, tokens: int) -> pd
     Raises:
         InputError: a schedule that asks a layer for more than it can fuse.
     """
-    rows = [
-        {"strategy": name, "layer": layer, "removed": removed, "tokens": left}
-        for name in ordered(schedules)
-        for layer, (removed, left) in enumerate(
-            zip([0, *schedules[name]], strategies.token_counts(schedules[name], tokens), strict=True)
-        )
-    ]
+    rows = []
+    for name in ordered(schedules):
+        layers = zip([0, *schedules[name]], strategies.token_counts(schedules[name], tokens), strict=True)
+        rows += [(name, layer, removed, left) for layer, (removed, left) in enumerate(layers)]
     return pd.DataFrame(rows, columns=["strategy", "layer", "removed", "tokens"])
 
 
@@ -133,8 +130,7 @@ def write_summary(frame: pd.DataFrame, costs: pd.DataFrame, folder: str | Path) 
         folder: if relative, from the repository root.
     """
     table, folder = summary(frame, costs), config.root() / folder
-    by_strategy = table.set_index("strategy")
-    means = {key: by_strategy[key].to_dict() for key in ("top1_percent_mean", "time_ratio", "memory_ratio")}
+    means = table.set_index("strategy")[["top1_percent_mean", "time_ratio", "memory_ratio"]].to_dict()
     write_atomic(folder / "summary.csv", table.to_csv(index=False, lineterminator="\n").encode())
     write_atomic(folder / "summary.md", markdown(table).encode())
     write_atomic(folder / "summary_short.md", markdown_short(table).encode())
@@ -144,36 +140,38 @@ def write_summary(frame: pd.DataFrame, costs: pd.DataFrame, folder: str | Path) 
 
 def markdown(summary: pd.DataFrame) -> str:
     """The summary as a reader wants it: accuracy and cost, what is Pareto-optimal, the paper beside it, and where."""
-    lines = [
+    fronts = {word: ", ".join(pareto(summary, key)) for key, word in COSTS.items()}
+    parts = [
         _table(_readable(summary)),
-        "",
         _explained(summary),
-        "",
-        *(
-            f"Pareto-optimal in mean top-1 against {word}: {', '.join(pareto(summary, key))}."
-            for key, word in COSTS.items()
-        ),
-        "",
+        "\n".join(f"Pareto-optimal in mean top-1 against {word}: {names}." for word, names in fronts.items()),
         "Beside the paper's Table 1: top-1 of `none` (%); for the others the change of top-1 (points), training time "
         "and peak memory relative to `none`.",
-        "",
         _table(beside_paper(summary)),
-        "",
         setting(summary),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def markdown_short(summary: pd.DataFrame) -> str:
     """The summary in one small table: top-1 and its difference to `none`, training time and peak memory."""
     shown = ["strategy", "n", "top-1 (%)", "difference to `none` (points)", "training time", "peak memory"]
-    return "\n".join([_table(_readable(summary).loc[:, shown]), "", _explained(summary), "", setting(summary)]) + "\n"
+    return "\n\n".join([_table(_readable(summary).loc[:, shown]), _explained(summary), setting(summary)]) + "\n"
 
 
 def paper_table() -> pd.DataFrame:
-    """The paper's Tables 1 to 3, one row per run, n = 1 each; paper/README.md says what the columns are."""
+    """The paper's Tables 1 to 3, one row per run, n = 1 each; paper/README.md says what the columns are.
+
+    In units of the same model without fusion, which comes first there: top1_percent_diff, time_ratio, memory_ratio.
+    """
     path = Path(__file__).parent / "paper" / "famba_v_results.csv"
-    return pd.read_csv(path, dtype={"fused_layers": str}, keep_default_na=False)
+    rows = pd.read_csv(path, dtype={"fused_layers": str}, keep_default_na=False)
+    none: Any = rows.groupby("model")[["top1_percent", "train_time_s", "peak_memory_mib"]].transform("first")
+    return rows.assign(
+        top1_percent_diff=rows["top1_percent"] - none["top1_percent"],
+        time_ratio=rows["train_time_s"] / none["train_time_s"],
+        memory_ratio=rows["peak_memory_mib"] / none["peak_memory_mib"],
+    )
 
 
 def beside_paper(summary: pd.DataFrame) -> pd.DataFrame:
@@ -182,19 +180,16 @@ def beside_paper(summary: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Text: a row per strategy, a column for each of the paper's models and one for the summary's.
     """
-    published = paper_table().query("table == 1")
-    columns = {}
-    for model, rows in published.groupby("model", sort=False):
-        by_strategy = rows.set_index("strategy").to_dict("index")
-        base = by_strategy[BASELINE]
-        columns[f"paper, {model}"] = {
-            name: _change(row["top1_percent"] - base["top1_percent"], *(row[key] / base[key] for key in _PAPERS_COSTS))
-            for name, row in by_strategy.items()
-        } | {BASELINE: f"{base['top1_percent']:.1f}"}
-    here, whole = {}, summary.set_index("strategy").to_dict("index")
-    for name, row in whole.items():
-        here[name] = _change(row["top1_percent_diff"], row["time_ratio"], row["memory_ratio"])
-    columns["here"] = here | {BASELINE: f"{whole[BASELINE]['top1_percent_mean']:.1f}"}
+
+    def entry(row: dict[Any, Any]) -> str:
+        if row["strategy"] == BASELINE:
+            return f"{row['top1_percent']:.1f}"
+        return f"{intervals.signed(row['top1_percent_diff'])}, {row['time_ratio']:.2f}, {row['memory_ratio']:.2f}"
+
+    published = paper_table().query("table == 1").groupby("model", sort=False)
+    sides = {f"paper, {model}": rows for model, rows in published}
+    sides["here"] = summary.rename(columns={"top1_percent_mean": "top1_percent"})
+    columns = {side: {row["strategy"]: entry(row) for row in rows.to_dict("records")} for side, rows in sides.items()}
     table = pd.DataFrame(columns).reindex(STRATEGIES).fillna("")
     return table.rename_axis("strategy").reset_index()
 
@@ -234,31 +229,21 @@ def _read(path: Path) -> str:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-_PAPERS_COSTS = ("train_time_s", "peak_memory_mib")
-
-
-def _change(points: float, *ratios: float) -> str:
-    return ", ".join([intervals.signed(points), *(f"{ratio:.2f}" for ratio in ratios)])
-
-
-def _number(mean: float, sd: float) -> str:
-    return f"{mean:.1f}" + ("" if math.isnan(sd) else f" ± {sd:.1f}")
+def _with_sd(summary: pd.DataFrame, key: str) -> list[str]:
+    rows = summary[[f"{key}_mean", f"{key}_sd"]].to_numpy(float)
+    return [f"{mean:.1f}" + ("" if math.isnan(sd) else f" ± {sd:.1f}") for mean, sd in rows]
 
 
 def _readable(summary: pd.DataFrame) -> pd.DataFrame:
     """The summary as text, under the names that readers see."""
     differences = summary[[f"top1_percent_diff{end}" for end in ("", "_low", "_high")]].to_numpy(float)
     times = summary[["time_ratio", "time_ratio_low", "time_ratio_high"]].to_numpy(float)
-    top1, top5 = (
-        [_number(mean, sd) for mean, sd in summary[[f"{key}_mean", f"{key}_sd"]].to_numpy()]
-        for key in ("top1_percent", "top5_percent")
-    )
     columns = {
         "strategy": summary["strategy"],
         "n": summary["n"],
-        "top-1 (%)": top1,
+        "top-1 (%)": _with_sd(summary, "top1_percent"),
         "difference to `none` (points)": [intervals.with_interval(intervals.signed, *row) for row in differences],
-        "top-5 (%)": top5,
+        "top-5 (%)": _with_sd(summary, "top5_percent"),
         "training time": [intervals.with_interval("{:.2f}".format, *row) for row in times],
         "step (ms)": summary["step_time_ms"].map("{:.3g}".format),
         "images/s": summary["throughput_img_s"].map("{:,.0f}".format),

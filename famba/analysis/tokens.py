@@ -22,9 +22,7 @@ from famba.analysis import similarity, trained
 from famba.config import DataParams
 from famba.errors import InputError
 from famba.fusion import strategies
-from famba.models import saved
 from famba.models.vim import Trace, VisionMamba
-from famba.storage import runs
 from famba.training import fit
 
 _BATCH = 50  # images: a trace holds every layer's tokens
@@ -70,12 +68,11 @@ def trace_run(run_dir: str | Path, *, count: int) -> Traced:
     Raises:
         InputError: a missing or damaged run; data that cannot be read.
     """
-    run = runs.read(run_dir)
-    dataset = data.load(DataParams(**run.params["data"]), seed=run.seed)
+    model, known = trained.load(run_dir)
+    dataset = data.load(DataParams(**known["params"]["data"]), seed=known["seed"])
     chosen = [int((dataset.test.labels == label).nonzero()[0]) for label in range(len(dataset.classes))][:count]
     images = dataset.test.images[chosen]
-    labels = [dataset.classes[label] for label in dataset.test.labels[chosen].tolist()]
-    return _traced(*saved.load_model(config.root() / run_dir / runs.MODEL_FILE), images, images, labels)
+    return _traced(model, known, images, images, list(dataset.classes[:count]))
 
 
 def trace_images(folder: str | Path, sources: Sequence[str | Path | np.ndarray]) -> Traced:
@@ -98,10 +95,8 @@ def trace(model: VisionMamba, described: Mapping[str, Any], sources: Sequence[st
     if not sources:
         raise InputError("sources: no images; at least 1 needed")
     scale = max(1, _SHOWN_PX // model.img_size)
-    small, large = (
-        torch.stack([data.read_image(source, size) for source in sources])
-        for size in (model.img_size, scale * model.img_size)
-    )
+    sizes = model.img_size, scale * model.img_size
+    small, large = (torch.stack([data.read_image(source, size) for source in sources]) for size in sizes)
     labels = [f"image {i}" if isinstance(x, np.ndarray) else Path(x).name for i, x in enumerate(sources, start=1)]
     return _traced(model, described, small, large, labels, scale)
 
@@ -172,17 +167,16 @@ def token_similarity(model: VisionMamba, images: Float[Tensor, "n 3 h w"]) -> pd
     found: list[pd.DataFrame] = []
     for start in range(0, len(images), _BATCH):
         _, trace = model.forward_with_trace(images[start : start + _BATCH])
-        of_layers = zip(trace.normed, trace.matchings, strict=True)
         centres = _grid_positions(model).expand(len(trace.normed[0]), -1, -1)
         place = torch.arange(model.tokens).expand(len(centres), -1)
-        for layer, (normed, matching) in enumerate(of_layers, start=1):
-            found.append(_rows("similarity", start, layer, _best_matches(normed, _cls_in(place, model))))
+        for layer, (normed, matching) in enumerate(zip(trace.normed, trace.matchings, strict=True), start=1):
+            found.append(_rows("similarity", start, layer, _best_matches(_of_patches(normed, place, model))))
             if matching is not None:
                 at = _centres(centres, place, normed.shape[1])
                 pairs = [at.gather(1, side[..., None].expand(-1, -1, 2)) for side in (matching.source, matching.target)]
                 found.append(_rows("distance", start, layer, (pairs[0] - pairs[1]).norm(dim=-1)))
             place = trace.groups[layer - 1]
-        found.append(_rows("size", start, model.depth, _without(trace.sizes[-1], _cls_in(place, model))))
+        found.append(_rows("size", start, model.depth, _of_patches(trace.sizes[-1], place, model)))
     return pd.concat(found, ignore_index=True)
 
 
@@ -220,39 +214,27 @@ def _rows(quantity: str, start: int, layer: int, values: Float[Tensor, "b m"]) -
     return pd.DataFrame({"quantity": quantity, "image": image, "layer": layer, "value": values.double().flatten()})
 
 
-def _best_matches(normed: Float[Tensor, "b t d"], cls_index: Int[Tensor, "b"] | None) -> Float[Tensor, "b _"]:
+def _best_matches(tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b t"]:
     """Each token's similarity with its most similar token; 0 for a token of zero length."""
-    tokens = normed.double()
-    if cls_index is not None:
-        kept = _without(torch.arange(tokens.shape[1]).expand(len(tokens), -1), cls_index)
-        tokens = tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[2]))
-    unit = functional.normalize(tokens, dim=-1)
+    unit = functional.normalize(tokens.double(), dim=-1)
     similarity = unit @ unit.mT
     similarity.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
     return similarity.amax(-1).clamp(-1, 1)  # outside by rounding only
 
 
-def _without(values: Tensor, position: Int[Tensor, "b"] | None) -> Tensor:
-    """(b, t) values without the one at each row's position."""
-    if position is None:
+def _of_patches(values: Tensor, place: Int[Tensor, "b tokens"], model: VisionMamba) -> Tensor:
+    """(b, t, ..) values without the class token's, from the position of each input token."""
+    if model.cls_index is None:
         return values
-    b, t = values.shape
-    stays = torch.ones(b, t, dtype=torch.bool).scatter_(1, position[:, None], False)
-    return values[stays].view(b, t - 1)
-
-
-def _cls_in(place: Int[Tensor, "b tokens"], model: VisionMamba) -> Int[Tensor, "b"] | None:
-    """The class token's position, from the position of each input token."""
-    return None if model.cls_index is None else place[:, model.cls_index]
+    b, t, *others = values.shape
+    stays = torch.ones(b, t, dtype=torch.bool).scatter_(1, place[:, [model.cls_index]], False)
+    return values[stays].view(b, t - 1, *others)
 
 
 def _grid_positions(model: VisionMamba) -> Float[Tensor, "tokens 2"]:
     """Row and column of each input token's patch; NaN for the class token, which never fuses."""
-    at = torch.cartesian_prod(torch.arange(model.grid), torch.arange(model.grid)).double().view(-1, 2)
-    if model.cls_index is None:
-        return at
-    nowhere = torch.full((1, 2), torch.nan, dtype=at.dtype)
-    return torch.cat([at[: model.cls_index], nowhere, at[model.cls_index :]])
+    at = np.indices((model.grid, model.grid), dtype=float).reshape(2, -1).T
+    return torch.from_numpy(at if model.cls_index is None else np.insert(at, model.cls_index, np.nan, axis=0))
 
 
 def _centres(positions: Float[Tensor, "b tokens 2"], place: Int[Tensor, "b tokens"], t: int) -> Float[Tensor, "b t 2"]:

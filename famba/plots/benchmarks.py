@@ -1,6 +1,5 @@
 """Figures of the benchmarks: what is fast on a CPU and on a GPU. Tidy tables in, Figure out."""
 
-import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
@@ -10,7 +9,8 @@ import seaborn
 from matplotlib.axes import Axes
 
 from famba.errors import InputError
-from famba.plots.style import GREY, MARKERS, MODELS, STRATEGY_COLOURS, Figure, caption, rows_of, strategies_in, styled
+from famba.plots import style
+from famba.plots.style import GREY, MARKERS, STRATEGY_COLOURS, Figure, caption, rows_of, strategies_in, styled
 
 _Draw = Callable[[Axes, Mapping[str, pd.DataFrame]], None]
 
@@ -37,9 +37,9 @@ def _scan_times(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
     look = {"palette": seaborn.color_palette("crest", len(shapes)), "saturation": 1, "width": 0.75, "linewidth": 0}
     order = {"order": names, "hue_order": shapes}
     seaborn.barplot(table, y="contestant", x="matmuls", hue="shape", **order, **look, ax=axes)
-    times = table.pivot(index="contestant", columns="shape", values="times")
+    times = table.pivot(index="contestant", columns="shape", values="times").loc[names]
     for bars, shape in zip(axes.containers, shapes, strict=True):
-        written = [f" {_three_digits(times.loc[name, shape])}×" for name in names]
+        written = [f" {x:,.0f}×" if x >= 100 else f" {x:.3g}×" for x in times[shape].to_numpy(float)]
         axes.bar_label(bars, written, fontsize=7.5)  # pyright: ignore[reportArgumentType]
     axes.set(xscale="log", ylabel="", xlabel=f"time, in units of one {names[-1]}; labels: in units of {names[0]}")
     axes.set_title("selective scan, forward and backward")
@@ -107,10 +107,6 @@ def _loss_curves(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
     axes.legend(fontsize=8, title="vim_nano on digits", title_fontsize=8)
 
 
-def _three_digits(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
 @styled
 def gpu_benchmark(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """What famba makes of a GPU: scans, training steps, what fusing gains, and graphs of a small model.
@@ -129,17 +125,11 @@ def gpu_benchmark(tables: Mapping[str, pd.DataFrame]) -> Figure:
 def _panels(draws: Mapping[str, _Draw], tables: Mapping[str, pd.DataFrame]) -> Figure:
     """A panel for each table that is there, two beside each other."""
     chosen = [draw for name, draw in draws.items() if name in tables]
-    across = min(2, len(chosen))
-    down = math.ceil(len(chosen) / across)
-    figure = Figure(figsize=(5.6 * across, 3.8 * down), layout="constrained")
-    places = figure.subplots(down, across, squeeze=False)
-    for axes in places.flat[len(chosen) :]:
-        axes.set_axis_off()
-    for axes, draw in zip(places.flat, chosen, strict=False):
+    figure, panels = style.grid_of_panels(len(chosen), 2, (5.6, 3.8))
+    for axes, draw in zip(panels.flat, chosen, strict=False):
         draw(axes, tables)
     device = f" {tables['setting'].iloc[0]['device']}." if "setting" in tables else ""
-    caption(figure, f"Medians of times taken in turn in one process.{device}")
-    return figure
+    return caption(figure, f"Medians of times taken in turn in one process.{device}")
 
 
 def _gpu_scans(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
@@ -153,7 +143,7 @@ def _gpu_scans(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
 
 def _gpu_steps(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
     table = tables["steps"]
-    names = table["model"].map(lambda name: MODELS.get(name, name))
+    names = table["model"].map(lambda name: style.MODELS.get(name, name))
     labels = (names + ": " + table["contestant"]).tolist()
     written = [f" {x:,.0f}/s, {y:,.1f} GiB" for x, y in zip(table["img_per_s"], table["peak_mib"] / 1024, strict=True)]
     _rows(axes, labels, table["times"].tolist(), written, table["contestant"].tolist())

@@ -1,12 +1,10 @@
 """The forest plot of the claims; no other stage than `claims` depends on it and on what judges them."""
 
-import math
-
 import pandas as pd
 from matplotlib.lines import Line2D
 
 from famba.analysis.claims import LABELS, VERDICTS
-from famba.plots.style import GREY, PALETTE, Figure, caption, label_rows, styled
+from famba.plots.style import GREY, PALETTE, Figure, caption, error_bar, label_rows, styled
 
 
 @styled
@@ -24,11 +22,10 @@ def forest(verdicts: pd.DataFrame) -> Figure:
     panels = figure.subplots(len(quantities) or 1, 1, squeeze=False, height_ratios=heights or [1])
     for axes, quantity in zip(panels[:, 0], quantities, strict=False):  # an empty panel where nothing was measured
         own = measured.loc[measured["quantity"] == quantity]
-        for row, comparison in enumerate(own.to_dict("records")):
-            effect, low, high = (comparison[key] for key in ("effect", "low", "high"))
-            xerr = None if math.isnan(low) else [[effect - low], [high - effect]]
-            side, bound = comparison["required"].split()
-            axes.errorbar(effect, row, xerr=xerr, fmt="o", color=colours[comparison["verdict"]], capsize=3)
+        for row, found in enumerate(own.to_dict("records")):
+            xerr = error_bar(*(found[key] for key in ("effect", "low", "high")))
+            side, bound = found["required"].split()
+            axes.errorbar(found["effect"], row, xerr=xerr, fmt="o", color=colours[found["verdict"]], capsize=3)
             axes.plot(float(bound), row, color="0.1", marker=">" if side == "above" else "<", markersize=6)
         sign = "\N{MINUS SIGN}" if quantity == "top1_percent_diff" else "/"
         pairs = own[["claim", "strategy", "against"]].to_numpy(str)
@@ -37,9 +34,8 @@ def forest(verdicts: pd.DataFrame) -> Figure:
         axes.set(xlabel=LABELS[quantity])
     handles = [Line2D([], [], color=colour, marker="o", linestyle="none") for colour in colours.values()]
     figure.legend(handles, colours, loc="outside upper right", ncols=3)
-    caption(
+    return caption(
         figure,
         "Effects with 95% intervals, each by itself; colour: the claim's verdict, Holm-adjusted over the claims. Dark "
         "marks: the bound, pointing to where every effect of the claim must lie. Memory has no interval.",
     )
-    return figure

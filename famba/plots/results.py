@@ -18,18 +18,8 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from famba.analysis import ablation as ablation_table
 from famba.analysis import cost as cost_table
 from famba.analysis import summary
-from famba.plots.style import (
-    MARKERS,
-    MODELS,
-    PALETTE,
-    STRATEGY_COLOURS,
-    Figure,
-    caption,
-    label_rows,
-    rows_of,
-    strategies_in,
-    styled,
-)
+from famba.plots import style
+from famba.plots.style import MARKERS, PALETTE, STRATEGY_COLOURS, Figure, caption, rows_of, strategies_in, styled
 
 _LABELS = {
     "time_ratio": "training time (1 is that of none)",
@@ -60,9 +50,7 @@ def accuracy_against(runs: pd.DataFrame, table: pd.DataFrame, cost: str) -> Figu
         own, points = costs.loc[name], rows_of(runs, name)["top1_percent"]
         colour, marker = STRATEGY_COLOURS[name], MARKERS[name]
         axes.scatter([own[cost]] * len(points), points, s=28, alpha=0.5, linewidths=0, color=colour, marker=marker)
-        xerr = None
-        if cost == "time_ratio" and name != summary.BASELINE:
-            xerr = [[own[cost] - own[f"{cost}_low"]], [own[f"{cost}_high"] - own[cost]]]
+        xerr = style.error_bar(*own.reindex([cost, f"{cost}_low", f"{cost}_high"]))
         yerr = own["top1_percent_sd"] if own["n"] > 1 else None
         look: dict[str, Any] = {"color": colour, "markersize": 10, "markeredgecolor": "white", "capsize": 3}
         at = (own[cost], own["top1_percent_mean"])
@@ -77,12 +65,11 @@ def accuracy_against(runs: pd.DataFrame, table: pd.DataFrame, cost: str) -> Figu
     figure.legend(handles.values(), handles, loc="outside right upper", handlelength=1.6, ncols=columns)
     spread = "one run each, so without spread" if set(table["n"]) == {1} else f"mean over {_seeds(runs)}, bars ± 1 sd"
     how = f" {cost_table.caption(table).replace('**', '')}" if cost == "time_ratio" else ""
-    caption(
+    return caption(
         figure,
         f"Large: {spread}. Small: single runs. Up and left is better; no strategy beats one on the Pareto front in "
         f"both means.{how}",
     )
-    return figure
 
 
 @styled
@@ -103,8 +90,7 @@ def paired_accuracy(runs: pd.DataFrame) -> Figure:
         axes.set_title(f"{pair.diff().iloc[1].mean():+.1f} points".replace("-", "\N{MINUS SIGN}"), fontsize=10)
         axes.margins(x=0.2)
     panels[0].set_ylabel(_TOP1)
-    caption(figure, f"A line is a seed; black: the mean of {_seeds(runs)}.")
-    return figure
+    return caption(figure, f"A line is a seed; black: the mean of {_seeds(runs)}.")
 
 
 @styled
@@ -127,11 +113,10 @@ def costs(table: pd.DataFrame) -> Figure:
             xerr = ends.abs().fillna(0).to_numpy(float).T
         axes.errorbar(ratios[names], places, xerr=xerr, fmt=mark, color=PALETTE[len(label) % 4], capsize=3, label=label)
     axes.axvline(1, color="0.6", linewidth=0.9, linestyle="--")
-    label_rows(axes, names)
+    style.label_rows(axes, names)
     axes.set(xlim=(0, None), xlabel="of a training step, in units of none")
     figure.legend(loc="outside upper center", ncols=3)
-    caption(figure, cost_table.caption(table).replace("**", ""))
-    return figure
+    return caption(figure, cost_table.caption(table).replace("**", ""))
 
 
 def _seeds(frame: pd.DataFrame) -> str:
@@ -151,11 +136,8 @@ def tokens_per_layer(schedules: pd.DataFrame) -> Figure:
     names = strategies_in(schedules)
     chart = {"x": "layer", "y": "tokens", "style": "strategy", "markers": MARKERS, "dashes": False, "estimator": None}
     seaborn.lineplot(schedules, **chart, **_by_strategy(names), ax=axes)
-    axes.set(
-        xlabel="after layer (0 is the input)",
-        ylabel="tokens in the sequence",
-        ylim=(0, max(schedules["tokens"]) * 1.06),
-    )
+    axes.set(xlabel="after layer (0 is the input)", ylabel="tokens in the sequence")
+    axes.set_ylim(0, max(schedules["tokens"]) * 1.06)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=13, integer=True))
     left = [f"{name} ({rows_of(schedules, name)['tokens'].min()} left)" for name in names]
     figure.legend(axes.get_lines(), left, loc="outside right upper")
@@ -169,25 +151,20 @@ def training_curves(history: pd.DataFrame) -> Figure:
     Args:
         history: curves.csv, as from `records.gather`; without a row where nothing was trained, and the figure says so.
     """
-    columns = {
-        "train_loss": "training loss",
-        "val_loss": "validation loss",
-        "val_top1_percent": "validation top-1 accuracy (%)",
-    }
+    columns = ("train_loss", "val_loss", "val_top1_percent")
+    titles = ("training loss", "validation loss", "validation top-1 accuracy (%)")
     figure = Figure(figsize=(9.6, 3.7), layout="constrained")
     if history.empty:
-        caption(figure, "Nothing was trained: the runs evaluate the weights that they were given.")
-        return figure
+        return caption(figure, "Nothing was trained: the runs evaluate the weights that they were given.")
     names = strategies_in(history)
     panels = figure.subplots(1, len(columns))
-    for axes, (column, label) in zip(panels, columns.items(), strict=True):
+    for axes, column, title in zip(panels, columns, titles, strict=True):
         seaborn.lineplot(history, x="epoch", y=column, **_by_strategy(names), errorbar=("sd", 1), ax=axes)
-        axes.set(xlabel="epoch", ylabel="", title=label)
+        axes.set(xlabel="epoch", ylabel="", title=title)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     figure.legend(panels[0].get_lines(), names, loc="outside upper center", ncols=len(names))
     band = "" if _seeds(history) == "n = 1 seed" else "; the band is ± 1 sd"
-    caption(figure, f"Mean over {_seeds(history)}{band}.")
-    return figure
+    return caption(figure, f"Mean over {_seeds(history)}{band}.")
 
 
 @styled
@@ -197,26 +174,18 @@ def strategies_overview(schedules: pd.DataFrame) -> Figure:
     Args:
         schedules: as from `summary.schedule_frame`.
     """
-    table = schedules.pivot(index="strategy", columns="layer", values=["removed", "tokens"]).loc[
-        strategies_in(schedules)
-    ]
+    table = schedules.pivot(index="strategy", columns="layer", values=["removed", "tokens"])
+    table = table.loc[strategies_in(schedules)]
     removed, tokens = table["removed"].drop(columns=0), table["tokens"]
     rows, depth = removed.shape
     figure = Figure(figsize=(min(12.0, 3.0 + 0.36 * depth), 0.8 + 0.46 * rows), layout="constrained")
     axes = figure.add_subplot()
+    look: dict[str, Any] = {"vmin": 0, "vmax": removed.to_numpy().max(), "linewidths": 3, "cbar": False}
+    look |= {"annot": removed.astype(str).where(removed > 0, ""), "annot_kws": {"fontsize": 9, "color": "0.1"}}
     for row, name in enumerate(removed.index):
-        seaborn.heatmap(
-            removed.loc[[name]].reindex(removed.index),  # the other rows are left blank: each has its own colours
-            cmap=seaborn.blend_palette(["0.95", STRATEGY_COLOURS[name]], as_cmap=True),
-            vmin=0,
-            vmax=removed.to_numpy().max(),
-            annot=removed.astype(str).where(removed > 0, ""),
-            fmt="",
-            annot_kws={"fontsize": 9, "color": "0.1"},
-            linewidths=3,
-            cbar=False,
-            ax=axes,
-        )
+        own = removed.loc[[name]].reindex(removed.index)  # the other rows are left blank: each has its own colours
+        colours = seaborn.blend_palette(["0.95", STRATEGY_COLOURS[name]], as_cmap=True)
+        seaborn.heatmap(own, cmap=colours, fmt="", **look, ax=axes)
         first, last = tokens.loc[name].iloc[[0, -1]]
         axes.text(depth + 0.3, row + 0.5, f"{first} → {last} tokens", va="center", fontsize=9.5)
     axes.set(xlabel="layer", ylabel="")
@@ -239,21 +208,20 @@ def ablation(effects: pd.DataFrame) -> Figure:
     for name, offset in zip(names, np.linspace(-0.3, 0.3, len(names)) if len(names) > 1 else [0.0], strict=True):
         rows = rows_of(effects, name)
         mean, low, high = rows[["mean", "low", "high"]].to_numpy(float).T
-        xerr = None if np.isnan(low).all() else (mean - low, high - mean)
+        places = offset + np.array([changes.index(x) for x in rows["change"]])
         look: dict[str, Any] = {"fmt": MARKERS[name], "color": STRATEGY_COLOURS[name], "label": name}
-        axes.errorbar(mean, offset + np.array([changes.index(x) for x in rows["change"]]), xerr=xerr, **look)
+        axes.errorbar(mean, places, xerr=style.error_bar(mean, low, high), **look)
     axes.axvline(0, color="0.4", linewidth=0.9, zorder=0)
     for row in range(1, len(changes)):
         axes.axhline(row - 0.5, color="0.9", linewidth=0.8, zorder=0)
-    label_rows(axes, changes)
+    style.label_rows(axes, changes)
     axes.set(xlabel="change of top-1 accuracy (points)")
     figure.legend(loc="outside upper center", ncols=len(names))
-    caption(
+    return caption(
         figure,
         "Top-1 with one change minus top-1 of the same strategy without it, mean and 95% interval over "
         f"n = {effects['n'].iloc[0]} seeds and images.",
     )
-    return figure
 
 
 def ablations(runs: pd.DataFrame, table: pd.DataFrame) -> dict[str, Figure]:
@@ -280,11 +248,8 @@ def upper_beside_paper(table: pd.DataFrame, column: str) -> Figure:
         column: first_layer or r.
     """
     number, label = {"first_layer": (2, "first fusing layer"), "r": (3, "tokens fused by each layer, r")}[column]
-    rows = {
-        "top1_percent_diff": "change of top-1\n(points)",
-        "time_ratio": "training time",
-        "memory_ratio": "peak memory",
-    }
+    quantities = ("top1_percent_diff", "time_ratio", "memory_ratio")
+    names = ("change of top-1\n(points)", "training time", "peak memory")
     figure = Figure(figsize=(8.4, 6.4), layout="constrained")
     panels = figure.subplots(3, 2, sharex="col", sharey="row")
     sides = {f"Famba-V, Table {number} (Vim-Ti)": ablation_table.paper(number), "here": _of_upper(table)}
@@ -293,24 +258,19 @@ def upper_beside_paper(table: pd.DataFrame, column: str) -> Figure:
         axes[0].set_title(title)
         axes[-1].set_xlabel(label)
         axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
-        for panel, (quantity, name) in zip(axes, rows.items(), strict=True):
-            yerr = None
-            if f"{quantity}_low" in side:
-                yerr = (side[quantity] - side[f"{quantity}_low"], side[f"{quantity}_high"] - side[quantity])
-            panel.errorbar(
-                side[column], side[quantity], yerr=yerr, fmt="^-", color=STRATEGY_COLOURS["upper"], capsize=3
-            )
+        for panel, quantity, name in zip(axes, quantities, names, strict=True):
+            with_ends = side.reindex(columns=[quantity, f"{quantity}_low", f"{quantity}_high"])
+            yerr = style.error_bar(*with_ends.to_numpy(float).T)
+            look: dict[str, Any] = {"fmt": "^-", "color": STRATEGY_COLOURS["upper"], "capsize": 3}
+            panel.errorbar(side[column], side[quantity], yerr=yerr, **look)
             panel.axhline(0 if quantity == "top1_percent_diff" else 1, color="0.4", linewidth=0.9, linestyle="--")
             panel.set_ylabel(name if title != "here" else "")
-    told = ""
-    if column == "r":
-        told = " ".join(f"{title}: {_break_even(side)}." for title, side in sides.items())
-    caption(
+    told = " ".join(f"{title}: {_break_even(side)}." for title, side in sides.items()) if column == "r" else ""
+    return caption(
         figure,
         "Dashed: the same model without fusion, which all are relative to. The paper's are one run each; here 95% "
         f"intervals, of accuracy over seeds and images, of time over rounds. {told}",
     )
-    return figure
 
 
 def _break_even(side: pd.DataFrame) -> str:
@@ -342,8 +302,7 @@ def fusing_costs(plans: Sequence[Any]) -> Figure:
             axes.add_patch(Rectangle((removed, layer), 1, 1, fill=False, edgecolor=PALETTE[3], linewidth=1.6))
         axes.set(xlabel="tokens fused", ylabel="layer")
         axes.tick_params(rotation=0)
-    caption(figure, "Framed: the schedule of least cost within the budget.")
-    return figure
+    return caption(figure, "Framed: the schedule of least cost within the budget.")
 
 
 @styled
@@ -367,17 +326,16 @@ def paper_memory(shares: pd.DataFrame) -> Figure:
     for axes, (table, (column, label)) in zip(panels, charts.items(), strict=True):
         for (source, model), rows in series:
             own = rows.loc[rows["table"] == table].sort_values(column)
-            name = f"{MODELS[model]}, {source}"
+            name = f"{style.MODELS[model]}, {source}"
             axes.plot(own[column], own["memory_share"], label=name, **looks[source, model])
         axes.axhline(1, color="0.4", linewidth=0.9, linestyle="--")
         axes.set(xlabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
     panels[0].set_ylabel("peak memory of training\n(1 is the same model without fusion)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(series))
-    caption(
+    return caption(
         figure,
         "Points: Famba-V, Tables 2 and 3, one run each. Lines: the analytic memory of a training step here. Left, r "
         "falls as more layers fuse, so that about as many tokens go; right, layers 6 to 24 fuse. The direction is the "
         "same; the paper's runs save less, and with r of 1 and 2 they take more memory than without fusion.",
     )
-    return figure

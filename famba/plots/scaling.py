@@ -28,9 +28,8 @@ def growth(frame: pd.DataFrame) -> Figure:
             law = np.polynomial.Polynomial(rows[f"{name}_coefficients"].iloc[0])
             panel.plot(x, law(x), color=colour, linewidth=1.2, label=f"{backend}: {_formula(law.coef)}")
             for fitted, part in rows.groupby("fitted"):
-                panel.scatter(
-                    part[axis], part[name], s=26, color=colour, facecolor=colour if fitted else "white", zorder=3
-                )
+                face = colour if fitted else "white"
+                panel.scatter(part[axis], part[name], s=26, color=colour, facecolor=face, zorder=3)
             for place in rows.loc[~rows["fitted"], [axis, name, f"{name}_off"]].itertuples(index=False):
                 beside = {"xytext": (0, -5), "va": "top"} if below else {"xytext": (0, 5), "va": "bottom"}
                 shown = {"textcoords": "offset points", "ha": "center", "fontsize": 7, **beside}
@@ -48,8 +47,7 @@ def growth(frame: pd.DataFrame) -> Figure:
         f"Sizes that do not grow: {base}. Lines: laws fitted to the filled points; open points: predictions, with the "
         f"measured value's distance from the law. Times: medians of {frame['rounds'].iloc[0]} steps taken in turn."
     )
-    caption(figure, text)
-    return figure
+    return caption(figure, text)
 
 
 def _formula(coefficients: np.ndarray) -> str:

@@ -5,6 +5,7 @@ Source: the heat-map of token similarity is the picture of Famba-V (arXiv:2409.0
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,17 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from famba.analysis import intervals, similarity, summary
-from famba.plots.style import (
-    GREY,
-    PALETTE,
-    STRATEGY_COLOURS,
-    Figure,
-    caption,
-    label_rows,
-    rows_of,
-    strategies_in,
-    styled,
-)
+from famba.plots import style
+from famba.plots.style import PALETTE, STRATEGY_COLOURS, Figure, caption, label_rows, rows_of, strategies_in, styled
 
 # Beside each other in one panel; no strategy's.
 _WEIGHTS_COLOURS = {"trained": "0.2", "untrained": PALETTE[9]}
@@ -38,12 +30,7 @@ def similarity_heatmaps(matrices: Sequence[Float[np.ndarray, "_ _"]]) -> Figure:
         matrices: one per layer, as from `tokens.similarities`; sizes may differ, since layers fuse.
     """
     low = max(-1.0, math.floor(10 * min(float(matrix.min()) for matrix in matrices)) / 10)
-    across = min(len(matrices), 4)
-    down = math.ceil(len(matrices) / across)
-    figure = Figure(figsize=(2.1 * across + 0.9, 2.25 * down + 0.1), layout="constrained")
-    panels = figure.subplots(down, across, squeeze=False)
-    for axes in panels.flat[len(matrices) :]:
-        axes.set_axis_off()
+    figure, panels = style.grid_of_panels(len(matrices), 4, (2.1, 2.25), margin=(0.9, 0.1))
     for axes, (layer, matrix) in zip(panels.flat, enumerate(matrices, start=1), strict=False):
         every = max(1, int(np.diff(MaxNLocator(4, integer=True).tick_values(0, len(matrix)))[0]))
         look = {"cmap": "viridis", "square": True, "cbar": False, "xticklabels": every, "yticklabels": every}
@@ -52,7 +39,7 @@ def similarity_heatmaps(matrices: Sequence[Float[np.ndarray, "_ _"]]) -> Figure:
         axes.tick_params(rotation=0, labelsize=8)
     figure.supxlabel("token", fontsize=10)
     figure.supylabel("token", fontsize=10)
-    bar = {"label": "cosine similarity", "shrink": 0.9, "aspect": 12 * down}
+    bar = {"label": "cosine similarity", "shrink": 0.9, "aspect": 12 * len(panels)}
     figure.colorbar(panels.flat[0].collections[0], ax=panels, **bar)
     return figure
 
@@ -75,19 +62,18 @@ def token_similarity(frame: pd.DataFrame) -> Figure:
         values = rises[weights].to_numpy()
         mean, low, high = intervals.student(values.tolist())
         right.plot(values, np.full(len(values), row), "o", color=_WEIGHTS_COLOURS[weights], alpha=0.6, markersize=5)
-        xerr = None if math.isnan(low) else [[mean - low], [high - mean]]
+        xerr = style.error_bar(mean, low, high)
         right.errorbar(mean, row + 0.2, xerr=xerr, fmt="o", color=PALETTE[3], capsize=4, markersize=5)
     right.axvline(0, color="0.6", linewidth=0.9)
     label_rows(right, similarity.WEIGHTS)
     right.set(xlabel="difference in cosine similarity", title="upper third minus lower third of the layers")
     right.xaxis.set_major_locator(MaxNLocator(nbins=5))
-    caption(
+    return caption(
         figure,
         f"Left: median, middle half and 5 to 95% of the tokens of images (n = {frame['image'].nunique()}) in models "
         f"(n = {len(rises)}). Right: each model's difference of medians, mean over the images; in red the mean with "
         "its 95% interval over models. Right of zero, tokens are more similar in the upper layers.",
     )
-    return figure
 
 
 @styled
@@ -106,15 +92,14 @@ def fused_distance(frame: pd.DataFrame) -> Figure:
     panels = figure.subplots(1, len(names), sharex=True, sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
         _bands(axes, rows_of(table, name))
-        axes.axhline(chance, color=GREY, linestyle="--", linewidth=1, label="two patches at random")
+        axes.axhline(chance, color=style.GREY, linestyle="--", linewidth=1, label="two patches at random")
         axes.set_title(name, color=STRATEGY_COLOURS[name])
         axes.set(xlabel="layer", ylim=(0, None))
     panels[0].set_ylabel("distance of fused tokens (patches)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     n = frame["image"].nunique()
     text = f"Median, middle half and 5 to 95% over the pairs of {n} images; between the centres of the patches of each."
-    caption(figure, text)
-    return figure
+    return caption(figure, text)
 
 
 @styled
@@ -131,28 +116,19 @@ def token_size(frame: pd.DataFrame) -> Figure:
     names = strategies_in(sizes)
     figure = Figure(figsize=(7.2, 1.2 + 0.75 * len(names)), layout="constrained")
     axes = figure.add_subplot()
+    look: dict[str, Any] = {"widths": 0.3, "whis": (5, 95), "showfliers": False, "orientation": "horizontal"}
+    look |= {"manage_ticks": False, "medianprops": {"color": PALETTE[3], "linewidth": 2}}  # seen at the box's edge, too
     for offset, weights in zip((-0.19, 0.19), similarity.WEIGHTS, strict=True):
-        own = sizes.loc[sizes["weights"] == weights]
-        axes.boxplot(
-            [rows_of(own, name)["value"] for name in names],
-            positions=np.arange(len(names)) + offset,
-            widths=0.3,
-            whis=(5, 95),
-            showfliers=False,
-            orientation="horizontal",
-            manage_ticks=False,
-            patch_artist=True,
-            boxprops={"facecolor": _WEIGHTS_COLOURS[weights], "alpha": 0.6, "linewidth": 0},
-            medianprops={"color": PALETTE[3], "linewidth": 2},  # seen at an edge of the box, too
-            label=weights,
-        )
+        own, places = sizes.loc[sizes["weights"] == weights], np.arange(len(names)) + offset
+        values = [rows_of(own, name)["value"] for name in names]
+        box = {"facecolor": _WEIGHTS_COLOURS[weights], "alpha": 0.6, "linewidth": 0}
+        axes.boxplot(values, positions=places, boxprops=box, patch_artist=True, label=weights, **look)
     label_rows(axes, names)
     axes.set(xlim=(0, None), xlabel="patches of a token, after the last layer")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
     figure.legend(loc="outside upper center", ncols=2)
     n = sizes["image"].nunique()
-    caption(figure, f"Tokens of {n} images, class token apart: median (red), middle half, whiskers 5 to 95%.")
-    return figure
+    return caption(figure, f"Tokens of {n} images, class token apart: median (red), middle half, whiskers 5 to 95%.")
 
 
 def _bands(axes: Axes, table: pd.DataFrame) -> None:

@@ -7,6 +7,7 @@ same bytes whenever it is drawn or saved.
 import base64
 import functools
 import io
+import math
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any, ParamSpec
 
 import matplotlib
 import matplotlib.style
+import numpy as np
 import pandas as pd
 import seaborn
 from matplotlib.axes import Axes
@@ -48,7 +50,6 @@ _OWN_MARKERS = "PXph*<>8dH"
 MARKERS = {"none": "o", "all": "s", "interleaved": "D", "lower": "v", "upper": "^"}
 MODELS = {"vim_tiny": "Vim-Ti", "vim_small": "Vim-S"}
 _GIF_COLOURS = 128
-_FORMATS = {".png": "figures", ".svg": "figures", ".gif": "animations"}
 
 P = ParamSpec("P")
 
@@ -88,10 +89,9 @@ def save(picture: _MatplotlibFigure | Animation, path: str | Path) -> Path:
         InputError: a suffix that is not for this kind of picture, or a folder that cannot be written to.
     """
     path = config.root() / path
-    kind = "animations" if isinstance(picture, Animation) else "figures"
-    if _FORMATS.get(path.suffix) != kind:
-        allowed = " or ".join(suffix for suffix, of in _FORMATS.items() if of == kind)
-        raise InputError(f"{path}: {kind} are saved as {allowed}")
+    kind, allowed = ("animations", [".gif"]) if isinstance(picture, Animation) else ("figures", [".png", ".svg"])
+    if path.suffix not in allowed:
+        raise InputError(f"{path}: {kind} are saved as {' or '.join(allowed)}")
     write_atomic(path, _gif(picture) if isinstance(picture, Animation) else _rendered(picture, path.suffix[1:]))
     return path
 
@@ -114,6 +114,24 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     return drawn
 
 
+def grid_of_panels(
+    count: int, across: int, size: tuple[float, float], margin: tuple[float, float] = (0.0, 0.0)
+) -> tuple[Figure, np.ndarray]:
+    """Panels of a size (inches), at most `across` beside each other; places that are left over stay blank."""
+    across = min(across, count)
+    down = math.ceil(count / across)
+    figure = Figure(figsize=(size[0] * across + margin[0], size[1] * down + margin[1]), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False)
+    for axes in panels.flat[count:]:
+        axes.set_axis_off()
+    return figure, panels
+
+
+def error_bar(middle: Any, low: Any, high: Any) -> np.ndarray | None:
+    """The interval of a value, or those of several, as `errorbar` takes them; None where there is none."""
+    return None if np.isnan(low).all() else np.reshape([middle - low, high - middle], (2, -1))
+
+
 def label_rows(axes: Axes, labels: Sequence[str]) -> None:
     """Rows 0, 1, .. of an axis as labels, from the top."""
     axes.set_yticks(range(len(labels)), labels)
@@ -121,10 +139,11 @@ def label_rows(axes: Axes, labels: Sequence[str]) -> None:
     axes.grid(False, axis="y")
 
 
-def caption(figure: _MatplotlibFigure, text: str) -> None:
-    """A caption below a figure, in lines of its width; `± 1 sd` is not broken."""
+def caption(figure: Figure, text: str) -> Figure:
+    """The figure with a caption below it, in lines of its width; `± 1 sd` is not broken."""
     lines = textwrap.wrap(text.replace("± 1 sd", "±\u00a01\u00a0sd"), round(14 * figure.get_figwidth()))
     figure.supxlabel("\n".join(lines).replace("\u00a0", " "), x=0.01, ha="left", fontsize=8.5, color=GREY)
+    return figure
 
 
 def _rendered(figure: _MatplotlibFigure, kind: str, dpi: int = 150) -> bytes:
@@ -138,10 +157,7 @@ def _rendered(figure: _MatplotlibFigure, kind: str, dpi: int = 150) -> bytes:
 def _gif(animation: Animation) -> bytes:
     """One palette for all frames, so that unchanged parts do not flicker."""
     drawn = [Image.open(io.BytesIO(_rendered(figure, "png", dpi=80))).convert("RGB") for figure in animation.frames]
-    width, height = drawn[0].size
-    everything = Image.new("RGB", (width, height * len(drawn)))
-    for index, frame in enumerate(drawn):
-        everything.paste(frame, (0, index * height))
+    everything = Image.fromarray(np.concatenate([np.asarray(frame) for frame in drawn]))
     palette = everything.quantize(_GIF_COLOURS, dither=Image.Dither.NONE)
     first, *rest = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in drawn]
     shown_ms = [animation.frame_ms] * len(rest) + [3 * animation.frame_ms]

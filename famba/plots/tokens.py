@@ -21,10 +21,11 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from famba.errors import InputError
-from famba.plots.style import PALETTE, Animation, Figure, styled
+from famba.plots.style import PALETTE, Animation, Figure, grid_of_panels, styled
 
 _BLUE, _ORANGE, _SKY = PALETTE[0], PALETTE[1], PALETTE[9]
 _TITLE: dict[str, Any] = {"fontsize": 9}
+_Image = UInt8[np.ndarray, "h w 3"]
 _Groups = Sequence[Int[np.ndarray, "b t"]]
 
 
@@ -68,12 +69,7 @@ def image_grid(images: UInt8[np.ndarray, "b h w 3"], labels: Sequence[str], *, c
     """
     if len(labels) != len(images) or not len(images):
         raise InputError(f"labels: {len(labels)} for {len(images)} images")
-    across = min(columns, len(images))
-    down = math.ceil(len(images) / across)
-    figure = Figure(figsize=(0.95 * across, 1.15 * down), layout="constrained")
-    panels = figure.subplots(down, across, squeeze=False)
-    for axes in panels.flat:
-        axes.set_axis_off()
+    figure, panels = grid_of_panels(len(images), columns, (0.95, 1.15))
     for axes, image, label in zip(panels.flat, images, labels, strict=False):
         _show(axes, image)
         axes.set_title(textwrap.shorten(str(label), 14, placeholder="…"), **_TITLE, pad=3)
@@ -81,7 +77,7 @@ def image_grid(images: UInt8[np.ndarray, "b h w 3"], labels: Sequence[str], *, c
 
 
 @styled
-def patch_grid(image: UInt8[np.ndarray, "h w 3"], patches: Patches) -> Figure:
+def patch_grid(image: _Image, patches: Patches) -> Figure:
     """An image and its patches in scan order: the sequence that is scanned forwards and backwards."""
     down, across = patches.grid(image)
     size, stride, start = patches.patch_size, patches.stride, patches.margin
@@ -98,13 +94,8 @@ def patch_grid(image: UInt8[np.ndarray, "h w 3"], patches: Patches) -> Figure:
     whole.set_title("image, {} × {} px".format(*image.shape), fontsize=10)
     numbered.set_title(title, fontsize=10)
     box = {"boxstyle": "round,pad=0.12", "facecolor": "white", "alpha": 0.75, "linewidth": 0}
-    text: dict[str, Any] = {
-        "ha": "center",
-        "va": "center",
-        "fontsize": min(9, 70 / max(down, across)),
-        "color": "#222222",
-        "bbox": box,
-    }
+    text: dict[str, Any] = {"ha": "center", "va": "center", "color": "#222222", "bbox": box}
+    text["fontsize"] = min(9, 70 / max(down, across))
     for index in range(down * across):
         x, y = start + index % across * stride, start + index // across * stride
         numbered.add_patch(Rectangle((x, y), stride, stride, facecolor="none", edgecolor=_ORANGE, linewidth=0.9))
@@ -114,8 +105,8 @@ def patch_grid(image: UInt8[np.ndarray, "h w 3"], patches: Patches) -> Figure:
 
 @styled
 def matching_steps(
-    image: UInt8[np.ndarray, "h w 3"],
-    merged: UInt8[np.ndarray, "h w 3"],
+    image: _Image,
+    merged: _Image,
     patches: Patches,
     *,
     pairs: Int[np.ndarray, "n 2"],
@@ -133,14 +124,12 @@ def matching_steps(
     down, across = patches.grid(image)
     r = len(groups) - len(np.unique(groups))
     figure = Figure(figsize=(12.8, 3.7))  # a fixed layout, as in `fusion_at_layer`
-    panels = figure.subplots(
-        1, 4, gridspec_kw={"left": 0.005, "right": 0.995, "bottom": 0.13, "top": 0.9, "wspace": 0.03}
-    )
+    places = {"left": 0.005, "right": 0.995, "bottom": 0.13, "top": 0.9, "wspace": 0.03}
+    panels = figure.subplots(1, 4, gridspec_kw=places)
     for axes, shown in zip(panels, (image, image, image, merged), strict=True):
         _show(axes, shown)
-    even = (np.arange(down * across) % 2 == 0).reshape(down, across)
-    tint = {True: (*to_rgb(_BLUE), 0.45), False: (*to_rgb(_ORANGE), 0.45)}
-    patches.overlay(panels[0], np.array([[tint[bool(x)] for x in row] for row in even]))
+    even = (np.arange(down * across) % 2 == 0).reshape(down, across, 1)
+    patches.overlay(panels[0], np.where(even, (*to_rgb(_BLUE), 0.45), (*to_rgb(_ORANGE), 0.45)))
     at = patches.margin + patches.stride * (np.stack([pairs % across, pairs // across], axis=-1) + 0.5)
     for axes, count in ((panels[1], len(pairs)), (panels[2], r)):
         lines = LineCollection(list(at[:count]), array=similarity[:count], cmap="viridis", linewidths=2)
@@ -153,12 +142,8 @@ def matching_steps(
     below.tick_params(labelsize=7)
     below.set_xlabel("cosine similarity", fontsize=8, labelpad=1)
     _colour_groups(panels[3], groups.reshape(down, across), patches, tint=0.0)
-    titles = (
-        "even tokens (blue), odd ones (orange)",
-        "each even token's best match",
-        f"the {r} most similar",
-        f"{len(groups) - r} tokens, each a mean",
-    )
+    titles = ["even tokens (blue), odd ones (orange)", "each even token's best match"]
+    titles += [f"the {r} most similar", f"{len(groups) - r} tokens, each a mean"]
     for axes, title in zip(panels, titles, strict=True):
         axes.set_title(title, fontsize=10)
     return figure
@@ -218,12 +203,7 @@ def fusion_animation(images: UInt8[np.ndarray, "b h w 3"], groups: _Groups, patc
 
 @styled
 def fusion_at_layer(
-    image: UInt8[np.ndarray, "h w 3"],
-    groups: Sequence[Int[np.ndarray, "t"]],
-    patches: Patches,
-    *,
-    layer: int,
-    label: str = "image",
+    image: _Image, groups: Sequence[Int[np.ndarray, "t"]], patches: Patches, *, layer: int, label: str = "image"
 ) -> Figure:
     """One image after one layer: which patches have fused, which stayed single, and the remaining tokens.
 

@@ -16,10 +16,7 @@ from famba.storage.files import write_atomic
 _TEXTS = ("effects.md", "calibration.md", "similarity.md")
 _SMOKE: dict[str, Any] = {
     "varied": ("upper",),
-    "changes": {
-        "from_1": {"fusion.upper.first_layer": 1, "fusion.upper.total": 24},
-        "from_3": {"fusion.upper.first_layer": 3, "fusion.upper.total": 24},
-    },
+    "changes": {f"from_{x}": {"fusion.upper.first_layer": x, "fusion.upper.total": 24} for x in (1, 3)},
 }
 
 

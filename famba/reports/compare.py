@@ -15,8 +15,7 @@ from famba.reports import Report
 def make(report: Report) -> None:
     """Write runs.csv, curves.csv and the summary; only smoke runs are trained."""
     asked = report.sweep()
-    given = {"profile": report.profile, "runs_dir": report.runs_dir}
-    sweep.ensure_runs(asked, **given, train_missing=report.smoke)
+    sweep.ensure_runs(asked, profile=report.profile, runs_dir=report.runs_dir, train_missing=report.smoke)
     costs = sweep.ensure_costs(asked, profile=report.profile, results_dir=report.results_dir, measure=report.smoke)
     records.gather(asked, report.runs_dir, report.results_dir)
     summary.write_summary(records.published(asked, report.results_dir), costs, report.results_dir)
@@ -97,13 +96,8 @@ def costs_in_words(costs: pd.DataFrame) -> Markdown:
     """By how much time falls short of FLOPs."""
     rows = costs.set_index("strategy").to_dict("index")
     none = rows.pop(summary.BASELINE)
-    told = listed(
-        [
-            f"{name} {row['time_ratio']:.2f} of the time with {row['flops_per_image'] / none['flops_per_image']:.2f} "
-            "of the FLOPs"
-            for name, row in rows.items()
-        ]
-    )
+    shares = [(name, x["time_ratio"], x["flops_per_image"] / none["flops_per_image"]) for name, x in rows.items()]
+    told = listed([f"{name} {time:.2f} of the time with {flops:.2f} of the FLOPs" for name, time, flops in shares])
     return Markdown(
         f"In units of no fusion: {told}. What time has above FLOPs is matching, merging, and what does not depend on "
         "tokens at all, such as the optimiser."

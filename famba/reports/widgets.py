@@ -138,20 +138,12 @@ def matching_steps(pixels: torch.Tensor, patches: plots.Patches, r: int) -> plot
     taken, similarity = match_tokens(x, r), chosen.similarity
     assert similarity is not None
     groups = merge.plan(taken, torch.ones(x.shape[:2], dtype=x.dtype)).destination
-    merged = functional.fold(
-        fuse(x, taken)[0].gather(1, groups[..., None].expand_as(x)).mT,
-        tuple(pixels.shape[1:]),
-        patches.patch_size,
-        stride=patches.stride,
-    )
-    return plots.matching_steps(
-        pixels.permute(1, 2, 0).numpy(),
-        (255 * merged[0]).round().to(torch.uint8).permute(1, 2, 0).numpy(),
-        patches,
-        pairs=torch.stack([chosen.source[0], chosen.target[0]], 1).numpy(),
-        similarity=similarity[0].numpy(),
-        groups=groups[0].numpy(),
-    )
+    spread = fuse(x, taken)[0].gather(1, groups[..., None].expand_as(x)).mT
+    merged = functional.fold(spread, tuple(pixels.shape[1:]), patches.patch_size, stride=patches.stride)
+    image, means = (x.permute(1, 2, 0).numpy() for x in (pixels, (255 * merged[0]).round().to(torch.uint8)))
+    pairs = torch.stack([chosen.source[0], chosen.target[0]], 1).numpy()
+    of_image = {"similarity": similarity[0].numpy(), "groups": groups[0].numpy()}
+    return plots.matching_steps(image, means, patches, pairs=pairs, **of_image)
 
 
 class TokenExplorer(ipywidgets.VBox):
@@ -174,18 +166,15 @@ class TokenExplorer(ipywidgets.VBox):
         self.image = _dropdown("image", [("", 0)], 0)
         self.upload = ipywidgets.FileUpload(accept="image/*", multiple=True, description="own images")
         self.picture, self.message = _picture("64em"), ipywidgets.HTML()
-        self._choosing = False
+        self._controls, self._choosing = (self.model, self.strategy, self.r, self.layer, self.image), False
         self.model.observe(self._choose_model, "value")
         self.strategy.observe(self._set_r, "value")
         self.upload.observe(self._take, "value")
-        for control in self._controls():
+        for control in self._controls:
             control.observe(self._show, "value")
         self._choose_model()
         rows = [(self.model, self.strategy, self.r), (self.layer, self.image, self.upload), (self.message,)]
         super().__init__([*(ipywidgets.HBox(row) for row in rows), self.picture])
-
-    def _controls(self) -> tuple:
-        return self.model, self.strategy, self.r, self.layer, self.image
 
     def _choose_model(self, _: object = None) -> None:
         """Begin with the schedule that a model was trained with, after its last layer."""
@@ -225,7 +214,7 @@ class TokenExplorer(ipywidgets.VBox):
 
     def _show(self, _: object = None) -> None:
         if not self._choosing:
-            self.picture.value = self._png(*(control.value for control in self._controls()))
+            self.picture.value = self._png(*(control.value for control in self._controls))
 
     def _draw(self, model: str, strategy: str, r: int, layer: int, image: int) -> bytes:
         traced = self._scheduled(model, strategy, r)
@@ -281,12 +270,9 @@ class ScheduleTrainer(ipywidgets.VBox):
     def _show(self, _: object = None) -> None:
         try:
             left = strategies.token_counts(self.schedule, self._tokens)[-1]
-            self.message.value = f"{self._tokens} tokens, {left} left"
+            self.message.value, self.train.disabled = f"{self._tokens} tokens, {left} left", False
         except InputError as error:
-            self.message.value = _refused(error)
-            self.train.disabled = True
-            return
-        self.train.disabled = False
+            self.message.value, self.train.disabled = _refused(error), True
 
     def _train(self, _: object) -> None:
         """Train with the seed, as every strategy was, and add the run to the figure."""
