@@ -204,6 +204,16 @@ def test_failed_gpu_tests_are_named_and_missing_packages_are_separate(tmp_path, 
         checks.tests(CPU, print)
 
 
+def test_a_gpu_without_a_number_is_torchs_current_one_and_a_numbered_one_becomes_it(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)  # as it is to be afterwards
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    for name in ("cuda", "cuda:1"):
+        assert checks._begin(Setting(name, quick=True)) == torch.device(name)
+    assert chosen == [1]
+
+
 def test_a_graph_with_other_losses_fails(monkeypatch):
     factor = 1
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)  # as it is to be afterwards

@@ -90,8 +90,8 @@ def run(
     device = device if on_gpu else "cpu"
     setting = dataclasses.replace(sizes.QUICK if quick else sizes.FULL, device=device)
     precision.configure()
-    if torch.device(device).type == "cuda":
-        torch.cuda.set_device(device)
+    if (where := torch.device(device)).type == "cuda" and where.index is not None:
+        torch.cuda.set_device(where)
     chosen = [part for part in known if not parts or part in parts]
     words = ["python -m famba bench", *["--gpu"] * on_gpu, *(chosen if len(chosen) < len(known) else [])]
     words += ["--quick"] * quick + [f"--device {device}"] * (on_gpu and device != "cuda")

@@ -35,7 +35,7 @@ from famba.fusion import matching, merge
 from famba.fusion.matching import Matching, match_tokens
 from famba.gpu_check import ROOT, Outcome, Say, Setting, Skipped
 from famba.kernels import ops, scan
-from famba.kernels.precision import autocast
+from famba.kernels.precision import autocast, configure
 from famba.models.vim import VisionMamba, create_model
 from famba.profiling import environment
 
@@ -276,11 +276,12 @@ def _begin(setting: Setting) -> torch.device:
         if not torch.cuda.is_available():
             raise Skipped("torch sees no CUDA device here")
         importlib.import_module("triton")
-        torch.cuda.set_device(where)
+        if where.index is not None:
+            torch.cuda.set_device(where)
     elif reason := scan.backends()[setting.backend]:
         raise Skipped(reason)
     torch.backends.cudnn.deterministic = True  # the patch embedding's gradient, which is not famba's
-    torch.set_flush_denormal(True)  # as in training
+    configure()  # as in training
     return where
 
 

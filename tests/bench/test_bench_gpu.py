@@ -107,6 +107,19 @@ def test_unknown_devices_and_parts_are_refused_in_one_line(options, said, capsys
     assert said in refused(capsys, "bench", "--gpu", *options)
 
 
+def test_a_gpu_without_a_number_is_torchs_current_one_and_a_numbered_one_becomes_it(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    monkeypatch.setattr(gpu, "check_device", lambda device, quick: None)
+    monkeypatch.setattr(bench.environment, "environment", lambda device: {})
+    monkeypatch.setitem(gpu.PARTS, "graphs", lambda setting, left: {"graphs": [setting.device]})
+    assert [bench.run(["graphs"], on_gpu=True, device=name)["graphs"] for name in ("cuda", "cuda:1")] == [
+        ["cuda"],
+        ["cuda:1"],
+    ]
+    assert chosen == [1]
+
+
 def test_a_quick_benchmark_measures_every_table_and_writes_it(tmp_path, capsys):
     path = tmp_path / "gpu.json"
     assert main(["bench", "--gpu", "--quick", "--device", "cpu", "--json", str(path)]) == 0
