@@ -170,6 +170,8 @@ def _gpu_backends(found: dict[str, str | None], gpu: Row) -> list[Row]:
     rows: list[Row] = []
     for name, modules in _GPU.items():
         reason = command = ""
+        if name == "triton" and found[name] == "" and (reason := _cannot_compile()):
+            command = "apt-get install gcc python3-dev"
         if module := next((module for module in modules if found[module] != ""), None):
             error, command = found[module], commands[name]
             reason = f"{module} is not installed" if error is None else f"{module} does not import: {error}"
@@ -177,6 +179,17 @@ def _gpu_backends(found: dict[str, str | None], gpu: Row) -> list[Row]:
                 reason += "; not needed, for backend triton has all kernels"
         rows.append(Row(name, _version("kernels" if name == "hub" else name), reason, command))
     return rows
+
+
+def _cannot_compile() -> str:
+    """Why Triton, which imports, cannot launch a kernel; it builds a helper with a C compiler first."""
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_device()
+    except Exception as error:  # no compiler, no headers of Python, no driver that it knows
+        return f"triton cannot build its helper: {_last_line(str(error))}"
+    return ""
 
 
 def _extras(found: dict[str, str | None], torch: Row) -> list[Row]:

@@ -30,6 +30,7 @@ def examine(monkeypatch):
         monkeypatch.setattr(diagnostics, "_imported", lambda names: dict.fromkeys(names, "") | errors)
         if gpu:
             monkeypatch.setattr(diagnostics, "_gpu", lambda: Row("GPU", "NVIDIA H100"))
+            monkeypatch.setattr("triton.runtime.driver", Mock())
         return {row.name: row for row in famba.doctor()}
 
     return run
@@ -158,6 +159,15 @@ def test_what_a_user_can_do_for_gpu_kernels_is_listed_by_the_work_it_takes(exami
     assert found["triton"][2:] == ("triton does not import: ImportError: no ptxas", "pip install triton")
     assert found["mamba_ssm"].reason == "selective_scan_cuda is not installed"
     assert all(row.usable for name, row in examine(gpu=True).items() if name in diagnostics._GPU)
+
+
+def test_triton_that_imports_but_finds_no_compiler_is_not_usable(examine, monkeypatch):
+    examine(gpu=True)
+    no_compiler = Mock(side_effect=RuntimeError("Failed to find C compiler."))
+    monkeypatch.setattr("triton.runtime.driver.active.get_current_device", no_compiler)
+    row = next(row for row in famba.doctor() if row.name == "triton")
+    assert row.reason == "triton cannot build its helper: Failed to find C compiler."
+    assert row.command == "apt-get install gcc python3-dev"
 
 
 def test_extras_keep_torch_and_timm_depends_on_torchvision(examine):

@@ -70,9 +70,11 @@ def test_without_its_device_gpu_check_says_so_in_one_line_fails_and_writes_nothi
     assert not list(tmp_path.iterdir())
 
 
-def test_gpu_check_fails_if_no_time_is_left_for_any_check_but_the_device():
+def test_a_check_without_its_time_is_skipped_and_gpu_check_fails_if_all_are():
     with pytest.raises(FambaError, match=r"^gpu-check: every check was skipped: passes$"):
         gpu_check.run(broken("passes"), CPU, "", None, limit_s=0.0)
+    with pytest.raises(FambaError, match=r"^gpu-check: every check was skipped: hangs$"):
+        gpu_check.run(broken("hangs"), CPU, "", None, limit_s=1.0)  # of its own 10 s
 
 
 @pytest.mark.parametrize(
@@ -170,8 +172,8 @@ def test_without_wheels_the_missing_package_is_named(torch_alone, tmp_path):
 def test_the_sanitizer_runs_small_calls_of_every_operator_and_its_finding_fails(tmp_path, monkeypatch):
     program = tmp_path / "compute-sanitizer"
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    # Its arguments: --tool, a tool, --error-exitcode, 9, then the command.
-    program.write_text('#!/bin/sh\n[ $2 = memcheck ] || { echo an invalid read; exit $4; }\nshift 4; exec "$@"\n')
+    # Its arguments: --tool, a tool, --error-exitcode, 9, --report-api-errors, no, then the command.
+    program.write_text('#!/bin/sh\n[ $2 = memcheck ] || { echo an invalid read; exit $4; }\nshift 6; exec "$@"\n')
     program.chmod(0o755)
     with pytest.raises(AssertionError, match=r"^racecheck: status 9, an invalid read$"):
         checks.sanitizer(CPU, print)

@@ -46,7 +46,7 @@ def estimate(
         device: instead of the profile's.
 
     Raises:
-        InputError: a device that is not here, a profile without epochs, fewer images than a batch.
+        InputError: a device that is not here, a profile without epochs, fewer images than a batch, too little memory.
     """
     if steps < 1:
         raise InputError(f"steps: {steps}: must be at least 1")
@@ -55,7 +55,12 @@ def estimate(
     for strategy in config.load_sweep().strategies:
         p = config.load(profile, strategy=strategy)
         names = MODELS if p.model.name in MODELS else (p.model.name,)
-        rows += [_row(_single(p, name, device), steps, images) for name in names]
+        for name in names:
+            try:
+                rows.append(_row(_single(p, name, device), steps, images))
+            except torch.OutOfMemoryError:
+                size = p.train.device_batch or p.train.batch_size
+                raise InputError(f"{name}, {strategy}: {size} images at once need more memory than there is") from None
     return sorted(rows, key=lambda row: row["model"], reverse=True)  # stable: strategies stay in their order
 
 

@@ -146,7 +146,7 @@ def run(
         elif left <= 0:
             row, tables = _row(SKIPPED, f"the {limit_s:g} s of all checks are over"), {}
         else:
-            row, tables = _tried(check._replace(limit_s=min(check.limit_s, left)), setting)
+            row, tables = _tried(check, setting, left)
         if name == "device" and row["verdict"] != OK:
             raise FambaError(f"gpu-check: device {setting.device!r} cannot be used: {row['detail']}")
         result |= tables
@@ -164,8 +164,8 @@ def _row(verdict: str, detail: str) -> dict[str, Any]:
     return {"verdict": verdict, "detail": " ".join(detail.split()), "seconds": 0.0}
 
 
-def _tried(check: Check, setting: Setting) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The row and tables of a check, even if its process crashes or hangs."""
+def _tried(check: Check, setting: Setting, left_s: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The row and tables of a check, even if its process crashes or hangs; it may take what is left for all checks."""
     # The server imports the slow packages once without initialising CUDA, so that checks can fork from it.
     context, at = multiprocessing.get_context("forkserver"), ""
     context.set_forkserver_preload(["torch", "famba.gpu_check.checks"])
@@ -177,8 +177,10 @@ def _tried(check: Check, setting: Setting) -> tuple[dict[str, Any], dict[str, An
         start = time.monotonic()
         try:
             while True:
-                if not receiver.poll(max(0.0, start + check.limit_s - time.monotonic())):
+                if not receiver.poll(max(0.0, start + min(check.limit_s, left_s) - time.monotonic())):
                     row, tables = _row(FAILED, f"it took more than {check.limit_s:.0f} s"), {}
+                    if left_s < check.limit_s:
+                        row = _row(SKIPPED, f"cut off after {left_s:.0f} s, which were left for it of all checks' time")
                     break
                 said = receiver.recv()
                 if not isinstance(said, str):

@@ -48,7 +48,7 @@ _TAPS, _CLASS_TOKENS, _IMAGES = (4, 2, 8), ("head", "middle", "none"), (6, 7, 8)
 _TOLERANCE = {"operators": {"fp32": 2e-5, "bf16": 2**-6}, "models": {"fp32": 1e-4, "bf16": 0.25}}
 _FAILURES = 10  # stop after so many
 _REPEATS = 10
-_COMPARING_S = 60.0  # below the check's own limit, so that its results are reported
+_COMPARING_S = 30.0  # below the check's own limit, so that its results are reported
 _QUICK, _SANITIZED = 40, 12  # cases
 _WORKERS = 2
 _CLASSES, _CLASS_IMAGES = 4, 120  # more than 1 MiB of pixels, so that they can stream
@@ -255,7 +255,9 @@ def sanitizer(setting: Setting, say: Say) -> Outcome:
     env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else an overrun stays inside torch's block
     for tool in ("memcheck", "racecheck"):
         say(tool)
-        command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code]
+        # Calls of the CUDA API may fail: torch and Triton try some.
+        how = ["--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"]
+        command = [program, *how, sys.executable, "-c", code]
         done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
         print(done.stdout[-2000:], done.stderr[-2000:])
         assert done.returncode == 0, f"{tool}: status {done.returncode}, {(done.stdout.splitlines() or [''])[-1]}"

@@ -1,6 +1,7 @@
 """The estimate of a sweep's time: arithmetic, models, and refused arguments."""
 
 import dataclasses
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -86,3 +87,9 @@ DEVICES = f"train.device: 'cuda:99'; torch sees {torch.cuda.device_count()} CUDA
 )
 def test_invalid_arguments_are_refused_in_one_line(options, said, capsys):
     assert said in refused(capsys, "estimate", *options)
+
+
+def test_too_little_memory_is_said_with_model_and_batch(monkeypatch, capsys):
+    monkeypatch.setattr(estimate, "_row", Mock(side_effect=torch.OutOfMemoryError))
+    said = refused(capsys, "estimate", "--profile", "paper", "--device", "cpu")
+    assert said == "famba: vim_tiny, none: 128 images at once need more memory than there is\n"
