@@ -10,6 +10,7 @@ import pytest
 from refusals import refusal, refused
 from test_sweep import trained  # noqa: F401 (a fixture)
 
+from famba import config
 from famba.analysis import records
 from famba.analysis import trained as models
 from famba.config import AblationParams, SweepParams
@@ -141,3 +142,10 @@ def test_strategies_of_another_profile_have_curves_and_models_all_of_none_and_on
 @pytest.mark.parametrize("arguments", [["ablation", "most"], ["resolve", "--ablation", "most", "--out", "most.json"]])
 def test_an_unknown_ablation_is_an_error_of_one_line(arguments, capsys):
     assert "params.yaml: ablation: 'most' is not one of photographs, photographs_all, " in refused(capsys, *arguments)
+
+
+def test_every_committed_line_names_an_ablation_that_makes_its_run():
+    known = {ablations.command(name) for name in config.load_ablations()}
+    found = [records.read(file.parent)["command"] for file in config.root().glob("results/records/*/runs.csv")]
+    assert len(found) >= len(known)
+    assert set(pd.concat(found)) <= known
