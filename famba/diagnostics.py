@@ -186,7 +186,7 @@ def _cannot_compile() -> str:
     from triton.runtime import driver
 
     try:
-        driver.active.get_current_device()
+        driver.active.get_current_target()
     except Exception as error:  # no compiler, no headers of Python, no driver that it knows
         return f"triton cannot build its helper: {_last_line(str(error))}"
     return ""

@@ -164,7 +164,7 @@ def test_what_a_user_can_do_for_gpu_kernels_is_listed_by_the_work_it_takes(exami
 def test_triton_that_imports_but_finds_no_compiler_is_not_usable(examine, monkeypatch):
     examine(gpu=True)
     no_compiler = Mock(side_effect=RuntimeError("Failed to find C compiler."))
-    monkeypatch.setattr("triton.runtime.driver.active.get_current_device", no_compiler)
+    monkeypatch.setattr("triton.runtime.driver.active.get_current_target", no_compiler)
     row = next(row for row in famba.doctor() if row.name == "triton")
     assert row.reason == "triton cannot build its helper: Failed to find C compiler."
     assert row.command == "apt-get install gcc python3-dev"
