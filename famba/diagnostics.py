@@ -23,8 +23,10 @@ _GPU = {
     "triton": ("triton",),
     "hub": ("kernels", "einops", "transformers"),
     "mamba_ssm": (
-        *("mamba_ssm.ops.selective_scan_interface", "selective_scan_cuda"),
-        *("causal_conv1d", "causal_conv1d_cuda"),
+        "mamba_ssm.ops.selective_scan_interface",
+        "selective_scan_cuda",
+        "causal_conv1d",
+        "causal_conv1d_cuda",
     ),
 }
 _TIME_LIMIT_S = 120

@@ -429,3 +429,20 @@ def test_types():
     done = subprocess.run([pyright, "--pythonpath", sys.executable], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 errors" in done.stdout
+
+
+def test_another_build_of_torch_is_installed_once_over_the_one_that_is_there(tmp_path):
+    """The uv of this environment is a stand-in that logs its arguments."""
+    shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    (programs / "activate").write_text(f"{tmp_path}/.venv")
+    for name, body in {"python": "exit 0", "uv": 'echo "$@" >> asked'}.items():
+        (programs / name).write_text(f"#!/bin/sh\n{body}\n")
+        (programs / name).chmod(0o755)
+    for backend in ("", "auto", "auto", "cpu"):
+        settings = {"TORCH": "torch==2.13.0", "UV": "uv", "PYTHON": "", "TORCH_BACKEND": backend}
+        command = [tmp_path / ".ci" / "setup", ".venv", ".venv/ready-1"]
+        subprocess.run(command, env=os.environ | settings, cwd=tmp_path, check=True, capture_output=True)
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert ["--reinstall-package torch " in line for line in asked] == [False, True, False, True]
