@@ -97,7 +97,8 @@ def bidirectional_scan(
         _check_projection(side.u, side.dt, side.dt_proj)
     u, dt, _, A, B, C, D, dt_bias = forward
     chosen = choose_scan(backend, u, dt, A, B, C, D, None, dt_bias)
-    if chosen.run_both is not None and u.dtype == z.dtype and backward.A.shape == A.shape:
+    alike = [x is None for x in forward] == [x is None for x in backward] and backward.A.shape == A.shape
+    if chosen.run_both is not None and u.dtype == z.dtype and alike:
         return chosen.run_both(forward, backward, z, scale)
     sides = zip((forward, backward), (False, True), strict=True)
     y, other = (

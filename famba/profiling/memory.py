@@ -15,7 +15,7 @@ def peak_memory(step: Callable[[], object], resident: Iterable[Tensor], device: 
     """The most bytes of tensors alive at any one time while `step` runs; runs it once.
 
     They are the resident tensors and what the step adds to them, temporaries inside an operator included. Others'
-    memory does not count: the data set, say, or what a copy was made of.
+    memory does not count: the data set, say, or what a copy was made of. On CUDA a tensor takes whole blocks.
 
     Args:
         resident: what is alive before the step, stays, and is its own: weights, optimiser state, the batch. What the

@@ -286,15 +286,15 @@ class Trainer:
         probe = Trainer(p, self.seed, copy.deepcopy(self.model), self.images, alone, self.folder)
         probe.parts = self.parts
         size, lr = p.train.batch_size // (self.processes.count * self.parts), p.train.lr
-        images, labels = self._noise(size), torch.arange(size, device=self.device) % len(self.images.classes)
+        labels = torch.arange(size, device=self.device) % len(self.images.classes)
         if p.data.mixup or p.data.cutmix:
             labels = functional.one_hot(labels, len(self.images.classes)).float()
-        parts = [(images, labels)] * self.parts
+        parts = [(self._noise(size), labels.clone()) for _ in range(self.parts)]  # a step has all of them at once
         probe.model.train()
         probe._step(parts, lr, 0)
         probe.optimiser.zero_grad(set_to_none=True)
         moments = (x for state in probe.optimiser.state.values() for x in state.values() if isinstance(x, Tensor))
-        resident = [images, labels, *probe.model.state_dict().values(), *moments]
+        resident = [*itertools.chain(*parts), *probe.model.state_dict().values(), *moments]
         if probe.ema is not None:
             resident += probe.ema.state_dict().values()
         peak = memory.peak_memory(lambda: probe._step(parts, lr, 1), resident, self.device)
@@ -383,6 +383,8 @@ class Trainer:
 
     def _raise_not_finite(self, parts: Sequence[Part], loss: float, norm: float, lr: float, step: int) -> None:
         """Name the module of the first value that is not finite; the weights are those before the step."""
+        # Clipping by a norm that is not finite has spoilt all gradients: they are made again.
+        self._forward_backward(parts)
         place = ""
         for images, _ in parts:
             with autocast(self.device, self.p.train.precision):

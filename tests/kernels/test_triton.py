@@ -198,6 +198,42 @@ def test_a_model_that_fuses_is_that_of_torch_and_so_are_its_gradients(device):
 
 
 @on_each_device
+def test_sides_of_different_kinds_are_scanned_one_by_one(device):
+    tensors = draw_sides(1, 3, 4, 2, 1, device=device)
+    tensors[6] = tensors[15] = None  # D of one side, dt_bias of the other
+    assert_both_scans_agree(tensors, 1e-5)
+
+
+@on_each_device
+def test_what_is_kept_for_backward_may_come_back_in_another_layout(device):
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.contiguous, lambda x: x):  # as save_on_cpu pins it
+        assert_both_scans_agree(draw_sides(1, 3, 4, 2, 1, device=device), 1e-5)
+        assert_scan_agrees(draw_scan(1, 3, 4, 2, device=device), 1e-5)
+
+
+@pytest.mark.skipif(runtime.triton is None, reason="triton is missing")
+def test_a_gpu_too_old_for_triton_is_left_to_torch(monkeypatch):
+    monkeypatch.setattr(runtime, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, said in {(6, 1): "compute capability 6.1; Triton needs 7.0 or higher", (7, 5): ""}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        assert runtime.unavailable() == said
+
+
+@on_each_device
+@pytest.mark.parametrize("e", [3, 64, 70])  # less than a block, a block, more
+def test_gradients_lie_in_memory_as_the_compiler_is_told(device, e):
+    *_, z, _ = tensors = draw_scan(1, e, 4, 8, device=device)
+    sides = (*tensors[:6], tensors[7], *7 * [None])
+    out, y, states = torch.ops.famba.gpu_scan(*sides, z, True, False, 1.0, True)
+    torch.library.opcheck(
+        torch.ops.famba.gpu_scan_backward.default,
+        (out, *sides, z, y, states, True, False, 1.0),
+        test_utils="test_faketensor",
+    )
+
+
+@on_each_device
 def test_the_operators_pass_torchs_own_checks(device):
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     inputs = draw_scan(1, 3, 4, 2, device=device)

@@ -19,6 +19,7 @@ from famba import InputError, config, data
 from famba.cli import main
 from famba.config import Params
 from famba.errors import TrainingError
+from famba.profiling import memory
 from famba.storage import runs
 from famba.training import distributed, fit
 from famba.training.trainer import evaluate
@@ -38,6 +39,14 @@ def test_a_process_by_itself_takes_its_cuda_device_as_the_current_one(monkeypatc
     assert taken == [torch.device("cuda:1")]
 
 
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "3")
+    with pytest.raises(InputError, match=r"train\.processes: 3 on this machine, .*torch sees 2 CUDA devices"):
+        distributed.join(torch.device("cuda"))
+
+
 MIXED = {"mixup": 0.8, "cutmix": 1.0, "erase": 0.25, "flip": True}
 
 
@@ -54,11 +63,21 @@ def numbers(run: runs.Run) -> list[float]:
     return [row[key] for row in run.history for key in keys] + [run.metrics["loss"]]
 
 
-def test_a_step_in_parts_is_the_step_at_once():
+def test_a_step_in_parts_is_the_step_at_once(monkeypatch):
     whole = fit.fit(smoke(MIXED), seed=3)
+    measure, resident = memory.peak_memory, []
+
+    def noted(step, kept, device):
+        resident.extend(kept)
+        return measure(step, resident, device)
+
+    monkeypatch.setattr(memory, "peak_memory", noted)
     parts = fit.fit(smoke(MIXED, device_batch=4), seed=3)
     assert numbers(parts) == pytest.approx(numbers(whole), rel=1e-5)
     assert parts.history[0]["train_top1_percent"] == whole.history[0]["train_top1_percent"]
+    assert len({x.data_ptr() for x in resident if x.shape[1:] == (3, 8, 8)}) == 4, (
+        "the images of a step are there all at once"
+    )
     assert parts.cost["peak_memory_mib"] < 0.9 * whole.cost["peak_memory_mib"]
 
 

@@ -281,6 +281,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpo
     )
 
 
+def test_a_gradient_that_is_not_finite_is_found_where_it_comes_from(monkeypatch):
+    build = fit.build
+
+    def poisoned(*arguments, **named):
+        model = build(*arguments, **named)
+        model.layers[1].mixer.out_proj.weight.register_hook(lambda grad: grad * math.nan)
+        return model
+
+    monkeypatch.setattr(fit, "build", poisoned)
+    with pytest.raises(TrainingError, match=r"first not finite in the gradient of layer 2, mixer\.out_proj\.weight;"):
+        fit.fit(smoke(), seed=0)
+
+
 def test_tokens_that_are_not_fused_as_promised_fail_the_run(monkeypatch):
     set_fusion = fit.VisionMamba.set_fusion
 

@@ -31,6 +31,7 @@ jit: Any = _undecorated if triton is None else triton.jit  # without Triton kern
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on")
 DTYPES = (torch.float32, torch.bfloat16)
 _OLDEST = (3, 3)  # of Triton; before, kernels could not append to tuples
+_LEAST_CAPABILITY = (7, 0)  # as torch's compiler has it
 PARAMETERS = (torch.float32, torch.bfloat16, torch.float16)  # taken as float32
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
@@ -43,8 +44,12 @@ def unavailable() -> str:
     if tuple(map(int, triton.__version__.split(".")[:2])) < _OLDEST:
         needed = ".".join(map(str, _OLDEST))
         return f"triton {triton.__version__} cannot compile the kernels; they need {needed} (torch 2.7) or later"
-    if not INTERPRETED and not torch.cuda.is_available():
+    if INTERPRETED:
+        return ""
+    if not torch.cuda.is_available():
         return "no CUDA device; TRITON_INTERPRET=1 runs the kernels on a CPU, for tests"
+    if (found := torch.cuda.get_device_capability()) < _LEAST_CAPABILITY:
+        return "compute capability {}.{}; Triton needs {}.{} or higher".format(*found, *_LEAST_CAPABILITY)
     return ""
 
 

@@ -480,6 +480,8 @@ def _scan(*inputs):
 
 def _scan_backward(grad, *inputs):
     *tensors, z, y, states, softplus, reverse, scale = inputs
+    if z is not None:
+        y = y.mT.contiguous().mT  # what autograd keeps elsewhere meanwhile (save_on_cpu) comes back in another layout
     u, A, both = tensors[0], tensors[2], tensors[7] is not None
     (b, e, t), n, count = u.shape, A.shape[1], 1 + both
     er, nr, nl, el = _shape(n)
@@ -509,7 +511,7 @@ def _scan_backward(grad, *inputs):
         small = [
             u.new_empty(0)
             if x is None
-            else found.to(x.dtype, copy=True)  # of its own, as an operator's results must be
+            else found.to(x.dtype, copy=True, memory_format=torch.contiguous_format)  # of its own, as it must be
             for x, found in zip(given[2:], small, strict=True)
         ]
         gradients += [to_u[i], to_delta[i], small[0], small[1].mT, small[2].mT, *small[3:]]
