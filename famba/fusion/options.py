@@ -5,8 +5,6 @@ from typing import Literal, get_args, get_type_hints
 
 from famba.errors import InputError
 
-Factor = Literal["order", "weighting", "feature", "position", "matching", "reduction"]
-
 
 @dataclass(frozen=True)
 class FusionOptions:

@@ -38,13 +38,12 @@ class Backend:
 
 def unsuited(device: str, allowed: tuple[torch.dtype, ...], *tensors: Tensor | None) -> str:
     """The reason why what runs on tensors of a device and of some types cannot run on these ("": it can)."""
-    *others, last = (str(dtype).removeprefix("torch.") for dtype in allowed)
-    names = f"{', '.join(others)} and {last}" if others else last
     for x in tensors:
         if x is not None and x.device.type != device:
             return f"it runs on {device} tensors, got {x.device}"
         if x is not None and x.dtype not in allowed:
-            return f"it runs on {names}, got {x.dtype}"
+            *others, last = (str(dtype).removeprefix("torch.") for dtype in allowed)
+            return f"it runs on {', '.join(others) + ' and ' * bool(others)}{last}, got {x.dtype}"
     return ""
 
 

@@ -14,13 +14,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from famba.kernels.cpu.conv import MOST_TAPS
 from famba.kernels.cpu.mixer import Direction
 from famba.kernels.ops import Side, bidirectional_conv1d_silu, bidirectional_scan
 from famba.kernels.scan import choose, selective_scan
 
 _DT_RANGE = (1e-3, 1e-1)  # softplus(dt_bias) is drawn log-uniformly from this range
 _DT_FLOOR = 1e-4
+_D_CONV = 4
 
 
 class BidirectionalMixer(nn.Module):
@@ -36,7 +36,6 @@ class BidirectionalMixer(nn.Module):
         d_model: int,
         d_state: int = 16,
         *,
-        d_conv: int = 4,
         expand: int = 2,
         average_directions: bool = True,
         backend: str = "auto",
@@ -53,10 +52,10 @@ class BidirectionalMixer(nn.Module):
         self.A_b_log = nn.Parameter(torch.empty(d_inner, d_state))
         self.D_b = nn.Parameter(torch.empty(d_inner))
         self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
-        self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner)
+        self.conv1d = nn.Conv1d(d_inner, d_inner, _D_CONV, groups=d_inner)
         self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(dt_rank, d_inner)
-        self.conv1d_b = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner)
+        self.conv1d_b = nn.Conv1d(d_inner, d_inner, _D_CONV, groups=d_inner)
         self.x_proj_b = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)
         self.dt_proj_b = nn.Linear(dt_rank, d_inner)
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
@@ -93,9 +92,9 @@ class BidirectionalMixer(nn.Module):
         scale = 0.5 if self.average_directions else 1.0
         left = self._direction(self.conv1d, self.x_proj, self.A_log, self.D, self.dt_proj)
         right = self._direction(self.conv1d_b, self.x_proj_b, self.A_b_log, self.D_b, self.dt_proj_b)
-        chosen = choose(self.backend, xz, xz, left.A, xz, xz, left.D, None, left.dt_bias)
+        chosen = choose(self.backend, xz, xz, left.A_log, xz, xz, left.D, None, left.dt_bias)
         plain_x_proj = _are_plain(self.x_proj, self.x_proj_b)
-        if chosen.run_mixer and plain_x_proj and self._has_plain and self.conv1d.kernel_size[0] <= MOST_TAPS:
+        if chosen.run_mixer and plain_x_proj and self._has_plain:
             return chosen.run_mixer(xz, left, right, scale)
         x, z = xz.chunk(2, dim=-1)
         (u, dt, B, C), (u_b, dt_b, B_b, C_b) = self._select(x)
@@ -140,9 +139,8 @@ class BidirectionalMixer(nn.Module):
         return _are_plain(self.conv1d, self.dt_proj, self.conv1d_b, self.dt_proj_b)
 
     def _direction(self, conv: nn.Conv1d, x_proj: nn.Linear, A_log: Tensor, D: Tensor, dt_proj: nn.Linear) -> Direction:
-        A = -torch.exp(A_log.float() if A_log.dtype != torch.float64 else A_log)
         assert conv.bias is not None
-        return Direction(conv.weight[:, 0], conv.bias, x_proj.weight, A, D, dt_proj.bias, dt_proj.weight)
+        return Direction(conv.weight, conv.bias, x_proj.weight, A_log, D, dt_proj.bias, dt_proj.weight)
 
 
 def _are_plain(*modules: nn.Module) -> bool:

@@ -169,8 +169,9 @@ class _Width(NamedTuple):
 
 
 class _ScanMemory(NamedTuple):
-    """Bytes that a mixer's scans need: one scan of (b, e, t) between its two passes, beside its inputs; and backward,
-    beside the gradient that comes in, in one scan, or, where `fused`, in both with all between the mixer's projections.
+    """Bytes that a mixer's scans need: one scan of (b, e, t) between its two passes, beside its inputs, with what A is
+    made of; and backward, beside the gradient that comes in, in one scan, or, where `fused`, in both with all between
+    the mixer's projections.
     """
 
     kept: Callable[[_Width, int], int]
@@ -196,14 +197,17 @@ def _triton_transient(w: _Width, t: int) -> int:
 
 # A backend of the scan that keeps something else is one more entry.
 _SCANS: dict[str, _ScanMemory] = {
-    "torch": _ScanMemory(lambda w, t: _FLOAT * math.ceil(t / scan._CHUNK) * w.b * w.n * w.e, _torch_transient, False),
+    "torch": _ScanMemory(
+        lambda w, t: _FLOAT * w.e * w.n * (2 + math.ceil(t / scan._CHUNK) * w.b), _torch_transient, False
+    ),
     "native": _ScanMemory(
         lambda w, t: _FLOAT * w.b * math.ceil(t / 16) * math.ceil(w.e / 16) * 16 * w.n,
         lambda w, t: w.product * w.b * t * (4 * w.e + 2 * w.selected),  # gradients of x, z, and of u, dt, B, C twice
         True,
     ),
     "triton": _ScanMemory(
-        lambda w, t: gpu_scan.kept_bytes(w.b, w.e, t, w.n) + w.copied(w.e * w.selected),  # x_proj as autocast casts it
+        # x_proj as autocast casts it; exp(A_log), A
+        lambda w, t: gpu_scan.kept_bytes(w.b, w.e, t, w.n) + w.copied(w.e * w.selected) + 2 * _FLOAT * w.e * w.n,
         _triton_transient,
         True,
     ),
@@ -288,7 +292,7 @@ def _kept(w: _Width, t: int, s: int, m: int, scans: _ScanMemory, *, late: bool) 
         # u, the step, B and C; and, since torch's convolution lays u out otherwise than x_proj reads it, a copy of u
         # (one image needs none)
         "selection": 2 * ((3 if w.b > 1 else 2) * wide + selected + w.copied(w.e * (w.selected + w.rank))),
-        "scan": 2 * (scans.kept(w, m) + 2 * _FLOAT * w.e * w.n),  # and exp(A_log), A
+        "scan": 2 * scans.kept(w, m),
         "gate": 2 * wide,  # the scans' sum and silu(gate)
         "out_proj": w.product * w.b * s * w.e + w.copied(w.d * w.e),
     }

@@ -144,6 +144,7 @@ class Trainer:
         self.mixer = None
         if p.data.augment == "timm":
             self.mixer = timm_transforms.mixer(p.data, len(images.classes), t.label_smoothing)
+        self.weights: list[Tensor] = list(model.parameters())
         groups = parameter_groups(model, t.weight_decay)
         self.optimiser = torch.optim.AdamW(groups, lr=t.lr, betas=t.betas, fused=True)
         self.ema = None
@@ -339,7 +340,7 @@ class Trainer:
             group["lr"] = lr
         loss, correct = self._loss_and_gradients(parts)
         limit = math.inf if t.clip_grad_norm is None else t.clip_grad_norm
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm = nn.utils.clip_grad_norm_(self.weights, limit)
         value, length, hits = torch.stack([loss, norm, correct]).tolist()  # the one time that a step waits for a GPU
         # The norm is that of all processes' gradients, so that all of them stop, or none.
         if not (math.isfinite(length) and math.isfinite(value)):
@@ -348,7 +349,7 @@ class Trainer:
         if self.ema is not None and step == 0:
             self.ema.load_state_dict(self.model.state_dict())
         elif self.ema is not None:
-            self.average(list(self.ema.parameters()), list(self.model.parameters()), step)
+            self.average(list(self.ema.parameters()), self.weights, step)
         return value, int(hits)
 
     def _loss_and_gradients(self, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:

@@ -139,8 +139,9 @@ def test_the_norm_agrees_with_double_precision(instruction_set, b, t, d, residua
 @needs_native
 @pytest.mark.parametrize("residual", [True, False])
 def test_the_norm_passes_torchs_own_checks(residual):
-    tensors = draw_norm(2, 3, 5, residual=residual)
-    torch.library.opcheck(torch.ops.famba.norm.default, (*tensors, 1e-5))
+    x, residual, weight = (x if x is None else x.detach() for x in draw_norm(2, 3, 5, residual=residual))
+    torch.library.opcheck(torch.ops.famba.norm.default, (x, residual, weight, 1e-5))
+    torch.library.opcheck(torch.ops.famba.norm_backward.default, (x, residual, x, torch.ones(2, 3), weight))
 
 
 @needs_native

@@ -12,7 +12,7 @@ from torch import Tensor
 from famba.errors import InputError
 from famba.kernels import reference
 from famba.kernels.cpu import runtime
-from famba.kernels.reference import register, register_backward
+from famba.kernels.reference import register
 
 Plan = runtime.structure("Plan")
 Fuse = runtime.structure("Fuse")
@@ -37,7 +37,24 @@ def plan(source: Tensor, target: Tensor, size: Tensor, order: str, weighting: st
 
 def fuse(x: Tensor, other: Tensor | None, destination: Tensor, weight: Tensor, s: int) -> tuple[Tensor, Tensor]:
     """`famba.fusion.merge.apply_both` by the native kernel, to one tensor or two."""
-    return torch.ops.famba.fuse(x, other, destination, weight, s)
+    run = _Fuse.apply if reference.wants_gradient(x, other) else torch.ops.famba.fuse
+    return run(x, other, destination, weight, s)  # pyright: ignore[reportReturnType]
+
+
+class _Fuse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, other, destination, weight, s):
+        ctx.two = other is not None
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(destination, weight)
+        return torch.ops.famba.fuse(x, other, destination, weight, s)
+
+    @staticmethod
+    def backward(ctx, grad, other):  # pyright: ignore[reportIncompatibleMethodOverride]
+        grads = grad, other if ctx.two else None
+        backward = reference.fuse_backward if reference.is_differentiated() else torch.ops.famba.fuse_backward
+        found = backward(*grads, *ctx.saved_tensors)
+        return *(None if grad is None else x for grad, x in zip(grads, found, strict=True)), None, None, None
 
 
 def plan_fake(source, target, size, in_order, by_size):
@@ -96,20 +113,6 @@ def _run(name: str, given, made: tuple[Tensor, ...], destination: Tensor, weight
         raise InputError(f"destination: not all places are in 0..{s - 1}")
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    _, other, destination, weight, _ = inputs
-    ctx.two = other is not None
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(destination, weight)
-
-
-def _backward(ctx, grad, other):
-    grads = grad, other if ctx.two else None
-    backward = reference.fuse_backward if reference.is_differentiated() else torch.ops.famba.fuse_backward
-    found = backward(*grads, *ctx.saved_tensors)
-    return *(None if grad is None else x for grad, x in zip(grads, found, strict=True)), None, None, None
-
-
 register(
     "plan(Tensor source, Tensor target, Tensor size, bool in_order, bool by_size) -> (Tensor, Tensor, Tensor, Tensor)",
     _plan, plan_fake, "CPU",
@@ -122,4 +125,3 @@ register(
     "fuse_backward(Tensor? grad, Tensor? other, Tensor destination, Tensor weight) -> (Tensor, Tensor)",
     _fuse_backward, fuse_backward_fake, "CPU",
 )  # fmt: skip
-register_backward("fuse", _backward, _setup_context)

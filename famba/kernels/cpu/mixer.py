@@ -22,15 +22,19 @@ from famba.kernels.reference import register
 
 
 class Direction(NamedTuple):
-    """The parameters of one direction of a mixer."""
+    """The parameters of one direction of a mixer, as they are stored."""
 
-    conv_weight: Tensor  # (e, k)
+    conv_weight: Tensor  # (e, 1, k)
     conv_bias: Tensor
     x_proj: Tensor  # (m + 2 n, e)
-    A: Tensor  # (e, n)
+    A_log: Tensor  # (e, n)
     D: Tensor
     dt_bias: Tensor
     dt_proj: Tensor  # (e, m)
+
+    @property
+    def A(self) -> Tensor:
+        return -torch.exp(self.A_log.float() if self.A_log.dtype != torch.float64 else self.A_log)
 
 
 def mix(xz: Tensor, forward: Direction, backward: Direction, scale: float) -> Tensor:
@@ -74,8 +78,12 @@ def _backward(grad: Tensor, xz: Tensor, *parameters: Tensor, kept: Sequence[Tens
     grad_x_proj = torch.bmm(flat.mT, u.flatten(1, 2)).to(x_projs[0].dtype)
     grad_u.flatten(1, 2).baddbmm_(flat, x_proj)
     grad_convs = torch.ops.famba.convs_backward(grad_u, xz, convs, grad_xz)
-    parts = zip((grad_convs[:2], grad_convs[2:]), grad_x_proj, (grad_scans[:4], grad_scans[4:]), strict=True)
-    return [grad_xz, *(g for conv, x_proj, scan in parts for g in (*conv, x_proj, *scan))]
+    gradients = [grad_xz]
+    for i in (0, 1):
+        (weight, bias), (grad_A, *others) = grad_convs[2 * i : 2 * i + 2], grad_scans[4 * i : 4 * i + 4]
+        grad_A_log = (grad_A * scans[4 * i]).to(parameters[7 * i + 3].dtype)
+        gradients += [weight[:, None], bias, grad_x_proj[i], grad_A_log, *others]
+    return gradients
 
 
 def _by_torch(xz: Tensor, *parameters: Tensor, scale: float) -> Tensor:
@@ -83,8 +91,8 @@ def _by_torch(xz: Tensor, *parameters: Tensor, scale: float) -> Tensor:
     y = torch.zeros_like(x)
     for reverse, given in enumerate((parameters[:7], parameters[7:])):
         p = Direction(*given)
-        u = reference.conv(x, p.conv_weight, p.conv_bias, bool(reverse))
-        n, m = p.A.shape[1], p.dt_proj.shape[1]
+        u = reference.conv(x, p.conv_weight[:, 0], p.conv_bias, bool(reverse))
+        n, m = p.A_log.shape[1], p.dt_proj.shape[1]
         dt, B, C = functional.linear(u.mT, p.x_proj.to(u.dtype)).split([m, n, n], dim=2)
         delta = functional.linear(dt, p.dt_proj.to(u.dtype)).mT
         y = y + reference.selective_scan_ref(u, delta, p.A, B.mT, C.mT, p.D, None, p.dt_bias, True, bool(reverse))
@@ -93,8 +101,9 @@ def _by_torch(xz: Tensor, *parameters: Tensor, scale: float) -> Tensor:
 
 def _split(parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Those of both convolutions, of x_proj, and of both scans."""
-    one, other = parameters[:7], parameters[7:]
-    return [*one[:2], *other[:2]], [one[2], other[2]], [*one[3:], *other[3:]]
+    sides = Direction(*parameters[:7]), Direction(*parameters[7:])
+    convs = [x for side in sides for x in (side.conv_weight[:, 0], side.conv_bias)]
+    return convs, [side.x_proj for side in sides], [x for side in sides for x in (side.A, *side[4:])]
 
 
 def _view(x: Tensor, direction: int = 0, channel: int = 0):
@@ -107,9 +116,9 @@ def _view(x: Tensor, direction: int = 0, channel: int = 0):
 def _conv_jobs(xz: Tensor, parameters: list[Tensor]):
     b, t, e2 = xz.shape
     k = parameters[0].shape[1]
-    jobs = (conv.Conv * 2)()
+    jobs, x = (conv.Conv * 2)(), _view(xz)
     for i in (0, 1):
-        jobs[i] = conv.Conv(b, e2 // 2, t, k, i, 0, 2, 0, _view(xz))
+        jobs[i] = conv.Conv(b, e2 // 2, t, k, i, 0, 2, 0, x)
         jobs[i].weight, jobs[i].bias = (x.data_ptr() for x in parameters[2 * i : 2 * i + 2])
     return jobs
 
@@ -132,9 +141,9 @@ def _convs_fake(xz: Tensor, parameters: list[Tensor]) -> Tensor:
 def _convs_backward(grad: Tensor, xz: Tensor, parameters: list[Tensor], grad_xz: Tensor):
     grads = [torch.empty_like(x, dtype=torch.float32) for x in parameters]
     kept = [float32(x) for x in parameters]
-    jobs = _conv_jobs(xz, kept)
+    jobs, grad_x = _conv_jobs(xz, kept), _view(grad_xz)
     for i in (0, 1):
-        jobs[i].grad_out, jobs[i].grad_x, jobs[i].add = _view(grad, i), _view(grad_xz), i
+        jobs[i].grad_out, jobs[i].grad_x, jobs[i].add = _view(grad, i), grad_x, i
         jobs[i].grad_weight, jobs[i].grad_bias = (x.data_ptr() for x in grads[2 * i : 2 * i + 2])
     runtime.call("famba_conv_backward", jobs)
     return tuple(g.to(x.dtype) for g, x in zip(grads, parameters, strict=True))
@@ -181,8 +190,9 @@ def _scans_backward(grad, xz, u, x_dbl, y, states, parameters: list[Tensor], sca
     grads = [torch.empty_like(x, dtype=torch.float32) for x in parameters]
     kept = [float32(x) for x in parameters]
     jobs = _scan_jobs(xz, u, x_dbl, states, kept, scale)
+    z, grad_out = _view(xz, channel=e), _view(grad)
     for i, job in enumerate(jobs):
-        job.z, job.grad_out = _view(xz, channel=e), _view(grad)
+        job.z, job.grad_out = z, grad_out
         job.grad_u, job.grad_delta = _view(grad_u, i), _view(grad_x_dbl, i)
         job.grad_B, job.grad_C = _view(grad_x_dbl, i, m), _view(grad_x_dbl, i, m + n)
         job.grad_A, job.grad_D, job.grad_dt_bias, job.grad_dt_proj = (x.data_ptr() for x in grads[4 * i : 4 * i + 4])

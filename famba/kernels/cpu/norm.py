@@ -9,7 +9,7 @@ from torch import Tensor
 from famba.kernels import reference
 from famba.kernels.cpu import runtime
 from famba.kernels.cpu.runtime import pointer
-from famba.kernels.reference import register, register_backward
+from famba.kernels.reference import register
 
 Norm = runtime.structure("Norm")
 
@@ -25,8 +25,34 @@ def unsuited(x: Tensor, residual: Tensor | None, weight: Tensor) -> str:
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`famba.kernels.ops.add_rms_norm` by the native kernel."""
     x = x.float()
-    out, total, _ = torch.ops.famba.norm(x, residual, weight, eps)
+    run = _AddNorm.apply if reference.wants_gradient(x, residual, weight) else torch.ops.famba.norm
+    out, total, _ = run(x, residual, weight, eps)
     return out, x if residual is None else total
+
+
+class _AddNorm(torch.autograd.Function):
+    """Not torch's registration, which takes longer than the kernel of a small model."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps):
+        out, total, scale = torch.ops.famba.norm(x, residual, weight, eps)
+        ctx.added, ctx.eps = residual is not None, eps
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(scale)
+        ctx.save_for_backward(total if ctx.added else x, scale, weight)
+        return out, total, scale
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_sum, _):  # pyright: ignore[reportIncompatibleMethodOverride]
+        total, scale, weight = ctx.saved_tensors
+        grads = grad_out, grad_sum if ctx.added else None
+        grad_x, grad_weight = reference.gradients(
+            lambda: torch.ops.famba.norm_backward(*grads, total, scale, weight),
+            lambda total, weight: reference.norm(total, None, weight, ctx.eps),
+            (total, weight),
+            *grads,
+        )
+        return grad_x, grad_x if ctx.added else None, grad_weight, None
 
 
 def _norm_fake(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float):
@@ -63,25 +89,6 @@ def _norm_backward_fake(grad_out, grad_sum, x, scale, weight):
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    x, residual, weight, eps = inputs
-    ctx.added, ctx.eps = residual is not None, eps
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1] if ctx.added else x, output[2], weight)
-
-
-def _backward(ctx, grad_out, grad_sum, _):
-    total, scale, weight = ctx.saved_tensors
-    grads = grad_out, grad_sum if ctx.added else None
-    grad_x, grad_weight = reference.gradients(
-        lambda: torch.ops.famba.norm_backward(*grads, total, scale, weight),
-        lambda total, weight: reference.norm(total, None, weight, ctx.eps),
-        (total, weight),
-        *grads,
-    )
-    return grad_x, grad_x if ctx.added else None, grad_weight, None
-
-
 register(
     "norm(Tensor x, Tensor? residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)", _norm, _norm_fake, "CPU"
 )
@@ -89,4 +96,3 @@ register(
     "norm_backward(Tensor? grad_out, Tensor? grad_sum, Tensor x, Tensor scale, Tensor weight) -> (Tensor, Tensor)",
     _norm_backward, _norm_backward_fake, "CPU",
 )  # fmt: skip
-register_backward("norm", _backward, _setup_context)
