@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from famba.analysis.cost import predicted_ms
 from famba.bench.model import Setting, Training
 from famba.bench.timing import ratio
-from famba.errors import InputError
 from famba.fusion import merge
 from famba.fusion.matching import Matching, match_tokens
 from famba.kernels import precision
@@ -101,22 +101,6 @@ def bench_schedules(setting: Setting) -> dict[str, list[dict[str, Any]]]:
         "schedules": rows,
         "uniform": [{"r": r, **of_unfused(f"r = {r}")} for r in setting.uniform],
     }
-
-
-def predicted_ms(counts: Sequence[int], unfused_ms: Mapping[int, float]) -> float:
-    """Time of a step with these token counts by layer, from the times of steps without fusion by length.
-
-    Each layer costs 1 / depth of a step of its length, interpolated between the two nearest measured lengths. What does
-    not depend on the length, mostly the optimiser, is thus counted once; the patch embedding slightly less.
-
-    Raises:
-        InputError: a length outside the measured ones.
-    """
-    lengths = sorted(unfused_ms)
-    for t in counts:
-        if not lengths[0] <= t <= lengths[-1]:
-            raise InputError(f"counts: {t} tokens; measured were {lengths[0]}..{lengths[-1]}")
-    return float(np.mean(np.interp(counts, lengths, [unfused_ms[t] for t in lengths])))
 
 
 def break_even(uniform: Sequence[Mapping[str, Any]]) -> int | None:

@@ -20,8 +20,8 @@ from torch.nn import functional
 
 from famba import config, create_model, data, fuse, match_tokens, plots
 from famba.analysis import summary, tokens
+from famba.analysis.cost import predicted_ms
 from famba.analysis.tokens import Traced
-from famba.bench import fusing
 from famba.errors import FambaError, InputError
 from famba.fusion import merge, strategies
 from famba.fusion.strategies import STRATEGIES
@@ -96,7 +96,7 @@ class ScheduleExplorer(ipywidgets.VBox):
     def _costs(self, schedule: Sequence[int]) -> dict[str, Any]:
         cost = flops.analyse(self._sizes, schedule, batch=self._batch, backend="native")
         try:
-            time_s = fusing.predicted_ms(cost.token_counts[1:], self._ms) / 1000
+            time_s = predicted_ms(cost.token_counts[1:], self._ms) / 1000
         except InputError:  # shorter than what was measured
             time_s = float("nan")
         return {

@@ -16,7 +16,6 @@ from famba import bench, plots
 from famba.bench import fusing, growth, loading, model, profile, scan, timing
 from famba.bench.model import FULL, QUICK, Training, available
 from famba.cli import main
-from famba.errors import InputError
 from famba.fusion import merge
 from famba.kernels import ops
 from famba.kernels.scan import selective_scan, selective_scan_ref
@@ -187,15 +186,6 @@ def test_shares_of_a_step_sum_to_one():
     assert set(table["part"]) == set(profile.PARTS)
     assert table["step"].nunique() == len(BACKENDS) + 2 * ("native" in BACKENDS)
     np.testing.assert_allclose(table.groupby("step")["share"].sum(), 1)
-
-
-def test_a_steps_time_is_predicted_layer_by_layer():
-    unfused_ms = {10: 20.0, 20: 30.0, 40: 70.0}
-    assert fusing.predicted_ms([20, 20, 20], unfused_ms) == 30
-    assert fusing.predicted_ms([40, 20, 10], unfused_ms) == 40
-    assert fusing.predicted_ms([30, 15], unfused_ms) == (50 + 25) / 2
-    with pytest.raises(InputError, match=r"counts: 9 tokens; measured were 10\.\.40"):
-        fusing.predicted_ms([20, 9], unfused_ms)
 
 
 def test_the_smallest_r_that_is_faster_is_the_break_even():
