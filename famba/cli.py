@@ -86,6 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--profile", help="of one that names none; the one that params.yaml names if not given")
     add("--jobs", type=int, default=2, help="runs trained at the same time, each on one thread")
 
+    add = command("recheck", _recheck, "train recorded runs again: does changed code still train the same?", "plots")
+    add("names", nargs="+", metavar="name", help="of ablations; of each variant the first seed's run is trained")
+    add("--variants", nargs="+", default=[], metavar="NAME", help="these alone")
+    add("--jobs", type=int, default=2, help="runs trained at the same time, each on one thread")
+
     add = command("params", _params, "print the parameters that a run gets, its profile applied, as JSON")
     add("--strategy", required=True, help="one of params.yaml's, under fusion")
     add("--profile", help="one of params.yaml's; the one that it names itself if not given")
@@ -184,6 +189,12 @@ def _ablation(options: argparse.Namespace) -> None:
     from famba.experiments import ablations
 
     print(ablations.make(options.name, profile=options.profile, jobs=options.jobs))
+
+
+def _recheck(options: argparse.Namespace) -> None:
+    from famba.experiments import recheck
+
+    print(recheck.recheck(options.names, variants=options.variants, jobs=options.jobs))
 
 
 def _params(options: argparse.Namespace) -> None:

@@ -65,7 +65,7 @@ def record(name: str, asked: AblationParams, folder: Path, *, profile: str, runs
     known = _Record(folder, asked, dict(zip([(x, seed) for x in params for seed in asked.seeds], cells, strict=True)))
     missing = {runs.run_name(*run): run for run in known.missing()}
     untrained = sweep.missing([known.cells[run] for run in missing.values()])
-    train = functools.partial(sweep.ensure, train_missing=True, known_code=True)
+    train = functools.partial(sweep.ensure, train_missing=True)
     todo = {cell.run_dir.name: cell for cell in untrained}
     for name in [name for name in missing if name not in todo]:
         known.add(missing[name])

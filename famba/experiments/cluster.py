@@ -87,7 +87,7 @@ def _cells(stage: str, profile: str, results: Path) -> dict[Path, list[Cell]]:
 
 
 def _train(cell: Cell) -> Path:
-    return sweep.ensure(cell, train_missing=True, known_code=True)
+    return sweep.ensure(cell, train_missing=True)
 
 
 class Job:

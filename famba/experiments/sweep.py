@@ -101,7 +101,7 @@ def missing(cells: Sequence[Cell]) -> list[Cell]:
     """Those whose runs are not there, complete, with these parameters and trained by the code of today."""
     from famba.training import fit
 
-    return [cell for cell in cells if _why_not(cell, fit.made_of(cell.p, seed=cell.seed), known_code=True)]
+    return [cell for cell in cells if _why_not(cell, fit.made_of(cell.p, seed=cell.seed))]
 
 
 def ensure_costs(sweep: SweepParams, *, profile: str, results_dir: str | Path, measure: bool) -> "pd.DataFrame":
@@ -137,14 +137,11 @@ def ensure_run(run_dir: str | Path, *, strategy: str, seed: int, profile: str, t
     return ensure(Cell(Path(run_dir), config.load(profile, strategy=strategy), seed), train_missing=train_missing)
 
 
-def ensure(cell: Cell, *, train_missing: bool, known_code: bool = False) -> Path:
+def ensure(cell: Cell, *, train_missing: bool) -> Path:
     """The folder of the run of any parameters, checked; arguments and errors as in `ensure_run`.
 
-    A run that was trained here says by what code, and is trained again by other code where that is allowed. The
-    pipeline, which must not train here, sees to that itself. A run that another process is making is waited for.
-
-    Args:
-        known_code: train a run again that does not say by what code it was trained.
+    A run says by what code it was trained, and is trained again by other code where that is allowed. The pipeline must
+    not train here, and sees to that itself. A run that another process is making is waited for.
     """
     folder = config.root() / cell.run_dir
     if not train_missing:
@@ -154,17 +151,17 @@ def ensure(cell: Cell, *, train_missing: bool, known_code: bool = False) -> Path
     from famba.training import fit
 
     made_of = fit.made_of(cell.p, seed=cell.seed)
-    if _why_not(cell, made_of, known_code):
+    if _why_not(cell, made_of):
         with runs.held(folder, wait=True):
-            if _why_not(cell, made_of, known_code):  # else a process that was waited for has made it
+            if _why_not(cell, made_of):  # else a process that was waited for has made it
                 run = fit.fit(cell.p, seed=cell.seed)
-                cost = {**run.cost, "made_of": made_of, "command": cell.command or run.cost["command"]}
+                cost = {**run.cost, "command": cell.command or run.cost["command"]}
                 runs.write(dataclasses.replace(run, cost=cost), folder)
                 fit.forget(cell.p, seed=cell.seed)
     return folder
 
 
-def _why_not(cell: Cell, made_of: str | None = None, known_code: bool = False) -> str:
+def _why_not(cell: Cell, made_of: str | None = None) -> str:
     """Empty if the cell's folder holds its run, else the reason."""
     folder, p, seed = config.root() / cell.run_dir, cell.p, cell.seed
     try:
@@ -177,6 +174,6 @@ def _why_not(cell: Cell, made_of: str | None = None, known_code: bool = False) -
         return f"{folder / 'params.json'}: other parameters than params.yaml gives for {p.strategy} in {p.profile}"
     if run.metrics.get("init_sha256") != p.init_sha256(seed):
         return f"{folder / 'metrics.json'}: init_sha256: started from other weights than {p.init_path(seed)} holds now"
-    if made_of is not None and run.cost.get("made_of", "" if known_code else made_of) != made_of:
+    if made_of is not None and run.cost.get("made_of") != made_of:
         return f"{folder / 'cost.json'}: made_of: {run.cost.get('made_of')}, other code than today's"
     return ""

@@ -20,6 +20,7 @@ from famba import config
 from famba.errors import InputError
 from famba.storage.files import json_bytes, write_atomic
 
+SAME_RUNS = "results/records/same_runs.json"
 _PACKAGE = Path(__file__).resolve().parents[1]
 # Libraries that compute or draw what is published: another version may give other numbers. Others only carry them.
 _LIBRARIES = ("matplotlib", "numpy", "pandas", "scipy", "seaborn", "timm", "torch", "triton")
@@ -28,6 +29,18 @@ _LIBRARIES = ("matplotlib", "numpy", "pandas", "scipy", "seaborn", "timm", "torc
 def of_module(name: str) -> str:
     """The digest of a module of famba, such as `famba.training.fit`, and of all that it imports: 16 hex digits."""
     return _digest(_closure([name]))
+
+
+def of_training() -> str:
+    """The digest of the training code; or that of earlier code, if today's trains the same (`experiments.recheck`)."""
+    digest, known = of_module("famba.training.fit"), same_runs()
+    return known["same_as"] if known.get("code") == digest else digest
+
+
+def same_runs() -> dict[str, Any]:
+    """Which `code` was found to train the same `runs` as the code that it is the `same_as`; empty if none was."""
+    path = config.root() / SAME_RUNS
+    return json.loads(path.read_bytes()) if path.exists() else {}
 
 
 def of_notebook(path: Path) -> dict[str, Any]:

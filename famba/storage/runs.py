@@ -143,7 +143,7 @@ class RunRecord:
             `flops_per_image` (by formula, of a forward pass with its scans), `params_count`, `threads`,
             `device`, `versions`, `command`, `kernels` (the backend that ran each function, and the native ones'
             `instruction_set`), `tf32` (whether fp32 products were rounded so), `nondeterministic` (what was, by name),
-            `epoch_time_s` (one per epoch).
+            `epoch_time_s` (one per epoch), `made_of` (parameters, seed and code, `training.fit.made_of`).
             Where nothing was trained (`train.epochs` 0), a step is a forward pass, and the epoch is number 0.
         history: one dict of `HISTORY_COLUMNS` per epoch; None in the ema columns of a run without. Empty where nothing
             was trained.

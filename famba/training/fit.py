@@ -95,7 +95,8 @@ def fit(p: Params, *, seed: int, progress: bool = False, callbacks: Sequence[Cal
                 trainer.only_evaluate()
             while trainer.epoch < p.train.epochs:
                 trainer.run_epoch()
-            return trainer.finish()
+            run = trainer.finish()
+            return dataclasses.replace(run, cost={**run.cost, "made_of": made_of(p, seed=seed)})
 
 
 def build(p: Params, *, classes: int, seed: int) -> VisionMamba:
@@ -115,7 +116,7 @@ def folder(p: Params, *, seed: int) -> Path:
 def made_of(p: Params, *, seed: int) -> str:
     """What a run is made of, on whichever machine: parameters, seed, code and weights to start from, as one name."""
     start = p.init_sha256(seed)
-    return f"{p.digest(seed)}-{provenance.of_module(__name__)}" + ("" if start is None else f"-{start[:12]}")
+    return f"{p.digest(seed)}-{provenance.of_training()}" + ("" if start is None else f"-{start[:12]}")
 
 
 def forget(p: Params, *, seed: int) -> None:

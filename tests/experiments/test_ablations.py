@@ -15,6 +15,7 @@ from famba.analysis import records
 from famba.analysis import trained as models
 from famba.config import AblationParams, SweepParams
 from famba.experiments import ablations, launcher, sweep
+from famba.storage import provenance
 
 ASKED = AblationParams(
     strategies=("none", "upper"), varied=("upper",), changes={"append": {"options.order": "append"}}, seeds=(0, 3)
@@ -149,3 +150,11 @@ def test_every_committed_line_names_an_ablation_that_makes_its_run():
     found = [records.read(file.parent)["command"] for file in config.root().glob("results/records/*/runs.csv")]
     assert len(found) >= len(known)
     assert set(pd.concat(found)) <= known
+
+
+def test_every_committed_line_was_trained_by_this_code():
+    files = list(config.root().glob("results/records/*/runs.csv"))
+    assert len(files) > 5
+    for file in files:
+        codes = records.read(file.parent)["made_of"].str.split("-").str[1]
+        assert set(codes) == {provenance.of_training()}, f"{file}: python -m famba recheck"

@@ -29,7 +29,7 @@ def trained(monkeypatch) -> list[tuple[str, int]]:
     def fit(p, *, seed):
         made.append((p.strategy, seed))
         run = make_run(p.strategy, seed, profile=p.profile, params=p.as_dict())
-        run.cost["command"] = "none"
+        run.cost.update(command="none", made_of=made_of(p, seed=seed))
         if (start := p.init_sha256(seed)) is not None:
             run.metrics["init_sha256"] = start
         return run
@@ -115,9 +115,7 @@ def test_a_run_that_started_from_other_weights_is_refused_or_trained_again(tmp_p
         sweep.ensure_run(tmp_path / "run", **RUN, train_missing=False)
 
 
-def test_a_run_of_other_code_is_trained_again_where_that_is_allowed_and_one_of_unknown_code_is_taken(
-    tmp_path, trained, monkeypatch
-):
+def test_a_run_of_other_or_unknown_code_is_trained_again_where_that_is_allowed(tmp_path, trained, monkeypatch):
     sweep.ensure_run(tmp_path, **RUN, train_missing=True)
     monkeypatch.setattr(sys.modules["famba.training.fit"], "code", "changed")
     sweep.ensure_run(tmp_path, **RUN, train_missing=False)
@@ -126,9 +124,9 @@ def test_a_run_of_other_code_is_trained_again_where_that_is_allowed_and_one_of_u
     assert len(trained) == 2
     cost = json.loads((tmp_path / "cost.json").read_text())
     assert cost.pop("made_of").endswith("-changed")
-    (tmp_path / "cost.json").write_text(json.dumps(cost))  # as of a run that was trained elsewhere
+    (tmp_path / "cost.json").write_text(json.dumps(cost))
     sweep.ensure_run(tmp_path, **RUN, train_missing=True)
-    assert len(trained) == 2
+    assert len(trained) == 3
 
 
 def test_a_run_that_another_process_is_making_is_waited_for_and_taken(tmp_path, trained, monkeypatch):

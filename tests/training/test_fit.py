@@ -107,6 +107,10 @@ def test_the_cost_of_a_run_is_measured(undisturbed):
     assert cost["kernels"] == kernels("auto", torch.device("cpu"), model.config, "fp32")
 
 
+def test_a_run_says_what_it_was_made_of(undisturbed):
+    assert undisturbed.cost["made_of"] == f"{smoke(**THREE).digest(1)}-{fit.provenance.of_training()}"
+
+
 def test_a_run_says_of_each_test_image_whether_it_was_classified_correctly(undisturbed, weights):
     """The answers of its weights, image by image, with the fold that seed 1 tests."""
     images = fit.data.load(smoke().data, seed=1)
