@@ -1,6 +1,7 @@
 """The site that `make docs` builds: README.md, docs/, results/ and notebooks/, where they lie, and the docstrings."""
 
 import os
+import re
 from pathlib import Path
 
 from nbformat import reads, v4, writes
@@ -61,7 +62,10 @@ def complete(app, docname, source):
 def shown(name, notebook):
     """A notebook as executed on this machine, where that copy is of the same text, with a line that says so."""
     committed = texts(notebook)
-    for path in [*EXECUTED.glob(f"{name}.ipynb"), *sorted(EXECUTED.glob(f"{name}-upper*.ipynb"))][:1]:
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    given = re.search(r'= "(\w+)"', cells[0].source) if cells else None  # the copy with its own first parameter
+    copies = [f"{name}.ipynb", *([f"{name}-{given[1]}*.ipynb"] if given else [])]
+    for path in [path for copy in copies for path in sorted(EXECUTED.glob(copy))][:1]:
         executed = reads(path.read_text(), as_version=4)
         if texts(executed) == committed:
             notebook = executed

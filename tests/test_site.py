@@ -31,8 +31,10 @@ def test_every_public_name_has_an_entry_in_the_api():
 def test_the_site_shows_an_executed_copy_of_the_same_notebook_only(tmp_path, monkeypatch):
     monkeypatch.setattr(conf, "EXECUTED", tmp_path)
     new = conf.v4.new_code_cell
-    committed = conf.v4.new_notebook(cells=[conf.v4.new_markdown_cell("# Title"), new("r = 1"), new("print(r)")])
-    given = new("r = 2", metadata={"tags": ["injected-parameters"]})
+    committed = conf.v4.new_notebook(
+        cells=[conf.v4.new_markdown_cell("# Title"), new('kind = "upper"'), new("print(r)")]
+    )
+    given = new('kind = "upper"', metadata={"tags": ["injected-parameters"]})
     printed = new("print(r)", outputs=[conf.v4.new_output("stream", text="2")])
     executed = conf.v4.new_notebook(cells=[*committed.cells[:2], given, printed])
 
@@ -41,6 +43,8 @@ def test_the_site_shows_an_executed_copy_of_the_same_notebook_only(tmp_path, mon
         return cells[1].source, cells[-1].outputs
 
     assert shown() == ("{download}`tokens.ipynb`, without outputs: it was not executed here.", [])
+    (tmp_path / "tokens-lower.ipynb").write_text(conf.writes(executed))
+    assert shown()[1] == [], "of another parameter"
     (tmp_path / "tokens-upper.ipynb").write_text(conf.writes(executed))
     assert shown() == ("{download}`tokens.ipynb`, with its outputs.", printed.outputs)
     committed.cells[2].source = "print(r + 1)"
