@@ -1,8 +1,8 @@
 """The functions of these kernels by torch's own operations: the reference in tests, and the path of other derivatives.
 
-A kernel is registered as an operator, and has its first derivatives, for backward. A gradient that is itself to be
-differentiated (create_graph), and everything inside torch.func's transforms or forward-mode differentiation, is
-computed by these functions instead.
+A kernel is registered as an operator. Its first derivatives, for backward, are registered with it or those of a node of
+autograd's graph around it. A gradient that is itself to be differentiated (create_graph), and everything inside
+torch.func's transforms or forward-mode differentiation, is computed by these functions instead.
 
 Axes: b batch, e channels (d_inner), t tokens in scan order, n states per channel, k taps, d d_model.
 """
@@ -53,8 +53,8 @@ def register_gradient(name: str, function: Callable[..., Any], kept: int = 0) ->
         ctx.save_for_backward(*tensors, *(output[-kept:] if kept else ()))
 
     def backward(ctx, *grads):
-        saved, count = ctx.saved_tensors, len(ctx.saved_tensors) - kept
-        tensors, given = saved[:count], grads[: len(grads) - kept]
+        saved = ctx.saved_tensors  # once: hooks may compute it again each time
+        tensors, given = saved[: len(saved) - kept], grads[: len(grads) - kept]
         run = getattr(torch.ops.famba, f"{name}_backward")
         found = gradients(
             lambda: run(*given, *saved, *ctx.options), lambda *x: function(*x, *ctx.options), tensors, *given

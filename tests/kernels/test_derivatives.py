@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from famba import FusionOptions, create_model
 from famba.errors import BackendError
@@ -186,6 +187,21 @@ def test_every_hook_on_a_block_and_on_what_it_calls_runs(model, images, path):
     for handle in handles:
         handle.remove()
     assert ran == ["forward_pre", "forward", "full_backward_pre", "full_backward"]
+
+
+@pytest.mark.parametrize("backend", ["torch", NATIVE])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_backward_needs_may_be_computed_again(images, backend, reentrant):
+    model = create_model("vim_nano", num_classes=3, depth=2, d_model=16, schedule=[2, 1], backend=backend)
+    images = images.clone().requires_grad_()
+
+    def gradients(logits):
+        model.zero_grad()
+        logits.square().sum().backward()
+        return [weight.grad for weight in model.parameters()]
+
+    want = gradients(model(images))
+    assert_close(gradients(checkpoint(model, images, use_reentrant=reentrant)), want)
 
 
 @pytest.mark.parametrize("position", ["before_mixer", "after_scan"])

@@ -55,7 +55,8 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        inputs, kept = ctx.saved_tensors[:15], ctx.saved_tensors[15:]
+        saved = ctx.saved_tensors  # once: hooks may compute it again each time
+        inputs, kept = saved[:15], saved[15:]
         kernel = partial(_backward, grad, *inputs, kept=kept, scale=ctx.scale)
         return None, *reference.gradients(kernel, partial(_by_torch, scale=ctx.scale), inputs, grad)
 
