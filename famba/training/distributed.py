@@ -122,11 +122,6 @@ def join(device: torch.device) -> Processes:
         from accelerate import Accelerator
     except ImportError:
         raise InputError(_MISSING) from None
-    here, devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-    if device.type == "cuda" and here > devices:
-        raise InputError(
-            f"train.processes: {here} on this machine, each on a GPU; torch sees {devices} CUDA devices here"
-        )
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
     return Processes(accelerator.device, accelerator)
 

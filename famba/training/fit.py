@@ -127,6 +127,10 @@ def forget(p: Params, *, seed: int) -> None:
 
 def _fit_in_processes(p: Params, seed: int, progress: bool, callbacks: Sequence[Callback]) -> Run:
     """The run as `train.processes` processes make it, each by `fit`, and as the first of them writes it."""
+    if _device(p.train).type == "cuda" and p.train.processes > torch.cuda.device_count():
+        raise InputError(
+            f"train.processes: {p.train.processes}, each on a GPU; torch sees {torch.cuda.device_count()} CUDA devices"
+        )
     checkpoints = folder(p, seed=seed)
     live, out, last_ns = checkpoints / LIVE_HISTORY, checkpoints / "run", 0
 

@@ -384,8 +384,8 @@ class Trainer:
 
     def _raise_not_finite(self, parts: Sequence[Part], loss: float, norm: float, lr: float, step: int) -> None:
         """Name the module of the first value that is not finite; the weights are those before the step."""
-        # Clipping by a norm that is not finite has spoilt all gradients: they are made again.
-        self._forward_backward(parts)
+        if not math.isfinite(norm):  # which all processes know: clipping has spoilt all gradients; they are made again
+            self._forward_backward(parts)
         place = ""
         for images, _ in parts:
             with autocast(self.device, self.p.train.precision):
