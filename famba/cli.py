@@ -87,8 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--jobs", type=int, default=2, help="runs trained at the same time, each on one thread")
 
     add = command("recheck", _recheck, "train recorded runs again: does changed code still train the same?", "plots")
-    add("names", nargs="+", metavar="name", help="of ablations; of each variant the first seed's run is trained")
-    add("--variants", nargs="+", default=[], metavar="NAME", help="these alone")
+    said = "an ablation, of which each variant is trained with the first seed, or ablation:variant"
+    add("names", nargs="+", metavar="name", help=said)
     add("--jobs", type=int, default=2, help="runs trained at the same time, each on one thread")
 
     add = command("params", _params, "print the parameters that a run gets, its profile applied, as JSON")
@@ -194,7 +194,7 @@ def _ablation(options: argparse.Namespace) -> None:
 def _recheck(options: argparse.Namespace) -> None:
     from famba.experiments import recheck
 
-    print(recheck.recheck(options.names, variants=options.variants, jobs=options.jobs))
+    print(recheck.recheck(options.names, jobs=options.jobs))
 
 
 def _params(options: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ again and must find the same, bit for bit.
 
 import functools
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,56 +23,65 @@ _FOLDER = Path("build") / "recheck"
 _MAY_DIFFER = ("device", "versions", "command", "made_of", "peak_memory_mib")  # the last: cost.csv is measured anew
 
 
-def recheck(names: Sequence[str], *, variants: Collection[str] = (), jobs: int = 1) -> Path:
+def recheck(names: Sequence[str], *, jobs: int = 1) -> Path:
     """Train runs of recorded ablations again, and write down that today's code trains the same as the code before it.
 
-    From then on what that code trained counts as known. Of each variant the first seed's run is trained, and its line
-    must be the recorded one in all but device, versions, command and peak memory; so it takes a processor like the one
-    that trained it, and as many runs as it takes to be sure: the file names them.
+    From then on what that code trained on a CPU counts as known. A variant's run with the first seed is trained, and
+    its line must be the recorded one in all but device, versions, command and peak memory; so it takes a processor like
+    the one that trained it, and as many runs as it takes to be sure: the file names them.
 
     Args:
-        variants: these alone.
-        jobs: runs trained at the same time.
+        names: of ablations, of which each variant is trained; or `ablation:variant`.
+        jobs: runs trained at the same time, begun in that order.
 
     Raises:
         InputError: an ablation, variant or run that is not recorded, or one recorded of other parameters; runs that
             were recorded of different code.
-        TrainingError: a run that finds something else; names the run and what differs. Nothing is written.
+        TrainingError: a run that finds something else, which it names; then earlier code no longer counts as the same.
     """
-    cells: dict[str, tuple[str, sweep.Cell, dict[str, str]]] = {}
-    for name in names:
-        asked = sweep.load_ablation(name)
-        profile = asked.profile or config.load(None, strategy="none").profile
-        recorded = {
-            (x["strategy"], x["seed"]): x for x in _lines(config.root() / "results/records" / name / "runs.csv")
-        }
-        wanted = {key: p for key, p in asked.params(profile).items() if not variants or key in variants}
-        for cell in sweep.cells(wanted, asked.seeds[:1], runs_dir=_FOLDER / profile):
-            variant = cell.run_dir.name.removesuffix(f"-{cell.seed}")
-            line = recorded.get((variant, str(cell.seed)))
-            if line is None or line["made_of"].split("-")[0] != cell.p.digest(cell.seed):
-                raise InputError(
-                    f"{name}: {cell.run_dir.name}: not recorded with these parameters; make ablation NAME={name}"
-                )
-            cells[f"{profile} {cell.run_dir.name}"] = variant, cell, line
-    codes = {line["made_of"].split("-")[1] for _, _, line in cells.values()}
+    code, path = provenance.of_module("famba.training.fit"), config.root() / provenance.SAME_RUNS
+    if provenance.of_training() != code:
+        path.unlink()
+    asked = {}
+    for name, _, variant in (name.partition(":") for name in names):
+        asked |= _recorded(name, variant)
+    codes = {line["made_of"].split("-")[1] for _, line in asked.values()}
     if len(codes) != 1:
         raise InputError(
-            f"recheck: {' '.join(names)}: {len(cells)} runs recorded of {len(codes)} codes; must be of one"
+            f"{' '.join(names)}: recorded of different code, {' and '.join(sorted(codes))}; must be of one"
         )
     train = functools.partial(sweep.ensure, train_missing=True)
-    launcher.run(train, {name: cell for name, (_, cell, _) in cells.items()}, jobs=jobs)
-    for name, (variant, cell, line) in cells.items():
-        records.write(pd.DataFrame([records.line(variant, runs.read(cell.run_dir))]), cell.run_dir)
+    launcher.run(train, {run: cell for run, (cell, _) in asked.items()}, jobs=jobs)
+    for run, (cell, line) in asked.items():
+        records.write(pd.DataFrame([records.line(line["strategy"], runs.read(cell.run_dir))]), cell.run_dir)
         (found,) = _lines(config.root() / cell.run_dir / "runs.csv")
-        if differ := [key for key in line if key not in _MAY_DIFFER and found[key] != line[key]]:
-            raise TrainingError(f"{name}: {differ[0]}: {found[differ[0]]}; recorded was {line[differ[0]]}")
-    path, code, (same_as,) = config.root() / provenance.SAME_RUNS, provenance.of_module("famba.training.fit"), codes
-    known = provenance.same_runs()
-    before = known["runs"] if (known.get("code"), known.get("same_as")) == (code, same_as) else []
-    write_atomic(path, json_bytes({"code": code, "same_as": same_as, "runs": sorted({*before, *cells})}))
-    shutil.rmtree(config.root() / _FOLDER)
+        for key in line:
+            if key not in _MAY_DIFFER and found.get(key) != line[key]:
+                raise TrainingError(f"{run}: {key}: {found.get(key)}; recorded was {line[key]}")
+        if found["made_of"].split("-")[1] != code:
+            raise TrainingError(f"{run}: trained by {found['made_of']}; the code was {code} when recheck began")
+    write_atomic(path, json_bytes({"code": code, "same_as": codes.pop(), "runs": sorted(asked)}))
+    for cell, _ in asked.values():
+        shutil.rmtree(config.root() / cell.run_dir)
     return path
+
+
+def _recorded(name: str, variant: str) -> dict[str, tuple[sweep.Cell, dict[str, str]]]:
+    """Of each variant, or of one, the run with the first seed, and its recorded line."""
+    asked = sweep.load_ablation(name)
+    profile = asked.profile or config.load(None, strategy="none").profile
+    params = {key: p for key, p in asked.params(profile).items() if variant in ("", key)}
+    if not params:
+        raise InputError(f"{name}: {variant!r} is not one of {', '.join(asked.params(profile))}")
+    lines = {(x["strategy"], x["seed"]): x for x in _lines(config.root() / "results/records" / name / "runs.csv")}
+    found = {}
+    for key, p in params.items():
+        (cell,) = sweep.cells({key: p}, asked.seeds[:1], runs_dir=_FOLDER / profile)
+        line = lines.get((key, str(cell.seed)))
+        if line is None or line["made_of"].split("-")[0] != p.digest(cell.seed):
+            raise InputError(f"{name}: {key}: not recorded with these parameters; make ablation NAME={name}")
+        found[f"{profile} {cell.run_dir.name}"] = cell, line
+    return found
 
 
 def _lines(file: Path) -> list[dict[Any, Any]]:

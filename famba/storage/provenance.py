@@ -40,7 +40,10 @@ def of_training() -> str:
 def same_runs() -> dict[str, Any]:
     """Which `code` was found to train the same `runs` as the code that it is the `same_as`; empty if none was."""
     path = config.root() / SAME_RUNS
-    return json.loads(path.read_bytes()) if path.exists() else {}
+    try:
+        return json.loads(path.read_bytes()) if path.exists() else {}
+    except ValueError as error:
+        raise InputError(f"{path}: not readable as JSON: {error}") from None
 
 
 def of_notebook(path: Path) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def fit(p: Params, *, seed: int, progress: bool = False, callbacks: Sequence[Cal
     processes = distributed.join(device)
     images = data.load(p.data, seed=seed)
     model = build(p, classes=len(images.classes), seed=seed).to(processes.device)
-    checkpoints = folder(p, seed=seed)
+    checkpoints, code = folder(p, seed=seed), made_of(p, seed=seed)
     if processes.rank == 0 and not any(checkpoints.glob("epoch-*")):
         for other in sorted({path.parent for path in checkpoints.parent.glob(f"{p.digest(seed)}-*/epoch-*")}):
             _log.warning("%s: not continued: of other code, kernels, processor or weights to start from", other)
@@ -96,7 +96,7 @@ def fit(p: Params, *, seed: int, progress: bool = False, callbacks: Sequence[Cal
             while trainer.epoch < p.train.epochs:
                 trainer.run_epoch()
             run = trainer.finish()
-            return dataclasses.replace(run, cost={**run.cost, "made_of": made_of(p, seed=seed)})
+            return dataclasses.replace(run, cost={**run.cost, "made_of": code})
 
 
 def build(p: Params, *, classes: int, seed: int) -> VisionMamba:
@@ -110,13 +110,22 @@ def build(p: Params, *, classes: int, seed: int) -> VisionMamba:
 
 def folder(p: Params, *, seed: int) -> Path:
     """Where the checkpoints of a run are: one made of something else, or run by other kernels, has another folder."""
-    return config.root() / "build" / "checkpoints" / f"{made_of(p, seed=seed)}-{_kernel_digest(p)}"
+    name = _made_of(p, seed, provenance.of_module(__name__))
+    return config.root() / "build" / "checkpoints" / f"{name}-{_kernel_digest(p)}"
 
 
 def made_of(p: Params, *, seed: int) -> str:
-    """What a run is made of, on whichever machine: parameters, seed, code and weights to start from, as one name."""
+    """What a run is made of, on whichever machine: parameters, seed, code and weights to start from, as one name.
+
+    On a CPU the code is that of `provenance.of_training`; what was found out there says nothing of a GPU's kernels.
+    """
+    on_cpu = _device(p.train).type == "cpu"
+    return _made_of(p, seed, provenance.of_training() if on_cpu else provenance.of_module(__name__))
+
+
+def _made_of(p: Params, seed: int, code: str) -> str:
     start = p.init_sha256(seed)
-    return f"{p.digest(seed)}-{provenance.of_training()}" + ("" if start is None else f"-{start[:12]}")
+    return f"{p.digest(seed)}-{code}" + ("" if start is None else f"-{start[:12]}")
 
 
 def forget(p: Params, *, seed: int) -> None:

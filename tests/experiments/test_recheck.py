@@ -1,7 +1,7 @@
 """Changed training code is as good as the code before it only if runs say so."""
 
 import dataclasses
-import json
+import re
 import shutil
 import sys
 
@@ -34,9 +34,9 @@ def retrain(tmp_path, trained, monkeypatch):  # noqa: F811
     sys.modules["famba.training.fit"].code = "later"
     monkeypatch.setattr(provenance, "of_module", {"famba.training.fit": "later"}.get)
 
-    def make(**given):
+    def make(*names):
         del trained[:]
-        recheck.recheck(["one"], **given)
+        recheck.recheck(names or ["one"])
         return [strategy.removesuffix(", forgotten") for strategy, seed in trained if seed == 0]
 
     return make
@@ -44,19 +44,17 @@ def retrain(tmp_path, trained, monkeypatch):  # noqa: F811
 
 def test_code_that_trains_the_same_runs_counts_as_the_code_before_it(tmp_path, retrain):
     assert provenance.of_training() == "later"
-    assert retrain(variants=["none"]) == ["none"]
+    assert retrain("one:none") == ["none"]
     assert provenance.of_training() == "code"
-    assert json.loads((tmp_path / provenance.SAME_RUNS).read_bytes())["runs"] == ["smoke none-0"]
+    assert provenance.same_runs() == {"code": "later", "same_as": "code", "runs": ["smoke none-0"]}
     assert retrain() == ["none", "upper", "upper"], "however often it is asked"
-    known = ["smoke none-0", "smoke upper-0", "smoke upper_append-0"]
-    assert provenance.same_runs() == {"code": "later", "same_as": "code", "runs": known}
-    assert retrain(variants=["none"]) == ["none"]
-    assert provenance.same_runs()["runs"] == known
+    assert provenance.same_runs()["runs"] == ["smoke none-0", "smoke upper-0", "smoke upper_append-0"]
     provenance.of_module.__self__["famba.training.fit"] = "still later"
     assert provenance.of_training() == "still later"
 
 
-def test_code_that_trains_another_run_does_not(tmp_path, retrain, trained, monkeypatch):  # noqa: F811
+def test_code_that_trains_another_run_does_not_even_if_it_did_before(retrain, monkeypatch):
+    retrain("one:none")
     fit = sys.modules["famba.training.fit"].fit
 
     def other(p, *, seed):
@@ -70,10 +68,20 @@ def test_code_that_trains_another_run_does_not(tmp_path, retrain, trained, monke
     assert provenance.of_training() == "later"
 
 
+def test_code_that_is_edited_meanwhile_does_not(retrain, monkeypatch):
+    monkeypatch.setattr(sys.modules["famba.training.fit"], "code", "edited")
+    with pytest.raises(TrainingError, match=r"^smoke none-0: trained by .*-edited; the code was later when"):
+        retrain()
+    assert provenance.of_training() == "later"
+
+
 def test_runs_that_are_not_recorded_cannot_be_compared(tmp_path, retrain, monkeypatch):
+    assert refusal(lambda: retrain("one:most")) == "one: 'most' is not one of none, upper, upper_append"
+    file = tmp_path / "results" / "records" / "one" / "runs.csv"
+    file.write_text(re.sub("-code$", "-other", file.read_text(), count=1, flags=re.MULTILINE))
+    assert refusal(retrain) == "one: recorded of different code, code and other; must be of one"
     monkeypatch.setattr(sweep, "load_ablation", lambda name: dataclasses.replace(FOUR, seeds=(5,)))
-    assert refusal(retrain) == "one: none-5: not recorded with these parameters; make ablation NAME=one"
+    assert refusal(retrain) == "one: none: not recorded with these parameters; make ablation NAME=one"
     monkeypatch.setattr(sweep, "load_ablation", lambda name: FOUR)
-    assert refusal(lambda: retrain(variants=["most"])).startswith("recheck: one: 0 runs recorded of 0 codes;")
-    shutil.rmtree(tmp_path / "results")
-    assert refusal(retrain).endswith("runs.csv: missing, so nothing is recorded")
+    file.unlink()
+    assert refusal(retrain) == f"{file}: missing, so nothing is recorded"
