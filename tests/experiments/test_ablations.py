@@ -142,7 +142,7 @@ def test_strategies_of_another_profile_have_curves_and_models_all_of_none_and_on
 
 @pytest.mark.parametrize("arguments", [["ablation", "most"], ["resolve", "--ablation", "most", "--out", "most.json"]])
 def test_an_unknown_ablation_is_an_error_of_one_line(arguments, capsys):
-    assert "params.yaml: ablation: 'most' is not one of photographs, photographs_all, " in refused(capsys, *arguments)
+    assert "params.yaml: ablation: 'most' is not one of photographs, " in refused(capsys, *arguments)
 
 
 def test_every_committed_line_names_an_ablation_that_makes_its_run():
