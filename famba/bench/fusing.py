@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from famba.analysis.cost import predicted_ms
 from famba.bench.model import Setting, Training
 from famba.bench.timing import ratio
 from famba.fusion import merge
@@ -71,8 +70,8 @@ def bench_schedules(setting: Setting) -> dict[str, list[dict[str, Any]]]:
 
     Returns:
         three tables. `lengths`: time by number of tokens, without fusion. `schedules`: time of each strategy, relative
-        to the prediction of `predicted_ms` and to the step without fusion. `uniform`: the same number of tokens removed
-        by each layer, relative to the step without fusion.
+        to the prediction and to the step without fusion. `uniform`: the same number of tokens removed by each layer,
+        relative to the step without fusion.
     """
     lengths = {x.model.tokens: x for x in (Training(setting, img_size=size) for size in setting.img_sizes)}
     full = lengths[max(lengths)]
@@ -90,8 +89,11 @@ def bench_schedules(setting: Setting) -> dict[str, list[dict[str, Any]]]:
     for name, schedule in schedules.items():
         full.model.set_fusion(schedule, full.model.options)
         counts = full.model.token_counts[1:]
+        assert min(counts) >= min(lengths), "shorter than was measured"
+        # As analysis.cost.predicted_ms has it; its module needs scipy, which is not on every machine with a GPU.
         predicted = {
-            key: predicted_ms(counts, {t: found[str(t)][key] for t in lengths}) for key in ("median_ms", "least_ms")
+            key: float(np.interp(counts, sorted(lengths), [found[str(t)][key] for t in sorted(lengths)]).mean())
+            for key in ("median_ms", "least_ms")
         }
         row = {"strategy": name, "r": setting.removed[name], "mean_tokens": float(np.mean(counts))}
         row |= {f"predicted_{key}": x for key, x in predicted.items()}
