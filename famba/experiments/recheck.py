@@ -8,14 +8,13 @@ import functools
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from famba import config
 from famba.analysis import records
 from famba.errors import InputError, TrainingError
-from famba.experiments import launcher, sweep
+from famba.experiments import ablations, launcher, sweep
 from famba.storage import provenance, runs
 from famba.storage.files import json_bytes, write_atomic
 
@@ -54,7 +53,7 @@ def recheck(names: Sequence[str], *, jobs: int = 1) -> Path:
     launcher.run(train, {run: cell for run, (cell, _) in asked.items()}, jobs=jobs)
     for run, (cell, line) in asked.items():
         records.write(pd.DataFrame([records.line(line["strategy"], runs.read(cell.run_dir))]), cell.run_dir)
-        (found,) = _lines(config.root() / cell.run_dir / "runs.csv")
+        (found,) = ablations._rows(config.root() / cell.run_dir / "runs.csv")
         for key in line:
             new, old = (x.get(key, "").rstrip("-") for x in (found, line))  # images at the end that were not tested
             if key not in _MAY_DIFFER and new != old:
@@ -74,7 +73,9 @@ def _recorded(name: str, variant: str) -> dict[str, tuple[sweep.Cell, dict[str, 
     params = {key: p for key, p in asked.params(profile).items() if variant in ("", key)}
     if not params:
         raise InputError(f"{name}: {variant!r} is not one of {', '.join(asked.params(profile))}")
-    lines = {(x["strategy"], x["seed"]): x for x in _lines(config.root() / "results/records" / name / "runs.csv")}
+    lines = {
+        (x["strategy"], x["seed"]): x for x in ablations._rows(config.root() / "results/records" / name / "runs.csv")
+    }
     found = {}
     for key, p in params.items():
         (cell,) = sweep.cells({key: p}, asked.seeds[:1], runs_dir=_FOLDER / profile)
@@ -83,9 +84,3 @@ def _recorded(name: str, variant: str) -> dict[str, tuple[sweep.Cell, dict[str, 
             raise InputError(f"{name}: {key}: not recorded with these parameters; make ablation NAME={name}")
         found[f"{profile} {cell.run_dir.name}"] = cell, line
     return found
-
-
-def _lines(file: Path) -> list[dict[Any, Any]]:
-    if not file.is_file():
-        raise InputError(f"{file}: missing, so nothing is recorded")
-    return pd.read_csv(file, dtype=str, keep_default_na=False).to_dict("records")

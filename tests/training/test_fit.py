@@ -107,6 +107,17 @@ def test_the_cost_of_a_run_is_measured(undisturbed):
     assert cost["kernels"] == kernels("auto", torch.device("cpu"), model.config, "fp32")
 
 
+def test_code_that_trains_the_same_on_a_cpu_names_its_runs_there_and_no_checkpoint(monkeypatch):
+    p = smoke()
+    own, folder = fit.made_of(p, seed=0), fit.folder(p, seed=0)
+    monkeypatch.setattr(fit.provenance, "of_training", lambda: "0123456789abcdef")
+    assert fit.made_of(p, seed=0) == f"{p.digest(0)}-0123456789abcdef"
+    assert fit.folder(p, seed=0) == folder
+    monkeypatch.setattr(fit, "_device", lambda t: torch.device("cuda"))
+    assert fit.made_of(p, seed=0).split("-")[1] == fit.provenance.of_module("famba.training.fit")
+    assert own.startswith(f"{p.digest(0)}-")
+
+
 def test_a_run_says_what_it_was_made_of(undisturbed):
     assert undisturbed.cost["made_of"] == f"{smoke(**THREE).digest(1)}-{fit.provenance.of_training()}"
 
