@@ -201,7 +201,7 @@ _SCANS: dict[str, _ScanMemory] = {
         lambda w, t: _FLOAT * w.e * w.n * (2 + math.ceil(t / scan._CHUNK) * w.b), _torch_transient, False
     ),
     "native": _ScanMemory(
-        lambda w, t: _FLOAT * w.b * math.ceil(t / 16) * math.ceil(w.e / 16) * 16 * w.n,
+        lambda w, t: _FLOAT * w.b * ((t - 1) // 16) * math.ceil(w.e / 16) * 16 * w.n,
         lambda w, t: w.product * w.b * t * (4 * w.e + 2 * w.selected),  # gradients of x, z, and of u, dt, B, C twice
         True,
     ),

@@ -106,7 +106,7 @@ def test_nothing_is_kept_for_a_gradient_that_cannot_be_asked_for(backend):
 
     with torch.no_grad():
         ungraded = largest()
-    states = 4 * 2 * 64 * 8 * 160 // 16
+    states = 4 * 2 * 64 * 8 * (160 // 16 - 1)  # the first chunk begins with zeros
     assert largest() >= ungraded + states
 
 

@@ -20,7 +20,7 @@ struct Scan {
     View other, y;         // before the gate: the other direction's output, which is added, and the sum; or absent
     const float *A, *D;    // (e, n), (e); here and below null when absent
     const float *dt_bias, *dt_proj;  // (e), (e, m)
-    float* states;         // (b, chunks, e padded to 16, n): h before each chunk, in lanes
+    float* states;         // (b, chunks - 1, e padded to 16, n): h before each but the first, in lanes
     // backward only
     View grad_out, grad_u, grad_delta, grad_z, grad_B, grad_C;
     float *grad_A, *grad_D, *grad_dt_bias, *grad_dt_proj;

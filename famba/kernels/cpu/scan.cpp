@@ -5,8 +5,9 @@
 // the sums of their gradients over channels, stay in the first-level cache. Every vector's inputs are first brought into
 // a small float tile of (token, lane), which handles strides, types and channels beyond the last.
 //
-// Forward keeps the state before every chunk. Backward goes through the chunks the other way; in each it recomputes
-// decays and states from the kept one, eight states at a time, then runs the adjoint recurrence over them.
+// Forward keeps the state before every chunk but the first, which begins with zeros. Backward goes through the chunks
+// the other way; in each it recomputes decays and states from that one, eight states at a time, then runs the adjoint
+// recurrence over them.
 //
 // A job may project delta from dt, m numbers per token. Two jobs may share a unit of work: the second direction adds
 // the first one's output to its own before the gate.
@@ -138,9 +139,15 @@ void backward_states(Tiles& s, Recomputed& r, const float* A, const float* B, co
     for (int k = 0; k < N; k++) store(grad_h + k * W, g[k]), store(grad_A + k * W, dA[k]);
 }
 
+// Where the state before a chunk is, of the channels from e0 on; the first chunk of a scan has none
+INLINE float* kept_state(const Scan& p, int64_t b, int64_t chunk, int64_t e0) {
+    int64_t kept = ceil_div(p.t, CHUNK) - 1;
+    return p.states + ((b * kept + chunk - !p.reverse) * padded(p.e) + e0) * p.n;
+}
+
 void forward(const Scan& p, int64_t unit, float* memory) {
     Group at = group_of(p.e, p.groups, unit);
-    int64_t n = p.n, chunks = ceil_div(p.t, CHUNK), lanes_all = padded(p.e);
+    int64_t n = p.n, chunks = ceil_div(p.t, CHUNK);
     Tiles& s = *(Tiles*)take(memory, sizeof(Tiles) / 4);
     float *B = take(memory, CHUNK * n), *C = take(memory, CHUNK * n), *dt = take(memory, CHUNK * p.m);
     float* state = take(memory, (at.last - at.first) * n * W);
@@ -157,8 +164,8 @@ void forward(const Scan& p, int64_t unit, float* memory) {
             int64_t e0 = v * W;
             int lanes = (int)least(W, p.e - e0);
             float* h = state + (v - at.first) * n * W;
-            if (p.keep) {
-                float* kept = p.states + (at.b * chunks + chunk) * lanes_all * n + e0 * n;
+            if (p.keep && c) {
+                float* kept = kept_state(p, at.b, chunk, e0);
                 for (int64_t k = 0; k < n; k++) store(kept + k * W, load(h + k * W));
             }
             prepare(s, p, dt, at.b, e0, lanes, t0, tokens);
@@ -198,10 +205,11 @@ void backward(const Scan& p, int64_t unit, float* memory) {
     float *B = take(memory, CHUNK * n), *C = take(memory, CHUNK * n), *dt = take(memory, CHUNK * m);
     // over lanes, of the gradients of B, C and dt of a chunk, one after another; first by lane
     float *sum = take(memory, CHUNK * sums), *by_lane = take(memory, CHUNK * sums * W);
-    float* grads_h = take(memory, (at.last - at.first) * n * W);
+    float *grads_h = take(memory, (at.last - at.first) * n * W), *zeros = take(memory, n * W);
     float* part = p.part + at.b * lanes_all * rows;
     vf scale = all((float)p.scale);
     for (int64_t i = 0; i < (at.last - at.first) * n; i++) store(grads_h + i * W, vf{});
+    for (int64_t k = 0; k < n; k++) store(zeros + k * W, vf{});
     for (int64_t i = at.first * rows; i < at.last * rows; i++) store(part + i * W, vf{});
 
     for (int64_t c = 0; c < chunks; c++) {
@@ -215,7 +223,7 @@ void backward(const Scan& p, int64_t unit, float* memory) {
         for (int64_t v = at.first; v < at.last; v++) {
             int64_t e0 = v * W;
             int lanes = (int)least(W, p.e - e0);
-            const float* before = p.states + (at.b * chunks + chunk) * lanes_all * n + e0 * n;
+            const float* before = c < chunks - 1 ? kept_state(p, at.b, chunk, e0) : zeros;
             float *grad_h = grads_h + (v - at.first) * n * W, *grad_A = part + e0 * rows, *others = grad_A + n * W;
             prepare(s, p, dt, at.b, e0, lanes, t0, tokens);
             load_tile(s.grad, p.grad_out, at.b, e0, lanes, t0, tokens);
@@ -290,7 +298,7 @@ void backward(const Scan& p, int64_t unit, float* memory) {
 
 int64_t scan_scratch(const Scan& p) {
     int64_t vectors = ceil_div(p.e, W), rows = 2 * p.n + p.m;
-    return (sizeof(Tiles) + sizeof(Recomputed)) / 4 + vectors * p.n * W + CHUNK * rows * (W + 2) + 512;
+    return (sizeof(Tiles) + sizeof(Recomputed)) / 4 + (vectors + 1) * p.n * W + CHUNK * rows * (W + 2) + 512;
 }
 
 // A times log2(e), then the projection's weight

@@ -54,10 +54,10 @@ def _outputs(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
 def kept_states(
     x: Tensor, *leading: int | torch.SymInt, e: int | torch.SymInt, t: int | torch.SymInt, n: int | torch.SymInt
 ) -> Tensor:
-    """Room for the states before each chunk of tokens."""
+    """Room for the states before each chunk of tokens but the first."""
     # Channels that only fill up a vector may not be written: zeros, so that equal inputs give equal outputs.
     make = x.new_zeros if e % _PAD else x.new_empty
-    return make((*leading, -(-t // _CHUNK), -(-e // _PAD) * _PAD, n), dtype=torch.float32)
+    return make((*leading, (t - 1) // _CHUNK, -(-e // _PAD) * _PAD, n), dtype=torch.float32)
 
 
 def _gradients(u, delta, A, B, C, D, z, delta_bias) -> tuple[Tensor, ...]:
