@@ -117,10 +117,11 @@ def folder(p: Params, *, seed: int) -> Path:
 def made_of(p: Params, *, seed: int) -> str:
     """What a run is made of, on whichever machine: parameters, seed, code and weights to start from, as one name.
 
-    On a CPU the code is that of `provenance.of_training`; what was found out there says nothing of a GPU's kernels.
+    Of a run for the CPU the code is that of `provenance.of_training`; what was found out there says nothing of a GPU's
+    kernels.
     """
-    on_cpu = _device(p.train).type == "cpu"
-    return _made_of(p, seed, provenance.of_training() if on_cpu else provenance.of_module(__name__))
+    code = provenance.of_training() if p.train.device == "cpu" else provenance.of_module(__name__)
+    return _made_of(p, seed, code)
 
 
 def _made_of(p: Params, seed: int, code: str) -> str:

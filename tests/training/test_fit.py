@@ -113,8 +113,9 @@ def test_code_that_trains_the_same_on_a_cpu_names_its_runs_there_and_no_checkpoi
     monkeypatch.setattr(fit.provenance, "of_training", lambda: "0123456789abcdef")
     assert fit.made_of(p, seed=0) == f"{p.digest(0)}-0123456789abcdef"
     assert fit.folder(p, seed=0) == folder
-    monkeypatch.setattr(fit, "_device", lambda t: torch.device("cuda"))
-    assert fit.made_of(p, seed=0).split("-")[1] == fit.provenance.of_module("famba.training.fit")
+    for device in ("cuda", "auto"):
+        other = fit.made_of(smoke(device=device), seed=0)
+        assert other.split("-")[1] == fit.provenance.of_module("famba.training.fit")
     assert own.startswith(f"{p.digest(0)}-")
 
 
