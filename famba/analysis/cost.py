@@ -5,7 +5,6 @@ Memory, FLOPs and tokens follow from the model and have none.
 """
 
 import math
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -97,19 +96,3 @@ def break_even(table: pd.DataFrame) -> float:
     if last in (-1, len(r) - 1):
         return 0.0 if last < 0 else math.nan
     return float(np.interp(1, ratio[[last + 1, last]], r[[last + 1, last]]))
-
-
-def predicted_ms(counts: Sequence[int], unfused_ms: Mapping[int, float]) -> float:
-    """Time of a step with these token counts by layer, from the times of steps without fusion by length.
-
-    Each layer costs 1 / depth of a step of its length, interpolated between the two nearest measured lengths. What does
-    not depend on the length, mostly the optimiser, is thus counted once; the patch embedding slightly less.
-
-    Raises:
-        InputError: a length outside the measured ones.
-    """
-    lengths = sorted(unfused_ms)
-    for t in counts:
-        if not lengths[0] <= t <= lengths[-1]:
-            raise InputError(f"counts: {t} tokens; measured were {lengths[0]}..{lengths[-1]}")
-    return float(np.mean(np.interp(counts, lengths, [unfused_ms[t] for t in lengths])))

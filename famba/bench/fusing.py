@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from famba.bench.model import Setting, Training
-from famba.bench.timing import ratio
+from famba.bench.timing import predicted_ms, ratio
 from famba.fusion import merge
 from famba.fusion.matching import Matching, match_tokens
 from famba.kernels import precision
@@ -89,11 +89,8 @@ def bench_schedules(setting: Setting) -> dict[str, list[dict[str, Any]]]:
     for name, schedule in schedules.items():
         full.model.set_fusion(schedule, full.model.options)
         counts = full.model.token_counts[1:]
-        assert min(counts) >= min(lengths), "shorter than was measured"
-        # As analysis.cost.predicted_ms has it; its module needs scipy, which is not on every machine with a GPU.
         predicted = {
-            key: float(np.interp(counts, sorted(lengths), [found[str(t)][key] for t in sorted(lengths)]).mean())
-            for key in ("median_ms", "least_ms")
+            key: predicted_ms(counts, {t: found[str(t)][key] for t in lengths}) for key in ("median_ms", "least_ms")
         }
         row = {"strategy": name, "r": setting.removed[name], "mean_tokens": float(np.mean(counts))}
         row |= {f"predicted_{key}": x for key, x in predicted.items()}

@@ -6,7 +6,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
+
+from famba.errors import InputError
 
 
 def interleaved(
@@ -63,3 +66,19 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     frame = frame[[name for name in frame if not str(name).endswith("_least_ms")]]
     floats: Any = lambda x: f"{x:.3f}" if abs(x) < 10 else f"{x:.1f}"  # noqa: E731 (typed as a string by pandas' stubs)
     return frame.to_string(index=False, na_rep="", float_format=floats)
+
+
+def predicted_ms(counts: Sequence[int], unfused_ms: Mapping[int, float]) -> float:
+    """Time of a step with these token counts by layer, from the times of steps without fusion by length.
+
+    Each layer costs 1 / depth of a step of its length, interpolated between the two nearest measured lengths. What does
+    not depend on the length, mostly the optimiser, is thus counted once; the patch embedding slightly less.
+
+    Raises:
+        InputError: a length outside the measured ones.
+    """
+    lengths = sorted(unfused_ms)
+    for t in counts:
+        if not lengths[0] <= t <= lengths[-1]:
+            raise InputError(f"counts: {t} tokens; measured were {lengths[0]}..{lengths[-1]}")
+    return float(np.mean(np.interp(counts, lengths, [unfused_ms[t] for t in lengths])))

@@ -20,8 +20,8 @@ from torch.nn import functional
 
 from famba import config, create_model, data, fuse, match_tokens, plots
 from famba.analysis import summary, tokens
-from famba.analysis.cost import predicted_ms
 from famba.analysis.tokens import Traced
+from famba.bench.timing import predicted_ms
 from famba.errors import FambaError, InputError
 from famba.fusion import merge, strategies
 from famba.fusion.strategies import STRATEGIES

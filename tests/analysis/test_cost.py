@@ -118,12 +118,3 @@ def test_torch_has_its_settings_back_after_measuring(order, threads):
     threads(3)
     measure(smoke("none"), rounds=2)  # on one thread
     assert torch.get_num_threads() == 3
-
-
-def test_a_steps_time_is_predicted_layer_by_layer():
-    unfused_ms = {10: 20.0, 20: 30.0, 40: 70.0}
-    assert cost.predicted_ms([20, 20, 20], unfused_ms) == 30
-    assert cost.predicted_ms([40, 20, 10], unfused_ms) == 40
-    assert cost.predicted_ms([30, 15], unfused_ms) == (50 + 25) / 2
-    with pytest.raises(InputError, match=r"counts: 9 tokens; measured were 10\.\.40"):
-        cost.predicted_ms([20, 9], unfused_ms)

@@ -16,6 +16,7 @@ from famba import bench, plots
 from famba.bench import fusing, growth, loading, model, profile, scan, timing
 from famba.bench.model import FULL, QUICK, Training, available
 from famba.cli import main
+from famba.errors import InputError
 from famba.fusion import merge
 from famba.kernels import ops
 from famba.kernels.scan import selective_scan, selective_scan_ref
@@ -309,3 +310,12 @@ def test_growth_compares_measured_steps_with_the_law_of_the_fitted_sizes(monkeyp
     laws = [text.get_text() for text in time.get_legend().get_texts()]
     assert laws == [f"{name}: 5 + 2 x" for name in frame["backend"].unique()]
     assert [text.get_text() for text in memory.texts] == ["+20%"] * len(BACKENDS)
+
+
+def test_a_steps_time_is_predicted_layer_by_layer():
+    unfused_ms = {10: 20.0, 20: 30.0, 40: 70.0}
+    assert timing.predicted_ms([20, 20, 20], unfused_ms) == 30
+    assert timing.predicted_ms([40, 20, 10], unfused_ms) == 40
+    assert timing.predicted_ms([30, 15], unfused_ms) == (50 + 25) / 2
+    with pytest.raises(InputError, match=r"counts: 9 tokens; measured were 10\.\.40"):
+        timing.predicted_ms([20, 9], unfused_ms)
