@@ -4,7 +4,6 @@ Frames are tidy: one row is one run, or one epoch of a run.
 """
 
 import itertools
-from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +58,10 @@ def gather(sweep: SweepParams, runs_dir: str | Path, folder: str | Path) -> None
         runs_dir, folder: if relative, from the repository root.
 
     Raises:
-        InputError: a run that is missing or spoilt, a seed or strategy named twice, runs of different profiles, runs
-            whose parameters differ in more than the strategy's fusion rule and the changes; names run and key.
+        InputError: a run that is missing or spoilt.
     """
-    found = _records(sweep, runs_dir)
+    wanted = itertools.product(sweep.variants, sweep.seeds)
+    found = [(name, runs.read(config.root() / runs_dir / runs.run_name(name, seed))) for name, seed in wanted]
     write(pd.DataFrame([line(*run) for run in found]), folder)
     rows = [row for run in found for row in epochs(*run)]
     write(pd.DataFrame(rows, columns=list(CURVES)), folder, "curves.csv")
@@ -77,7 +76,7 @@ def published(sweep: SweepParams, folder: str | Path) -> pd.DataFrame:
         InputError: no such file, or a run without a line there.
     """
     lines = read(folder).set_index(["strategy", "seed"], drop=False)
-    wanted = [(name, seed) for name in sweep.variants for seed in sweep.seeds]
+    wanted = list(itertools.product(sweep.variants, sweep.seeds))
     if missing := [runs.run_name(*each) for each in wanted if each not in lines.index]:
         raise InputError(f"{folder}/runs.csv: {len(missing)} of {len(wanted)} runs are missing, the first {missing[0]}")
     return _of_tested_images(lines.loc[wanted].reset_index(drop=True))
@@ -101,36 +100,3 @@ def _of_tested_images(lines: pd.DataFrame) -> pd.DataFrame:
     images = itertools.zip_longest(*lines["correct"], fillvalue="-")
     tested = zip(*(answers for answers in images if {*answers} != {"-"}), strict=True)
     return lines.assign(correct=["".join(answers) for answers in tested])
-
-
-def _records(sweep: SweepParams, runs_dir: str | Path) -> list[tuple[str, runs.RunRecord]]:
-    """Each variant's name and run, strategies in their fixed order, checked to be runs of one experiment."""
-    folder, found = config.root() / runs_dir, []
-    sections = {key.split(".")[0] for given in sweep.changes.values() for key in given}
-    for name, (strategy, _) in sweep.variants.items():
-        for seed in sweep.seeds:
-            path = folder / runs.run_name(name, seed)
-            record = runs.read(path)
-            if (record.strategy, record.seed) != (strategy, seed):
-                raise InputError(f"{path}: holds the run {runs.run_name(record.strategy, record.seed)}")
-            found.append((name, record))
-    by_name: dict[str, tuple[str, runs.RunRecord]] = {}
-    for run in found:
-        _same(found[0], run, but={"strategy", "fusion", *sections})
-        _same(by_name.setdefault(run[0], run), run, but=set())
-    return found
-
-
-def _same(first: tuple[str, runs.RunRecord], other: tuple[str, runs.RunRecord], *, but: Collection[str]) -> None:
-    theirs, ours = _flat(other[1].params, but), _flat(first[1].params, but)
-    for key in [*theirs, *(key for key in ours if key not in theirs)]:
-        if theirs.get(key) != ours.get(key):
-            names = [runs.run_name(name, record.seed) for name, record in (other, first)]
-            raise InputError(
-                f"{names[0]}: {key}: {theirs.get(key)!r}, but {ours.get(key)!r} in {names[1]}: not one experiment"
-            )
-
-
-def _flat(tree: Mapping[str, Any], but: Collection[str]) -> dict[str, Any]:
-    kept = {key: value for key, value in tree.items() if key not in but}
-    return {str(key): value for key, value in pd.json_normalize(kept, sep=".").to_dict("records")[0].items()}

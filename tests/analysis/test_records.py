@@ -44,29 +44,6 @@ def test_images_that_no_run_tested_are_left_out(tmp_path):
     assert frame["correct"].tolist() == ["1" * 19 + "0--", "--0" + "1" * 19] * 2
 
 
-def changed(path, value):
-    """The parameters of a run with one of them replaced, or removed."""
-    return {"params": spoil(dict(make_run("upper").params), path, value)}
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"seed": 7}, "upper-1: holds the run upper-7"),
-        (changed(("train", "lr"), 0.5), r"upper-1: train\.lr: 0\.5, but 0\.\d+ in none-0: not one experiment"),
-        (changed(("train", "lr"), KeyError), r"upper-1: train\.lr: None, but 0\.\d+ in none-0"),
-        (changed(("options", "order"), "append"), r"upper-1: options\.order: 'append', but 'scan' in none-0"),
-        (changed(("fusion", "r"), 3), r"upper-1: fusion\.r: 3, but 8 in upper-0"),
-        ({"profile": "paper", **changed(("profile",), "paper")}, "upper-1: profile: 'paper', but 'smoke' in none-0"),
-    ],
-)
-def test_runs_of_two_experiments_are_refused(tmp_path, changes, said):
-    write_runs(tmp_path)
-    runs.write(make_run("upper", **{"seed": 1, **changes}), tmp_path / "upper-1")
-    with pytest.raises(InputError, match=said):
-        gathered(tmp_path)
-
-
 def test_the_curves_are_the_history_of_all_runs_digit_for_digit(tmp_path):
     records.gather(SWEEP, write_runs(tmp_path / "runs"), tmp_path / "results")
     lines = (tmp_path / "results" / "curves.csv").read_text().splitlines()

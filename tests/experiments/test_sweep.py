@@ -72,8 +72,6 @@ def test_the_runs_of_variants_lie_apart_and_are_loaded_under_their_names(tmp_pat
     records.gather(asked, tmp_path, tmp_path)
     table = records.published(asked, tmp_path)
     assert table["strategy"].to_list() == names
-    with pytest.raises(InputError, match=r"upper_append-3: options\.order: 'append', but 'scan' in none-3"):
-        records.gather(dataclasses.replace(asked, changes={"append": {"model.depth": 3}}), tmp_path, tmp_path)
 
 
 def test_a_schedule_that_does_not_fit_is_refused_before_anything_is_trained(tmp_path, trained):
