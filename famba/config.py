@@ -97,7 +97,8 @@ class DataParams:
     val_fraction: Annotated[Float, Field(gt=0, lt=1)]  # share of the training images held out to choose by
     split_seed: Seed  # of the held-out choice; the same for every run, so that runs compare
     limit: Annotated[Int, Field(ge=1, le=10**9)] | None  # use only so many training images (after the split)
-    eval_crop: Share  # share of an image's side that validation and test see, at its centre
+    # Share of an image's side that validation and test see, at its centre.
+    eval_crop: Annotated[Float, Field(ge=0.1, le=1)]
     normalise: Literal["train", "imagenet"]  # to mean 0 and deviation 1, by the training images' numbers or ImageNet's
     # `tensor` varies whole batches on the training device; `timm` image by image on the CPU, as the reference does.
     augment: Literal["tensor", "timm"]
@@ -417,7 +418,10 @@ def load(
             raise InputError(f"--set: {_short(key)} is not {allowed}, with dots between")
         if section == "fusion":
             ways = {way: None for way in ("r", "total", "schedule") if keys[1] in ("r", "total", "schedule")}
-            value = (file.fusion.get(keys[0]) or {}) | ways | {keys[1]: value}
+            rule = file.fusion.get(keys[0]) or {}
+            if not isinstance(rule, Mapping):
+                raise InputError(f"{name}: fusion.{keys[0]}: {_short(rule)} is not a section of `key: value` lines")
+            value = {**rule, **ways, keys[1]: value}
         file = dataclasses.replace(file, **{section: getattr(file, section) | {keys[0]: value}})
     if strategy not in file.strategies:
         raise InputError(f"strategy: {_short(strategy)} is not one of {', '.join(file.strategies)}")

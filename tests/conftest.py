@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from famba.kernels.triton import conv, fuse, match, norm, scan  # noqa: F401 (Triton reads their source: not to be wrapped)
 
 jaxtyping.install_import_hook("famba", "beartype.beartype")
-torch.backends.cudnn.allow_tf32 = False  # as in training: its errors are above the tolerances
+torch.backends.cudnn.conv.fp32_precision = "ieee"  # as in training: TF32's errors are above the tolerances
 
 from famba.kernels.cpu import build  # noqa: E402 (after the hook)
 from famba.kernels.triton import runtime as gpu_runtime  # noqa: E402

@@ -177,6 +177,7 @@ def test_dvc_rewrites_the_file_with_the_changed_line_alone(tmp_path):
         ("data.flip", 0, "data.flip: 0: Input should be a valid boolean"),
         ("data.sise", 8, "data.sise: unknown key; allowed: augment, color_jitter, cutmix, dataset, "),
         ("data.augment", "timm", "data.shift: 1: must be 0 with data.augment: timm, which crops by itself"),
+        ("data.eval_crop", 0.01, "data.eval_crop: 0.01: Input should be greater than or equal to 0.1"),
         ("data.rand_augment", "rand-m9", "data.rand_augment: 'rand-m9': only data.augment: timm does that"),
         ("data.color_jitter", 0.3, "data.color_jitter: 0.3: only data.augment: timm does that"),
         ("options.order", "sorted", "options.order: 'sorted': Input should be 'scan' or 'append'"),
@@ -347,6 +348,13 @@ def test_outside_any_checkout_the_root_is_the_one_that_the_package_lies_in(tmp_p
 def test_a_setting_replaces_one_value_of_the_profile(setting, section, field, value):
     p = config.load("smoke", strategy="upper", given=config.parse_settings([setting]))
     assert getattr(getattr(p, section), field) == value
+
+
+def test_a_setting_of_a_rule_that_is_none_is_refused(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text(FILE.read_text().replace("  all: {r: 3}", "  all: 3", 1))
+    said = refusal(lambda: config.load("default", strategy="all", given={"fusion.all.r": 3}, path=path))
+    assert said == "params.yaml: fusion.all: 3 is not a section of `key: value` lines"
 
 
 def test_settings_can_make_a_strategy_which_fuses_in_every_layer_from_first_to_last():

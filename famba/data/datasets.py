@@ -21,7 +21,7 @@ import numpy as np
 import PIL
 import torch
 from jaxtyping import Bool, Int64, UInt8
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from famba import config
@@ -34,6 +34,18 @@ _HUB: dict[str, tuple[str, str | None, str | None]] = {
     "cifar100": ("uoft-cs/cifar100", "img", "fine_label"),
 }
 DATASETS = ("digits", "folder", "parquet", *_HUB)
+
+
+# By EXIF's orientation, how an image is turned upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 # Images that are not decoded yet. They are sent to other processes, so that they must be small or be found on disk.
@@ -170,7 +182,11 @@ def rgb(image: Image.Image) -> Image.Image:
     stored = " ".join(str(tile.args) for tile in getattr(image, "tile", ()))  # Pillow makes mode RGB of 48 bits as well
     if image.mode.startswith(("I", "F")) or re.search(";16[BLNS]", stored):
         raise ValueError("more than 8 bits per channel; convert it to 8 bits")
-    ImageOps.exif_transpose(image, in_place=True)
+    image.load()  # TIFF turns itself
+    # ImageOps.exif_transpose writes all tags anew, and fails at one that is malformed.
+    turn = image.getexif().get(ExifTags.Base.Orientation.value)
+    if turn in _TURNS:
+        image = image.transpose(_TURNS[turn])
     if "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns where a palette with transparency loses it in one step
     return image.convert("RGB")

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -57,23 +58,26 @@ class TimmAugmentation:
         """timm's transform with the arguments of DeiT's `build_transform`."""
         timm, torchvision = _timm()
         p = self.p
-        made = timm.data.create_transform(
-            input_size=p.img_size,
-            is_training=True,
-            hflip=0.5 if p.flip else 0.0,
-            color_jitter=p.color_jitter,
-            auto_augment=p.rand_augment,
-            interpolation="bicubic",
-            re_prob=p.erase,
-            re_mode="pixel",
-            re_count=1,
-            mean=self.mean,
-            std=self.std,
-        )
+        try:
+            made = timm.data.create_transform(
+                input_size=p.img_size,
+                is_training=True,
+                hflip=0.5 if p.flip else 0.0,
+                color_jitter=p.color_jitter,
+                auto_augment=p.rand_augment,
+                interpolation="bicubic",
+                re_prob=p.erase,
+                re_mode="pixel",
+                re_count=1,
+                mean=self.mean,
+                std=self.std,
+            )
+        except (AssertionError, ValueError) as error:
+            raise InputError(f"data.rand_augment: {p.rand_augment!r}: timm knows no such policy ({error})") from None
         if p.img_size <= _SMALL:
             made.transforms[0] = torchvision.transforms.RandomCrop(p.img_size, padding=4)
         for step in made.transforms:
-            for op in getattr(step, "ops", ()):
+            for op in itertools.chain(getattr(step, "ops", ()), *getattr(step, "policy", ())):
                 if op.name.startswith("Posterize"):
                     op.aug_fn = functools.partial(_posterized, op.aug_fn)
         return made

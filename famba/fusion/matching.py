@@ -6,6 +6,7 @@ Every function has a backend, as those of famba.kernels.ops have: a name from `f
 torch what it has no kernel for, or "auto", the fastest that can run.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -79,8 +80,10 @@ def match_tokens(
 
 def _match(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """Matching by torch: source, target, similarity."""
-    # Autocast would round the product to bf16 after all.
-    with torch.no_grad(), torch.autocast(feature.device.type, enabled=False):
+    exact = contextlib.nullcontext()
+    if torch.amp.is_autocast_available(feature.device.type):  # meta tensors have none
+        exact = torch.autocast(feature.device.type, enabled=False)  # it would round the product to bf16 after all
+    with torch.no_grad(), exact:
         unit = functional.normalize(feature.detach(), dim=-1)
         return _best_pairs(unit[:, ::2] @ unit[:, 1::2].mT, protected, r)
 
@@ -90,7 +93,7 @@ def _best_pairs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Source, target and score of each sequence's r best pairs, where every even position offers itself once."""
     if protected is not None:
-        b, t = len(scores), sum(scores.shape[1:])
+        b, t = scores.shape[0], sum(scores.shape[1:])
         guard = torch.zeros(b, t, dtype=torch.bool, device=scores.device)
         guard = guard.scatter(1, protected.to(scores.device, torch.int64), True)
         scores = scores.masked_fill(guard[:, ::2, None] | guard[:, None, 1::2], -torch.inf)

@@ -71,9 +71,11 @@ def chosen(table: Mapping[str, Backend], name: str, first: Tensor, *others: Tens
         for fast in fastest:
             if fast not in table:
                 continue
-            if not (reason := table[fast].unavailable()) and not table[fast].unsuited(first, *others):
+            if missing := table[fast].unavailable():
+                reason = f"{missing} (python -m famba doctor names the command)"
+            elif not (reason := table[fast].unsuited(first, *others)):
                 return fast
-            if reason and fast == fastest[0] and not torch.compiler.is_compiling():
+            if fast == fastest[0] and not torch.compiler.is_compiling():
                 _warn(fast, first.device.type, reason)
         return "torch"
     if name not in table and name not in NAMES:
@@ -87,12 +89,7 @@ def chosen(table: Mapping[str, Backend], name: str, first: Tensor, *others: Tens
 
 @functools.cache  # once in a process
 def _warn(backend: str, device: str, reason: str) -> None:
-    _log.warning(
-        "backend auto: slower kernels than %s run on %s: %s (python -m famba doctor names the command)",
-        backend,
-        device,
-        reason,
-    )
+    _log.warning("backend auto: slower kernels than %s run on %s: %s", backend, device, reason)
 
 
 def constant(function: Callable[..., str]) -> Callable[..., str]:

@@ -18,6 +18,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 _log = logging.getLogger(__name__)
+# Where torch rounds products to TF32, and the value with which it does not. It raises where old and new keys are mixed.
+_TF32 = [(torch.backends.cuda.matmul, "allow_tf32", False), (torch.backends.cudnn, "allow_tf32", False)]
+if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # from torch 2.9 on
+    _cudnn: Any = torch.backends.cudnn
+    _TF32 = [(part, "fp32_precision", "ieee") for part in (torch.backends.cuda.matmul, _cudnn.conv, _cudnn.rnn)]
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
@@ -30,7 +35,8 @@ def configure() -> None:
         )
     torch.set_flush_denormal(True)  # a decaying scan makes denormals, which a CPU is slow at
     # fp32 means fp32: by default cuDNN's convolutions would round their inputs to 10 bits.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    for part, key, exact in _TF32:
+        setattr(part, key, exact)
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         # A step frees what the next one allocates. By default it goes back to the system, which zeroes it page by page.
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most there is; torch's larger tensors are few
@@ -41,13 +47,19 @@ def configure() -> None:
 def settings_restored() -> Iterator[None]:
     """Afterwards torch has the settings of `configure` and the number of threads that it had before."""
     threads, flushes = torch.get_num_threads(), (torch.tensor(2e-38) / 4).item() == 0  # torch does not tell
-    cudnn, matmul = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    before = [(part, key, getattr(part, key)) for part, key, _ in _TF32]
     try:
         yield
     finally:
         torch.set_num_threads(threads)
         torch.set_flush_denormal(flushes)
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = cudnn, matmul
+        for part, key, value in before:
+            setattr(part, key, value)
+
+
+def uses_tf32() -> bool:
+    """Whether products of float32 may be rounded to TF32."""
+    return any(getattr(part, key) != exact for part, key, exact in _TF32)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:

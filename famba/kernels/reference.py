@@ -165,7 +165,7 @@ def fuse(x: Float[Tensor, "b t d"], destination: Int[Tensor, "b t"], weight: Flo
     """Weighted sums of the tokens that share a destination: `famba.fusion.merge.apply`, (b, s, d)."""
     weighted = x * weight.detach().to(x.dtype)[..., None]
     # index_add would keep its source for backward
-    return x.new_zeros(len(x), s, x.shape[2]).scatter_add(1, destination[..., None].expand_as(x), weighted)
+    return x.new_zeros(x.shape[0], s, x.shape[2]).scatter_add(1, destination[..., None].expand_as(x), weighted)
 
 
 def fuse_backward(

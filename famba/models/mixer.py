@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from famba.kernels.cpu.mixer import Direction
+from famba.kernels.cpu.mixer import Direction, decay_rates
 from famba.kernels.ops import Side, bidirectional_conv1d_silu, bidirectional_scan
 from famba.kernels.scan import choose, selective_scan
 
@@ -90,22 +90,24 @@ class BidirectionalMixer(nn.Module):
     def _mix(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t e"]:
         xz = self.in_proj(x)
         scale = 0.5 if self.average_directions else 1.0
-        left = self._direction(self.conv1d, self.x_proj, self.A_log, self.D, self.dt_proj)
-        right = self._direction(self.conv1d_b, self.x_proj_b, self.A_b_log, self.D_b, self.dt_proj_b)
-        chosen = choose(self.backend, xz, xz, left.A_log, xz, xz, left.D, None, left.dt_bias)
-        plain_x_proj = _are_plain(self.x_proj, self.x_proj_b)
-        if chosen.run_mixer and plain_x_proj and self._has_plain:
+        has_plain = self._has_plain
+        dt_bias = self.dt_proj.bias if has_plain else None
+        chosen = choose(self.backend, xz, xz, self.A_log, xz, xz, self.D, None, dt_bias)
+        if chosen.run_mixer and has_plain and _are_plain(self.x_proj, self.x_proj_b):
+            left = self._direction(self.conv1d, self.x_proj, self.A_log, self.D, self.dt_proj)
+            right = self._direction(self.conv1d_b, self.x_proj_b, self.A_b_log, self.D_b, self.dt_proj_b)
             return chosen.run_mixer(xz, left, right, scale)
         x, z = xz.chunk(2, dim=-1)
         (u, dt, B, C), (u_b, dt_b, B_b, C_b) = self._select(x)
-        if not self._has_plain:
+        A, A_b = decay_rates(self.A_log), decay_rates(self.A_b_log)
+        if not has_plain:
             how = {"delta_softplus": True, "backend": self.backend}
-            y = selective_scan(u, self.dt_proj(dt.mT).mT, left.A, B, C, left.D, z.mT, **how)
+            y = selective_scan(u, self.dt_proj(dt.mT).mT, A, B, C, self.D, z.mT, **how)
             delta_b = self.dt_proj_b(dt_b.mT).mT
-            y_b = selective_scan(u_b, delta_b, right.A, B_b, C_b, right.D, z.mT, reverse=True, **how)
+            y_b = selective_scan(u_b, delta_b, A_b, B_b, C_b, self.D_b, z.mT, reverse=True, **how)
             return scale * (y + y_b).mT
-        one = Side(u, dt, left.dt_proj, left.A, B, C, left.D, left.dt_bias)
-        other = Side(u_b, dt_b, right.dt_proj, right.A, B_b, C_b, right.D, right.dt_bias)
+        one = Side(u, dt, self.dt_proj.weight, A, B, C, self.D, self.dt_proj.bias)
+        other = Side(u_b, dt_b, self.dt_proj_b.weight, A_b, B_b, C_b, self.D_b, self.dt_proj_b.bias)
         return bidirectional_scan(one, other, z.mT, scale=scale, backend=self.backend).mT
 
     def feature(self, x: Float[Tensor, "b t d"], kind: str) -> Float[Tensor, "b t c"]:
@@ -123,7 +125,7 @@ class BidirectionalMixer(nn.Module):
             weights = [(conv.weight[:, 0], conv.bias) for conv in (self.conv1d, self.conv1d_b)]
             inputs = bidirectional_conv1d_silu(x.mT, *weights, backend=self.backend)
         else:
-            before = (self.conv1d.kernel_size[0] - 1, 0)
+            before = (_D_CONV - 1, 0)
             convolved = self.conv1d(functional.pad(x.mT, before))
             convolved_b = self.conv1d_b(functional.pad(x.mT.flip(-1), before)).flip(-1)
             inputs = functional.silu(convolved), functional.silu(convolved_b)
@@ -144,9 +146,11 @@ class BidirectionalMixer(nn.Module):
 
 
 def _are_plain(*modules: nn.Module) -> bool:
-    """Whether their weights say all that these modules do: no hook, and no adapter in the place of one."""
+    """Whether their weights say all that they do: no hook, no other forward, no adapter in the place of one."""
     return all(
         type(m) in (nn.Linear, nn.Conv1d)
+        and "forward" not in vars(m)
+        and not hasattr(m.weight, "__tensor_flatten__")  # quantised, say
         and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
         for m in modules
     )

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import functools
 import math
-import operator
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -116,16 +115,8 @@ def set_schedule(
     Raises:
         InputError: a schedule that does not fit the model, which is as it was.
     """
-    if schedule is None:
-        schedule = [0] * model.depth
-    try:
-        removed = [int(operator.index(r)) for r in schedule]
-    except TypeError:
-        raise InputError(
-            f"schedule: {schedule!r}; must be {model.depth} whole numbers, such as "
-            f"famba.schedule('upper', depth={model.depth}, r=..) gives"
-        ) from None
-    model.set_fusion(removed, FusionOptions() if options is None else options)
+    schedule = [0] * model.depth if schedule is None else schedule
+    model.set_fusion(schedule, FusionOptions() if options is None else options)
     return model
 
 

@@ -7,6 +7,7 @@ the mixer, on the normed tokens and on the residual with one matching, which ser
 
 import dataclasses
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -153,7 +154,7 @@ class VisionMamba(nn.Module):
     ) -> None:
         super().__init__()
         options = FusionOptions() if fusion is None else fusion
-        schedule = [0] * depth if schedule is None else list(schedule)
+        schedule = [0] * depth if schedule is None else schedule
         self.config: dict[str, Any] = {
             "num_classes": num_classes,
             "img_size": img_size,
@@ -205,7 +206,13 @@ class VisionMamba(nn.Module):
 
     def set_fusion(self, schedule: Sequence[int], options: FusionOptions) -> None:
         """Fuse by another schedule from now on; the weights are the same for all. Errors as at construction."""
-        schedule = list(schedule)
+        try:
+            schedule = [int(operator.index(r)) for r in schedule]
+        except TypeError:
+            raise InputError(
+                f"schedule: {schedule!r}; must be {self.depth} whole numbers, such as "
+                f"famba.schedule('upper', depth={self.depth}, r=..) gives"
+            ) from None
         if len(schedule) != self.depth:
             raise InputError(f"schedule: {len(schedule)} entries; must be one for each of {self.depth} layers")
         counts = strategies.token_counts(schedule, self.tokens, protected=int(self.cls_index is not None))

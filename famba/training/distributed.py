@@ -24,9 +24,9 @@ _MISSING = "several processes need Accelerate, which is not installed: pip insta
 _AGAIN = "run it again to go on from the last checkpoint"
 _LOST = "lost the other processes"
 _POLL_S = 0.2
-# How long a training process on a CPU waits for another, say for rank 0 to write a checkpoint. Before training it waits
-# half an hour, since each compiles kernels and reads images. On a GPU NCCL's ten minutes stay.
-_TIMEOUT = timedelta(seconds=30)
+# How long a process waits for another: before training, since each compiles kernels and reads images; and, on a CPU, in
+# training, say for rank 0 to write a checkpoint.
+_START_TIMEOUT, _TIMEOUT = timedelta(minutes=30), timedelta(seconds=30)
 
 
 class Processes:
@@ -119,10 +119,11 @@ def join(device: torch.device) -> Processes:
             torch.cuda.set_device(device)  # as Accelerate does: threads that pin memory would start the first GPU, too
         return Processes(device)
     try:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, InitProcessGroupKwargs
     except ImportError:
         raise InputError(_MISSING) from None
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+    patient = InitProcessGroupKwargs(timeout=_START_TIMEOUT)
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[patient])
     return Processes(accelerator.device, accelerator)
 
 

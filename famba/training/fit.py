@@ -49,8 +49,9 @@ def fit(p: Params, *, seed: int, progress: bool = False, callbacks: Sequence[Cal
     With `train.init_from` the weights of that file are where it starts, and their normalisation of the images is kept.
     With `train.epochs` 0 as well they are evaluated as they are, fused by the strategy's schedule.
 
-    With `train.processes` above 1 so many are started here, each of which comes to this function again. Under torchrun
-    all of its processes call this, and each returns the same run; one of them (rank 0) should write it.
+    With `train.processes` above 1 so many are started here, each of which comes to this function again; while such a
+    run is being made, starting it once more is refused. Under torchrun all of its processes call this, and each returns
+    the same run; one of them (rank 0) should write it.
 
     Args:
         seed: of the initial weights, the order of the images and their augmentation.
@@ -110,8 +111,7 @@ def build(p: Params, *, classes: int, seed: int) -> VisionMamba:
 
 def folder(p: Params, *, seed: int) -> Path:
     """Where the checkpoints of a run are: one made of something else, or run by other kernels, has another folder."""
-    name = _made_of(p, seed, provenance.of_module(__name__))
-    return config.root() / "build" / "checkpoints" / f"{name}-{_kernel_digest(p)}"
+    return _launched(p, seed).with_name(f"{_launched(p, seed).name}-{_kernel_digest(p)}")
 
 
 def made_of(p: Params, *, seed: int) -> str:
@@ -124,6 +124,11 @@ def made_of(p: Params, *, seed: int) -> str:
     return _made_of(p, seed, code)
 
 
+def _launched(p: Params, seed: int) -> Path:
+    """Where the run of several processes passes between them and the one that starts them, which touches no GPU."""
+    return config.root() / "build" / "checkpoints" / _made_of(p, seed, provenance.of_module(__name__))
+
+
 def _made_of(p: Params, seed: int, code: str) -> str:
     start = p.init_sha256(seed)
     return f"{p.digest(seed)}-{code}" + ("" if start is None else f"-{start[:12]}")
@@ -131,8 +136,9 @@ def _made_of(p: Params, seed: int, code: str) -> str:
 
 def forget(p: Params, *, seed: int) -> None:
     """Remove the checkpoints of a run that is finished and written."""
-    if folder(p, seed=seed).exists():
-        shutil.rmtree(folder(p, seed=seed))
+    for each in (folder(p, seed=seed), _launched(p, seed)):
+        if each.exists():
+            shutil.rmtree(each)
 
 
 def _fit_in_processes(p: Params, seed: int, progress: bool, callbacks: Sequence[Callback]) -> Run:
@@ -141,18 +147,19 @@ def _fit_in_processes(p: Params, seed: int, progress: bool, callbacks: Sequence[
         raise InputError(
             f"train.processes: {p.train.processes}, each on a GPU; torch sees {torch.cuda.device_count()} CUDA devices"
         )
-    checkpoints = folder(p, seed=seed)
-    live, out, last_ns = checkpoints / LIVE_HISTORY, checkpoints / "run", 0
+    mine, last_ns = _launched(p, seed), 0
+    out = mine / "run"
 
     def run_callbacks() -> None:
         nonlocal last_ns
-        if callbacks and live.exists() and (changed_ns := live.stat().st_mtime_ns) != last_ns:
-            last_ns, history = changed_ns, runs.read_history(live)
+        found = {path.stat().st_mtime_ns: path for path in mine.parent.glob(f"{mine.name}-*/{LIVE_HISTORY}")}
+        if callbacks and found and (changed_ns := max(found)) != last_ns:
+            last_ns, history = changed_ns, runs.read_history(found[changed_ns])
             for callback in callbacks:
                 callback(history, {})
 
-    write_atomic(checkpoints / "asked.json", json_bytes(p.as_dict()))
-    arguments = ["train", "--resolved", checkpoints / "asked.json", "--seed", seed, "--out", out, "--keep-checkpoints"]
+    write_atomic(mine / "asked.json", json_bytes(p.as_dict()))
+    arguments = ["train", "--resolved", mine / "asked.json", "--seed", seed, "--out", out, "--keep-checkpoints"]
     command = [*map(str, arguments), "--force"]
     distributed.launch(command, p.train.processes, quiet=not progress, on_poll=run_callbacks)
     run_callbacks()

@@ -29,7 +29,7 @@ from famba.config import Params
 from famba.data import Dataset, augment, timm_transforms
 from famba.data.loader import Streamed
 from famba.errors import InputError, TrainingError
-from famba.kernels.precision import autocast, first_not_finite, nondeterministic
+from famba.kernels.precision import autocast, first_not_finite, nondeterministic, uses_tf32
 from famba.models import saved
 from famba.models.vim import VisionMamba, kernels
 from famba.profiling import environment, flops, memory, timing
@@ -170,7 +170,7 @@ class Trainer:
         """One pass over the training images, validation, and a checkpoint."""
         epoch = self.epoch + 1
         left = (self.p.train.epochs - self.epoch) * self.steps_per_epoch
-        clock = timing.StepClock(self.device, warmup_steps=int(not self.is_warmed_up and left > 1))
+        clock = timing.StepClock(self.device, warmup_steps=int(not self.is_warmed_up and self.steps_per_epoch > 1))
         self.is_warmed_up = True
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         self.model.train()
@@ -244,7 +244,7 @@ class Trainer:
             "params_count": sum(weight.numel() for weight in self.model.parameters()),
             "processes": self.processes.count,
             "kernels": used,
-            "tf32": torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32,
+            "tf32": uses_tf32(),
             "nondeterministic": nondeterministic(self.device, used["scan"]),
             "command": self._command(),
             **environment.environment(self.device),
@@ -286,19 +286,19 @@ class Trainer:
         p = dataclasses.replace(p, train=dataclasses.replace(p.train, cuda_graph=False))
         probe = Trainer(p, self.seed, copy.deepcopy(self.model), self.images, alone, self.folder)
         probe.parts = self.parts
-        size, lr = p.train.batch_size // (self.processes.count * self.parts), p.train.lr
+        size = p.train.batch_size // (self.processes.count * self.parts)
         labels = torch.arange(size, device=self.device) % len(self.images.classes)
         if p.data.mixup or p.data.cutmix:
             labels = functional.one_hot(labels, len(self.images.classes)).float()
         parts = [(self._noise(size), labels.clone()) for _ in range(self.parts)]  # a step has all of them at once
         probe.model.train()
-        probe._step(parts, lr, 0)
+        probe._step(parts, 0.0, 0)
         probe.optimiser.zero_grad(set_to_none=True)
         moments = (x for state in probe.optimiser.state.values() for x in state.values() if isinstance(x, Tensor))
         resident = [*itertools.chain(*parts), *probe.model.state_dict().values(), *moments]
         if probe.ema is not None:
             resident += probe.ema.state_dict().values()
-        peak = memory.peak_memory(lambda: probe._step(parts, lr, 1), resident, self.device)
+        peak = memory.peak_memory(lambda: probe._step(parts, 0.0, 1), resident, self.device)
         self.peak_memory_mib = peak / _MIB
 
     def describe(self) -> str:
@@ -390,12 +390,15 @@ class Trainer:
         for images, _ in parts:
             with autocast(self.device, self.p.train.precision):
                 place = place or first_not_finite(self.model, images)
-        newest = max(self.folder.glob("epoch-*.safetensors"), default=None)
-        kept = f"the last good checkpoint is {newest}" if newest else "no checkpoint was written yet"
         raise TrainingError(
             f"step {step + 1} (epoch {self.epoch + 1}): loss {loss}, gradient norm {norm} at learning rate {lr:.3g}, "
-            f"first not finite in {place or 'the loss'}; training stopped, {kept}"
+            f"first not finite in {place or 'the loss'}; {self._last_good()}"
         )
+
+    def _last_good(self) -> str:
+        newest = max(self.folder.glob("epoch-*.safetensors"), default=None)
+        kept = f"the last good checkpoint is {newest}" if newest else "no checkpoint was written yet"
+        return f"training stopped, {kept}"
 
     def _logits(self, model: nn.Module, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b classes"]:
         with autocast(self.device, self.p.train.precision):
@@ -415,6 +418,8 @@ class Trainer:
             if model is None:
                 continue
             scores = self._evaluate(model, self.images.val)
+            if not math.isfinite(scores["loss"]):
+                raise TrainingError(f"validation after epoch {self.epoch}: loss {scores['loss']}; {self._last_good()}")
             entry = {"epoch": self.epoch, **scores}
             before = self.validation[kind]
             best = entry if before is None or _is_better(entry, before["best"]) else before["best"]

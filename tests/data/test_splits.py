@@ -2,6 +2,7 @@ import functools
 import hashlib
 import os
 import shutil
+import struct
 from base64 import b64decode
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from images import DIGITS, one_line, photograph
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 from safetensors.torch import save_file
 
 from famba import data
@@ -237,7 +238,23 @@ def test_an_image_is_turned_as_its_exif_data_says(checkout):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6  # to be turned by 90 degrees clockwise
     image.save(checkout / "held.png", exif=exif)
+    image.save(checkout / "held.tif", exif=exif)
     image.transpose(Image.Transpose.ROTATE_270).save(checkout / "turned.png")
+    for name in ("held.png", "held.tif"):
+        assert torch.equal(data.read_image(name, 8), data.read_image("turned.png", 8))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_data_that_is_malformed_besides_still_turns_the_image(checkout, orientation):
+    image = photograph(3, (12, 8))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    image.save(checkout / "whole.png", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(checkout / "whole.png"))
+    resolution = struct.pack("<HHI4s", ExifTags.Base.XResolution, 2, 4, b"abc\0")  # a text where a ratio belongs
+    entries = struct.pack("<HHIHH", ExifTags.Base.Orientation, 3, 1, orientation, 0) + resolution
+    image.save(checkout / "held.png", exif=b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4))
+    expected.save(checkout / "turned.png", exif=b"")
     assert torch.equal(data.read_image("held.png", 8), data.read_image("turned.png", 8))
 
 

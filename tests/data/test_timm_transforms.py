@@ -195,3 +195,15 @@ def test_a_run_mixes_every_part_of_every_step_anew_and_ends_with_the_same_bytes_
     half = len(seeds) // 2
     assert seeds[:half] == seeds[half:]
     assert len(set(seeds)) == half >= 2 * 16 // 8
+
+
+@pytest.mark.parametrize("policy", ["nonsense", "rand-m9-w0", "rand-m1e9"])
+def test_a_policy_that_timm_does_not_know_is_refused(policy):
+    augmentation = bridge.Bridged(asked(rand_augment=policy), MEAN, STD)
+    with pytest.raises(InputError, match=f"^data.rand_augment: '{policy}': timm knows no such policy"):
+        augmentation([Image.new("RGB", (48, 48))], [0])
+
+
+def test_an_auto_augment_policy_posterises_to_black_as_random_ones_do():
+    augmentation = bridge.Bridged(asked(rand_augment="v0"), MEAN, STD)
+    assert augmentation(40 * [Image.new("RGB", (48, 48))], range(40)).shape == (40, 3, 48, 48)

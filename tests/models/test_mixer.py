@@ -60,12 +60,18 @@ def test_the_fused_mixer_has_torchs_gradients_and_gradients_of_gradients(adapted
         torch.testing.assert_close(native, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("name", ["conv1d", "conv1d_b", "dt_proj", "dt_proj_b"])
+@pytest.mark.parametrize("name", ["conv1d", "conv1d_b", "x_proj", "x_proj_b", "dt_proj", "dt_proj_b"])
 def test_what_stands_in_the_place_of_a_module_is_called(name):
     torch.manual_seed(0)
     mixer, x = BidirectionalMixer(16, 4), torch.randn(2, 7, 16)
     doubled, module = copy.deepcopy(mixer), mixer.get_submodule(name)
     for weight in doubled.get_submodule(name).parameters():
         weight.data *= 2
-    module.__class__ = type("Adapted", (kind := type(module),), {"forward": lambda m, x: 2 * kind.forward(m, x)})
+    call, kind = module.forward, type(module)
+    module.forward = lambda x: 2 * call(x)
+    torch.testing.assert_close(mixer(x), doubled(x))
+    del module.forward
+    module.__class__ = type("Adapted", (kind,), {"forward": lambda m, x: 2 * kind.forward(m, x)})
+    torch.testing.assert_close(mixer(x), doubled(x))
+    setattr(mixer, name, torch.nn.Sequential(torch.nn.Identity(), module))  # without a weight of its own
     torch.testing.assert_close(mixer(x), doubled(x))

@@ -3,9 +3,11 @@
 import argparse
 import collections
 import datetime
+import json
 from pathlib import Path
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 from goldens import golden_json
@@ -268,6 +270,11 @@ def test_a_schedule_that_cannot_be_is_refused_and_the_model_is_as_it_was(plan, e
     model = drawn(schedule=[0, 2, 2])
     assert expected in refusal(lambda: set_schedule(model, plan))
     assert model.schedule == [0, 2, 2]
+
+
+def test_a_schedule_of_another_librarys_whole_numbers_is_one_of_pythons(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    assert json.dumps(drawn(schedule=np.array([0, 2, 2])).schedule) == "[0, 2, 2]"
 
 
 # take_weights

@@ -59,7 +59,7 @@ def undisturbed(tmp_path_factory):
 
 def test_torchs_settings_are_afterwards_what_they_were(monkeypatch):
     def settings():
-        tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        tf32 = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
         return torch.get_num_threads(), (torch.tensor(2e-38) / 4).item() == 0, *tf32
 
     started, load = [], fit.data.load
@@ -67,18 +67,21 @@ def test_torchs_settings_are_afterwards_what_they_were(monkeypatch):
     before = settings()
     torch.set_num_threads(3)
     torch.set_flush_denormal(False)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    torch.set_float32_matmul_precision("high")  # torch refuses to mix its two ways of asking
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
     try:
         assert fit.fit(smoke(epochs=1), seed=1).cost["tf32"] is False
-        assert started == [(1, True, False, False)]
-        assert settings() == (3, False, True, True)
+        assert started == [(1, True, "ieee", "ieee")]
+        assert settings() == (3, False, "tf32", "tf32")
+        assert torch.get_float32_matmul_precision() == "high"
         with pytest.raises(InputError):
             fit.fit(smoke(init_from="nowhere"), seed=1)
         assert settings()[0] == 3
     finally:
         torch.set_num_threads(before[0])
         torch.set_flush_denormal(before[1])
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before[2:]
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision = before[2:]
 
 
 def test_a_run_learns_fuses_as_promised_and_reports_it(undisturbed):
@@ -295,6 +298,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpo
         f"{learning_rate(p.train, steps, steps):.3g}, first not finite in the output of layer 3, mixer.out_proj; "
         f"training stopped, the last good checkpoint is {kept}"
     )
+
+
+def test_weights_whose_validation_is_not_finite_are_not_kept(monkeypatch):
+    monkeypatch.setattr(Trainer, "_evaluate", lambda *_: {"loss": math.inf, "top1_percent": 10.0, "top5_percent": 50.0})
+    said = r"^validation after epoch 1: loss inf; training stopped, no checkpoint was written yet$"
+    with pytest.raises(TrainingError, match=said):
+        fit.fit(smoke(), seed=0)
+
+
+def test_an_epoch_may_be_one_step_and_the_rate_be_meant_for_a_larger_batch():
+    run = fit.fit(smoke(batch_size=64, epochs=2, lr=50.0, lr_batch=640_000), seed=0)
+    assert len(run.history) == len(run.cost["epoch_time_s"]) == 2
 
 
 def test_a_gradient_that_is_not_finite_is_found_where_it_comes_from(monkeypatch):

@@ -32,9 +32,10 @@ class Direction(NamedTuple):
     dt_bias: Tensor
     dt_proj: Tensor  # (e, m)
 
-    @property
-    def A(self) -> Tensor:
-        return -torch.exp(self.A_log.float() if self.A_log.dtype != torch.float64 else self.A_log)
+
+def decay_rates(A_log: Tensor) -> Tensor:
+    """A of the scan, at least in float32."""
+    return -torch.exp(A_log.float() if A_log.dtype != torch.float64 else A_log)
 
 
 def mix(xz: Tensor, forward: Direction, backward: Direction, scale: float) -> Tensor:
@@ -96,7 +97,8 @@ def _by_torch(xz: Tensor, *parameters: Tensor, scale: float) -> Tensor:
         n, m = p.A_log.shape[1], p.dt_proj.shape[1]
         dt, B, C = functional.linear(u.mT, p.x_proj.to(u.dtype)).split([m, n, n], dim=2)
         delta = functional.linear(dt, p.dt_proj.to(u.dtype)).mT
-        y = y + reference.selective_scan_ref(u, delta, p.A, B.mT, C.mT, p.D, None, p.dt_bias, True, bool(reverse))
+        A = decay_rates(p.A_log)
+        y = y + reference.selective_scan_ref(u, delta, A, B.mT, C.mT, p.D, None, p.dt_bias, True, bool(reverse))
     return reference.gate(y, z, scale).mT
 
 
@@ -104,7 +106,7 @@ def _split(parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], li
     """Those of both convolutions, of x_proj, and of both scans."""
     sides = Direction(*parameters[:7]), Direction(*parameters[7:])
     convs = [x for side in sides for x in (side.conv_weight[:, 0], side.conv_bias)]
-    return convs, [side.x_proj for side in sides], [x for side in sides for x in (side.A, *side[4:])]
+    return convs, [side.x_proj for side in sides], [x for side in sides for x in (decay_rates(side.A_log), *side[4:])]
 
 
 def _view(x: Tensor, direction: int = 0, channel: int = 0):
