@@ -32,10 +32,15 @@ def markdown(effects: pd.DataFrame) -> str:
     bold = [f"**{entry}**" if sure else entry for entry, sure in zip(entries, clear, strict=True)]
     table = effects.assign(entry=bold).pivot(index="change", columns="strategy", values="entry")
     table = table.loc[effects["change"].unique(), effects["strategy"].unique()]
+    count, told = len(effects), "one seed has no interval"
+    if not effects["low"].isna().all():
+        told = (
+            "95% interval over seeds and images, bold where it excludes zero. By chance alone, about "
+            f"{count / 20:.1f} of {count} would exclude zero"
+        )
     return (
         f"{table.to_markdown(disable_numparse=True)}\n\nTop-1 with one change minus top-1 of the same strategy without "
-        f"it (points), paired by seed and image, n = {effects['n'].iloc[0]}; 95% interval over seeds and images, bold "
-        f"where it excludes zero. Of {len(effects)}, {len(effects) / 20:.1f} would by chance alone.\n"
+        f"it (points), paired by seed and image, n = {effects['n'].iloc[0]}; {told}.\n"
     )
 
 

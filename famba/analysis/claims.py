@@ -123,17 +123,23 @@ def write(found: pd.DataFrame, folder: str | Path) -> str:
 def findings(found: pd.DataFrame, measured: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]]) -> str:
     """As a list: the claims that are decided, how many are not, and what changes top-1 in the sweep and each ablation.
 
+    Strategies of an ablation whose runs are the sweep's own are left out, since its line has them.
+
     Args:
         found: as from `verdicts`.
-        measured: as from `load`.
+        measured: as from `load`, the sweep first.
     """
     said = found.groupby("claim", sort=False)[["says", "verdict"]].first()
     of = {verdict: said.loc[said["verdict"] == verdict, "says"].to_list() for verdict in VERDICTS}
     lines = [f"- **{verdict.capitalize()}**: {' '.join(of[verdict])}" for verdict in VERDICTS[:2] if of[verdict]]
-    lines.append(f"- {' '.join(f'**{x.capitalize()}**: {len(of[x])}.' for x in VERDICTS[2:])}")
+    lines.append(f"- {' '.join(f'**{x.capitalize()}**: {len(of[x])} of {len(said)} claims.' for x in VERDICTS[2:])}")
     ablations, steady, of_steady = config.load_ablations(), [], 0
+    swept: dict[str, set[str]] = {}
     for name, (runs, table) in measured.items():
-        effects = _effects(ablations.get(name), runs, table)
+        made_of: Any = runs.dropna(subset="made_of").groupby("strategy")["made_of"].agg(set).to_dict()
+        same = [strategy for strategy, found in made_of.items() if found == swept.get(strategy)]
+        swept = swept if name else made_of
+        effects = _effects(ablations.get(name), runs, table[~table["strategy"].isin(same)])
         if effects.empty:
             continue
         where = f"ablation `{name}`" if name else "the sweep"

@@ -36,13 +36,16 @@ def test_the_table_has_a_row_for_each_change_and_is_bold_where_the_interval_excl
     assert list(rows) == ["change", ":---------", "append", "r1"]
     assert re.fullmatch(r"\| append \| \*\*−75\.0 \(.*\)\*\* \| −2\.0 \(.*\) \|", rows["append"])
     assert rows["r1"].endswith("| +0.0 (+0.0 to +0.0) |")
-    assert "n = 3;" in text
+    assert "n = 3; 95% interval" in text
+    assert text.endswith(" By chance alone, about 0.2 of 4 would exclude zero.\n")
 
 
 def test_one_seed_has_no_interval():
     table = ablation.effects(ASKED, runs_frame({name: values[:1] for name, values in TOP1.items()}))
     assert np.isnan(table["low"].to_numpy()).all()
-    assert re.search(r"\| append +\| −75\.0 +\| −2\.0 +\|", ablation.markdown(table))
+    text = ablation.markdown(table)
+    assert re.search(r"\| append +\| −75\.0 +\| −2\.0 +\|", text)
+    assert text.endswith(", n = 1; one seed has no interval.\n")
 
 
 def test_the_papers_ablations_are_in_units_of_its_model_without_fusion():

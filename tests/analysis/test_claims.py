@@ -147,22 +147,23 @@ def test_findings_are_the_decided_claims_and_what_changes_top1_by_an_interval_wi
     asked = {"strategies": ("none", "upper"), "seeds": (0, 1, 2, 3), "varied": ("upper",)}
     changes = {name: {"fusion.upper.r": 1} for name in ("bad", "same")}
     steady = {name: {"same": {}} for name in ("steady", "calm")}
-    ablations = {"unchanged": {}, "missing": {"absent": {}}, "changed": changes, **steady}
+    ablations = {"unchanged": {}, "again": {}, "missing": {"absent": {}}, "changed": changes, **steady}
     made = {name: AblationParams(**asked, changes=given) for name, given in ablations.items()}
     monkeypatch.setattr(config, "load_ablations", lambda: made)
     top1 = TOP1 | {"upper_bad": [50.0, 51.0, 50.0, 51.0], "upper_same": TOP1["upper"]}
     tables = dict.fromkeys(("", *ablations), measured(top1, dict.fromkeys(top1, 1.0)))
+    runs, table = tables["again"]
+    tables["again"] = runs.replace({"made_of": {"upper_bad-3": "another", "upper_same-0": "another"}}), table
     above = [claim("top1_percent_diff", ["all"], above=0.0), claim("top1_percent_diff", ["upper"], above=0.0)]
     stated = {"no": dataclasses.replace(above[0], says="It rises."), "perhaps": above[1]}
     found = claims.verdicts(stated | {"yes": claim("top1_percent_diff", ["all"], below=0.0)}, tables)
     by_chance = "of {} intervals at 95%, {} would exclude zero by chance alone.".format
-    strategies = f"**top-1 changes** with `all` (−30.5 points), `upper_bad` (−40.0 points); {by_chance(4, 0.2)}"
     assert claims.findings(found, tables).splitlines() == [
         "- **Confirmed**: It is so.",
         "- **Refuted**: It rises.",
-        "- **Not told apart**: 1. **Not measured**: 0.",
-        f"- In the sweep {strategies}",
-        f"- In ablation `unchanged` {strategies}",
+        "- **Not told apart**: 1 of 3 claims. **Not measured**: 0 of 3 claims.",
+        "- In the sweep **top-1 changes** with `all` (−30.5 points), `upper_bad` (−40.0 points); " + by_chance(4, 0.2),
+        f"- In ablation `again` **top-1 changes** with `upper_bad` (−40.0 points); {by_chance(2, 0.1)}",
         f"- In ablation `changed` **top-1 changes** with `bad` (upper −40.0 points); {by_chance(2, 0.1)}",
         f"- In ablation `steady`, ablation `calm` **top-1 is not shown to change**; {by_chance(2, 0.1)}",
     ]

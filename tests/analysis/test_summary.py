@@ -18,7 +18,8 @@ def runs_frame(top1, **columns):
     setting = {"profile": "default", "dataset": "digits", "img_size": 8, "model": "vim_nano", "device": "a CPU"}
     setting |= {"threads": 2, "versions": "torch 2.13.0", "top5_percent": 99.0, **columns}
     return pd.DataFrame(
-        setting | {"strategy": strategy, "seed": seed, "top1_percent": value, "correct": answers(int(value))}
+        {"strategy": strategy, "seed": seed, "top1_percent": value, "correct": answers(int(value))}
+        | {"made_of": f"{strategy}-{seed}", **setting}
         for strategy, values in top1.items()
         for seed, value in enumerate(values)
     )
