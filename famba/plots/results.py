@@ -90,7 +90,8 @@ def paired_accuracy(runs: pd.DataFrame) -> Figure:
         axes.set_title(f"{pair.diff().iloc[1].mean():+.1f} points".replace("-", "\N{MINUS SIGN}"), fontsize=10)
         axes.margins(x=0.2)
     panels[0].set_ylabel(_TOP1)
-    return caption(figure, f"A line is a seed; black: the mean of {_seeds(runs)}.")
+    told = "n = 1 seed" if scores.shape[1] == 1 else f"A line is a seed; black: the mean of {_seeds(runs)}"
+    return caption(figure, f"{told}.")
 
 
 @styled
@@ -163,8 +164,8 @@ def training_curves(history: pd.DataFrame) -> Figure:
         axes.set(xlabel="epoch", ylabel="", title=title)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     figure.legend(panels[0].get_lines(), names, loc="outside upper center", ncols=len(names))
-    band = "" if _seeds(history) == "n = 1 seed" else "; the band is ± 1 sd"
-    return caption(figure, f"Mean over {_seeds(history)}{band}.")
+    told = _seeds(history)
+    return caption(figure, f"{told}." if told == "n = 1 seed" else f"Mean over {told}; the band is ± 1 sd.")
 
 
 @styled
@@ -217,11 +218,9 @@ def ablation(effects: pd.DataFrame) -> Figure:
     style.label_rows(axes, changes)
     axes.set(xlabel="change of top-1 accuracy (points)")
     figure.legend(loc="outside upper center", ncols=len(names))
-    return caption(
-        figure,
-        "Top-1 with one change minus top-1 of the same strategy without it, mean and 95% interval over "
-        f"n = {effects['n'].iloc[0]} seeds and images.",
-    )
+    n = effects["n"].iloc[0]
+    told = "n = 1 seed" if n == 1 else f"mean and 95% interval over n = {n} seeds and images"
+    return caption(figure, f"Top-1 with one change minus top-1 of the same strategy without it, {told}.")
 
 
 def ablations(runs: pd.DataFrame, table: pd.DataFrame) -> dict[str, Figure]:

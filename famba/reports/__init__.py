@@ -93,6 +93,7 @@ def opened(
     pipeline: bool,
     runs_dir: str = "results/runs",
     of: str = "runs.csv",
+    again: str = "makes them again",
 ) -> Report:
     """The report that a notebook shows.
 
@@ -103,6 +104,7 @@ def opened(
         profile: None is the one that params.yaml names.
         pipeline: make it now, of finished runs.
         of: the table in results/ of the runs that `file` was made of.
+        again: what the command does with committed results.
     """
     root = config.root()
     if pipeline:
@@ -112,7 +114,7 @@ def opened(
         asked = profile_name(os.environ.get("FAMBA_PROFILE", profile))
         try:
             shown = _shown(root / "results" / file, root / "results" / of, root / runs_dir, asked)
-            return Report(asked, shown.format(command=command), root, root / runs_dir, made=False)
+            return Report(asked, shown.format(command=command, again=again), root, root / runs_dir, made=False)
         except InputError as error:
             report = smoke_report(f"{error}. `{command}` makes the real results.")
     make(report)
@@ -143,7 +145,7 @@ def _shown(file: Path, of: Path, runs_dir: Path, profile: str) -> str:
         raise InputError(f"{of}: of the profile {runs['profile'][0]!r}; {profile!r} is asked for")
     if all(_is_run(runs_dir, row) for row in runs.to_dict("records")):
         return f"Finished runs of the profile `{profile}`: {runs_dir.relative_to(config.root())}."
-    return f"Committed results of the profile `{profile}`, not the runs behind them: `{{command}}` makes them again."
+    return f"Committed results of the profile `{profile}`, not the runs behind them: `{{command}}` {{again}}."
 
 
 def _is_run(runs_dir: Path, row: dict[Any, Any]) -> bool:

@@ -31,6 +31,7 @@ def open_report(name: str, *, profile: str | None, pipeline: bool) -> Report:
         pipeline=pipeline,
         runs_dir=str(ablations.runs_dir(profile)),
         of=f"records/{name}/runs.csv",
+        again="draws them again, and trains only runs that are not recorded",
     )
 
 

@@ -40,8 +40,9 @@ def accuracy_in_words(table: pd.DataFrame, cost: str) -> Markdown:
     """What each strategy saves of a cost and loses in accuracy, and which are on the Pareto front."""
     word, base = summary.COSTS[cost], table.set_index("strategy").loc[summary.BASELINE]
     front = summary.pareto(table, cost)
+    over = "of one seed" if base["n"] == 1 else f"mean over {base['n']} seeds"
     lines = [
-        f"Without fusion top-1 accuracy is {base['top1_percent_mean']:.1f} %, mean over {base['n']} seeds. "
+        f"Without fusion top-1 accuracy is {base['top1_percent_mean']:.1f} %, {over}. "
         f"On the Pareto front of accuracy and {word}: {listed(front)}.",
         "",
     ]
@@ -59,6 +60,9 @@ def pairs_in_words(runs: pd.DataFrame) -> Markdown:
     """In how many of the seeds each strategy is less accurate than no fusion."""
     scores = runs.pivot(index="seed", columns="strategy", values="top1_percent")
     below: Any = scores.lt(scores[summary.BASELINE], axis=0).sum().drop(summary.BASELINE)
+    if len(scores) == 1:
+        fallen = listed([f"`{name}`" for name, count in below.items() if count]) or "no strategy"
+        return Markdown(f"With the one seed, accuracy falls by fusing with {fallen}.")
     told = listed([f"{name} in {count}" for name, count in below.items()])
     return Markdown(
         f"Of {len(scores)} seeds, accuracy falls by fusing with {told}. Where lines are parallel, a strategy has the "

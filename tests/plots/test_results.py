@@ -140,7 +140,7 @@ def test_captions_say_over_how_many_seeds(runs, table, history):
     assert "one run each, so without spread" in one.get_supxlabel().replace("\n", " ")
     assert [(bar.has_xerr, bar.has_yerr) for bar in one.axes[0].containers] == 3 * [(False, False)]
     assert plots.training_curves(history).get_supxlabel() == "Mean over n = 3 seeds; the band is ± 1 sd."
-    assert plots.training_curves(history[history["seed"] == 0]).get_supxlabel() == "Mean over n = 1 seed."
+    assert plots.training_curves(history[history["seed"] == 0]).get_supxlabel() == "n = 1 seed."
 
 
 def test_strategies_of_ones_own_are_drawn_last_each_in_its_own_colour(schedules):

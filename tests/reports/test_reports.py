@@ -10,7 +10,7 @@ from test_summary import costs_frame, runs_frame
 from famba import config, plots, reports
 from famba.analysis import cost, records, summary
 from famba.errors import InputError
-from famba.reports import compare, models
+from famba.reports import ablation, compare, models
 from famba.storage import runs
 
 PROFILE = {"profile": "default", "pipeline": False}
@@ -38,7 +38,7 @@ def test_a_fresh_clone_shows_the_committed_results_and_writes_nothing(checkout):
     report = opened(made)
     assert made == []
     assert not report.smoke
-    assert "Committed results of the profile <code>default</code>" in report._repr_html_()
+    assert "behind them: <code>make repro</code> makes them again." in report._repr_html_()
     assert "smoke" not in report._repr_html_().lower()
     assert report.table("runs.csv")["top1_percent"].tolist() == [95.0, 94.0]
     assert "busy" not in cost.caption(report.table("summary.csv"))  # an empty field of a csv file is read as NaN
@@ -103,6 +103,15 @@ def test_a_model_is_the_finished_run_else_the_published_one(checkout):
     assert report.shown == "The finished run results/runs/upper-0 of the profile `default`."
 
 
+def test_an_ablation_of_a_fresh_clone_is_drawn_again_of_its_record(checkout):
+    for table, folder in (("runs.csv", "records"), ("summary.md", "ablation")):
+        (checkout / "results" / folder / "options").mkdir(parents=True)
+        shutil.copy(checkout / "results" / table, checkout / "results" / folder / "options")
+    shown = ablation.open_report("options", **PROFILE).shown
+    assert shown.startswith("Committed results of the profile `default`")
+    assert shown.endswith("`make ablation NAME=options` draws them again, and trains only runs that are not recorded.")
+
+
 def test_words_under_a_figure_are_those_of_its_numbers():
     frame = runs_frame({"none": [90.0, 96.0], "upper": [89.0, 97.0]})
     table = summary.summary(frame, costs_frame())
@@ -110,6 +119,10 @@ def test_words_under_a_figure_are_those_of_its_numbers():
     assert "Without fusion top-1 accuracy is 93.0 %, mean over 2 seeds." in said
     assert "`upper` has 0.90 times the training time and changes accuracy by +0.0 points (95 % interval −" in said
     assert compare.pairs_in_words(frame).data.startswith("Of 2 seeds, accuracy falls by fusing with upper in 1.")
+    one = runs_frame({"none": [90.0], "upper": [89.0], "all": [91.0]})
+    said = compare.accuracy_in_words(summary.summary(one, costs_frame()), "time_ratio").data
+    assert "Without fusion top-1 accuracy is 90.0 %, of one seed. On" in said
+    assert compare.pairs_in_words(one).data == "With the one seed, accuracy falls by fusing with `upper`."
     costs = compare.costs_in_words(costs_frame().query("strategy in ('none', 'lower')")).data
     assert costs.startswith("In units of no fusion: lower 0.60 of the time with 0.60 of the FLOPs.")
     assert "none 37.0, all 23.5" in compare.schedules_in_words(compare.schedules("default")).data
