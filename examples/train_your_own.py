@@ -1,6 +1,6 @@
 """Train a Vision Mamba on your own images, fuse tokens, save it, load it: python examples/train_your_own.py IMAGES OUT.
 
-IMAGES holds a folder for each class. A third argument is the number of epochs.
+IMAGES holds a folder for each class. A third argument is the number of epochs. Needs famba[hub], which saves and loads.
 """
 
 import sys
