@@ -1,5 +1,7 @@
 """What each change of an ablation is worth, in points of accuracy, and the paper's ablations in the same units."""
 
+import math
+
 import pandas as pd
 
 from famba.analysis import intervals, summary
@@ -33,7 +35,7 @@ def markdown(effects: pd.DataFrame) -> str:
     table = effects.assign(entry=bold).pivot(index="change", columns="strategy", values="entry")
     table = table.loc[effects["change"].unique(), effects["strategy"].unique()]
     count, told = len(effects), "one seed has no interval"
-    if not effects["low"].isna().all():
+    if not math.isnan(rows[0, 1]):
         told = (
             "95% interval over seeds and images, bold where it excludes zero. By chance alone, about "
             f"{count / 20:.1f} of {count} would exclude zero"

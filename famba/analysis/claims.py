@@ -139,7 +139,8 @@ def findings(found: pd.DataFrame, measured: Mapping[str, tuple[pd.DataFrame, pd.
         made_of: Any = runs.dropna(subset="made_of").groupby("strategy")["made_of"].agg(set).to_dict()
         same = [strategy for strategy, found in made_of.items() if found == swept.get(strategy)]
         swept = swept if name else made_of
-        effects = _effects(ablations.get(name), runs, table[~table["strategy"].isin(same)])
+        others: Any = table[~table["strategy"].isin(same)]
+        effects = _effects(ablations.get(name), runs, others)
         if effects.empty:
             continue
         where = f"ablation `{name}`" if name else "the sweep"
