@@ -13,6 +13,8 @@ rejective multiple test procedure", Scandinavian Journal of Statistics 6(2), 197
 noninferiority and equivalence randomized trials", JAMA 308(24), 2012: a loss within a margin that was set beforehand.
 G. Y. Zou and A. Donner, "Construction of confidence limits about effect measures", Statistics in Medicine 27(10), 2008:
 the interval of a difference from two intervals.
+
+`claims` are as from `config.load_claims`, `measured` as from `load`, `found` as from `verdicts`.
 """
 
 import hashlib
@@ -65,10 +67,6 @@ def verdicts(
     Confirmed: every comparison holds; one that could not be made does not. Refuted: one of those made is contrary
     (Bonferroni over them). Both at a two-sided level of 5%, Holm-adjusted over the claims that have a test.
 
-    Args:
-        claims: as from `config.load_claims`.
-        measured: as from `load`.
-
     Returns:
         claim, says, source, quantity, strategy, against, required, effect, low, high (95%, not adjusted), seeds,
         images, rounds; of the claim verdict and p (adjusted). Empty or NaN where there is no such value.
@@ -96,7 +94,6 @@ def write(found: pd.DataFrame, folder: str | Path) -> str:
     findings.md, the claims that are decided and what changes top-1.
 
     Args:
-        found: as from `verdicts`.
         folder: as given to `load`.
     """
     folder, measured = config.root() / folder, load(folder)
@@ -121,13 +118,9 @@ def write(found: pd.DataFrame, folder: str | Path) -> str:
 
 
 def findings(found: pd.DataFrame, measured: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]]) -> str:
-    """As a list: the claims that are decided, how many are not, and what changes top-1 in the sweep and each ablation.
+    """As a list: the claims decided, how many are not, and what changes top-1 in the sweep and each ablation.
 
-    Strategies of an ablation whose runs are the sweep's own are left out, since its line has them.
-
-    Args:
-        found: as from `verdicts`.
-        measured: as from `load`, the sweep first.
+    Strategies of an ablation whose runs are the sweep's own are left out, since its line has them; the sweep is first.
     """
     said = found.groupby("claim", sort=False)[["says", "verdict"]].first()
     of = {verdict: said.loc[said["verdict"] == verdict, "says"].to_list() for verdict in VERDICTS}

@@ -74,11 +74,7 @@ def chance_distance(frame: pd.DataFrame) -> float:
 
 
 def text(frame: pd.DataFrame) -> str:
-    """The findings as Markdown, derived from the numbers alone.
-
-    Raises:
-        InputError: as in `rise`.
-    """
+    """The findings as Markdown, derived from the numbers alone; errors as in `rise`."""
     rises = rise(frame)
     lower, upper = (f"layers {layers[0]}..{layers[-1]}" for layers in thirds(max(frame["layer"])))
     rises["trained minus untrained"] = rises["trained"] - rises["untrained"]

@@ -1,4 +1,4 @@
-"""The forest plot of the claims; no other stage than `claims` depends on it and on what judges them."""
+"""The forest plot of `claims.verdicts`; no other stage than `claims` depends on it and on what judges them."""
 
 import pandas as pd
 from matplotlib.lines import Line2D
@@ -9,11 +9,7 @@ from famba.plots.style import GREY, PALETTE, Figure, caption, error_bar, label_r
 
 @styled
 def forest(verdicts: pd.DataFrame) -> Figure:
-    """Forest plot of the claims that were measured: each comparison's effect, its interval and the claim's bound.
-
-    Args:
-        verdicts: as from `claims.verdicts`.
-    """
+    """Forest plot of the claims that were measured: each comparison's effect, its interval and the claim's bound."""
     colours: dict[str, str] = dict(zip(VERDICTS, (PALETTE[2], PALETTE[3], GREY), strict=False))
     measured = verdicts.loc[verdicts["effect"].notna()]
     quantities = list(dict.fromkeys(measured["quantity"]))

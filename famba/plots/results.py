@@ -3,6 +3,10 @@
 Spread is +-1 standard deviation over seeds, and the caption says over how many. What is drawn over an image is in
 `plots.tokens`, what all figures have in common in `plots.style`. Statistical charts are seaborn's, drawn into figures
 that pyplot never hears of; matplotlib does what seaborn has no chart for.
+
+Frames: `runs` as from `records.published`, `history` (curves.csv) from `records.gather`, `table` from
+`summary.summary`, but of `costs` from `cost.table`, `schedules` from `summary.schedule_frame`, `effects` from
+`ablation.effects`, `shares` from `paper_memory.beside_formula`; each of `plans` is as from `calibration.plan`.
 """
 
 import math
@@ -34,8 +38,6 @@ def accuracy_against(runs: pd.DataFrame, table: pd.DataFrame, cost: str) -> Figu
     """Top-1 accuracy against a cost: each strategy's mean with its spread, its runs, and the Pareto front.
 
     Args:
-        runs: as from `records.published`.
-        table: as from `summary.summary`.
         cost: one of `summary.COSTS`; less is better.
 
     Raises:
@@ -74,11 +76,7 @@ def accuracy_against(runs: pd.DataFrame, table: pd.DataFrame, cost: str) -> Figu
 
 @styled
 def paired_accuracy(runs: pd.DataFrame) -> Figure:
-    """Each seed's accuracy without fusion and with a strategy, joined by a line; one panel for each strategy.
-
-    Args:
-        runs: as from `records.published`.
-    """
+    """Each seed's accuracy without fusion and with a strategy, joined by a line; one panel for each strategy."""
     scores = runs.pivot(index="strategy", columns="seed", values="top1_percent")
     names = [name for name in strategies_in(runs) if name != summary.BASELINE]
     figure = Figure(figsize=(2.3 * len(names) + 0.6, 3.6), layout="constrained")
@@ -96,11 +94,7 @@ def paired_accuracy(runs: pd.DataFrame) -> Figure:
 
 @styled
 def costs(table: pd.DataFrame) -> Figure:
-    """What each strategy's training step costs in units of `none`: time with its interval, memory, FLOPs.
-
-    Args:
-        table: as from `cost.table`.
-    """
+    """What each strategy's training step costs in units of `none`: time with its interval, memory, FLOPs."""
     names, rows = strategies_in(table), table.set_index("strategy")
     flops = rows["flops_per_image"] / rows.loc[summary.BASELINE, "flops_per_image"]
     shown = {"time": rows["time_ratio"], "peak memory": rows["memory_ratio"], "FLOPs": flops}
@@ -127,11 +121,7 @@ def _seeds(frame: pd.DataFrame) -> str:
 
 @styled
 def tokens_per_layer(schedules: pd.DataFrame) -> Figure:
-    """Tokens that each layer passes on, by strategy; what all strategies compute less of.
-
-    Args:
-        schedules: as from `summary.schedule_frame`.
-    """
+    """Tokens that each layer passes on, by strategy; what all strategies compute less of."""
     figure = Figure(figsize=(7.2, 4.0), layout="constrained")
     axes = figure.add_subplot()
     names = strategies_in(schedules)
@@ -149,8 +139,7 @@ def tokens_per_layer(schedules: pd.DataFrame) -> Figure:
 def training_curves(history: pd.DataFrame) -> Figure:
     """Training loss, validation loss and validation accuracy by epoch: mean over seeds with its spread.
 
-    Args:
-        history: curves.csv, as from `records.gather`; without a row where nothing was trained, and the figure says so.
+    Without a row, where nothing was trained, the figure says so.
     """
     columns = ("train_loss", "val_loss", "val_top1_percent")
     titles = ("training loss", "validation loss", "validation top-1 accuracy (%)")
@@ -170,11 +159,7 @@ def training_curves(history: pd.DataFrame) -> Figure:
 
 @styled
 def strategies_overview(schedules: pd.DataFrame) -> Figure:
-    """Which layers fuse how much: one row per strategy, one cell per layer, the tokens it removes written in.
-
-    Args:
-        schedules: as from `summary.schedule_frame`.
-    """
+    """Which layers fuse how much: one row per strategy, one cell per layer, the tokens it removes written in."""
     table = schedules.pivot(index="strategy", columns="layer", values=["removed", "tokens"])
     table = table.loc[strategies_in(schedules)]
     removed, tokens = table["removed"].drop(columns=0), table["tokens"]
@@ -197,11 +182,7 @@ def strategies_overview(schedules: pd.DataFrame) -> Figure:
 
 @styled
 def ablation(effects: pd.DataFrame) -> Figure:
-    """What each change is worth: a row for each, in it a mark with its interval for each strategy.
-
-    Args:
-        effects: as from `ablation.effects`.
-    """
+    """What each change is worth: a row for each, in it a mark with its interval for each strategy."""
     changes = effects["change"].unique().tolist()
     names = strategies_in(effects)
     figure = Figure(figsize=(7.2, 1.8 + 0.14 * len(changes) * (2 + len(names))), layout="constrained")
@@ -224,11 +205,7 @@ def ablation(effects: pd.DataFrame) -> Figure:
 
 
 def ablations(runs: pd.DataFrame, table: pd.DataFrame) -> dict[str, Figure]:
-    """Figures of accuracy and cost by name; the paper's beside it where the first layer or r of `upper` changes.
-
-    Args:
-        runs, table: as for `accuracy_against`.
-    """
+    """Figures of accuracy and cost by name; the paper's beside it where the first layer or r of `upper` changes."""
     figures = {cost: accuracy_against(runs, table, cost) for cost in ("time_ratio", "peak_memory_mib")}
     varied = [x for x in ("first_layer", "r") if len(set(_of_upper(table)[x])) > 1]
     return figures | ({"paper": upper_beside_paper(table, varied[0])} if varied else {})
@@ -243,7 +220,7 @@ def upper_beside_paper(table: pd.DataFrame, column: str) -> Figure:
     """What upper-layer fusion changes against its first layer or against r: the paper's Table 2 or 3, and here.
 
     Args:
-        table: as from `summary.summary`; of `upper` and its changes.
+        table: of `upper` and its changes.
         column: first_layer or r.
     """
     number, label = {"first_layer": (2, "first fusing layer"), "r": (3, "tokens fused by each layer, r")}[column]
@@ -286,11 +263,7 @@ def _by_strategy(names: list[str]) -> dict[str, Any]:
 
 @styled
 def fusing_costs(plans: Sequence[Any]) -> Figure:
-    """What fusing some tokens at one layer alone costs: a row for each layer, a column for each number of tokens.
-
-    Args:
-        plans: each as from `calibration.plan`, whose module imports torch; a panel for each.
-    """
+    """What fusing some tokens at one layer alone costs: a panel for each plan; layers by numbers of tokens."""
     depth = len(plans[0].costs)
     figure = Figure(figsize=(5.6 * len(plans), 1.6 + 0.28 * depth), layout="constrained")
     panels = figure.subplots(1, len(plans), squeeze=False)[0]
@@ -306,11 +279,7 @@ def fusing_costs(plans: Sequence[Any]) -> Figure:
 
 @styled
 def paper_memory(shares: pd.DataFrame) -> Figure:
-    """The paper's memory against the first fusing layer and against r, with what the formula says.
-
-    Args:
-        shares: as from `paper_memory.beside_formula`.
-    """
+    """The paper's memory against the first fusing layer and against r, with what the formula says."""
     figure = Figure(figsize=(9.0, 3.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     charts = {2: ("first_layer", "first fusing layer (Table 2)"), 3: ("r", "tokens fused by each layer (Table 3)")}

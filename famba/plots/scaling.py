@@ -1,4 +1,4 @@
-"""How time and memory of a training step grow with its sizes."""
+"""How time and memory of a training step grow with its sizes, as from `bench.growth.bench_growth`."""
 
 import numpy as np
 import pandas as pd
@@ -12,11 +12,7 @@ _UNITS = {"d_model": "d_model (channels)", "depth": "depth (layers)", "batch": "
 
 @styled
 def growth(frame: pd.DataFrame) -> Figure:
-    """Measured points (filled: fitted, open: predicted) and the law as a line, for each axis and backend.
-
-    Args:
-        frame: as from `bench.growth.bench_growth`.
-    """
+    """Measured points (filled: fitted, open: predicted) and the law as a line, for each axis and backend."""
     axes, colours = list(frame["axis"].unique()), dict(zip(frame["backend"].unique(), PALETTE, strict=False))
     figure = Figure(figsize=(3.4 * len(axes), 6.2), layout="constrained")
     panels = figure.subplots(2, len(axes), squeeze=False)

@@ -1,6 +1,7 @@
 """Figures of how similar tokens are and of what fuses. Tidy frame or arrays in, Figure out.
 
-Source: the heat-map of token similarity is the picture of Famba-V (arXiv:2409.09808).
+Source: the heat-map of token similarity is the picture of Famba-V (arXiv:2409.09808). Each `frame` is as from
+`tokens.similarity_in_runs`.
 """
 
 import math
@@ -46,11 +47,7 @@ def similarity_heatmaps(matrices: Sequence[Float[np.ndarray, "_ _"]]) -> Figure:
 
 @styled
 def token_similarity(frame: pd.DataFrame) -> Figure:
-    """How similar each token is to its best match, by layer, trained and untrained, and how that changes upwards.
-
-    Args:
-        frame: as from `tokens.similarity_in_runs`.
-    """
+    """How similar each token is to its best match, by layer, trained and untrained, and how that changes upwards."""
     table = similarity.quantiles(frame.loc[frame["quantity"] == "similarity"])
     figure = Figure(figsize=(9.6, 3.9), layout="constrained")
     axes, right = figure.subplots(1, 2, width_ratios=[3, 2])
@@ -80,9 +77,6 @@ def token_similarity(frame: pd.DataFrame) -> Figure:
 def fused_distance(frame: pd.DataFrame) -> Figure:
     """How far apart in the image the tokens lie that each layer fuses, one panel for each strategy.
 
-    Args:
-        frame: as from `tokens.similarity_in_runs`.
-
     Raises:
         InputError: no strategy that fuses.
     """
@@ -105,9 +99,6 @@ def fused_distance(frame: pd.DataFrame) -> Figure:
 @styled
 def token_size(frame: pd.DataFrame) -> Figure:
     """How many patches a token stands for at the end, by strategy, trained and untrained.
-
-    Args:
-        frame: as from `tokens.similarity_in_runs`.
 
     Raises:
         InputError: no strategy that fuses.
