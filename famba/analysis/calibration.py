@@ -10,10 +10,10 @@ fusing them does to the model's answer.
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -35,6 +35,7 @@ from famba.profiling.flops import Cost
 
 KINDS = ("similarity", "logits")  # what fusing costs: the measures
 _BATCH = 128  # images at a time
+_Step = Callable[[Sequence[int]], Cost]  # what a training step with a schedule takes
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ class Plan:
         schedule: tokens removed by each layer, layer 1 first.
         memory_share, flops_share: predicted peak memory of a training step, and FLOPs of a forward pass with its scans,
             in units of the unfused model's.
-        costs: by layer and r, the mean over the runs.
-        runs: names of the folders of the runs that it was measured on.
-        images: how many of their validation images.
+        costs: by layer and r.
+        runs: the name of the folder of the run that it was measured on.
+        images: how many of its validation images.
     """
 
     kind: str
@@ -62,71 +63,35 @@ class Plan:
     images: int
 
 
-@dataclass(frozen=True)
-class Step:
-    """A training step, as far as its memory and FLOPs go.
+def plan(folder: str | Path, rule: AdaptiveRule, *, kind: str, count: int) -> Plan:
+    """The schedule that a budget buys by the costs of a finished run.
 
-    Attributes:
-        config: a model's `VisionMamba.config`.
-        batch: images.
-        options: how tokens are fused.
-        precision: `fp32` or `bf16`.
-    """
-
-    config: Mapping[str, Any]
-    batch: int
-    options: FusionOptions
-    precision: str
-
-    def cost(self, schedule: Sequence[int]) -> Cost:
-        """By formula, with the memory of the plain torch scan, so that every machine makes the same schedule."""
-        return flops.analyse(self.config, schedule, batch=self.batch, options=self.options, precision=self.precision)
-
-    def share(self, key: str, schedule: Sequence[int]) -> float:
-        """Of the unfused step's peak `memory`, or of its forward `flops`, scans included, what a schedule leaves."""
-        fused, unfused = self.cost(schedule), self.cost([0] * self.config["depth"])
-        if key == "memory":
-            return fused.peak_bytes / unfused.peak_bytes
-        return fused.flops / unfused.flops
-
-
-def plan(folders: Sequence[str | Path], rule: AdaptiveRule, *, kind: str, count: int) -> Plan:
-    """The schedule that a budget buys by the costs of finished runs, which differ in their seeds alone.
-
-    The images are of the runs' own validation split; the test split is not touched.
+    The images are of the run's own validation split; the test split is not touched.
 
     Args:
-        folders: of runs or of published models, as `trained.load` takes them.
+        folder: of a run or of a published model, as `trained.load` takes it.
         kind: one of `KINDS`; `fusing_costs` says what they are.
         count: images, evenly spread over the split; the whole split if it has fewer.
 
     Raises:
-        InputError: a run that is missing or spoilt, was trained with fusion, or differs from the first in more than its
-            seed; no run or no image; an unknown kind; a budget that no schedule keeps.
+        InputError: a run that is missing or spoilt, or was trained with fusion; a budget that no schedule keeps.
     """
-    if not folders or count < 1:
-        raise InputError(f"folders: {len(folders)}, count: {count}; both must be 1 or more")
-    loaded = [trained.load(folder) for folder in folders]
-    sizes, params = loaded[0][0].config, loaded[0][1]["params"]
-    asked = params["train"]
+    model, known = trained.load(folder)
+    if any(known["schedule"]):
+        raise InputError(f"{folder}: strategy {known['strategy']!r} fuses tokens; calibration needs one of 'none'")
+    params, asked = known["params"], known["params"]["train"]
     if asked["threads"]:
         torch.set_num_threads(asked["threads"])  # sums in another order could tip a choice
-    tables, chosen = [], torch.empty(0)
-    for folder, (model, known) in zip(folders, loaded, strict=True):
-        if any(known["schedule"]):
-            raise InputError(f"{folder}: strategy {known['strategy']!r} fuses tokens; calibration needs one of 'none'")
-        if known["params"] != params:
-            raise InputError(f"{folder}: other parameters than {folders[0]}; only their seeds may differ")
-        split = data.load(DataParams(**params["data"]), seed=known["seed"]).val
-        chosen = torch.linspace(0, len(split) - 1, min(count, len(split))).round().long()
-        images = data.normalise(split.images[chosen], known["mean"], known["std"])
-        tables.append(fusing_costs(model, images, kind=kind))
-    costs = np.mean(tables, axis=0).tolist()
-    step = Step(sizes, asked["batch_size"], FusionOptions(**params["options"]), asked["precision"])
-    schedule = within(rule, costs, step)
-    shares = {f"{key}_share": step.share(key, schedule) for key in ("memory", "flops")}
-    runs = [Path(folder).name for folder in folders]
-    return Plan(kind=kind, rule=rule, schedule=schedule, costs=costs, runs=runs, images=len(chosen), **shares)
+    split = data.load(DataParams(**params["data"]), seed=known["seed"]).val
+    chosen = torch.linspace(0, len(split) - 1, min(count, len(split))).round().long()
+    images = data.normalise(split.images[chosen], known["mean"], known["std"])
+    costs = fusing_costs(model, images, kind=kind)
+    options = {"options": FusionOptions(**params["options"]), "precision": asked["precision"]}
+    # By formula, with the memory of the plain torch scan: every machine makes the same schedule.
+    step = functools.partial(flops.analyse, model.config, batch=asked["batch_size"], **options)
+    schedule = within(rule, costs, step, protected=int(model.cls_index is not None))
+    shares = {f"{key}_share": share(step, key, schedule) for key in ("memory", "flops")}
+    return Plan(kind, rule, schedule, costs=costs, runs=[Path(folder).name], images=len(chosen), **shares)
 
 
 def markdown(plans: Sequence[Plan], schedules: Mapping[str, Sequence[int]]) -> str:
@@ -174,10 +139,8 @@ def fusing_costs(model: VisionMamba, images: Float[Tensor, "b 3 h w"], *, kind: 
         images: normalised, and not those that it was trained on.
 
     Raises:
-        InputError: an unknown kind; `similarity` of a model that matches tokens by something else.
+        InputError: `similarity` of a model that matches tokens by something else.
     """
-    if kind not in KINDS:
-        raise InputError(f"kind: {kind!r} is not one of {', '.join(KINDS)}")
     if kind == "similarity" and model.options.matching != "similarity":
         raise InputError(f"kind: 'similarity': options.matching {model.options.matching!r} compares no tokens")
     measure = _unlike if kind == "similarity" else _answer_changes
@@ -186,7 +149,7 @@ def fusing_costs(model: VisionMamba, images: Float[Tensor, "b 3 h w"], *, kind: 
     return [[0.0, *measure(model, images, layer, most)] for layer in range(model.depth)]
 
 
-def within(rule: AdaptiveRule, costs: strategies.Costs, step: Step) -> list[int]:
+def within(rule: AdaptiveRule, costs: strategies.Costs, step: _Step, *, protected: int) -> list[int]:
     """The cheapest schedule within a budget.
 
     Tokens are spent to the last one. A share of memory or FLOPs is kept by the cheapest schedule of
@@ -194,24 +157,29 @@ def within(rule: AdaptiveRule, costs: strategies.Costs, step: Step) -> list[int]
 
     Args:
         costs: as from `fusing_costs`.
-        step: whose memory and FLOPs are shared.
+        protected: tokens that are never fused.
 
     Raises:
         InputError: a budget that no schedule keeps; names it and the nearest.
     """
-    protected = int(step.config["cls_position"] != "none")
-    tokens = step.cost([0] * step.config["depth"]).token_counts[0]
+    tokens = step([0] * len(costs)).token_counts[0]
     if rule.total is not None:
         return strategies.adaptive(costs, total=rule.total, tokens=tokens, protected=protected)
-    key, share = ("memory", rule.memory) if rule.memory is not None else ("flops", rule.flops)
-    assert share is not None
+    key, limit = ("memory", rule.memory) if rule.memory is not None else ("flops", rule.flops)
+    assert limit is not None
     least = 1.0
     for schedule in strategies.frontier(costs, tokens=tokens, protected=protected):
-        predicted = step.share(key, schedule)
-        if predicted <= share:
+        predicted = share(step, key, schedule)
+        if predicted <= limit:
             return schedule
         least = min(least, predicted)
-    raise InputError(f"fusion.{ADAPTIVE}.{key}: {share}; the least that fusing can reach here is {least:.3f}")
+    raise InputError(f"fusion.{ADAPTIVE}.{key}: {limit}; the least that fusing can reach here is {least:.3f}")
+
+
+def share(step: _Step, key: str, schedule: Sequence[int]) -> float:
+    """Of the unfused step's peak `memory`, or of its forward `flops`, scans included, what a schedule leaves."""
+    fused, unfused = step(schedule), step([0] * len(schedule))
+    return fused.peak_bytes / unfused.peak_bytes if key == "memory" else fused.flops / unfused.flops
 
 
 def _unlike(model: VisionMamba, images: Tensor, layer: int, most: int) -> list[float]:

@@ -24,7 +24,7 @@ def measure(report: Report, asked: SweepParams, models: Path, results_dir: Path)
         return {}
     rule = config.load_adaptive(report.profile)
     folder = models / runs.run_name(BASELINE, asked.seeds[0])
-    plans = [calibration.plan([folder], rule, kind=kind, count=_IMAGES) for kind in kinds]
+    plans = [calibration.plan(folder, rule, kind=kind, count=_IMAGES) for kind in kinds]
     params = asked.params(report.profile)
     schedules = {name: params[name].schedule(len(plans[0].schedule)) for name in asked.variants}
     content = {plan.kind: dataclasses.asdict(plan) for plan in plans}

@@ -1,6 +1,7 @@
 """Costs of fusing are those that a forward pass shows, and budgets are kept by the cheapest schedule."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from famba.analysis import calibration, trained
 from famba.config import AdaptiveRule
 from famba.errors import InputError
 from famba.fusion import strategies
-from famba.fusion.options import FusionOptions
 from famba.profiling import flops
 
 SIZES = {"depth": 3, "d_model": 8, "d_state": 2, "num_classes": 5, "backend": "torch"}
@@ -66,15 +66,14 @@ def test_calibration_leaves_the_model_alone_and_repeats_itself(model, images):
     assert model.schedule == [4, 0, 0]
     assert model.training
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
-    with pytest.raises(InputError, match="'accuracy' is not one of similarity, logits"):
-        calibration.fusing_costs(model, images, kind="accuracy")
 
 
 COSTS = [[r * (1 + layer) ** 0.5 + r * r / 50 for r in range(1 + MOST)] for layer in range(3)]
 
 
 def within(rule: AdaptiveRule, model) -> list[int]:
-    return calibration.within(rule, COSTS, calibration.Step(model.config, 4, FusionOptions(), "fp32"))
+    step = functools.partial(flops.analyse, model.config, batch=4)
+    return calibration.within(rule, COSTS, step, protected=1)
 
 
 def price(schedule) -> float:
@@ -113,8 +112,9 @@ def test_a_share_that_no_schedule_keeps_is_refused_with_the_nearest(model):
 
 
 def test_the_precision_of_training_counts_for_a_share_of_the_memory(model):
-    steps = [calibration.Step(model.config, 4, FusionOptions(), precision) for precision in ("fp32", "bf16")]
-    assert steps[0].share("memory", [10, 5, 0]) != steps[1].share("memory", [10, 5, 0])
+    steps = [functools.partial(flops.analyse, model.config, batch=4, precision=x) for x in ("fp32", "bf16")]
+    shares = [calibration.share(step, "memory", [10, 5, 0]) for step in steps]
+    assert shares[0] != shares[1]
 
 
 @pytest.fixture(scope="module")
@@ -123,32 +123,26 @@ def run_dir(tmp_path_factory):
 
 
 def test_a_plan_says_what_it_was_made_from_and_what_it_saves(run_dir):
-    plan = calibration.plan([run_dir, run_dir], AdaptiveRule(total=20), kind="similarity", count=7)
-    assert (plan.kind, plan.runs, plan.images) == ("similarity", ["none-0", "none-0"], 7)
+    plan = calibration.plan(run_dir, AdaptiveRule(total=20), kind="similarity", count=7)
+    assert (plan.kind, plan.runs, plan.images) == ("similarity", ["none-0"], 7)
     assert sum(plan.schedule) == 20
     assert 0 < plan.memory_share < 1
     assert 0 < plan.flops_share < 1
-    one = calibration.plan([run_dir], AdaptiveRule(total=20), kind="similarity", count=7)
-    assert plan.costs == one.costs  # the mean of a run with itself
 
 
 def test_calibration_looks_at_validation_images_and_never_at_the_test_split(run_dir, monkeypatch):
     whole = data.load(config.load("smoke", strategy="none").data)
     blind = dataclasses.replace(whole, test=data.Split(whole.test.images[:0], whole.test.labels[:0]), train=whole.test)
-    expected = calibration.plan([run_dir], AdaptiveRule(total=20), kind="similarity", count=9)
+    expected = calibration.plan(run_dir, AdaptiveRule(total=20), kind="similarity", count=9)
     monkeypatch.setattr(data, "load", lambda _, seed: blind)
-    assert calibration.plan([run_dir], AdaptiveRule(total=20), kind="similarity", count=9) == expected
+    assert calibration.plan(run_dir, AdaptiveRule(total=20), kind="similarity", count=9) == expected
 
 
-def test_a_run_that_fuses_or_differs_from_the_first_is_no_ground_for_calibration(run_dir, monkeypatch):
+def test_a_run_that_fuses_is_no_ground_for_calibration(run_dir, monkeypatch):
     model, known = trained.load(run_dir)
-    changes = {"fusing": {"schedule": [2, 0, 0, 0]}, "other": {"params": {**known["params"], "profile": "x"}}}
-    monkeypatch.setattr(trained, "load", lambda folder: (model, known | changes.get(folder, {})))
-    for folder, said in {"fusing": "needs one of 'none'", "other": "only their seeds may differ"}.items():
-        with pytest.raises(InputError, match=said):
-            calibration.plan([run_dir, folder], AdaptiveRule(total=2), kind="similarity", count=2)
-    with pytest.raises(InputError, match="must be 1 or more"):
-        calibration.plan([], AdaptiveRule(total=2), kind="similarity", count=2)
+    monkeypatch.setattr(trained, "load", lambda _: (model, known | {"schedule": [2, 0, 0, 0]}))
+    with pytest.raises(InputError, match="needs one of 'none'"):
+        calibration.plan(run_dir, AdaptiveRule(total=2), kind="similarity", count=2)
 
 
 def test_the_table_prices_every_schedule_and_says_whether_params_yaml_has_the_one_that_was_found():
