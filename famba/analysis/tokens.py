@@ -75,23 +75,17 @@ def trace_run(run_dir: str | Path, *, count: int) -> Traced:
     return _traced(model, known, images, images, list(dataset.classes[:count]))
 
 
-def trace_images(folder: str | Path, sources: Sequence[str | Path | np.ndarray]) -> Traced:
-    """Trace a user's images, of any size, through the model of a finished run, or one that was published (`trained`).
+def trace(model: VisionMamba, described: Mapping[str, Any], sources: Sequence[str | Path | np.ndarray]) -> Traced:
+    """Trace a user's images, of any size, through a model that is described as in `Traced`.
 
     Each is resized and cropped at the centre to the model's size; the same square is kept larger for drawing.
 
     Args:
-        folder: of the run or the model; if relative, from the repository root.
         sources: files, or arrays, as in `data.read_image`.
 
     Raises:
-        InputError: no images, or one that cannot be read; a missing or damaged run.
+        InputError: no images, or one that cannot be read.
     """
-    return trace(*trained.load(folder), sources)
-
-
-def trace(model: VisionMamba, described: Mapping[str, Any], sources: Sequence[str | Path | np.ndarray]) -> Traced:
-    """Trace a user's images as `trace_images` does, through a model that was described as in `Traced`."""
     if not sources:
         raise InputError("sources: no images; at least 1 needed")
     scale = max(1, _SHOWN_PX // model.img_size)

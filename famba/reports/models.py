@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from famba import config, data
-from famba.analysis import tokens
+from famba.analysis import tokens, trained
 from famba.analysis.tokens import Traced
 from famba.errors import InputError
 from famba.experiments import sweep
@@ -43,7 +43,7 @@ def opened(profile: str | None, *, strategy: str, seed: int, pipeline: bool) -> 
 def traced(folder: Path, *, count: int) -> Traced:
     """A model and the first `count` images of its test split, or photographs if it came without its data set."""
     if (folder / "config.json").is_file():
-        return tokens.trace_images(folder, PHOTOGRAPHS[:count])
+        return tokens.trace(*trained.load(folder), PHOTOGRAPHS[:count])
     return tokens.trace_run(folder, count=count)
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from test_runs import make_run
 
 from famba import FusionOptions, config, create_model, data
-from famba.analysis import tokens
+from famba.analysis import tokens, trained
 from famba.errors import InputError
 from famba.fusion import strategies
 from famba.fusion.strategies import STRATEGIES
@@ -49,14 +49,14 @@ def test_a_run_is_traced_on_the_first_test_image_of_each_class(run):
 def test_images_of_any_size_are_traced_small_and_drawn_large(run, tmp_path):
     photo = np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8)
     Image.fromarray(photo).save(tmp_path / "photo.png")
-    seen = tokens.trace_images(run, [tmp_path / "photo.png", photo, photo[..., 0]])
+    seen = tokens.trace(*trained.load(run), [tmp_path / "photo.png", photo, photo[..., 0]])
     assert seen.labels == ["photo.png", "image 2", "image 3"]
     assert seen.images.shape == (3, 224, 224, 3)
     assert seen.inputs.shape == (3, 3, 8, 8)
     assert seen.patches == {"patch_size": 84, "stride": 28, "cls_index": 18}
     assert torch.equal(seen.inputs[0], seen.inputs[1]), "a file and its pixels"
     with pytest.raises(InputError, match="sources: no images"):
-        tokens.trace_images(run, [])
+        tokens.trace(seen.model, seen.described, [])
 
 
 def test_another_schedule_uses_the_same_weights(run):

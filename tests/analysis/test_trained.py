@@ -15,7 +15,7 @@ def test_a_published_model_predicts_as_its_run_and_is_half_as_large(run, tmp_pat
     assert trained.made_of(tmp_path) == ""
     trained.publish(run, tmp_path, made_of="this")
     assert trained.made_of(tmp_path) == "this"
-    published, finished = (tokens.trace_images(folder, PHOTOGRAPHS) for folder in (tmp_path, run))
+    published, finished = (tokens.trace(*trained.load(folder), PHOTOGRAPHS) for folder in (tmp_path, run))
     assert published.predicted == finished.predicted
     torch.testing.assert_close(published.trace.pooled, finished.trace.pooled, atol=0.01, rtol=0.01)
     size = (tmp_path / "model.safetensors").stat().st_size

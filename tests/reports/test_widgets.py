@@ -36,7 +36,8 @@ def traced(run, tmp_path_factory):  # noqa: F811
     content = saved.model_bytes(model, model.state_dict(), described)
     runs.write(dataclasses.replace(make_run("lower"), model_bytes=content), tmp_path / "run")
     trained.publish(tmp_path / "run", tmp_path / "lower", made_of="")
-    return {"upper-0": tokens.trace_run(run, count=3), "photos": tokens.trace_images(tmp_path / "lower", PHOTOGRAPHS)}
+    photos = tokens.trace(*trained.load(tmp_path / "lower"), PHOTOGRAPHS)
+    return {"upper-0": tokens.trace_run(run, count=3), "photos": photos}
 
 
 @pytest.fixture
