@@ -24,29 +24,19 @@ from famba.profiling import environment
 from famba.storage.files import json_bytes, write_atomic
 
 
-def _scan(setting: Setting, left: gpu.Left) -> dict[str, Any]:
-    left += scan.left_out()
-    return {"scan": scan.bench_scan(setting.scans, rounds=3 * setting.rounds, slow_s=setting.slow_s)}
-
-
-def _fusion(setting: Setting, _: gpu.Left) -> dict[str, Any]:
+def _fusion(setting: Setting, _: timing.Left) -> dict[str, Any]:
     tables = fusing.bench_schedules(setting)
     return {"layer": fusing.bench_layer(setting), **tables, "break_even_r": fusing.break_even(tables["uniform"])}
 
 
-def _data(setting: Setting, left: gpu.Left) -> dict[str, Any]:
-    left += loading.left_out()
-    return {"data": loading.bench_loading(setting)}
-
-
 # A part makes tables of a setting and appends to the list of what it leaves out.
-_PARTS: dict[str, Callable[[Setting, gpu.Left], dict[str, Any]]] = {
-    "scan": _scan,
+_PARTS: dict[str, Callable[[Setting, timing.Left], dict[str, Any]]] = {
+    "scan": lambda s, left: {"scan": scan.bench_scan(s.scans, left, rounds=3 * s.rounds, slow_s=s.slow_s)},
     "model": lambda s, _: {"model": model.bench_model(s), "profile": profile.bench_profile(s)},
     "fusion": _fusion,
     "memory": lambda s, _: {"memory": model.bench_memory(s)},
     "precision": lambda s, _: {"precision": model.bench_precision(s), "curves": model.bench_curves(s)},
-    "data": _data,
+    "data": lambda s, left: {"data": loading.bench_loading(s, left)},
 }
 TITLES = {
     "scan": "Selective scan, forward and backward, relative to the first contestant and to a matrix product",

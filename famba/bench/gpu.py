@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ from famba.bench import model
 from famba.bench.fusing import bench_layer, bench_schedules
 from famba.bench.model import Setting, Training, available
 from famba.bench.scan import both_call, scan_call
-from famba.bench.timing import ratio
+from famba.bench.timing import Left, ratio, tried
 from famba.errors import InputError
 from famba.kernels.ops import causal_conv1d_silu
 from famba.kernels.scan import selective_scan
@@ -51,7 +51,6 @@ _BACKENDS = {"cuda": ("triton", "mamba_ssm"), "cpu": ("native",)}
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _MIB = 2**20
 _T = TypeVar("_T")
-Left = list[dict[str, str]]
 _GPU: dict[str, Any] = {"device": "cuda", "precision": "bf16"}
 FULL = dataclasses.replace(
     model.FULL, **_GPU, scans=((128, 384, 197, 16),), batch=128, turn_s=0.1, models=("vim_tiny", "vim_small"),
@@ -125,11 +124,11 @@ def _scans(
         call = both_call if both else partial(scan_call, channels_last=name != "mamba_ssm")
         return _warm(call(shape, name, device=setting.device, dtype=dtype))
 
-    calls = _tried({name: partial(make, name) for name in (*fast, "torch")}, left, of)
+    calls = tried({name: partial(make, name) for name in (*fast, "torch")}, left, of)
     found = setting.times(calls, rounds=3 * setting.rounds, budget_s=setting.slow_s)
     # The thousands of calls of torch's scan would be too large a graph.
     replays = {name: partial(captured, call, setting.device) for name, call in calls.items() if name in fast}
-    device = setting.times(_tried(replays, left, f"device_ms of {of}"), rounds=3 * setting.rounds)
+    device = setting.times(tried(replays, left, f"device_ms of {of}"), rounds=3 * setting.rounds)
     moved = (scan_bytes if both else one_scan_bytes)(*shape, dtype)
     first = next(iter(found.values()), {})
     return [
@@ -183,7 +182,7 @@ def _steps(setting: Setting, left: Left) -> list[dict[str, Any]]:
         peaks[what] = timed(lambda: memory.peak_memory(training.step, resident, device)) / _MIB
         return training.step
 
-    calls = _tried({what: partial(make, what) for what in contestants}, left, f"{setting.model}, ")
+    calls = tried({what: partial(make, what) for what in contestants}, left, f"{setting.model}, ")
     found = setting.times(calls, rounds=setting.rounds, warmup=0, budget_s=setting.slow_s)
     first = next(iter(found), "")
     return [
@@ -197,7 +196,7 @@ def _steps(setting: Setting, left: Left) -> list[dict[str, Any]]:
 def bench_fusion(setting: Setting, left: Left) -> dict[str, list[dict[str, Any]]]:
     """The tables of `famba.bench.fusing`."""
     makes = {"layer": lambda: {"layer": bench_layer(setting)}, "schedules": lambda: bench_schedules(setting)}
-    return {name: rows for tables in _tried(makes, left, "fusion, ").values() for name, rows in tables.items()}
+    return {name: rows for tables in tried(makes, left, "fusion, ").values() for name, rows in tables.items()}
 
 
 def bench_graphs(setting: Setting, left: Left) -> list[dict[str, Any]]:
@@ -220,7 +219,7 @@ def bench_graphs(setting: Setting, left: Left) -> list[dict[str, Any]]:
         makes[f"called{what}"] = lambda schedule=schedule: step(schedule)
         makes[f"captured{what}"] = lambda schedule=schedule: captured(step(schedule), small.device)
     makes["compiled"] = compiled
-    found = small.times(_tried(makes, left, f"{name}, "), rounds=3 * setting.rounds)
+    found = small.times(tried(makes, left, f"{name}, "), rounds=3 * setting.rounds)
     first = next(iter(found.values()), {})
     return [{"what": what, **row, **ratio(row, first, "times")} for what, row in found.items()]
 
@@ -300,19 +299,6 @@ def _time_limit(seconds: float, what: str) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-def _tried(makes: Mapping[str, Callable[[], _T]], left: Left, of: str) -> dict[str, _T]:
-    """What each of these makes; one that raises goes to `left` with its reason."""
-    found: dict[str, _T] = {}
-    for name, make in makes.items():
-        try:
-            found[name] = make()
-        except Exception as error:  # whatever kernels, compilers and drivers raise; the others continue
-            message = (str(error).strip().splitlines() or [""])[0]
-            left.append({"what": of + name, "reason": f"{type(error).__name__}: {message}"})
-        torch.cuda.empty_cache()
-    return found
 
 
 def _warm(call: Callable[[], object]) -> Callable[[], Any]:

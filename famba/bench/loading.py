@@ -11,11 +11,11 @@ from PIL import Image
 
 from famba import config, data
 from famba.bench.model import Setting, Training
+from famba.bench.timing import Left, tried
 from famba.config import IMAGENET_MEAN, IMAGENET_STD, DataParams
 from famba.data import augment, loader, timm_transforms
 from famba.data.datasets import Files
 from famba.data.timm_transforms import TimmAugmentation
-from famba.errors import InputError
 
 _CLASSES = 100
 _TIMM = "timm, image by image"
@@ -23,30 +23,22 @@ _WORKERS = (0, 2)
 _Calls = dict[str, tuple[Callable[[], object], int]]  # each with the images that a call loads
 
 
-def bench_loading(setting: Setting) -> list[dict[str, Any]]:
+def bench_loading(setting: Setting, left: Left) -> list[dict[str, Any]]:
     """One row for each way to load and for the training step, in turn; without timm its rows are left out.
 
     `of_model` is images loaded in the time that a step takes for one: below 1 the model waits. `faster` is the speed
     over timm's in this process.
     """
     small, large = setting.loads
-    return [*_in_memory(setting, small), *_streamed(setting, large)]
-
-
-def left_out() -> list[dict[str, str]]:
-    """timm, where it cannot run, and why."""
-    try:
-        _augmentation(config.load("paper", strategy="none").data).transform  # noqa: B018 (made, or refused)
-    except InputError as error:
-        return [{"what": _TIMM, "reason": str(error)}]
-    return []
+    timm = tried({_TIMM: lambda: _augmentation(config.load("paper", strategy="none").data).transform}, left)
+    return [*_in_memory(setting, small, bool(timm)), *_streamed(setting, large, bool(timm))]
 
 
 def _augmentation(p: DataParams) -> TimmAugmentation:
     return TimmAugmentation(p, IMAGENET_MEAN, IMAGENET_STD)
 
 
-def _in_memory(setting: Setting, img_size: int) -> list[dict[str, Any]]:
+def _in_memory(setting: Setting, img_size: int, timm: bool) -> list[dict[str, Any]]:
     """Crop, mirror, erase and mix images that are already pixels."""
     b = setting.loads[img_size][1]
     generator = torch.Generator().manual_seed(0)
@@ -60,7 +52,7 @@ def _in_memory(setting: Setting, img_size: int) -> list[dict[str, Any]]:
             augment.apply(batch, labels, draws, IMAGENET_MEAN, IMAGENET_STD, 0.1)
 
     calls: _Calls = {"tensors, whole batches": (whole_batches, len(split))}
-    if not left_out():
+    if timm:
         transform = _augmentation(replace(p, augment="timm", shift=0)).transform
         mix = timm_transforms.mixer(p, _CLASSES, 0.1)
 
@@ -73,11 +65,11 @@ def _in_memory(setting: Setting, img_size: int) -> list[dict[str, Any]]:
     return _rows(setting, img_size, calls)
 
 
-def _streamed(setting: Setting, img_size: int) -> list[dict[str, Any]]:
+def _streamed(setting: Setting, img_size: int, timm: bool) -> list[dict[str, Any]]:
     """The paper's recipe on files of CIFAR's size; whole epochs, which include the start of the workers."""
     b, calls = setting.loads[img_size][1], _Calls()
     with tempfile.TemporaryDirectory() as folder:
-        if not left_out():
+        if timm:
             generator = torch.Generator().manual_seed(0)
             paths = [str(Path(folder, f"{i}.png")) for i in range(setting.loaded)]
             for path in paths:

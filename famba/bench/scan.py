@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from famba.bench.model import available
-from famba.bench.timing import interleaved, ratio, summary
+from famba.bench.timing import Left, interleaved, ratio, summary, tried
 from famba.kernels.ops import Side, bidirectional_scan
 from famba.kernels.scan import selective_scan
 
@@ -26,17 +26,19 @@ UNIT = "matmul 2048^3"
 _TURN_S = 0.1  # about the time of one such product
 
 
-def bench_scan(shapes: Sequence[Sequence[int]], *, rounds: int, slow_s: float = math.inf) -> list[dict[str, Any]]:
+def bench_scan(
+    shapes: Sequence[Sequence[int]], left_out: Left, *, rounds: int, slow_s: float = math.inf
+) -> list[dict[str, Any]]:
     """One row per shape and contestant: `times` relative to the first contestant, `matmuls` to the matrix product.
 
-    Contestants are all that can run here, the fastest backend first.
+    Contestants are all that can run here, the fastest backend first; peers that cannot go to `left_out`.
 
     Args:
         shapes: (b, e, t, n) of each scan.
         slow_s: seconds after which a slow contestant is measured no further.
     """
-    absent = [row["what"] for row in left_out()]
-    names = [*available("native", "torch", "reference"), *(name for name in _PEERS if name not in absent)]
+    peers = tried({name: partial(peer, name) for name in _PEERS}, left_out)
+    names = [*available("native", "torch", "reference"), *peers]
     left, right = torch.randn(2, 2048, 2048)
     rows = []
     for shape in shapes:
@@ -50,18 +52,6 @@ def bench_scan(shapes: Sequence[Sequence[int]], *, rounds: int, slow_s: float = 
             | ratio(row, found[UNIT], "matmuls")
             for name, row in found.items()
         ]
-    return rows
-
-
-def left_out() -> list[dict[str, str]]:
-    """The peers that cannot run here, and why."""
-    rows = []
-    for name in _PEERS:
-        try:
-            peer(name)
-        except Exception as error:  # not installed, another version, or built for another torch
-            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-            rows.append({"what": name, "reason": reason})
     return rows
 
 

@@ -4,10 +4,14 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
+import torch
+
+_T = TypeVar("_T")
+Left = list[dict[str, str]]  # what was left out, each with its reason
 
 from famba.errors import InputError
 
@@ -58,6 +62,19 @@ def summary(seconds: Sequence[float]) -> dict[str, float | int]:
 def ratio(one: Mapping[str, float | int], other: Mapping[str, float | int], name: str) -> dict[str, float]:
     """One summary over another under this name: of the medians, and of the minima."""
     return {name: one["median_ms"] / other["median_ms"], f"{name}_least": one["least_ms"] / other["least_ms"]}
+
+
+def tried(makes: Mapping[str, Callable[[], _T]], left: Left, of: str = "") -> dict[str, _T]:
+    """What each of these makes; one that raises goes to `left` with its reason."""
+    found: dict[str, _T] = {}
+    for name, make in makes.items():
+        try:
+            found[name] = make()
+        except Exception as error:  # whatever kernels, compilers and drivers raise; the others continue
+            message = (str(error).strip().splitlines() or [""])[0]
+            left.append({"what": of + name, "reason": f"{type(error).__name__}: {message}"})
+        torch.cuda.empty_cache()
+    return found
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

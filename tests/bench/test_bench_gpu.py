@@ -82,7 +82,7 @@ def test_the_bytes_of_a_scan_by_hand():
 
 def test_a_slow_step_is_left_out(monkeypatch):
     monkeypatch.setattr(memory, "peak_memory", lambda *_: 0)
-    left: gpu.Left = []
+    left: timing.Left = []
     assert gpu.bench_steps(dataclasses.replace(QUICK, slow_s=-1.0), left) == []
     assert {row["reason"].split(" took ")[0] for row in left} == {"TimeoutError: one step"}
 
