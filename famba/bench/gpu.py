@@ -62,23 +62,13 @@ QUICK = dataclasses.replace(
 
 
 def check_device(device: str, quick: bool) -> None:
-    """Refuse a device that does not exist, or a full benchmark on a CPU.
-
-    Raises:
-        InputError: naming the device.
-    """
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        kind = ""
-    if kind not in _BACKENDS:
-        raise InputError(f"device: {device!r} is not one of cuda, cuda:N, cpu")
-    if kind == "cpu" and not quick:
-        raise InputError("device: 'cpu' takes only a quick benchmark of a GPU; add --quick, or leave out --gpu")
-    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+    """Refuse a device that does not exist, or a full benchmark on a CPU, by an InputError that names it."""
+    found = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    allowed = [*["cpu"] * quick, *["cuda"] * bool(found), *found]
+    if device not in allowed:
         raise InputError(
-            f"device: {device!r}; torch sees {torch.cuda.device_count()} CUDA devices here; to try it without: "
-            "--quick --device cpu"
+            f"device: {device!r} is not one of those here ({', '.join(allowed) or 'none'}); torch sees {len(found)} "
+            "CUDA devices; to try it without: --quick --device cpu"
         )
 
 

@@ -15,13 +15,13 @@ from famba.bench.gpu import PublishedMixer, set_norm_backend
 from famba.bench.model import Training
 from famba.bench.timing import table
 from famba.cli import main
-from famba.errors import InputError
 from famba.kernels import ops
 from famba.kernels.scan import selective_scan_ref
 from famba.models.mixer import BidirectionalMixer
 from famba.profiling import memory
 
 QUICK = dataclasses.replace(gpu.QUICK, device="cpu")
+GPUS = torch.cuda.device_count()
 
 
 def inner(xz, conv_weight, conv_bias, x_weight, dt_weight, out_weight, out_bias, A, B=None, C=None, D=None,
@@ -97,9 +97,9 @@ def test_a_compiler_has_a_time_limit():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--device", "tpu"], "device: 'tpu' is not one of cuda, cuda:N, cpu"),
-        (["--device", "cpu"], "device: 'cpu' takes only a quick benchmark"),
-        (["--device", "cuda:99"], "device: 'cuda:99'; torch sees"),
+        (["--device", "tpu", "--quick"], "device: 'tpu' is not one of those here (cpu"),
+        (["--device", "cpu"], "; to try it without: --quick --device cpu"),
+        (["--device", "cuda:99"], f"device: 'cuda:99' is not one of those here ({'cuda' if GPUS else 'none'}"),
         (["speed", "--device", "cpu", "--quick"], "part: 'speed' is unknown; allowed: scan, steps, fusion, graphs"),
     ],
 )
@@ -147,9 +147,6 @@ def test_a_quick_benchmark_measures_every_table_and_writes_it(tmp_path, capsys):
     tables = bench.gpu_frames(path)
     assert set(tables) == {*gpu.TITLES, "setting"}
     assert bench.gpu_frames(tmp_path / "absent.json") == {}
-    (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(InputError, match=r"broken\.json: not readable as JSON"):
-        bench.gpu_frames(tmp_path / "broken.json")
 
 
 def test_the_result_so_far_is_written_when_a_later_part_fails(tmp_path, monkeypatch):
