@@ -91,10 +91,6 @@ def _parser() -> argparse.ArgumentParser:
     add("names", nargs="+", metavar="name", help=said)
     add("--jobs", type=int, default=2, help="runs trained at the same time, each on one thread")
 
-    add = command("params", _params, "print the parameters that a run gets, its profile applied, as JSON")
-    add("--strategy", required=True, help="one of params.yaml's, under fusion")
-    add("--profile", help="one of params.yaml's; the one that it names itself if not given")
-
     add = command("resolve", _resolve, "write what the pipeline's stages depend on: parameters, and digests of code")
     add("--out", type=Path, required=True, help="folder for params/<strategy>.json, code/<notebook>.json")
     add("--ablation", metavar="NAME", help="write the parameters of one ablation instead; --out is a file")
@@ -124,8 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--gpu", action="store_true", help="the benchmark of a GPU, with the parts scan, steps, fusion, graphs")
     add("--device", default="cuda", help="with --gpu: cuda, cuda:N; cpu with --quick")
     add("--quick", action="store_true", help="small sizes that take seconds, to see that it works")
-    add("--json", type=Path, help="write the result there; a full one goes to results/ by default")
-    add("--figure", type=Path, help="draw it there; a full one goes to figures/benchmark.png by default")
+    add("--json", type=Path, help="write the result there; a full one goes to results/ by default, drawn in figures/")
 
     add = command(
         "gpu-check", _gpu_check, "check and measure everything that famba does on a GPU: at most eight minutes"
@@ -197,12 +192,6 @@ def _recheck(options: argparse.Namespace) -> None:
     print(recheck.recheck(options.names, jobs=options.jobs))
 
 
-def _params(options: argparse.Namespace) -> None:
-    from famba import config
-
-    print(json_bytes(config.load(options.profile, strategy=options.strategy).as_dict()).decode(), end="")
-
-
 def _resolve(options: argparse.Namespace) -> None:
     from famba import config
     from famba.experiments import sweep
@@ -255,8 +244,7 @@ def _crate(options: argparse.Namespace) -> None:
 def _bench(options: argparse.Namespace) -> None:
     from famba import bench
 
-    files = {"path": options.json, "figure": options.figure}
-    bench.main(options.parts, quick=options.quick, on_gpu=options.gpu, device=options.device, **files)
+    bench.main(options.parts, quick=options.quick, on_gpu=options.gpu, device=options.device, path=options.json)
 
 
 def _gpu_check(options: argparse.Namespace) -> int:

@@ -1,7 +1,6 @@
 """The command line: what it prints, what it leaves, and how it says no."""
 
 import base64
-import json
 import re
 import subprocess
 import sys
@@ -28,11 +27,6 @@ def notebook(tmp_path: Path):
         return path
 
     return write
-
-
-def test_params_prints_what_a_run_gets(capsys):
-    assert main(["params", "--strategy", "upper", "--profile", "smoke"]) == 0
-    assert json.loads(capsys.readouterr().out) == config.load("smoke", strategy="upper").as_dict()
 
 
 @pytest.mark.parametrize(

@@ -99,20 +99,16 @@ def run(
     return result
 
 
-def main(
-    parts: Sequence[str], *, quick: bool, on_gpu: bool, device: str, path: Path | None, figure: Path | None
-) -> None:
-    """Measure, print, write and draw; a full benchmark is written to results/ and drawn in figures/ by default."""
+def main(parts: Sequence[str], *, quick: bool, on_gpu: bool, device: str, path: Path | None) -> None:
+    """Measure, print and write; a full benchmark goes to results/ by default, and is drawn in figures/."""
     from famba import plots
 
     whole = not quick and not parts
     default = config.root() / (_GPU_PATH if on_gpu else _PATH) if whole else None
     result = run(parts, quick=quick, on_gpu=on_gpu, device=device, path=path.absolute() if path else default)
     print(text(result, on_gpu=on_gpu))
-    if figure is None and whole and not on_gpu:
-        figure = config.root() / "figures/benchmark.png"
-    if figure is not None:
-        plots.save((plots.gpu_benchmark if on_gpu else plots.benchmark)(frames(result)), figure.absolute())
+    if whole and not on_gpu:
+        plots.save(plots.benchmark(frames(result)), "figures/benchmark.png")
 
 
 def frames(result: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
@@ -124,17 +120,11 @@ def gpu_frames(path: str | Path = _GPU_PATH) -> dict[str, pd.DataFrame]:
     """The tables written by `bench --gpu` or `gpu-check`, with device and versions as `setting`; {} without the file.
 
     `gpu-check` has `checks`, one row per check.
-
-    Raises:
-        InputError: the file is not JSON.
     """
     path = config.root() / path
     if not path.is_file():
         return {}
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not readable as JSON: {error}") from None
+    result = json.loads(path.read_bytes())
     versions = ", ".join(f"{name} {version}" for name, version in sorted(result["versions"].items()))
     checks = {"checks": pd.DataFrame(result["checks"])} if "checks" in result else {}
     return {**frames(result), **checks, "setting": pd.DataFrame([{"device": result["device"], "versions": versions}])}
