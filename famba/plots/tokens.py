@@ -20,7 +20,6 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from famba.errors import InputError
 from famba.plots.style import PALETTE, Animation, Figure, grid_of_panels, styled
 
 _BLUE, _ORANGE, _SKY = PALETTE[0], PALETTE[1], PALETTE[9]
@@ -61,16 +60,10 @@ class Patches:
 
 
 @styled
-def image_grid(images: UInt8[np.ndarray, "b h w 3"], labels: Sequence[str], *, columns: int = 10) -> Figure:
-    """Images with their labels above, row by row.
-
-    Raises:
-        InputError: another number of labels than of images, or no images.
-    """
-    if len(labels) != len(images) or not len(images):
-        raise InputError(f"labels: {len(labels)} for {len(images)} images")
-    figure, panels = grid_of_panels(len(images), columns, (0.95, 1.15))
-    for axes, image, label in zip(panels.flat, images, labels, strict=False):
+def image_grid(images: UInt8[np.ndarray, "b h w 3"], labels: Sequence[str]) -> Figure:
+    """Images with their labels above, ten in a row."""
+    figure, panels = grid_of_panels(len(images), 10, (0.95, 1.15))
+    for axes, image, label in zip(panels.flat[: len(images)], images, labels, strict=True):
         _show(axes, image)
         axes.set_title(textwrap.shorten(str(label), 14, placeholder="…"), **_TITLE, pad=3)
     return figure
@@ -154,9 +147,6 @@ def fusion_map(images: UInt8[np.ndarray, "b h w 3"], groups: _Groups, patches: P
     """Where fusion happened: patches that became one token share a colour and an outline, single ones have none.
 
     One row per image, one picture per layer after the image itself. A token keeps the colour of its first patch.
-
-    Raises:
-        InputError: groups that do not fit the images' patches.
     """
     maps = _maps(images, groups, patches)
     b, across = len(images), min(1 + len(maps), 13)
@@ -180,10 +170,7 @@ def fusion_map(images: UInt8[np.ndarray, "b h w 3"], groups: _Groups, patches: P
 
 
 def fusion_animation(images: UInt8[np.ndarray, "b h w 3"], groups: _Groups, patches: Patches) -> Animation:
-    """The fusion map as an animation: one frame for the images and one per layer, with the remaining tokens.
-
-    Errors as in `fusion_map`.
-    """
+    """The fusion map as an animation: one frame for the images and one per layer, with the remaining tokens."""
     maps = _maps(images, groups, patches)
 
     @styled
@@ -210,9 +197,6 @@ def fusion_at_layer(
     Args:
         layer: counted from 1; 0 is the input, where every patch is a token.
         label: the title of the image.
-
-    Raises:
-        InputError: as in `fusion_map`.
     """
     batch = [tokens[None] for tokens in groups]
     maps = _maps(image[None], batch, patches)
@@ -239,22 +223,13 @@ def saliency(groups: _Groups, patches: Patches) -> Float[np.ndarray, "b _"]:
 
     1 is a patch that is never fused; one that resembles others tends to 0. It needs group sizes only, not attention,
     which this model does not have. The class token is not counted.
-
-    Raises:
-        InputError: no layers.
     """
-    if not groups:
-        raise InputError("groups: none; at least 1 layer needed")
     return np.mean([[1 / np.bincount(row)[row] for row in patches.of(tokens)] for tokens in groups], axis=0)
 
 
 @styled
 def saliency_map(images: UInt8[np.ndarray, "b h w 3"], groups: _Groups, patches: Patches) -> Figure:
-    """`saliency` as heat over each image.
-
-    Errors as in `fusion_map`.
-    """
-    _maps(images, groups, patches)  # refuses groups of other images
+    """`saliency` as heat over each image."""
     b = len(images)
     figure = Figure(figsize=(1.6 * b + 1.2, 3.4), layout="constrained")
     panels = figure.subplots(2, b, squeeze=False)
@@ -268,16 +243,8 @@ def saliency_map(images: UInt8[np.ndarray, "b h w 3"], groups: _Groups, patches:
 
 def _maps(images: np.ndarray, groups: _Groups, patches: Patches) -> dict[int, Int[np.ndarray, "b rows columns"]]:
     """For each layer the token of each patch."""
-    shape, maps = (len(images), *patches.grid(images[0])), {}
-    for layer, joined in enumerate(groups, start=1):
-        tokens = patches.of(joined)
-        if tokens.shape != (shape[0], math.prod(shape[1:])):
-            raise InputError(
-                f"groups: layer {layer} has the shape {joined.shape}; {shape[0]} images of {shape[1]} x "
-                f"{shape[2]} patches{'' if patches.cls_index is None else ' and a class token'} are expected"
-            )
-        maps[layer] = tokens.reshape(shape)
-    return maps
+    shape = len(images), *patches.grid(images[0])
+    return {layer: patches.of(joined).reshape(shape) for layer, joined in enumerate(groups, start=1)}
 
 
 def _remaining_tokens(axes: Axes, groups: Sequence[np.ndarray], layer: int) -> None:
