@@ -39,9 +39,6 @@ def accuracy_against(runs: pd.DataFrame, table: pd.DataFrame, cost: str) -> Figu
 
     Args:
         cost: one of `summary.COSTS`; less is better.
-
-    Raises:
-        InputError: a column that is not a cost.
     """
     names, costs = strategies_in(table), table.set_index("strategy")
     front = summary.pareto(table, cost)
