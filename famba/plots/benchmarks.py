@@ -8,7 +8,6 @@ import pandas as pd
 import seaborn
 from matplotlib.axes import Axes
 
-from famba.errors import InputError
 from famba.plots import style
 from famba.plots.style import GREY, MARKERS, STRATEGY_COLOURS, Figure, caption, rows_of, strategies_in, styled
 
@@ -22,12 +21,7 @@ def benchmark(tables: Mapping[str, pd.DataFrame]) -> Figure:
     Args:
         tables: by name, as from `bench.frames`; a panel for each of `scan`, `profile`, `schedules`, `memory` and
             `curves` that is there. `schedules` needs `lengths` beside it, `curves` needs `precision`.
-
-    Raises:
-        InputError: none of them is there.
     """
-    if not any(name in tables for name in _BENCHMARKS):
-        raise InputError(f"tables: {', '.join(tables) or 'none'}; at least one of {', '.join(_BENCHMARKS)}")
     return _panels(_BENCHMARKS, tables)
 
 
@@ -113,18 +107,19 @@ def gpu_benchmark(tables: Mapping[str, pd.DataFrame]) -> Figure:
 
     Args:
         tables: as from `bench.gpu_frames`; a panel for each of `scan`, `steps`, `schedules` and `graphs` that is there.
-            `schedules` needs `lengths` beside it. Without any, as where no GPU was measured, the figure says so.
+            `schedules` needs `lengths` beside it.
     """
-    if not any(name in tables for name in _GPU_BENCHMARKS):
-        figure = Figure(figsize=(5.6, 1.0))
-        figure.text(0.5, 0.5, "no GPU has been measured yet: make bench-gpu", ha="center", va="center", color=GREY)
-        return figure
     return _panels(_GPU_BENCHMARKS, tables)
 
 
 def _panels(draws: Mapping[str, _Draw], tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """A panel for each table that is there, two beside each other."""
+    """A panel for each table that is there, two beside each other; without any the figure says so."""
     chosen = [draw for name, draw in draws.items() if name in tables]
+    if not chosen:
+        figure = Figure(figsize=(5.6, 1.0))
+        said = "not measured yet: make bench, or on a GPU make bench-gpu"
+        figure.text(0.5, 0.5, said, ha="center", va="center", color=GREY)
+        return figure
     figure, panels = style.grid_of_panels(len(chosen), 2, (5.6, 3.8))
     for axes, draw in zip(panels.flat, chosen, strict=False):
         draw(axes, tables)
