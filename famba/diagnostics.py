@@ -5,9 +5,7 @@ succeeded.
 """
 
 import importlib.metadata
-import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,28 +15,8 @@ from typing import NamedTuple
 from famba.kernels.cpu import build
 
 _EXTRAS = ("datasets", "timm", "torchvision", "accelerate", "tensorboard")
-# What each GPU backend imports, the easiest to install first: Triton comes with torch, the hub downloads its kernels,
-# mamba-ssm's are installed from a wheel, or compiled.
-_GPU = {
-    "triton": ("triton",),
-    "hub": ("kernels", "einops", "transformers"),
-    "mamba_ssm": (
-        "mamba_ssm.ops.selective_scan_interface",
-        "selective_scan_cuda",
-        "causal_conv1d",
-        "causal_conv1d_cuda",
-    ),
-}
 _TIME_LIMIT_S = 120
 _OTHER_TORCH = "make env TORCH_BACKEND=auto"
-_COMPILERS = {
-    "apt-get": "apt-get install g++",
-    "dnf": "dnf install gcc-c++",
-    "apk": "apk add g++",
-    "pacman": "pacman -S gcc",
-    "brew": "xcode-select --install",
-    "conda": "conda install -c conda-forge cxx-compiler",
-}
 
 
 class Row(NamedTuple):
@@ -63,12 +41,12 @@ class Row(NamedTuple):
 
 def doctor() -> list[Row]:
     """One row for each thing, always in this order; the first call compiles the native kernels."""
-    found = _imported(["torch", *(module for modules in _GPU.values() for module in modules), *_EXTRAS])
+    found = _imported(["torch", *_EXTRAS])
     torch = _imported_row("torch", found["torch"], "make env", "make env")
     broken = Row("", "", "torch does not import", torch.command)
     gpu = _gpu() if torch.usable else broken._replace(name="GPU")
     native = _native() if torch.usable else broken._replace(name="native kernels")
-    return [torch, gpu, native, *_gpu_backends(found, gpu), *_extras(found, torch)]
+    return [torch, gpu, native, *_gpu_backends(gpu), *_extras(found, torch)]
 
 
 def text(rows: Sequence[Row]) -> str:
@@ -86,29 +64,25 @@ def text(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _imported(modules: list[str]) -> dict[str, str | None]:
+def _imported(modules: Sequence[str]) -> dict[str, str | None]:
     """By module: "" if it imports, its error in one line, or None if there is no such package."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(modules, pool.map(_import, modules), strict=True))
+        errors = [error for error, _ in pool.map(_run, [f"import {module}" for module in modules])]
+    absent = "ModuleNotFoundError: No module named {!r}".format
+    return {name: None if error == absent(name) else error for name, error in zip(modules, errors, strict=True)}
 
 
-def _import(module: str) -> str | None:
-    try:
-        if importlib.util.find_spec(module.split(".")[0]) is None:
-            return None
-    except (ImportError, ValueError) as error:
-        return _last_line(str(error))
-    # An extension of torch finds torch's libraries only after torch.
-    first = "" if module == "torch" or importlib.util.find_spec("torch") is None else "import torch; "
-    command = [sys.executable, "-c", f"{first}import {module}"]
+def _run(code: str) -> tuple[str, str]:
+    """The error of some code in one line, "" if there is none; and the last line that it printed."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIME_LIMIT_S, env=env)
     except subprocess.TimeoutExpired:
-        return f"its import took more than {_TIME_LIMIT_S} s"
+        return f"its import took more than {_TIME_LIMIT_S} s", ""
     if done.returncode < 0:
-        return f"its import was ended by signal {-done.returncode}"
-    return _last_line(done.stderr) if done.returncode else ""
+        return f"its import was ended by signal {-done.returncode}", ""
+    return _last_line(done.stderr) if done.returncode else "", (done.stdout.splitlines() or [""])[-1]
 
 
 def _last_line(output: str) -> str:
@@ -152,34 +126,31 @@ def _native() -> Row:
     from famba.kernels.cpu import runtime
 
     if reason := build.unavailable():
-        install = next((command for program, command in _COMPILERS.items() if shutil.which(program)), "")
-        return Row("native kernels", "", reason, "unset CXX" if os.environ.get("CXX") else install)
+        return Row("native kernels", "", reason, "apt-get install g++" * ("no C++ compiler (c++" in reason))
     return Row("native kernels", runtime.instruction_set())
 
 
-def _gpu_backends(found: dict[str, str | None], gpu: Row) -> list[Row]:
-    """Without a GPU nothing is recommended."""
+def _gpu_backends(gpu: Row) -> list[Row]:
+    """The easiest to install first; without a GPU nothing is recommended."""
     if not gpu.usable:
-        return [Row(name, "", "it runs on a GPU, and none can be used") for name in _GPU]
+        return [Row(name, "", "it runs on a GPU, and none can be used") for name in ("triton", "hub", "mamba_ssm")]
     from famba.kernels import mamba_ssm
 
-    commands = {
-        "triton": "pip install triton",
-        "hub": mamba_ssm.INSTALL_HUB,
-        "mamba_ssm": f"{mamba_ssm.INSTALL}  # a wheel, if there is one for this torch\n"
-        f"{mamba_ssm.BUILD}  # a build, with nvcc",
-    }
+    ours = "from famba.kernels import mamba_ssm as m; print("
+    backends = {  # the package whose version it has, what prints why it cannot run, and what to type where that fails
+        "triton": ("triton", "import triton; from famba.kernels.triton import runtime; print(runtime.unavailable())",
+                   "pip install triton"),
+        "hub": ("kernels", f"import kernels, einops, transformers; {ours}m.hub_unavailable())", mamba_ssm.INSTALL_HUB),
+        "mamba_ssm": ("mamba_ssm", f"{ours}m.unavailable() or m.conv_unavailable())", mamba_ssm.BUILD),
+    }  # fmt: skip
     rows: list[Row] = []
-    for name, modules in _GPU.items():
-        reason = command = ""
-        if name == "triton" and found[name] == "" and (reason := _cannot_compile()):
-            command = "apt-get install gcc python3-dev"
-        if module := next((module for module in modules if found[module] != ""), None):
-            error, command = found[module], commands[name]
-            reason = f"{module} is not installed" if error is None else f"{module} does not import: {error}"
-            if rows and rows[0].usable:
-                reason += "; not needed, for backend triton has all kernels"
-        rows.append(Row(name, _version("kernels" if name == "hub" else name), reason, command))
+    for name, (package, code, install) in backends.items():
+        error, reason = _run(code)  # a reason names its command itself
+        if name == "triton" and not (error or reason) and (error := _cannot_compile()):
+            install = "apt-get install gcc python3-dev"
+        needless = "not needed, for backend triton has all kernels: " if rows and rows[0].usable else ""
+        shown = f"{needless}{error or reason}" if error or reason else ""
+        rows.append(Row(name, _version(package), shown, install if error else ""))
     return rows
 
 

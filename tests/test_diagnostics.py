@@ -20,16 +20,18 @@ NAMES = [
     "torch", "GPU", "native kernels", "triton", "hub", "mamba_ssm",
     "datasets", "timm", "torchvision", "accelerate", "tensorboard",
 ]  # fmt: skip
+GPU_BACKENDS = NAMES[3:6]
 
 
 @pytest.fixture
 def examine(monkeypatch):
-    """All rows by name, with the given errors of imports and no others; with a GPU on demand."""
+    """All rows by name, with the given errors of imports and no others; of a GPU's backends error and reason."""
 
-    def run(*, gpu: bool = False, **errors: str | None) -> dict[str, Row]:
+    def run(*backends: tuple[str, str], **errors: str | None) -> dict[str, Row]:
         monkeypatch.setattr(diagnostics, "_imported", lambda names: dict.fromkeys(names, "") | errors)
-        if gpu:
+        if backends:
             monkeypatch.setattr(diagnostics, "_gpu", lambda: Row("GPU", "NVIDIA H100"))
+            monkeypatch.setattr(diagnostics, "_run", Mock(side_effect=backends))
             monkeypatch.setattr("triton.runtime.driver", Mock())
         return {row.name: row for row in famba.doctor()}
 
@@ -46,7 +48,7 @@ def packages(tmp_path, monkeypatch):
 
 
 def test_every_row_is_there_in_order_and_only_unusable_ones_have_commands(examine):
-    found = examine(triton=None, datasets=None)
+    found = examine(timm=None, datasets=None)
     assert list(found) == NAMES
     assert {row.usable for row in found.values()} == {True, False}
     assert not any(row.usable and row.command for row in found.values())
@@ -77,16 +79,19 @@ def test_missing_broken_and_crashing_packages_are_recognised(packages):
         "broken": "raise ImportError('of another\\nbuild')",
         "crashing": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
         "noisy": "import sys; print('a warning', file=sys.stderr)",
+        "needy": "import absent_package",
     }
     for name, source in sources.items():
         (packages / f"{name}.py").write_text(source)
-    assert diagnostics._imported(["absent_package.part", *sources]) == {
-        "absent_package.part": None,
+    assert diagnostics._imported(["absent_package", *sources]) == {
+        "absent_package": None,
         "sound": "",
         "broken": "build",
         "crashing": "its import was ended by signal 11",
         "noisy": "",
+        "needy": "ModuleNotFoundError: No module named 'absent_package'",
     }
+    assert diagnostics._run("print('noise'); print('a reason')") == ("", "a reason")
 
 
 def test_an_import_that_hangs_is_given_up(packages, monkeypatch):
@@ -139,30 +144,39 @@ def test_a_missing_gpu_is_the_drivers_or_torchs_fault(monkeypatch, driver, cuda,
 
 
 def test_gpu_backends_are_recommended_only_where_there_is_a_gpu(examine):
-    found = examine(transformers=None, causal_conv1d="ImportError: libcudart.so.12")
-    for name in diagnostics._GPU:
+    found = examine()
+    for name in GPU_BACKENDS:
         assert (found[name].reason, found[name].command) == ("it runs on a GPU, and none can be used", "")
 
 
-def test_what_a_user_can_do_for_gpu_kernels_is_listed_by_the_work_it_takes(examine):
-    """Nothing (Triton), a download, a wheel, a build."""
-    missing = {"transformers": None, "selective_scan_cuda": None}
-    found = examine(gpu=True, **missing)
-    assert list(found)[3:6] == ["triton", "hub", "mamba_ssm"]
+def test_what_a_user_can_do_for_gpu_kernels_is_said_by_each_backend_or_beside_its_error(examine):
+    works, absent = ("", ""), "ModuleNotFoundError: No module named 'einops'"
+    needless = "not needed, for backend triton has all kernels: "
+    found = examine(works, (absent, ""), ("", "mamba_ssm is not installed; pip"))
+    assert list(found)[3:6] == GPU_BACKENDS
     assert (found["triton"].usable, found["triton"].command) == (True, "")
-    assert found["hub"].reason == "transformers is not installed; not needed, for backend triton has all kernels"
+    assert found["hub"].reason == f"{needless}{absent}"
     assert found["hub"].command == "pip install kernels einops transformers"
-    wheel, build = found["mamba_ssm"].command.splitlines()
-    assert wheel.startswith("MAMBA_KEEP_CUDA_BUILD=TRUE pip install mamba-ssm causal-conv1d --no-build-isolation  # a")
-    assert build.startswith("MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE MAMBA_KEEP_CUDA_BUILD=TRUE pip inst")
-    found = examine(gpu=True, triton="ImportError: no ptxas", **missing)
-    assert found["triton"][2:] == ("triton does not import: ImportError: no ptxas", "pip install triton")
-    assert found["mamba_ssm"].reason == "selective_scan_cuda is not installed"
-    assert all(row.usable for name, row in examine(gpu=True).items() if name in diagnostics._GPU)
+    assert found["mamba_ssm"][2:] == (f"{needless}mamba_ssm is not installed; pip", "")
+    found = examine(("ImportError: no ptxas", ""), works, ("its import was ended by signal 11", ""))
+    assert found["triton"][2:] == ("ImportError: no ptxas", "pip install triton")
+    assert found["mamba_ssm"].reason == "its import was ended by signal 11"
+    assert found["mamba_ssm"].command.startswith("MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE MAMBA_KEEP")
+    assert all(row.usable for name, row in examine(works, works, works).items() if name in GPU_BACKENDS)
+
+
+def test_each_gpu_backend_is_asked_for_its_own_reason(monkeypatch):
+    """Here torch sees no GPU, and each says so."""
+    monkeypatch.setattr("triton.runtime.driver", Mock())
+    rows = diagnostics._gpu_backends(Row("GPU", "NVIDIA H100"))
+    if not torch.cuda.is_available():
+        assert "no CUDA device" in rows[0].reason
+        assert rows[2].reason == "torch sees no cuda device"
 
 
 def test_triton_that_imports_but_finds_no_compiler_is_not_usable(examine, monkeypatch):
-    examine(gpu=True)
+    works = ("", "")
+    examine(works, works, works, *[works] * 3)
     no_compiler = Mock(side_effect=RuntimeError("Failed to find C compiler."))
     monkeypatch.setattr("triton.runtime.driver.active.get_current_target", no_compiler)
     row = next(row for row in famba.doctor() if row.name == "triton")
@@ -181,14 +195,15 @@ def test_extras_keep_torch_and_timm_depends_on_torchvision(examine):
     assert examine(timm="ImportError: timm's own")["timm"].reason == "does not import: ImportError: timm's own"
 
 
-def test_without_a_compiler_the_command_of_the_system_installs_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "unavailable", lambda: "no C++ compiler")
-    (tmp_path / "dnf").touch(0o755)
+def test_without_a_compiler_the_native_kernels_say_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "_attempt", build._attempt.__wrapped__)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    assert diagnostics._native() == Row("native kernels", "", "no C++ compiler", "dnf install gcc-c++")
+    row = diagnostics._native()
+    assert row.reason == "no C++ compiler (c++, g++, clang++) on PATH; install g++ or clang, or set CXX"
+    assert row.command == "apt-get install g++"
     monkeypatch.setenv("CXX", "nowhere-c++")
-    assert diagnostics._native().command == "unset CXX"
+    assert diagnostics._native()[2:] == ("no C++ compiler (nowhere-c++) on PATH; install g++ or clang, or set CXX", "")
 
 
 def test_a_driver_that_hangs_is_no_driver(monkeypatch, tmp_path):
