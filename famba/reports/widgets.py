@@ -51,13 +51,7 @@ def _refused(error: Exception) -> str:
 
 
 class ScheduleExplorer(ipywidgets.VBox):
-    """Strategy, r and first fusing layer of Vim-Ti at 224 pixels, and what follows: tokens, FLOPs, memory and time.
-
-    Attributes:
-        strategy, r, first_layer: the controls.
-        picture: tokens by layer, a PNG.
-        table: FLOPs, memory and time beside no fusion, or why the model cannot fuse so.
-    """
+    """Strategy, r and first fusing layer of Vim-Ti at 224 pixels, and what follows: tokens, FLOPs, memory and time."""
 
     def __init__(self) -> None:
         self._sizes = create_model("vim_tiny", num_classes=100).config
@@ -108,12 +102,7 @@ class ScheduleExplorer(ipywidgets.VBox):
 
 
 class MatchingExplorer(ipywidgets.VBox):
-    """Matching and merging step by step, on the pixels of an image's patches.
-
-    Attributes:
-        image, r: the controls.
-        picture: a PNG.
-    """
+    """Matching and merging step by step, on the pixels of an image's patches."""
 
     def __init__(self, images: Mapping[str, Path], *, patch_size: int = 16, img_size: int = 224) -> None:
         self._pixels = {name: data.read_image(path, img_size) for name, path in images.items()}
@@ -150,11 +139,6 @@ class TokenExplorer(ipywidgets.VBox):
     """Trained models, their images or one's own, and the picture of what fuses by any strategy, layer by layer.
 
     Another model, strategy or r runs a model again; layer and image only draw. The weights are not changed.
-
-    Attributes:
-        model, strategy, r, layer, image, upload: the controls; a new `value` redraws.
-        picture: a PNG.
-        message: why an upload is refused.
     """
 
     def __init__(self, models: Mapping[str, Traced]) -> None:
@@ -232,14 +216,7 @@ class TokenExplorer(ipywidgets.VBox):
 
 
 class ScheduleTrainer(ipywidgets.VBox):
-    """A slider for each layer, a button that trains the schedule, and where it lands beside the named strategies.
-
-    Attributes:
-        removed: the sliders, layer 1 first.
-        train: the button.
-        picture: accuracy against time, a PNG.
-        message: tokens that are left, what was trained, or why the model cannot fuse so.
-    """
+    """A slider for each layer, a button that trains the schedule, and where it lands beside the named strategies."""
 
     def __init__(self, report: Report, seed: int = 0) -> None:
         self._profile, self._seed = report.profile, seed
