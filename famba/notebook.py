@@ -19,6 +19,7 @@ import papermill  # noqa: E402
 from IPython.core.displayhook import DisplayHook  # noqa: E402
 from IPython.core.displaypub import DisplayPublisher  # noqa: E402
 from IPython.core.interactiveshell import InteractiveShell  # noqa: E402
+from IPython.core.pylabtools import print_figure  # noqa: E402
 from papermill.engines import Engine, papermill_engines  # noqa: E402
 from papermill.exceptions import PapermillExecutionError  # noqa: E402
 from traitlets.config import Config  # noqa: E402
@@ -154,11 +155,7 @@ class _Shell(InteractiveShell):
 
 
 def _drawn(figure: Any) -> Any:
-    if own := getattr(figure, "_repr_png_", None):  # as a kernel shows it
-        return own()
-    from IPython.core.pylabtools import print_figure
-
-    return print_figure(figure, "png")
+    return figure._repr_png_() if hasattr(figure, "_repr_png_") else print_figure(figure)
 
 
 def _encoded(data: dict[str, Any]) -> dict[str, Any]:
