@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 import torch
 
+from famba.errors import InputError
+
 _T = TypeVar("_T")
 Left = list[dict[str, str]]  # what was left out, each with its reason
-
-from famba.errors import InputError
 
 
 def interleaved(
