@@ -256,7 +256,7 @@ class AblationParams(SweepParams):
 
 @section
 class ClaimParams:
-    """A claim, stated before the runs that judge it: an effect of each of `strategies` against each of `against`, beyond a bound."""
+    """A claim, stated before its runs: an effect of each of `strategies` against each of `against`, beyond a bound."""
 
     says: Text
     source: Text
