@@ -126,7 +126,7 @@ def _native() -> Row:
     from famba.kernels.cpu import runtime
 
     if reason := build.unavailable():
-        return Row("native kernels", "", reason, "apt-get install g++" * ("no C++ compiler (c++" in reason))
+        return Row("native kernels", "", reason)  # which names what to install
     return Row("native kernels", runtime.instruction_set())
 
 
