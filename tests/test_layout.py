@@ -164,6 +164,8 @@ def test_what_judges_the_claims_is_code_of_their_stage_alone():
     sources = {name: "\n".join(code(notebooks()[name])).encode() for name in STAGE_NOTEBOOKS}
     needed = {name: provenance._closure(provenance._parsed(source)[0]) for name, source in sources.items()}
     assert [name for name, found in needed.items() if "famba.analysis.claims" in found] == ["claims"]
+    assert "famba.training.optim" in needed["train"]
+    assert "famba.plots.results" not in needed["train"]
 
 
 def test_stages_depend_on_the_parameters_that_they_read():
@@ -171,6 +173,9 @@ def test_stages_depend_on_the_parameters_that_they_read():
     assert set(stages()["claims"]["params"]) == {"ablation", "claims"}
     for name in ("record", "ablation"):
         assert "build/ablations/${key}.json" in stages()[name]["deps"]
+        assert "profile ${profile}" in command(stages()[name])
+    assert "results/records/${key}" in stages()["ablation"]["deps"]
+    assert stages()["record"]["outs"] == [{"results/records/${key}": {"cache": False, "persist": True}}]
 
 
 def test_each_stage_gives_its_notebook_parameters_that_it_has_and_has_it_make_the_results():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -141,6 +142,10 @@ def test_the_page_has_verdict_effect_n_and_the_digests_of_the_tables_that_it_tra
     assert text.endswith(", of cost.csv begins with 2d711642b726b044.")
     written = pd.read_csv(tmp_path / "claims.csv").fillna(dict.fromkeys(("strategy", "against", "required"), ""))
     pd.testing.assert_frame_equal(written, found, check_dtype=False)
+    for name, folder in (("runs.csv", "records"), ("summary.csv", "ablation")):
+        (tmp_path / folder / "options").mkdir(parents=True)
+        shutil.copy(tmp_path / name, tmp_path / folder / "options")
+    assert list(claims.load(tmp_path)) == ["", "options"]
 
 
 def test_findings_are_the_decided_claims_and_what_changes_top1_by_an_interval_without_zero(monkeypatch):

@@ -9,6 +9,7 @@ from test_summary import costs_frame, runs_frame
 
 from famba import config, plots, reports
 from famba.analysis import cost, records, summary
+from famba.config import AblationParams
 from famba.errors import InputError
 from famba.reports import ablation, compare, models
 from famba.storage import runs
@@ -110,6 +111,19 @@ def test_an_ablation_of_a_fresh_clone_is_drawn_again_of_its_record(checkout):
     shown = ablation.open_report("options", **PROFILE).shown
     assert shown.startswith("Committed results of the profile `default`")
     assert shown.endswith("`make ablation NAME=options` draws them again, and trains only runs that are not recorded.")
+
+
+def test_the_pipeline_draws_accuracy_costs_the_paper_and_effects_of_an_ablation(checkout, monkeypatch):
+    asked = AblationParams(strategies=("none", "upper"), varied=("upper",), changes={"r2": {}}, seeds=(0,))
+    monkeypatch.setattr(ablation.sweep, "load_ablation", lambda _: asked)
+    record = checkout / "results" / "records" / "options"
+    top1 = {"none": [95.0], "upper": [94.0], "upper_r2": [94.0]}
+    records.write(runs_frame(top1), record)
+    costs = costs_frame(dict.fromkeys(top1, 1.0))
+    costs.assign(first_layer=3, r=[0, 3, 2]).to_csv(record / "cost.csv", index=False)
+    ablation.open_report("options", profile="default", pipeline=True)
+    drawn = {path.stem for path in (checkout / "figures" / "ablation" / "options").iterdir()}
+    assert drawn == {"effects", "time_ratio", "peak_memory_mib", "paper"}
 
 
 def test_words_under_a_figure_are_those_of_its_numbers():
