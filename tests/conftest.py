@@ -1,11 +1,13 @@
 """Shapes written in annotations are checked under pytest: the hook must be in place before famba is imported."""
 
 import gc
+import shutil
 from types import SimpleNamespace
 
 import jaxtyping
 import pytest
 import torch
+from checkout import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from famba.kernels.triton import conv, fuse, match, norm, scan  # noqa: F401 (Triton reads their source: not to be wrapped)
@@ -61,6 +63,15 @@ def on_paper(monkeypatch):
         return model
 
     return emptied, mode
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A repository root of its own, which is the working directory: no test sees another's checkpoints or cache."""
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture

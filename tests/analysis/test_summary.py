@@ -167,15 +167,12 @@ def test_beside_the_paper_stand_differences_and_shares_not_numbers_of_other_mach
     assert table.loc["lower", "here"] == "", "a strategy that was not run has an empty cell"
 
 
-def test_a_text_gets_the_file_that_its_markers_name_and_nothing_else_changes(tmp_path, monkeypatch):
-    for name in ("params.yaml", "dvc.yaml"):
-        (tmp_path / name).touch()
-    (tmp_path / "a.md").write_text("a table\n")
-    monkeypatch.chdir(tmp_path)
+def test_a_text_gets_the_file_that_its_markers_name_and_nothing_else_changes(repository):
+    (repository / "a.md").write_text("a table\n")
     text = summary.with_tables("# a\n<!-- a.md:begin -->\nold\n<!-- a.md:end -->\nb", "README.md")
     assert text == "# a\n<!-- a.md:begin -->\n\na table\n\n<!-- a.md:end -->\nb"
     assert summary.with_tables(text, "README.md") == text
-    (tmp_path / "a.md").unlink()
+    (repository / "a.md").unlink()
     with pytest.raises(InputError, match=r"a\.md: cannot be read \(No such file"):
         summary.with_tables(text, "README.md")
 

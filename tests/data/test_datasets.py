@@ -45,9 +45,9 @@ TEST = "plain_text/test-00000-of-00001.parquet"
 
 
 @pytest.fixture
-def copied(checkout: Path) -> Path:
+def copied(repository: Path) -> Path:
     """A copy of a set of the hub: 20 training and 6 test images of two classes, the training ones in two files."""
-    top = checkout / "copied"
+    top = repository / "copied"
     write(top / FIRST, {"label": [0, 1] * 5})
     write(top / SECOND, {"label": [1, 1, 1, 1, 1, 0, 0, 0, 0, 0]}, seed=10)
     write(top / TEST, {"label": [1, 0, 0, 1, 0, 1]}, seed=20)

@@ -39,8 +39,8 @@ def from_folder(**changes: object) -> data.Dataset:
     return load(**{"dataset": "folder", "root": "images", "val_fraction": 0.2} | changes)
 
 
-def caches(checkout: Path) -> list[Path]:
-    return sorted((checkout / "build" / "cache").iterdir())
+def caches(repository: Path) -> list[Path]:
+    return sorted((repository / "build" / "cache").iterdir())
 
 
 # digits
@@ -181,7 +181,7 @@ def test_the_root_is_found_from_a_folder_below_it_and_may_be_absolute(folder, mo
     assert len(caches(folder.parent)) == 1
 
 
-def test_grey_palette_and_transparent_images_become_rgb(checkout):
+def test_grey_palette_and_transparent_images_become_rgb(repository):
     palette = Image.new("P", (8, 8), 1)
     palette.putpalette([0, 0, 0, 200, 30, 10])
     palette.info["transparency"] = bytes([255, 128])
@@ -226,35 +226,35 @@ def test_a_folder_that_is_not_laid_out_right_is_an_error_of_one_line_and_caches_
     assert not (folder.parent / "build").exists()
 
 
-def test_a_pipe_that_a_parquet_file_names_is_not_waited_for(checkout):
-    os.mkfifo(checkout / "pipe")
-    table = pa.table({"image": [{"bytes": None, "path": str(checkout / "pipe")}]})
+def test_a_pipe_that_a_parquet_file_names_is_not_waited_for(repository):
+    os.mkfifo(repository / "pipe")
+    table = pa.table({"image": [{"bytes": None, "path": str(repository / "pipe")}]})
     with pytest.raises(InputError, match="no regular file there"):
         pixels(Cells(SimpleNamespace(data=table), "image", "set"), 0, 8)
 
 
-def test_an_image_is_turned_as_its_exif_data_says(checkout):
+def test_an_image_is_turned_as_its_exif_data_says(repository):
     image = photograph(3, (12, 8))
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6  # to be turned by 90 degrees clockwise
-    image.save(checkout / "held.png", exif=exif)
-    image.save(checkout / "held.tif", exif=exif)
-    image.transpose(Image.Transpose.ROTATE_270).save(checkout / "turned.png")
+    image.save(repository / "held.png", exif=exif)
+    image.save(repository / "held.tif", exif=exif)
+    image.transpose(Image.Transpose.ROTATE_270).save(repository / "turned.png")
     for name in ("held.png", "held.tif"):
         assert torch.equal(data.read_image(name, 8), data.read_image("turned.png", 8))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_data_that_is_malformed_besides_still_turns_the_image(checkout, orientation):
+def test_exif_data_that_is_malformed_besides_still_turns_the_image(repository, orientation):
     image = photograph(3, (12, 8))
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    image.save(checkout / "whole.png", exif=exif)
-    expected = ImageOps.exif_transpose(Image.open(checkout / "whole.png"))
+    image.save(repository / "whole.png", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(repository / "whole.png"))
     resolution = struct.pack("<HHI4s", ExifTags.Base.XResolution, 2, 4, b"abc\0")  # a text where a ratio belongs
     entries = struct.pack("<HHIHH", ExifTags.Base.Orientation, 3, 1, orientation, 0) + resolution
-    image.save(checkout / "held.png", exif=b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4))
-    expected.save(checkout / "turned.png", exif=b"")
+    image.save(repository / "held.png", exif=b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4))
+    expected.save(repository / "turned.png", exif=b"")
     assert torch.equal(data.read_image("held.png", 8), data.read_image("turned.png", 8))
 
 
@@ -280,7 +280,7 @@ def test_of_several_broken_images_the_first_is_named(folder):
         ({"shift": 8}, ("data.shift", "8", "data.img_size")),
     ],
 )
-def test_what_cannot_be_had_is_an_error_of_one_line(checkout, changes, parts):
+def test_what_cannot_be_had_is_an_error_of_one_line(repository, changes, parts):
     one_line(lambda: digits(**changes), *parts)
 
 
@@ -362,6 +362,6 @@ def test_one_image_is_read_from_a_file_or_an_array_as_a_folder_reads_it(folder):
         (np.zeros((0, 4, 3), np.uint8), r"image: uint8 of shape \(0, 4, 3\)"),
     ],
 )
-def test_what_is_no_image_is_refused_by_name(checkout, source, said):
+def test_what_is_no_image_is_refused_by_name(repository, source, said):
     with pytest.raises(InputError, match=said):
         data.read_image(source, 8)

@@ -18,16 +18,13 @@ PROFILE = {"profile": "default", "pipeline": False}
 
 
 @pytest.fixture
-def checkout(tmp_path, monkeypatch):
+def checkout(repository, monkeypatch):
     """A fresh clone whose committed results are two runs."""
-    for name in ("params.yaml", "dvc.yaml"):
-        shutil.copy(config.root() / name, tmp_path)
-    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FAMBA_PROFILE", raising=False)
     frame = runs_frame({"none": [95.0], "upper": [94.0]})
-    records.write(frame, tmp_path / "results")
-    summary.write_summary(frame, costs_frame(), tmp_path / "results")
-    return tmp_path
+    records.write(frame, repository / "results")
+    summary.write_summary(frame, costs_frame(), repository / "results")
+    return repository
 
 
 def opened(made, file="summary.md", **changes):

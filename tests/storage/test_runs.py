@@ -95,12 +95,10 @@ def test_metrics_json_is_written_last_and_taken_away_first(tmp_path, monkeypatch
     assert written[-1] == "metrics.json"
 
 
-def test_a_relative_folder_lies_in_the_repository_whatever_the_working_directory(tmp_path, monkeypatch):
-    for name in ("params.yaml", "dvc.yaml"):
-        (tmp_path / name).write_bytes((config.root() / name).read_bytes())
-    (tmp_path / "notebooks").mkdir()
-    monkeypatch.chdir(tmp_path / "notebooks")
-    assert runs.write(make_run(), "results/run") == tmp_path / "results" / "run"
+def test_a_relative_folder_lies_in_the_repository_whatever_the_working_directory(repository, monkeypatch):
+    (repository / "notebooks").mkdir()
+    monkeypatch.chdir(repository / "notebooks")
+    assert runs.write(make_run(), "results/run") == repository / "results" / "run"
     assert runs.read("results/run").strategy == "upper"
 
 
