@@ -1,4 +1,3 @@
-import dataclasses
 import pickle
 import random
 import sys
@@ -160,28 +159,13 @@ def test_evaluation_images_are_torchvisions_resize_and_centre_crop(size, crop):
         assert np.array_equal(found, expected)
 
 
-@pytest.mark.slow
-def test_worker_processes_make_the_same_images(folder):
-    p = asked(dataset="folder", root="images", val_fraction=0.2)
-    d = data.load(p)
-    assert d.train.augmentation == timm_transforms.TimmAugmentation(p, d.mean, d.std)
-    split = dataclasses.replace(d.train, augmentation=bridge.Bridged(p, d.mean, d.std))
-
-    def epoch(workers: int) -> torch.Tensor:
-        source = dataclasses.replace(split, workers=workers)
-        batches = data.batches(source, 4, generator=torch.Generator().manual_seed(0))
-        return torch.cat([images for images, _ in batches])
-
-    expected = epoch(0)
-    assert expected.shape == (16, 3, 48, 48)
-    assert torch.equal(epoch(1), expected)
-
-
 def test_a_run_mixes_every_part_of_every_step_anew_and_ends_with_the_same_bytes_again(folder, monkeypatch):
     images = {"dataset": "folder", "root": "images", "val_fraction": 0.2, "folds": None, "limit": None, "shift": 0}
     given = {f"data.{key}": value for key, value in (images | {"augment": "timm", "mixup": 0.8}).items()}
     given |= {"train.batch_size": 8, "train.device_batch": 4, "train.epochs": 1}
     p = config.load("smoke", strategy="upper", path=ROOT / "params.yaml", given=given)
+    d = data.load(p.data)
+    assert d.train.augmentation == timm_transforms.TimmAugmentation(p.data, d.mean, d.std)
     seeds, make = [], timm_transforms.mixer
 
     def noting(*how):

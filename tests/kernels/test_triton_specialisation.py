@@ -18,6 +18,7 @@ if runtime.triton is None or runtime.INTERPRETED:
 
 from triton_compiler import specialised
 
+pytestmark = pytest.mark.slow
 STATES = (1, 2, 3, 8, 16, 33, 64)
 MODELS = {
     "batch": (1, 2, 3, 16),
