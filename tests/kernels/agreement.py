@@ -12,7 +12,7 @@ from famba.kernels.scan import selective_scan, selective_scan_ref
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 # t and scale of `draw_scan`; where the steps are large, a state is forgotten within a few tokens
-STEPS = [*itertools.product((1, 16, 17), (1e-6, 0.01, 1.0, 50.0, 1e4)), (2000, 1e-6), (2000, 0.01), (2000, 1.0)]
+STEPS = [*itertools.product((1, 16, 17), (1e-6, 0.01, 1.0, 50.0, 1e4)), (1000, 1e-6), (1000, 0.01), (1000, 1.0)]
 
 
 def leaves(tensors, device="cpu", dtype=None):

@@ -3,6 +3,7 @@
 They run in processes of their own, because the shape checks that tests put around every function cannot be traced.
 """
 
+import os
 import subprocess
 import sys
 
@@ -77,7 +78,12 @@ print("the same")
 
 def run(code: str) -> list[str]:
     done = subprocess.run(
-        [sys.executable, "-c", PREPARE + code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-c", PREPARE + code],
+        cwd=ROOT,
+        env=os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"},  # a pool takes longer to start than it saves
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     return done.stdout.splitlines()
 
