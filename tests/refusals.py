@@ -1,12 +1,12 @@
 import pytest
 
 from famba.cli import main
-from famba.errors import InputError
+from famba.errors import FambaError, InputError
 
 
-def refusal(action) -> str:
+def refusal(action, kind: type[FambaError] = InputError) -> str:
     """What an action is refused with, in one line."""
-    with pytest.raises(InputError) as error:
+    with pytest.raises(kind) as error:
         action()
     assert "\n" not in str(error.value)
     return str(error.value)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -204,41 +205,37 @@ def test_dvc_rewrites_the_file_with_the_changed_line_alone(tmp_path):
         ("data.root", "a\0b", r"data.root: 'a\x00b': String should match pattern"),
         ("data.img_size", 10**6, "data.img_size: 1000000: Input should be less than or equal to 4096"),
         ("train.lr_batch", 10**6, "train.min_lr: 1e-05: must be at most train.lr, which train.lr_batch may scale, 1.6"),
+        # sections of several runs
+        (
+            "fusion.adaptive",
+            {"memory": 0.5, "total": 3},
+            "fusion.adaptive: {'memory': 0.5, 'total': 3}: exactly one of ",
+        ),
+        ("sweep.seeds", [2**32], "sweep.seeds.0: 4294967296: Input should be less than 4294967296"),
+        ("sweep.seeds", [0, 1, 0], "sweep.seeds: [0, 1, 0]: each may be named only once"),
+        ("sweep.strategies", ["none", "most"], "sweep.strategies: 'most' is not one of all, "),
+        ("ablation.options", {"seeds": [0]}, "ablation.options.strategies: missing"),
+        ("ablation.options", ABLATION | {"varied": ["most"]}, "ablation.options.varied: 'most' is not one of all, "),
+        ("ablation.options", ABLATION | {"changes": {"A": {}}}, "ablation.options.changes.A: 'A': String should match"),
+        (
+            "ablation.options",
+            ABLATION | {"varied": ["all"], "changes": {"r1": {"fusion.all.r": 1}}},
+            "ablation.tokens_per_layer.changes.r1: {'fusion.upper.r': 1} has the name of another ablation's change, ",
+        ),
+        ("claims.x", CLAIM | {"against": ["most"]}, "claims.x.against: 'most' is not one of all, "),
+        ("claims.x", CLAIM | {"ablation": "most"}, "claims.x.ablation: 'most' is not one of calibration, "),
+        ("claims.x", CLAIM | {"ablation": "options", "against": ["all_x"]}, "claims.x.against: 'all_x' is"),
+        ("claims.x", CLAIM | {"at_same": "memory_ratio"}, "claims.x.at_same: 'memory_ratio': only for top1_p"),
+        ("claims.x", CLAIM | {"above": 1.0}, "claims.x: {'above': 1.0, 'below': 1.0, 'quantity': 'time"),
+        ("claims.x", CLAIM | {"below": 0}, "claims.x.below: 0: a ratio is compared with a positive number"),
     ],
 )
 def test_a_bad_value_is_named_in_one_line_with_its_key_and_what_is_allowed(edited, key, value, message):
     path = edited(*key.split("."), to=value)
-    assert refusal(lambda: config.load(strategy="all", path=path)).startswith(f"params.yaml: {message}")
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("adaptive", {"memory": 0.5, "total": 3}, ": {'memory': 0.5, 'total': 3}: exactly one of total, memory, flops"),
-        ("sweep", {"seeds": [2**32]}, ".seeds.0: 4294967296: Input should be less than 4294967296"),
-        ("sweep", {"seeds": [0, 1, 0]}, ".seeds: [0, 1, 0]: each may be named only once"),
-        ("sweep", {"strategies": ["none", "most"]}, ".strategies: 'most' is not one of all, "),
-        ("ablation", {"options": {"seeds": [0]}}, ".options.strategies: missing"),
-        ("ablation", {"options": ABLATION | {"varied": ["most"]}}, ".options.varied: 'most' is not one of all, "),
-        ("ablation", {"options": ABLATION | {"changes": {"A": {}}}}, ".options.changes.A: 'A': String should match"),
-        (
-            "ablation",
-            {"options": ABLATION | {"varied": ["all"], "changes": {"r1": {"fusion.all.r": 1}}}},
-            ".tokens_per_layer.changes.r1: {'fusion.upper.r': 1} has the name of another ablation's change, ",
-        ),
-        ("claims", {"faster": CLAIM | {"against": ["most"]}}, ".faster.against: 'most' is not one of all, "),
-        ("claims", {"faster": CLAIM | {"ablation": "most"}}, ".faster.ablation: 'most' is not one of calibration, "),
-        ("claims", {"faster": CLAIM | {"ablation": "options", "against": ["all_x"]}}, ".faster.against: 'all_x' is"),
-        ("claims", {"faster": CLAIM | {"at_same": "memory_ratio"}}, ".faster.at_same: 'memory_ratio': only for top1_p"),
-        ("claims", {"faster": CLAIM | {"above": 1.0}}, ".faster: {'above': 1.0, 'below': 1.0, 'quantity': 'time"),
-        ("claims", {"faster": CLAIM | {"below": 0}}, ".faster.below: 0: a ratio is compared with a positive number"),
-    ],
-)
-def test_a_bad_section_of_several_runs_is_named_in_one_line(edited, key, value, message):
-    path = edited("fusion", key, to=value) if key == "adaptive" else edited(key, to=DOCUMENT[key] | value)
-    load = config.load_ablations if key == "ablation" else getattr(config, f"load_{key}")
-    section = "fusion.adaptive" if key == "adaptive" else key
-    assert refusal(lambda: load(path=path)).startswith(f"params.yaml: {section}{message}")
+    loads = {"fusion.adaptive": config.load_adaptive, "sweep": config.load_sweep}
+    loads |= {"ablation": config.load_ablations, "claims": config.load_claims}
+    load = next((load for start, load in loads.items() if key.startswith(start)), partial(config.load, strategy="all"))
+    assert refusal(lambda: load(path=path)).startswith(f"params.yaml: {message}")
 
 
 @pytest.mark.parametrize("key", ["data.shift", "sweep"])

@@ -22,6 +22,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from agreement import draw_scan, results
+from refusals import refusal
 
 from famba import backends, create_model, selective_scan
 from famba.errors import BackendError
@@ -275,19 +276,16 @@ def locked(project, monkeypatch, commit):
     monkeypatch.setattr(mamba_ssm, "_PROJECT", project)
 
 
-def refusal() -> str:
+def refused() -> str:
     """What naming the backend says where it cannot run."""
     mamba_ssm._find.cache_clear()
-    with pytest.raises(BackendError) as raised:
-        selective_scan(*draw_scan(2, 8, 7, 4), backend="hub")
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
+    return refusal(lambda: selective_scan(*draw_scan(2, 8, 7, 4), backend="hub"), BackendError)
 
 
 def test_the_version_of_pyproject_is_loaded_and_named_among_a_runs_versions(hub):
     assert set(PINS) == {SCAN_REPOSITORY, CONV_REPOSITORY}
     hub(SCAN_REPOSITORY, "selective_scan_fn = None", version=PINS[SCAN_REPOSITORY] + 1, commit="b" * 40)
-    assert f"Version {PINS[SCAN_REPOSITORY]} not found" in refusal()
+    assert f"Version {PINS[SCAN_REPOSITORY]} not found" in refused()
     hub(SCAN_REPOSITORY)
     scanned_by_the_hub()
     versions = environment.environment("cpu")["versions"]
@@ -314,7 +312,7 @@ def test_auto_and_the_list_of_backends_load_nothing_from_the_hub(install, hub, d
 def test_without_the_package_kernels_the_command_that_installs_it_is_said(hub, monkeypatch):
     monkeypatch.setitem(sys.modules, "kernels", None)
     monkeypatch.setattr(mamba_ssm.importlib.util, "find_spec", lambda name: None)
-    assert refusal() == "backend 'hub' cannot run here: kernels is not installed; " + mamba_ssm.INSTALL_HUB
+    assert refused() == "backend 'hub' cannot run here: kernels is not installed; " + mamba_ssm.INSTALL_HUB
     project = tomllib.loads((mamba_ssm._PROJECT / "pyproject.toml").read_text())["project"]
     extra = project["optional-dependencies"]["hub"]
     assert set(mamba_ssm.INSTALL_HUB.split()[2:]) < {re.split("[<>=]", line)[0] for line in extra}
@@ -322,15 +320,15 @@ def test_without_the_package_kernels_the_command_that_installs_it_is_said(hub, m
 
 def test_outside_a_checkout_no_version_is_guessed(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(mamba_ssm, "_PROJECT", tmp_path)
-    assert "famba is not installed from a checkout, whose pyproject.toml fixes the versions" in refusal()
+    assert "famba is not installed from a checkout, whose pyproject.toml fixes the versions" in refused()
 
 
 def test_offline_and_never_downloaded_it_says_how_to_download(hub, tmp_path, monkeypatch):
-    said = refusal()
+    said = refused()
     assert said.startswith(f"backend 'hub': {SCAN_REPOSITORY}: Version 2 of '{SCAN_REPOSITORY}' is not available in")
     assert said.endswith("; to download it: unset HF_HUB_OFFLINE")
     locked(tmp_path, monkeypatch, "c" * 40)
-    assert refusal().endswith("; to download it: unset HF_HUB_OFFLINE")
+    assert refused().endswith("; to download it: unset HF_HUB_OFFLINE")
 
 
 def test_a_hub_out_of_reach_is_not_reported_as_one_that_is_not_trusted(hub, monkeypatch):
@@ -340,7 +338,7 @@ def test_a_hub_out_of_reach_is_not_reported_as_one_that_is_not_trusted(hub, monk
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # what the variable was at the import
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setattr(huggingface_hub.HfApi, "get_organization_overview", unreachable)
-    assert refusal() == (
+    assert refused() == (
         f"backend 'hub': {SCAN_REPOSITORY}: Name or service not known; "
         "to use what was downloaded before: HF_HUB_OFFLINE=1"
     )
@@ -348,7 +346,7 @@ def test_a_hub_out_of_reach_is_not_reported_as_one_that_is_not_trusted(hub, monk
 
 def test_a_build_for_another_torch_only_is_refused_in_one_line_without_the_list_of_builds(hub):
     hub(SCAN_REPOSITORY, built_for="torch27")
-    assert refusal() == (
+    assert refused() == (
         f"backend 'hub': {SCAN_REPOSITORY}: Cannot find a build variant for this system in {SCAN_REPOSITORY} "
         f"(revision: {'a' * 40}):; this is torch {torch.__version__}; what there is: kernels versions {SCAN_REPOSITORY}"
     )
@@ -364,23 +362,23 @@ def test_a_repository_without_the_function_is_refused_by_its_name(hub):
 def test_a_download_that_is_not_whole_is_to_be_downloaded_again(hub):
     build = hub(SCAN_REPOSITORY, "import torch; torch.ops.load_library(__file__.replace('__init__.py', 'scan.so'))")
     (build / "scan.so").write_bytes(b"\x7fELF, and no more")
-    assert re.search(rf"file too short; to download it again: hf cache rm kernel/{SCAN_REPOSITORY}$", refusal())
+    assert re.search(rf"file too short; to download it again: hf cache rm kernel/{SCAN_REPOSITORY}$", refused())
     hub(SCAN_REPOSITORY, "def selective_scan_fn(")
-    assert re.search(rf"never closed .*; to download it again: hf cache rm kernel/{SCAN_REPOSITORY}$", refusal())
+    assert re.search(rf"never closed .*; to download it again: hf cache rm kernel/{SCAN_REPOSITORY}$", refused())
     (hub(SCAN_REPOSITORY) / "metadata.json").write_text("{")
-    assert refusal().endswith(f"; to download it again: hf cache rm kernel/{SCAN_REPOSITORY}")
+    assert refused().endswith(f"; to download it again: hf cache rm kernel/{SCAN_REPOSITORY}")
 
 
 def test_a_package_that_does_not_import_is_to_be_installed_be_it_kernels_or_what_a_build_imports(hub, monkeypatch):
     with monkeypatch.context() as broken:
         broken.setitem(sys.modules, "kernels", None)  # found, and not importable
-        assert refusal().endswith(f"; {mamba_ssm.INSTALL_HUB}")
+        assert refused().endswith(f"; {mamba_ssm.INSTALL_HUB}")
     hub(SCAN_REPOSITORY, "import absent_package")
-    assert refusal().endswith(f": No module named 'absent_package'; {mamba_ssm.INSTALL_HUB}")
+    assert refused().endswith(f": No module named 'absent_package'; {mamba_ssm.INSTALL_HUB}")
     hub(SCAN_REPOSITORY, needs=["einops"])
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "einops" else find(name))
-    assert refusal().endswith(f"Please install with: pip install einops; {mamba_ssm.INSTALL_HUB}")
+    assert refused().endswith(f"Please install with: pip install einops; {mamba_ssm.INSTALL_HUB}")
 
 
 @pytest.mark.parametrize("backend", ["mamba_ssm", "hub"])

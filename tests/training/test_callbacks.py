@@ -61,19 +61,13 @@ def shell(monkeypatch):
     return shell
 
 
-def test_the_first_and_the_last_epoch_are_drawn_and_between_them_a_twentieth_of_the_time(shell):
-    curves = callbacks.Curves(50)
+@pytest.mark.parametrize(("of", "drawn"), [(50, [1, 20, 39, 50]), (None, [*range(1, 51)])])
+def test_drawing_takes_a_twentieth_of_the_time_between_first_and_last_epoch_where_the_last_is_known(shell, of, drawn):
+    curves = callbacks.Curves(of)
     for count in range(1, 51):
-        curves(epochs(count))
-        shell.now += 1
-    assert shell.drawn == [1, 20, 39, 50]
-
-
-def test_every_epoch_is_drawn_where_the_last_is_not_known(shell):
-    curves = callbacks.Curves()
-    for count in (1, 2, 3):
         curves(epochs(count), {"throughput_img_s": 1.0})
-    assert shell.drawn == [1, 2, 3]
+        shell.now += 1
+    assert shell.drawn == drawn
 
 
 def test_outside_a_notebook_nothing_is_drawn_or_printed(monkeypatch, capsys):
