@@ -1,16 +1,33 @@
-"""Looking at other processes, in the tests that start, end and kill them."""
+"""Starting other processes and looking at them, in the tests that end and kill them."""
 
+import os
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from checkout import ROOT
 
 T = TypeVar("T")
 # How long what must not go on would go on, and how long it is waited for to end: far apart, and both far longer than
 # anything takes on a busy machine. A test fails by them if something hangs, never because it is slow.
 FOREVER_S = 900
 PATIENCE_S = 300
+
+
+def start(*command: str | Path, environment: Mapping[str, str] = {}, **given: Any) -> subprocess.Popen[str]:
+    """A program that finds this environment's programs, famba and these tests' modules, and has no supervisor.
+
+    Args:
+        command: the program and its arguments; `-c`, as the program, is Python's.
+    """
+    inherited = {key: value for key, value in os.environ.items() if key not in ("DVC_STAGE", "FAMBA_ENDS_WITH")}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    found = {"PATH": path, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    command = (sys.executable, *command) if command[0] == "-c" else command
+    return subprocess.Popen(command, env=inherited | found | environment, text=True, **given)
 
 
 def is_there(pid: int) -> bool:

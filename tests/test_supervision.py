@@ -8,8 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from checkout import ROOT
-from processes import FOREVER_S, is_there, wait_until
+from processes import FOREVER_S, is_there, start, wait_until
 
 from famba import supervision
 from famba.errors import InputError
@@ -40,12 +39,9 @@ if sys.argv[1] != "leaves":
 """
 
 
-def start(command: list[str], how: str = "waits", **given: str) -> subprocess.Popen:
-    environment = {key: value for key, value in os.environ.items() if key not in ("DVC_STAGE", supervision.ENDS_WITH)}
-    environment |= {"PYTHONPATH": str(ROOT), **given}
-    return subprocess.Popen(
-        [sys.executable, "-c", DVC, how, *command], env=environment, start_new_session=True, stderr=subprocess.DEVNULL
-    )
+def start_by_dvc(command: list[str], how: str = "waits", **given: str) -> subprocess.Popen:
+    given_to = {"environment": given, "start_new_session": True, "stderr": subprocess.DEVNULL}
+    return start("-c", DVC, how, *command, **given_to)
 
 
 def stage(said: Path) -> list[str]:
@@ -64,7 +60,7 @@ def number(said: Path) -> int:
 @pytest.mark.parametrize("between", ["nothing", "shell"])
 def test_a_stage_ends_when_its_dvc_is_killed(tmp_path, between):
     said = tmp_path / "said"
-    dvc = start(stage(said) if between == "nothing" else within("", said))
+    dvc = start_by_dvc(stage(said) if between == "nothing" else within("", said))
     pid = number(said)
     time.sleep(1.2)  # it has looked, and stayed
     assert is_there(pid)
@@ -77,7 +73,7 @@ def test_a_stage_ends_when_its_dvc_is_killed(tmp_path, between):
 def test_a_stage_ends_when_a_process_between_it_and_its_supervisor_is_gone(tmp_path):
     said = tmp_path / "said"
     xargs = 'FAMBA_ENDS_WITH=$$ sh -c \'"$0" "$@"; true\''  # a shell that stays, in another
-    make = start(within(xargs, said), "plain")
+    make = start_by_dvc(within(xargs, said), "plain")
     pid = number(said)
     middle = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
     assert middle != make.pid
@@ -89,7 +85,7 @@ def test_a_stage_ends_when_a_process_between_it_and_its_supervisor_is_gone(tmp_p
 
 def test_a_stage_whose_dvc_is_gone_already_does_not_begin(tmp_path):
     said = tmp_path / "said"
-    start(["sh", "-c", 'sleep 0.5; exec "$0" "$@"', *stage(said)], "leaves").wait()
+    start_by_dvc(["sh", "-c", 'sleep 0.5; exec "$0" "$@"', *stage(said)], "leaves").wait()
     assert wait_until(lambda: said.with_suffix(".reason").exists() and said.with_suffix(".reason").read_text()) == (
         "the DVC that ran this stage is gone"
     )
@@ -99,13 +95,13 @@ def test_a_stage_whose_dvc_is_gone_already_does_not_begin(tmp_path):
 def test_a_process_whose_supervisor_is_no_ancestor_does_not_begin(tmp_path):
     gone = subprocess.Popen(["true"])
     gone.wait()
-    start(stage(tmp_path / "said"), "plain", **{supervision.ENDS_WITH: str(gone.pid)}).wait()
+    start_by_dvc(stage(tmp_path / "said"), "plain", **{supervision.ENDS_WITH: str(gone.pid)}).wait()
     assert (tmp_path / "said.reason").read_text() == f"the supervising process {gone.pid} (FAMBA_ENDS_WITH) is gone"
     assert not (tmp_path / "said").exists()
 
 
 def test_a_command_of_a_shell_outlives_the_shell(tmp_path):
-    shell = start(stage(tmp_path / "said"), "plain")
+    shell = start_by_dvc(stage(tmp_path / "said"), "plain")
     pid = number(tmp_path / "said")
     shell.kill()
     shell.wait()

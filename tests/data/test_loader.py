@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkout import ROOT
 from images import DIGITS, one_line
 from PIL import Image
-from processes import PATIENCE_S, is_there, wait_until
+from processes import PATIENCE_S, is_there, start, wait_until
 
 from famba import config, data
 from famba.config import DataParams
@@ -221,12 +219,8 @@ def wait_in_an_epoch(folder: str, said: str) -> None:
 def test_workers_end_with_the_process_that_started_them(folder):
     said = folder.parent / "said"
     call = f"test_loader.wait_in_an_epoch({str(folder.parent)!r}, {str(said)!r})"
-    path = os.pathsep.join([str(Path(__file__).parent), str(ROOT / "tests"), str(ROOT)])
-    parent = subprocess.Popen(
-        [sys.executable, "-c", f"import test_loader\nif __name__ == '__main__': {call}"],
-        env=os.environ | {"PYTHONPATH": path},
-        stderr=subprocess.DEVNULL,
-    )
+    program = f"import test_loader\nif __name__ == '__main__': {call}"
+    parent = start("-c", program, stderr=subprocess.DEVNULL)
     wait_until(said.exists)
     workers = workers_of(parent.pid)
     assert len(workers) == 2

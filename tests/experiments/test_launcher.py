@@ -3,13 +3,11 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from checkout import ROOT
-from processes import FOREVER_S, PATIENCE_S, is_there, wait_until
+from processes import FOREVER_S, PATIENCE_S, is_there, start, wait_until
 
 from famba.errors import FambaError, InputError
 from famba.experiments import launcher
@@ -102,10 +100,7 @@ def test_nothing_goes_on_once_the_process_that_asked_for_it_is_gone(tmp_path, ho
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in a shell's background ignores it
         f"if __name__ == '__main__': launcher.run(test_launcher.say_and_wait, {{'it': Path({str(said)!r})}}, jobs=1)"
     )
-    path = os.pathsep.join([str(Path(__file__).parent), str(ROOT / "tests"), str(ROOT)])
-    parent = subprocess.Popen(
-        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": path}, stderr=subprocess.DEVNULL
-    )
+    parent = start("-c", program, stderr=subprocess.DEVNULL)
     wait_until(lambda: said.exists() and said.read_text())
     worker = int(said.read_text())
     assert is_there(worker)

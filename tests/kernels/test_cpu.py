@@ -1,18 +1,16 @@
 """The native kernels: every instruction set against the reference, threads, strides, the build."""
 
 import math
-import os
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from agreement import NAMES, STEPS, assert_scan_agrees, draw_scan, results
-from checkout import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import start
 
 from famba.errors import BackendError
 from famba.kernels.cpu import build, runtime
@@ -143,14 +141,7 @@ def test_what_it_cannot_run_on_is_refused_by_name_and_passed_over_by_auto(n, typ
 
 
 def python(code, **environment):
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return start("-c", code, environment=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def test_two_processes_may_build_at_once_and_the_third_builds_nothing(tmp_path):

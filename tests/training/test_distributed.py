@@ -14,6 +14,7 @@ import pytest
 import torch
 from checkout import ROOT
 from processes import FOREVER_S, PATIENCE_S, wait_until
+from refusals import refusal
 
 from famba import InputError, config, data
 from famba.cli import main
@@ -121,9 +122,8 @@ def test_where_one_process_is_killed_all_stop_and_it_is_said_which(repository):
             killed.append(ranks(repository)["1"])
             os.kill(killed[0], signal.SIGKILL)
 
-    with pytest.raises(TrainingError, match="rank 1 was stopped by SIGKILL, and all others with it") as error:
-        fit.fit(p, seed=0, callbacks=[kill])
-    assert "\n" not in str(error.value)
+    said = refusal(lambda: fit.fit(p, seed=0, callbacks=[kill]), TrainingError)
+    assert "rank 1 was stopped by SIGKILL, and all others with it" in said
     assert list(checkpoints.glob("epoch-*.safetensors"))
     wait_until(lambda: not ranks(repository))
 
@@ -138,9 +138,8 @@ def ranks(folder: Path) -> dict[str, int]:
 
 
 def test_what_a_process_refuses_is_said_in_one_line():
-    with pytest.raises(TrainingError, match=r"^strategy: 'uper' .*$") as error:
-        distributed.launch(["train", "--strategy", "uper"], 2, quiet=True)
-    assert "\n" not in str(error.value)
+    train = ["train", "--strategy", "uper"]
+    assert refusal(lambda: distributed.launch(train, 2, quiet=True), TrainingError).startswith("strategy: 'uper' ")
 
 
 def test_several_processes_need_accelerate(monkeypatch):

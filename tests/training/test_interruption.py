@@ -23,8 +23,8 @@ import nbformat
 import psutil
 import pytest
 from checkout import ROOT, copy_to
-from processes import FOREVER_S, PATIENCE_S, wait_until
-from ruamel.yaml import YAML
+from dvc.utils.serialize import modify_yaml
+from processes import FOREVER_S, PATIENCE_S, start, wait_until
 
 from famba.storage import checkpoint, runs
 
@@ -43,15 +43,7 @@ class Incubator:
 
     def __init__(self, folder: Path) -> None:
         code = "import test_interruption; test_interruption.incubate()"
-        path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)])
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            cwd=folder,
-            env=os.environ | {"PYTHONPATH": path},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self.process = start("-c", code, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def run(self, *command: str, **disturbance: Any) -> dict[str, Any]:
         """Its exit status (minus the signal that ended it), seconds, file operations and stderr.
@@ -134,11 +126,10 @@ def repository(tmp_path_factory) -> Path:
     """A repository of its own, in which a run takes about a second."""
     folder = tmp_path_factory.mktemp("repository")
     shutil.copy(ROOT / "dvc.yaml", folder)
-    yaml = YAML()
-    document = yaml.load(ROOT / "params.yaml")
-    document["profiles"]["smoke"]["data"]["limit"] = 64
-    document["profiles"]["smoke"]["train"]["epochs"] = 4
-    yaml.dump(document, folder / "params.yaml")
+    shutil.copy(ROOT / "params.yaml", folder)
+    with modify_yaml(folder / "params.yaml") as document:
+        document["profiles"]["smoke"]["data"]["limit"] = 64
+        document["profiles"]["smoke"]["train"]["epochs"] = 4
     return folder
 
 
@@ -287,33 +278,23 @@ def alive(folder: Path) -> list[str]:
 def copy(tmp_path_factory) -> Path:
     """The tracked files under git, the pipeline cut down to training one run, which takes some seconds."""
     folder = copy_to(tmp_path_factory.mktemp("copy"), without=("tests/", "figures/", "results/", "dvc.lock"))
-    yaml = YAML()
-    document = yaml.load(folder / "params.yaml")
-    document["profile"] = "smoke"
-    document["profiles"]["smoke"]["train"]["epochs"] = 24  # so many that it does not end before it is ended
-    document["profiles"]["smoke"]["data"]["limit"] = 64
-    document["sweep"].update(strategies=["upper"], seeds=[0])
-    yaml.dump(document, folder / "params.yaml")
-    document = yaml.load(folder / "dvc.yaml")
-    document["stages"] = {"train": document["stages"]["train"]}
-    yaml.dump(document, folder / "dvc.yaml")
+    with modify_yaml(folder / "params.yaml") as document:
+        document["profile"] = "smoke"
+        document["profiles"]["smoke"]["train"]["epochs"] = 24  # so many that it does not end before it is ended
+        document["profiles"]["smoke"]["data"]["limit"] = 64
+        document["sweep"].update(strategies=["upper"], seeds=[0])
+    with modify_yaml(folder / "dvc.yaml") as document:
+        document["stages"] = {"train": document["stages"]["train"]}
     (folder / "build").mkdir()
     (folder / ".venv" / "bin").mkdir(parents=True)
     (folder / ".venv" / "bin" / "activate").touch()  # for make; PATH has the environment already
     return folder
 
 
-def start(folder: Path, *command: str) -> subprocess.Popen:
-    environment = {key: value for key, value in os.environ.items() if key not in ("DVC_STAGE", "FAMBA_ENDS_WITH")}
-    environment |= {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(folder),
-        "DVC_SITE_CACHE_DIR": str(folder.parent / "dvc-site"),
-    }
+def start_in(folder: Path, *command: str) -> subprocess.Popen:
+    given = {"PYTHONPATH": str(folder), "DVC_SITE_CACHE_DIR": str(folder.parent / "dvc-site")}
     to = subprocess.PIPE
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, start_new_session=True, stdout=to, stderr=to, text=True
-    )
+    return start(*command, environment=given, cwd=folder, start_new_session=True, stdout=to, stderr=to)
 
 
 def finish(process: subprocess.Popen, status: int = 0) -> str:
@@ -337,7 +318,7 @@ def test_a_notebook_that_is_told_to_end_leaves_no_process(copy, how, status, sai
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), copy / "build" / "sleep.ipynb")
     words = [sys.executable, "-m", "famba", "notebook", "build/sleep.ipynb", "build/slept.ipynb"]
     interruptible = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # whatever started these tests
-    notebook = start(copy, sys.executable, "-c", f"import os, signal; {interruptible}; os.execv({words[0]!r}, {words})")
+    notebook = start_in(copy, "-c", f"import os, signal; {interruptible}; os.execv({words[0]!r}, {words})")
     sleeps = copy / "build" / "sleeps"
     wait_until(sleeps.exists, notebook)
     sleeps.unlink()
@@ -351,12 +332,12 @@ def test_sigterm_to_dvc_or_make_leaves_nothing_that_trains_on_and_dvc_finishes_i
     """The same run each time, which goes on from where the one before was ended."""
     for command in (["dvc", "repro", "train@upper-0"], ["make", "-o", "env", "repro"]):
         since = time.time()
-        process = start(copy, *command)
+        process = start_in(copy, *command)
         wait_until(functools.partial(trains, copy, since), process)
         assert len(alive(copy)) >= 2
         process.terminate()
         finish(process, -signal.SIGTERM)
         wait_until(lambda: not alive(copy))
         assert not (copy / "results" / "runs" / "upper-0" / "metrics.json").exists()
-    finish(start(copy, "dvc", "repro", "-s", "train@upper-0"))
+    finish(start_in(copy, "dvc", "repro", "-s", "train@upper-0"))
     assert contents(copy, "results/runs/upper-0")  # and no checkpoint is left
