@@ -107,6 +107,7 @@ def test_the_cost_of_a_run_is_measured(undisturbed):
     assert cost["peak_memory_mib"] > 4 * 4 * weights / 2**20  # weights, gradients and two moments at the least
     assert cost["flops_per_image"] > 0
     assert cost["command"] == "python -m famba train --profile smoke --strategy upper --seed 1"
+    assert cost["made_of"] == f"{smoke(**THREE).digest(1)}-{fit.provenance.of_training()}"
     assert cost["kernels"] == kernels("auto", torch.device("cpu"), model.config, "fp32")
 
 
@@ -120,10 +121,6 @@ def test_code_that_trains_the_same_on_a_cpu_names_its_runs_there_and_no_checkpoi
         other = fit.made_of(smoke(device=device), seed=0)
         assert other.split("-")[1] == fit.provenance.of_module("famba.training.fit")
     assert own.startswith(f"{p.digest(0)}-")
-
-
-def test_a_run_says_what_it_was_made_of(undisturbed):
-    assert undisturbed.cost["made_of"] == f"{smoke(**THREE).digest(1)}-{fit.provenance.of_training()}"
 
 
 def test_a_run_says_of_each_test_image_whether_it_was_classified_correctly(undisturbed, weights):
