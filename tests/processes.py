@@ -27,7 +27,7 @@ def start(*command: str | Path, environment: Mapping[str, str] = {}, **given: An
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     found = {"PATH": path, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     command = (sys.executable, *command) if command[0] == "-c" else command
-    return subprocess.Popen(command, env=inherited | found | environment, text=True, **given)
+    return subprocess.Popen(command, env={**inherited, **found, **environment}, text=True, **given)
 
 
 def is_there(pid: int) -> bool:
