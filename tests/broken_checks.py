@@ -16,23 +16,18 @@ def passes(setting, say):
     return Outcome(f"{setting.device}\nit is", {"steps": [{"x": 1}]})
 
 
-def has_a_wrong_scan(setting, say):
+def has_a_wrong_scan(setting, say, change=lambda out: out * 1.001):
     from famba.gpu_check import checks
     from famba.kernels import scan
 
     right = scan._BACKENDS["native"]
-    wrong = dataclasses.replace(right, run=lambda *given: right.run(*given) * 1.001)
+    wrong = dataclasses.replace(right, run=lambda *given: change(right.run(*given)))
     with mock.patch.dict(scan._BACKENDS, native=wrong):
         return checks.operators(setting, say)
 
 
 def has_a_scan_that_raises(setting, say):
-    from famba.gpu_check import checks
-    from famba.kernels import scan
-
-    refuse = mock.Mock(side_effect=RuntimeError("no such chip"))
-    with mock.patch.dict(scan._BACKENDS, native=dataclasses.replace(scan._BACKENDS["native"], run=refuse)):
-        return checks.operators(setting, say)
+    return has_a_wrong_scan(setting, say, mock.Mock(side_effect=RuntimeError("no such chip")))
 
 
 def forgets_its_optimiser(setting, say):
