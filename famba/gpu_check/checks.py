@@ -425,7 +425,8 @@ def _fusion(s: _Shape, draw: _Draw, dtype: torch.dtype) -> _Call:
         assert torch.equal(pairs.source.cpu(), exact.source), "other tokens than torch's disappear"
         assert torch.equal(pairs.target.cpu(), exact.target), "tokens join others than torch's"
         sizes = size.to(x.device, y.dtype)
-        return merge.apply_both(merge.plan(pairs, sizes, order=order, weighting=weighting, backend=backend), x, y)
+        plan = merge.plan(pairs, sizes, order=order, weighting=weighting, backend=backend)
+        return merge.apply_both(plan, x, y, backend=backend)
 
     x, y = draw(2, s.b, t, s.e).unbind()
     return run, [x.to(dtype), y]
