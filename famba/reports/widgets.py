@@ -122,7 +122,7 @@ class MatchingExplorer(ipywidgets.VBox):
 
 def matching_steps(pixels: torch.Tensor, patches: plots.Patches, r: int) -> plots.Figure:
     """`plots.matching_steps` of an image (3, h, w) whose tokens are the pixels of its patches."""
-    x = functional.unfold(pixels[None].double() / 255, patches.patch_size, stride=patches.stride).mT
+    x = functional.unfold(pixels[None].float() / 255, patches.patch_size, stride=patches.stride).mT
     chosen = match_tokens(x, x.shape[1] // 2)  # every even token's best; the most similar come first
     taken, similarity = match_tokens(x, r), chosen.similarity
     assert similarity is not None
