@@ -17,13 +17,13 @@ def passes(setting, say):
 
 
 def has_a_wrong_scan(setting, say, change=lambda out: out * 1.001):
-    from famba.gpu_check import checks
+    from famba.gpu_check import accuracy
     from famba.kernels import scan
 
     right = scan._BACKENDS["native"]
     wrong = dataclasses.replace(right, run=lambda *given: change(right.run(*given)))
     with mock.patch.dict(scan._BACKENDS, native=wrong):
-        return checks.operators(setting, say)
+        return accuracy.operators(setting, say)
 
 
 def has_a_scan_that_raises(setting, say):

@@ -224,7 +224,7 @@ def test_a_gpu_without_a_number_is_torchs_current_one_and_a_numbered_one_becomes
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
     for name in ("cuda", "cuda:1"):
-        assert checks._begin(Setting(name, quick=True)) == torch.device(name)
+        assert checks.begin(Setting(name, quick=True)) == torch.device(name)
     assert chosen == [1]
 
 

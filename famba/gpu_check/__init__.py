@@ -47,8 +47,8 @@ class Check(NamedTuple):
 # The most important first, because the limit of all is less than the sum of theirs. All others need `device`.
 CHECKS = {
     "device": Check("famba.gpu_check.checks:device", 60),
-    "operators": Check("famba.gpu_check.checks:operators", 85),
-    "models": Check("famba.gpu_check.checks:models", 85),
+    "operators": Check("famba.gpu_check.accuracy:operators", 85),
+    "models": Check("famba.gpu_check.accuracy:models", 85),
     "determinism": Check("famba.gpu_check.checks:determinism", 60),
     "training": Check("famba.gpu_check.checks:training", 90),
     "streaming": Check("famba.gpu_check.checks:streaming", 60),
