@@ -61,13 +61,18 @@ def summary(frame: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
         costs: as from `cost.table`.
 
     Raises:
-        InputError: a strategy whose cost was not measured under this profile.
+        InputError: a strategy whose seeds are not those of `none`, or whose cost was not measured under this profile.
     """
     rows = []
     baseline = frame[frame["strategy"] == BASELINE].set_index("seed")
     measured = costs.set_index("strategy")
     for strategy in ordered(list(frame["strategy"])):
         own = frame[frame["strategy"] == strategy].set_index("seed")
+        if not own.index.is_unique or set(own.index) != set(baseline.index):
+            raise InputError(
+                f"strategy {strategy}: seeds {sorted(own.index)}; `none` has {sorted(baseline.index)}, and only the "
+                "same seeds can be paired, each once"
+            )
         if strategy not in measured.index or measured.loc[strategy, "profile"] != own["profile"].iloc[0]:
             raise InputError(f"cost.csv: strategy {strategy} was not measured under profile {own['profile'].iloc[0]}")
         row: dict[str, Any] = {"strategy": strategy, "n": len(own)}

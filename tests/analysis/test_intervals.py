@@ -42,7 +42,7 @@ def sample(draw, *, same_images: bool) -> np.ndarray:
 def test_the_two_level_interval_covers_the_truth_as_often_as_it_says_and_seeds_alone_do_not(same_images, monkeypatch):
     monkeypatch.setattr(intervals, "_RESAMPLES", 200)
     draw = np.random.default_rng(0)
-    samples = [sample(draw, same_images=same_images) for _ in range(200)]
+    samples = [sample(draw, same_images=same_images) for _ in range(400)]
     both = [low <= 0 <= high for _, low, high in map(intervals.two_level, samples)]
     seeds = [intervals.student(np.nanmean(values, axis=1).tolist()) for values in samples]
     assert 0.93 < np.mean(both) <= 1

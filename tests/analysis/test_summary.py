@@ -95,7 +95,12 @@ def test_files_of_one_run_have_neither_spread_nor_interval_nor_the_text_nan(tmp_
     assert json.loads(metrics)["time_ratio"] == {"none": 1.0, "upper": 0.9}
 
 
-def test_costs_of_another_profile_or_strategy_are_refused():
+def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(InputError, match=r"strategy upper: seeds \[0\]; `none` has \[0, 1\]"):
+        summarised({"none": [90.0, 91.0], "upper": [89.0]})
+    twice = runs_frame({"none": [90.0], "upper": [89.0]}).iloc[[0, 1, 1]]  # as a merge of two runs.csv may leave it
+    with pytest.raises(InputError, match=r"strategy upper: seeds \[0, 0\].* each once"):
+        summary.summary(twice, costs_frame())
     frame = runs_frame({"none": [90.0], "upper": [89.0]})
     with pytest.raises(InputError, match=r"cost\.csv: strategy none was not measured under profile default"):
         summary.summary(frame, costs_frame(profile="smoke"))

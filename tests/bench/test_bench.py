@@ -245,6 +245,17 @@ def test_fusion_is_measured_against_lengths_and_every_table_has_its_title():
     assert result["break_even_r"] in (None, *QUICK.uniform)
 
 
+def test_the_loss_falls_in_bf16_as_in_fp32():
+    """They differ by less than a quarter of what another order of the images changes."""
+    kinds = (("fp32", 0), ("bf16", 0), ("fp32", 1))
+    single, low, other = (model.loss_curve(kind, steps=100, depth=1, order=order) for kind, order in kinds)
+    assert single[:3] == model.loss_curve("fp32", steps=3, depth=1), "a curve is the same every time"
+    curves = np.reshape([single, low, other], (3, 5, 20)).mean(2)
+    assert curves[0, -1] < 0.85 * curves[0, 0]
+    _, of_low, of_other = np.abs(curves - curves[0]).max(1)
+    assert 0 < of_low < 0.25 * of_other
+
+
 def test_bf16_is_compared_with_fp32_in_time_and_loss():
     result = bench.run(["precision"], quick=True)
     single, low = result["precision"]
@@ -253,11 +264,6 @@ def test_bf16_is_compared_with_fp32_in_time_and_loss():
     assert low["faster"] == pytest.approx(single["median_ms"] / low["median_ms"])
     assert [row["step"] for row in result["curves"]] == list(range(1, 21))
     assert list(result["curves"][0]) == ["step", "fp32", "bf16", "fp32, other order"]
-    curves = np.array([list(row.values())[1:] for row in result["curves"]]).T
-    assert curves[0, :3].tolist() == model.loss_curve("fp32", steps=3, depth=QUICK.depth), "the same every time"
-    assert curves[0, -5:].mean() < 0.97 * curves[0, :5].mean()
-    _, of_low, of_other = np.abs(curves - curves[0]).max(1)
-    assert 0 < of_low < 0.25 * of_other, "bf16 changes less than another order of the images"
 
 
 def test_loading_is_measured_in_turn_with_the_step_that_takes_the_images(monkeypatch):
