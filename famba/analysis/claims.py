@@ -1,7 +1,7 @@
 """Verdicts on the claims that params.yaml states: what runs, of the sweep and of the ablations, and costs say of each.
 
 A claim is one comparison of two strategies or several. Each has a one-sided test of the effect against the claim's
-bound. Accuracy: Student's t with the standard error of the two-level bootstrap (`intervals.two_level`). Time: normal,
+bound. Accuracy: Student's t as for its interval (`intervals.two_way`). Time: normal,
 on the logarithm of the ratio, from its interval; of two fusing strategies from the intervals of both ratios to `none`,
 which errs on the wide side, since they share the steps of `none`. Memory follows from the model: no test, no interval.
 At the same cost, a variant is compared with two others, the next cheaper and the next dearer, image by image
@@ -51,11 +51,14 @@ def load(folder: str | Path) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
     """
     folder, found = config.root() / folder, {}
     kinds: Any = {"threads": "str", "disturbed": "str"}
-    for name in ("", *config.load_ablations()):
+    for name, asked in {"": config.load_sweep(), **config.load_ablations()}.items():
         path = folder / "ablation" / name if name else folder
         if (path / "summary.csv").is_file():
-            runs = records.read(folder / "records" / name if name else folder)
-            found[name] = runs, pd.read_csv(path / "summary.csv", dtype=kinds).fillna({"disturbed": ""})
+            runs: Any = records.read(folder / "records" / name if name else folder)
+            found[name] = (
+                runs[runs["seed"].isin(asked.seeds)],
+                pd.read_csv(path / "summary.csv", dtype=kinds).fillna({"disturbed": ""}),
+            )
     return found
 
 

@@ -1,9 +1,9 @@
 """Intervals of means: over seeds and test images, and over seeds alone.
 
-Sources: A. B. Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 1(2), 2007, for resampling two crossed
-factors, each on its own; it errs on the wide side. A. C. Cameron, J. B. Gelbach and D. L. Miller, "Bootstrap-based
-improvements for inference with clustered errors", Review of Economics and Statistics 90(3), 2008, for why few seeds
-need Student's quantile and not percentiles.
+Sources: A. C. Cameron, J. B. Gelbach and D. L. Miller, "Robust inference with multiway clustering", Journal of Business
+& Economic Statistics 29(2), 2011, for the variance over two crossed factors. A. B. Owen, "The pigeonhole bootstrap",
+Annals of Applied Statistics 1(2), 2007, for why it is no bootstrap: resampling both factors counts what is neither a
+seed's nor an image's three times, which is most of the variance here.
 """
 
 import math
@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from jaxtyping import Float
 from scipy import stats
-
-_RESAMPLES = 2000
 
 
 def answers(correct: Iterable[str]) -> Float[np.ndarray, "runs images"]:
@@ -28,12 +26,12 @@ def answers(correct: Iterable[str]) -> Float[np.ndarray, "runs images"]:
     return np.select([marks == "1", marks == "0"], [1.0, 0.0], np.nan)
 
 
-def two_level(values: Float[np.ndarray, "seeds images"], confidence: float = 0.95) -> tuple[float, float, float]:
+def two_way(values: Float[np.ndarray, "seeds images"], confidence: float = 0.95) -> tuple[float, float, float]:
     """Mean over seeds of each seed's mean over its images, and the interval for other seeds and other images.
 
-    Each resample draws the seeds and, apart from them, the images, with replacement. The interval is the mean plus and
-    minus Student's quantile (seeds - 1 degrees of freedom) times the standard deviation of the resamples' means,
-    corrected by n / (n - 1) for the few seeds. Always the same resamples.
+    The variance of the mean is that over seeds, plus that over images less what both count (where that is less than
+    zero, as it is by chance where images have nothing in common over the seeds, zero). The interval is the mean plus
+    and minus Student's quantile, of seeds - 1 degrees of freedom, times its root.
 
     Args:
         values: NaN where a seed did not test an image.
@@ -41,19 +39,16 @@ def two_level(values: Float[np.ndarray, "seeds images"], confidence: float = 0.9
     Returns:
         (mean, low, high); the bounds are NaN with one seed.
     """
-    values = values[:, ~np.isnan(values).all(axis=0)]
-    seeds, images = values.shape
-    tested, known = (~np.isnan(values)).astype(float), np.nan_to_num(values)
-    mean = float((known.sum(1) / tested.sum(1)).mean())
+    seeds = len(values)
+    means = np.nanmean(values, axis=1, keepdims=True)
+    mean = float(means.mean())
     if seeds == 1:
         return mean, math.nan, math.nan
-    draw, means = np.random.default_rng(0), np.empty(_RESAMPLES)
-    for i in range(_RESAMPLES):
-        times = np.bincount(draw.integers(images, size=images), minlength=images)
-        of_seeds = (known @ times) / (tested @ times)
-        means[i] = of_seeds[draw.integers(seeds, size=seeds)].mean()
-    half = stats.t.ppf((1 + confidence) / 2, seeds - 1) * means.std(ddof=1) * math.sqrt(seeds / (seeds - 1))
-    return mean, float(mean - half), float(mean + half)
+    parts = np.nan_to_num((values - mean) / (seeds * (~np.isnan(values)).sum(1, keepdims=True)))
+    of_seeds, of_images, of_both = (float((x**2).sum()) for x in (parts.sum(1), parts.sum(0), parts))
+    error = math.sqrt(seeds / (seeds - 1) * of_seeds + max(0.0, of_images - of_both))
+    half = float(stats.t.ppf((1 + confidence) / 2, seeds - 1)) * error
+    return mean, mean - half, mean + half
 
 
 def student(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:

@@ -52,7 +52,7 @@ def summary(frame: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
 
     Columns: strategy, n (seeds), images (tested, over all seeds), the runs' setting (profile, dataset, model, device,
     ..); top1_percent and top5_percent as `_mean` and `_sd` (over seeds, n - 1); top1_percent_diff (mean of the
-    differences to `none` with the same seed), `_diff_low` and `_diff_high` (95%, `intervals.two_level`); and of the
+    differences to `none` with the same seed), `_diff_low` and `_diff_high` (95%, `intervals.two_way`); and of the
     costs step_time_ms, throughput_img_s, time_ratio with its interval, peak_memory_mib, memory_ratio, flops_per_image,
     rounds and disturbed. NaN where there is no such number: spread and interval of one run, the difference of `none`.
 
@@ -68,11 +68,6 @@ def summary(frame: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
     measured = costs.set_index("strategy")
     for strategy in ordered(list(frame["strategy"])):
         own = frame[frame["strategy"] == strategy].set_index("seed")
-        if not own.index.is_unique or set(own.index) != set(baseline.index):
-            raise InputError(
-                f"strategy {strategy}: seeds {sorted(own.index)}; `none` has {sorted(baseline.index)}, and only the "
-                "same seeds can be paired, each once"
-            )
         if strategy not in measured.index or measured.loc[strategy, "profile"] != own["profile"].iloc[0]:
             raise InputError(f"cost.csv: strategy {strategy} was not measured under profile {own['profile'].iloc[0]}")
         row: dict[str, Any] = {"strategy": strategy, "n": len(own)}
@@ -80,7 +75,8 @@ def summary(frame: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
         row |= {key: "; ".join(str(value) for value in frame[key].unique()) for key in _SETTING}
         for metric in ("top1_percent", "top5_percent"):
             row |= {f"{metric}_mean": own[metric].mean(), f"{metric}_sd": own[metric].std()}
-        found = (math.nan,) * 3 if strategy == BASELINE else accuracy_difference(own, baseline)
+        found = accuracy_difference(own, baseline)
+        found = (math.nan,) * 3 if strategy == BASELINE else found
         row |= dict(zip([f"top1_percent_diff{end}" for end in ("", "_low", "_high")], found, strict=True))
         rows.append(row | measured.loc[strategy].drop(["profile", "device", "threads", "versions"]).to_dict())
     return pd.DataFrame(rows)
@@ -89,16 +85,22 @@ def summary(frame: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
 def accuracy_difference(
     ours: pd.DataFrame, *theirs: pd.DataFrame, weights: Sequence[float] = (1.0,)
 ) -> tuple[float, float, float]:
-    """Mean difference in top-1 (points), paired by seed and image, and its interval (`intervals.two_level`).
+    """Mean difference in top-1 (points), paired by seed and image, and its interval (`intervals.two_way`).
 
     Args:
         ours, theirs: rows of `records.published`, one for each seed, indexed by seed.
         weights: of theirs, whose weighted mean ours are compared with.
+
+    Raises:
+        InputError: other seeds, or a seed twice.
     """
     groups = (ours, *theirs)
+    seeds = [f"{group['strategy'].iloc[0]}: seeds {sorted(group.index)}" for group in groups]
+    if not all(group.index.is_unique and set(group.index) == set(ours.index) for group in groups):
+        raise InputError(f"{'; '.join(seeds)}; only the same seeds can be paired, each once")
     found = intervals.answers(answers for group in groups for answers in group["correct"].sort_index())
     own, *others = np.split(100 * found, len(groups))
-    return intervals.two_level(own - sum(weight * x for weight, x in zip(weights, others, strict=True)))
+    return intervals.two_way(own - sum(weight * x for weight, x in zip(weights, others, strict=True)))
 
 
 def pareto(table: pd.DataFrame, cost_column: str) -> list[str]:
@@ -258,7 +260,7 @@ def _explained(summary: pd.DataFrame) -> str:
     first = summary.iloc[0]
     text = (
         f"Top-1: mean ± 1 standard deviation over n seeds, {first['images']:,} test images in all. Difference: paired "
-        "by seed and image, 95% interval over seeds and images (two-level bootstrap)."
+        "by seed and image, 95% interval over seeds and images."
     )
     if first["n"] == 1:
         text += " One seed has no spread and no interval."

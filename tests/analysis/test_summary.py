@@ -71,7 +71,7 @@ def test_mean_spread_and_paired_difference_of_a_case_worked_by_hand():
     # by image: seed 0 loses image 89, seed 1 images 94 and 95, seed 2 images 90, 91 and 92
     lost = np.zeros((3, 100))
     lost[0, 89] = lost[1, [94, 95]] = lost[2, [90, 91, 92]] = -100
-    expected = intervals.two_level(lost)[1:]
+    expected = intervals.two_way(lost)[1:]
     assert tuple(upper[["top1_percent_diff_low", "top1_percent_diff_high"]]) == pytest.approx(expected)
     assert none[["top1_percent_diff", "top1_percent_diff_low"]].isna().all()
     assert (upper["time_ratio"], upper["memory_ratio"], upper["rounds"]) == (0.9, 0.9, 60)
@@ -96,10 +96,10 @@ def test_files_of_one_run_have_neither_spread_nor_interval_nor_the_text_nan(tmp_
 
 
 def test_what_cannot_be_compared_is_refused():
-    with pytest.raises(InputError, match=r"strategy upper: seeds \[0\]; `none` has \[0, 1\]"):
+    with pytest.raises(InputError, match=r"^upper: seeds \[0\]; none: seeds \[0, 1\]; only"):
         summarised({"none": [90.0, 91.0], "upper": [89.0]})
     twice = runs_frame({"none": [90.0], "upper": [89.0]}).iloc[[0, 1, 1]]  # as a merge of two runs.csv may leave it
-    with pytest.raises(InputError, match=r"strategy upper: seeds \[0, 0\].* each once"):
+    with pytest.raises(InputError, match=r"^upper: seeds \[0, 0\]; .* each once$"):
         summary.summary(twice, costs_frame())
     frame = runs_frame({"none": [90.0], "upper": [89.0]})
     with pytest.raises(InputError, match=r"cost\.csv: strategy none was not measured under profile default"):
