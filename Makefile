@@ -93,8 +93,7 @@ bench-gpu: env  ## measure kernels and training steps on a GPU, beside mamba-ssm
 gpu-check: env  ## check and measure everything that famba does on a GPU: at most eight minutes
 	$(IN_VENV) python -m famba gpu-check
 
-# What gpu-check imports beside torch, triton and NumPy, for a machine without a network: copy the checkout with
-# build/wheels there, and run `python -m famba gpu-check`.
+# For a machine without a network: copy the checkout with build/wheels there, and run `python -m famba gpu-check`.
 gpu-check-wheels: env  ## download to build/wheels what gpu-check needs beside torch, triton and NumPy
 	$(IN_VENV) pip download --dest build/wheels --only-binary=:all: --python-version $(WHEELS_PYTHON) \
 	  --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -c constraints.txt $(WHEELS)

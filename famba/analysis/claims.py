@@ -1,11 +1,11 @@
 """Verdicts on the claims that params.yaml states: what runs, of the sweep and of the ablations, and costs say of each.
 
 A claim is one comparison of two strategies or several. Each has a one-sided test of the effect against the claim's
-bound. Accuracy: Student's t as for its interval (`intervals.two_way`). Time: normal,
-on the logarithm of the ratio, from its interval; of two fusing strategies from the intervals of both ratios to `none`,
-which errs on the wide side, since they share the steps of `none`. Memory follows from the model: no test, no interval.
+bound. Accuracy: Student's t, as in its interval (`intervals.two_way`). Time: normal, on the
+logarithm of the ratio, from its interval; of two fusing strategies from the intervals of both ratios to `none`, which
+errs on the wide side, since they share the steps of `none`. Memory follows from the model: no test, no interval.
 At the same cost, a variant is compared with two others, the next cheaper and the next dearer, image by image
-interpolated linearly in the cost; the cost's own error is small beside that of accuracy, and left out.
+interpolated linearly in the cost, whose own error is left out.
 
 Sources: R. L. Berger, "Multiparameter hypothesis testing and acceptance sampling", Technometrics 24(4), 1982: several
 comparisons hold together if the least certain one does (intersection-union test). S. Holm, "A simple sequentially
@@ -94,7 +94,7 @@ def verdicts(
 
 def write(found: pd.DataFrame, folder: str | Path) -> str:
     """Write claims.csv, claims.md, whose text is returned, with the digests of the tables that it traces to, and
-    findings.md, the claims that are decided and what changes top-1.
+    findings.md, the claims that are decided and where single intervals of top-1 exclude zero.
 
     Args:
         folder: as given to `load`.
@@ -121,7 +121,7 @@ def write(found: pd.DataFrame, folder: str | Path) -> str:
 
 
 def findings(found: pd.DataFrame, measured: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]]) -> str:
-    """As a list: the claims decided, how many are not, and what changes top-1 in the sweep and each ablation.
+    """As a list: the claims decided, how many are not, and where single intervals of top-1 exclude zero.
 
     Strategies of an ablation whose runs are the sweep's own are left out, since its line has them; the sweep is first.
     """
@@ -136,7 +136,8 @@ def findings(found: pd.DataFrame, measured: Mapping[str, tuple[pd.DataFrame, pd.
         same = [strategy for strategy, found in made_of.items() if found == swept.get(strategy)]
         swept = swept if name else made_of
         others: Any = table[~table["strategy"].isin(same)]
-        effects = _effects(ablations.get(name), runs, others)
+        asked = ablations.get(name)
+        effects = _effects(asked, runs, others)
         if effects.empty:
             continue
         where = f"ablation `{name}`" if name else "the sweep"
@@ -146,17 +147,21 @@ def findings(found: pd.DataFrame, measured: Mapping[str, tuple[pd.DataFrame, pd.
             entries.setdefault(change, []).append(f"{strategy} {intervals.signed(mean)}".strip())
         changes = ", ".join(f"`{change}` ({', '.join(found)} points)" for change, found in entries.items())
         if changes:
-            lines.append(f"- In {where} **top-1 changes** with {changes}; {_by_chance(len(effects))}.")
+            told = "the same without the change" if asked and asked.changes else "`none`"
+            lines.append(
+                f"- In {where}, top-1 against {told}, **single intervals exclude zero** for {changes}; "
+                f"{_by_chance(len(effects))}."
+            )
         else:
             steady.append(where)
             of_steady += len(effects)
     if steady:
-        lines.append(f"- In {', '.join(steady)} **top-1 is not shown to change**; {_by_chance(of_steady)}.")
+        lines.append(f"- In {', '.join(steady)} **no single interval excludes zero**; {_by_chance(of_steady)}.")
     return "\n".join(lines)
 
 
 def _by_chance(count: int) -> str:
-    return f"of {count} interval{'s'[: count - 1]} at 95%, {count / 20:.1f} would exclude zero by chance alone"
+    return f"of {count} at 95%, {count / 20:.1f} would by chance alone"
 
 
 def _effects(asked: AblationParams | None, runs: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
@@ -173,7 +178,7 @@ def _markdown(found: pd.DataFrame) -> str:
     for _, own in found.groupby("claim", sort=False):
         first = own.iloc[0]
         effects = [
-            f"{x['strategy']}: none of the variants costs as little, or none as much"
+            f"{x['strategy']}: none of the variants costs as little, or none as much, so it cannot be confirmed"
             if math.isnan(x["effect"])
             else f"{x['strategy']} against {x['against']}: "
             + intervals.with_interval("{:.2f}".format, x["effect"], x["low"], x["high"])

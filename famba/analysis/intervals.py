@@ -59,8 +59,9 @@ def student(values: Sequence[float], confidence: float = 0.95) -> tuple[float, f
 
 
 def signed(points: float) -> str:
-    """A difference as text, to one digit: +0.0, never -0.0."""
-    return f"{round(points, 1) + 0.0:+.1f}".replace("-", "−")
+    """A difference as text, to one digit, or two where one would leave zero: its sign can be read."""
+    digits = 2 if abs(points) < 0.05 else 1
+    return f"{round(points, digits) + 0.0:+.{digits}f}".replace("-", "−")
 
 
 def with_interval(form: Callable[[float], str], value: float, low: float, high: float) -> str:

@@ -91,7 +91,7 @@ def text(frame: pd.DataFrame) -> str:
     parts = [
         _verdict(*intervals["trained"][1:], *intervals["trained minus untrained"][1:]),
         f"Similarity of an unfused token (`{BASELINE}`) with its most similar token: median of the upper third "
-        f"({upper}) minus median of the lower third ({lower}), mean over {frame['image'].nunique()} images and "
+        f"({upper}) minus median of the lower third ({lower}), mean over {frame['image'].nunique()} images of each of "
         f"{len(rises)} model{'' if len(rises) == 1 else 's'}, with its 95% interval over models:",
         "\n".join(f"- {name}: {with_interval('{:+.4f}'.format, *interval)}" for name, interval in intervals.items()),
         f"What fuses, in patches, medians over the images; random patches are {chance_distance(frame):.2f} apart:",
@@ -125,6 +125,6 @@ def _verdict(low: float, high: float, gain_low: float, gain_high: float) -> str:
     elif high < 0:
         finding = "less similar in the upper layers than in the lower ones, which speaks against"
     else:
-        finding = "about as similar in the upper layers as in the lower ones, which is no argument for or against"
-    change = "raised" if gain_low > 0 else "lowered" if gain_high < 0 else "did not change"
+        finding = "as similar in the upper layers as in the lower ones, as far as can be told, which says nothing of"
+    change = "raised" if gain_low > 0 else "lowered" if gain_high < 0 else "is not shown to change"
     return f"After training, unfused tokens are {finding} fusing in the upper ones. Training {change} this difference."

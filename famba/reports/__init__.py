@@ -88,7 +88,7 @@ def opened(
     make: Callable[[Report], Any],
     file: str,
     *,
-    command: str,
+    command: str = "make repro",
     profile: str | None,
     pipeline: bool,
     runs_dir: str = "results/runs",

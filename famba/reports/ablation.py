@@ -10,7 +10,7 @@ from famba import plots
 from famba.analysis import ablation, cost, records, summary
 from famba.config import AblationParams
 from famba.experiments import ablations, sweep
-from famba.reports import Report, calibration, compare, opened, profile_name, similarity
+from famba.reports import Report, calibration, opened, profile_name, similarity
 from famba.storage.files import write_atomic
 
 _TEXTS = ("effects.md", "calibration.md", "similarity.md")
@@ -67,13 +67,9 @@ def make(report: Report, name: str) -> None:
 
 
 def findings(report: Report, name: str) -> Markdown:
-    """What each change does to accuracy, or how the strategies compare; and what else was measured."""
+    """What each change does to accuracy, and what else was measured."""
     folder = report.results_dir / "ablation" / name
-    texts = [(folder / file).read_text() for file in _TEXTS if (folder / file).is_file()]
-    if not asked(report, name).changes:
-        table = report.table(f"ablation/{name}/summary.csv")
-        texts.insert(0, str(compare.accuracy_in_words(table, "time_ratio").data))
-    return Markdown("\n\n".join(texts))
+    return Markdown("\n\n".join((folder / file).read_text() for file in _TEXTS if (folder / file).is_file()))
 
 
 def show_figures(report: Report, name: str) -> None:

@@ -1,6 +1,5 @@
 """The sweep's results: the tables that the notebooks `compare` and `cost` show, and what their figures say in words."""
 
-import math
 from typing import Any
 
 import pandas as pd
@@ -36,26 +35,6 @@ def schedules(profile: str) -> pd.DataFrame:
     return summary.schedule_frame({p.strategy: p.schedule(sizes["depth"]) for p in params}, tokens=tokens)
 
 
-def accuracy_in_words(table: pd.DataFrame, cost: str) -> Markdown:
-    """What each strategy saves of a cost and loses in accuracy, and which are on the Pareto front."""
-    word, base = summary.COSTS[cost], table.set_index("strategy").loc[summary.BASELINE]
-    front = summary.pareto(table, cost)
-    over = "of one seed" if base["n"] == 1 else f"mean over {base['n']} seeds"
-    lines = [
-        f"Without fusion top-1 accuracy is {base['top1_percent_mean']:.1f} %, {over}. "
-        f"On the Pareto front of accuracy and {word}: {listed(front)}.",
-        "",
-    ]
-    for row in table.loc[table["strategy"] != summary.BASELINE].to_dict("records"):
-        low, high = row["top1_percent_diff_low"], row["top1_percent_diff_high"]
-        sure = "one seed has no interval" if math.isnan(low) else f"95 % interval {low:+.1f} to {high:+.1f}"
-        lines.append(
-            f"- `{row['strategy']}` has {row[cost] / base[cost]:.2f} times the {word} and changes accuracy by "
-            f"{row['top1_percent_diff']:+.1f} points ({sure})."
-        )
-    return Markdown("\n".join(lines).replace(" -", " \N{MINUS SIGN}").replace("(-", "(\N{MINUS SIGN}"))
-
-
 def pairs_in_words(runs: pd.DataFrame) -> Markdown:
     """In how many of the seeds each strategy is less accurate than no fusion."""
     scores = runs.pivot(index="seed", columns="strategy", values="top1_percent")
@@ -65,8 +44,8 @@ def pairs_in_words(runs: pd.DataFrame) -> Markdown:
         return Markdown(f"With the one seed, accuracy falls by fusing with {fallen}.")
     told = listed([f"{name} in {count}" for name, count in below.items()])
     return Markdown(
-        f"Of {len(scores)} seeds, accuracy falls by fusing with {told}. Where lines are parallel, a strategy has the "
-        "same effect in every seed; where they cross, its effect differs from seed to seed."
+        f"Of {len(scores)} seeds, accuracy falls by fusing with {told}. Where lines cross, this differs from "
+        "seed to seed, by the images that each seed tests as well as by what it trains."
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 from test_summary import RATIOS, costs_frame, runs_frame
 
 from famba import config
-from famba.analysis import claims, summary
+from famba.analysis import claims, records, summary
 from famba.config import AblationParams, ClaimParams
 from famba.plots.claims import forest
 from famba.plots.style import PALETTE
@@ -118,7 +118,7 @@ def test_what_costs_less_than_every_variant_confirms_nothing_and_the_page_says_s
     assert found["verdict"].to_list() == [expected, expected]
     page = claims.write(found, tmp_path)
     assert "upper against 25% none_short, 75% none: 13.50 (" in page
-    assert "<br>none_shorter: none of the variants costs as little, or none as much |" in page
+    assert "<br>none_shorter: none of the variants costs as little, or none as much, so it cannot be" in page
 
 
 def test_the_page_has_verdict_effect_n_and_the_digests_of_the_tables_that_it_traces_to(tmp_path):
@@ -142,10 +142,13 @@ def test_the_page_has_verdict_effect_n_and_the_digests_of_the_tables_that_it_tra
     assert text.endswith(", of cost.csv begins with 2d711642b726b044.")
     written = pd.read_csv(tmp_path / "claims.csv").fillna(dict.fromkeys(("strategy", "against", "required"), ""))
     pd.testing.assert_frame_equal(written, found, check_dtype=False)
-    for name, folder in (("runs.csv", "records"), ("summary.csv", "ablation")):
-        (tmp_path / folder / "options").mkdir(parents=True)
-        shutil.copy(tmp_path / name, tmp_path / folder / "options")
-    assert list(claims.load(tmp_path)) == ["", "options"]
+    (tmp_path / "ablation" / "options").mkdir(parents=True)
+    shutil.copy(tmp_path / "summary.csv", tmp_path / "ablation" / "options")
+    lines = records.read(tmp_path)
+    records.write(lines.assign(seed=lines["seed"] + 6), tmp_path / "records" / "options")
+    again = claims.load(tmp_path)
+    assert list(again) == ["", "options"]
+    assert set(again["options"][0]["seed"]) == {6, 7}, "others than params.yaml names"
 
 
 def test_findings_are_the_decided_claims_and_what_changes_top1_by_an_interval_without_zero(monkeypatch):
@@ -162,15 +165,18 @@ def test_findings_are_the_decided_claims_and_what_changes_top1_by_an_interval_wi
     above = [claim("top1_percent_diff", ["all"], above=0.0), claim("top1_percent_diff", ["upper"], above=0.0)]
     stated = {"no": dataclasses.replace(above[0], says="It rises."), "perhaps": above[1]}
     found = claims.verdicts(stated | {"yes": claim("top1_percent_diff", ["all"], below=0.0)}, tables)
-    by_chance = "of {} intervals at 95%, {} would exclude zero by chance alone.".format
+    changed = "`all` (−30.5 points), `upper_bad` (−40.0 points)"
+    by_chance = "**single intervals exclude zero** for {}; of {} at 95%, {} would by chance alone.".format
     assert claims.findings(found, tables).splitlines() == [
         "- **Confirmed**: It is so.",
         "- **Refuted**: It rises.",
         "- **Not told apart**: 1 of 3 claims. **Not measured**: 0 of 3 claims.",
-        "- In the sweep **top-1 changes** with `all` (−30.5 points), `upper_bad` (−40.0 points); " + by_chance(4, 0.2),
-        f"- In ablation `again` **top-1 changes** with `upper_bad` (−40.0 points); {by_chance(2, 0.1)}",
-        f"- In ablation `changed` **top-1 changes** with `bad` (upper −40.0 points); {by_chance(2, 0.1)}",
-        f"- In ablation `steady`, ablation `calm` **top-1 is not shown to change**; {by_chance(2, 0.1)}",
+        "- In the sweep, top-1 against `none`, " + by_chance(changed, 4, 0.2),
+        f"- In ablation `again`, top-1 against `none`, {by_chance('`upper_bad` (−40.0 points)', 2, 0.1)}",
+        "- In ablation `changed`, top-1 against the same without the change, "
+        + by_chance("`bad` (upper −40.0 points)", 2, 0.1),
+        "- In ablation `steady`, ablation `calm` **no single interval excludes zero**; of 2 at 95%, 0.1 would by "
+        "chance alone.",
     ]
 
 
