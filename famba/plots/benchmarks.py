@@ -9,7 +9,7 @@ import seaborn
 from matplotlib.axes import Axes
 
 from famba.plots import style
-from famba.plots.style import GREY, MARKERS, STRATEGY_COLOURS, Figure, caption, rows_of, strategies_in, styled
+from famba.plots.style import GREY, Figure, caption, looks_in, rows_of, styled
 
 _Draw = Callable[[Axes, Mapping[str, pd.DataFrame]], None]
 
@@ -65,12 +65,12 @@ def _step_parts(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
 def _step_times(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
     lengths, table = tables["lengths"], tables["schedules"]
     axes.plot(lengths["tokens"], lengths["median_ms"], color=GREY, marker=".", linewidth=1.2, label="nothing fused")
-    for name in strategies_in(table):
+    for name, (colour, marker) in looks_in(table).items():
         (row,) = rows_of(table, name).to_dict("records")
         label, at = f"{name}: {row['of_predicted']:.2f}× predicted", row["mean_tokens"]
-        point = {"marker": MARKERS[name], "s": 60, "edgecolor": "white", "zorder": 3}
-        axes.scatter(at, row["median_ms"], color=STRATEGY_COLOURS[name], **point, label=label)
-        axes.scatter(at, row["predicted_median_ms"], color=STRATEGY_COLOURS[name], marker="_", s=260, zorder=2)
+        point = {"marker": marker, "s": 60, "edgecolor": "white", "zorder": 3}
+        axes.scatter(at, row["median_ms"], color=colour, **point, label=label)
+        axes.scatter(at, row["predicted_median_ms"], color=colour, marker="_", s=260, zorder=2)
     axes.set(xlabel="tokens, mean over layers", ylabel="training step (ms)", title="fused against shorter sequences")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8, title="dash: what its tokens predict", title_fontsize=8)
@@ -79,7 +79,8 @@ def _step_times(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
 def _peak_memory(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
     table = tables["memory"]
     labels = (table["strategy"] + ", " + table["backend"]).tolist()
-    bars = axes.barh(labels, table["peak_mib"], height=0.6, color=[STRATEGY_COLOURS[x] for x in table["strategy"]])
+    looks = looks_in(table)
+    bars = axes.barh(labels, table["peak_mib"], height=0.6, color=[looks[x][0] for x in table["strategy"]])
     axes.bar_label(bars, [f" {x:.2f}×" for x in table["of_torch"]], fontsize=8)
     axes.plot(table["predicted_mib"], range(len(labels)), "k|", markersize=17, markeredgewidth=1.5, label="by formula")
     axes.set_xlabel("peak memory of a training step (MiB); labels: in units of the first")

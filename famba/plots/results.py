@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import seaborn
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
@@ -23,7 +24,7 @@ from famba.analysis import ablation as ablation_table
 from famba.analysis import cost as cost_table
 from famba.analysis import summary
 from famba.plots import style
-from famba.plots.style import MARKERS, PALETTE, STRATEGY_COLOURS, Figure, caption, rows_of, strategies_in, styled
+from famba.plots.style import GREY, PALETTE, STRATEGY_COLOURS, Figure, caption, looks_in, rows_of, styled, variant
 
 _LABELS = {
     "time_ratio": "training time (1 is that of none)",
@@ -40,20 +41,23 @@ def accuracy_against(runs: pd.DataFrame, table: pd.DataFrame, cost: str) -> Figu
     Args:
         cost: one of `summary.COSTS`; less is better.
     """
-    names, costs = strategies_in(table), table.set_index("strategy")
-    front = summary.pareto(table, cost)
-    columns = math.ceil(len(names) / 20)
-    figure = Figure(figsize=(5.4 + 1.8 * columns, 4.6), layout="constrained")
-    axes, handles = figure.add_subplot(), {}
-    for name in names:
-        own, points = costs.loc[name], rows_of(runs, name)["top1_percent"]
-        colour, marker = STRATEGY_COLOURS[name], MARKERS[name]
-        axes.scatter([own[cost]] * len(points), points, s=28, alpha=0.5, linewidths=0, color=colour, marker=marker)
+    costs, front = table.set_index("strategy"), summary.pareto(table, cost)
+    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    axes, handles, shapes = figure.add_subplot(), {}, {}
+    aside = _aside(runs, table[cost].to_numpy(float))
+    for name, (colour, marker) in looks_in(table).items():
+        own, points = costs.loc[name], rows_of(runs, name)
+        at = own[cost] + points["seed"].map(aside.get)
+        axes.scatter(at, points["top1_percent"], s=22, alpha=0.6, linewidths=0, color=colour, marker=marker)
         xerr = style.error_bar(*own.reindex([cost, f"{cost}_low", f"{cost}_high"]))
         yerr = own["top1_percent_sd"] if own["n"] > 1 else None
-        look: dict[str, Any] = {"color": colour, "markersize": 10, "markeredgecolor": "white", "capsize": 3}
-        at = (own[cost], own["top1_percent_mean"])
-        handles[name] = axes.errorbar(*at, xerr=xerr, yerr=yerr, fmt=marker, **look, zorder=3).lines[0]
+        look: dict[str, Any] = {"marker": marker, "markersize": 10, "markeredgecolor": "white", "linestyle": "none"}
+        bars: dict[str, Any] = {"xerr": xerr, "yerr": yerr, "capsize": 3, "zorder": 3}
+        drawn = axes.errorbar(own[cost], own["top1_percent_mean"], color=colour, **look, **bars).lines[0]
+        if change := variant(name)[1]:
+            shapes[change] = Line2D([], [], color=GREY, **look)
+        else:
+            handles[name] = drawn
     corners = costs.loc[front, [cost, "top1_percent_mean"]].to_numpy(float).T
     step = {"drawstyle": "steps-post", "linestyle": "--", "linewidth": 1.2, "color": "0.6", "zorder": 1}
     (handles["Pareto front"],) = axes.plot(*corners, **step)
@@ -61,26 +65,38 @@ def accuracy_against(runs: pd.DataFrame, table: pd.DataFrame, cost: str) -> Figu
     axes.margins(0.08)
     if cost == "flops_per_image":
         axes.xaxis.set_major_formatter(EngFormatter())
-    figure.legend(handles.values(), handles, loc="outside right upper", handlelength=1.6, ncols=columns)
-    spread = "one run each, so without spread" if set(table["n"]) == {1} else f"mean over {_seeds(runs)}, bars ± 1 sd"
-    how = f" {cost_table.caption(table).replace('**', '')}" if cost == "time_ratio" else ""
+    handles = handles | shapes
+    figure.legend(handles.values(), handles, loc="outside right upper", handlelength=1.6)
+    spread = f"mean over {_seeds(runs)}, vertical bars ± 1 sd"
+    spread = "one run each, so without spread" if set(table["n"]) == {1} else spread
+    spread += "; horizontal bars: 95% intervals" if cost == "time_ratio" else ""
+    how = " Grey shapes: the strategy of a point's colour with one change." if shapes else ""
+    how += f" {cost_table.caption(table).replace('**', '')}" if cost == "time_ratio" else ""
     return caption(
         figure,
-        f"Large: {spread}. Small: single runs. Up and left is better; no strategy beats one on the Pareto front in "
-        f"both means.{how}",
+        f"Large: {spread}. Small: single runs, beside each other by seed. Up and left is better; no strategy beats one "
+        f"on the Pareto front in both means.{how}",
     )
+
+
+def _aside(runs: pd.DataFrame, costs: np.ndarray) -> dict[int, float]:
+    """How far beside its mean each seed's run is drawn, so that none lies on the bar and equal ones are told apart."""
+    seeds = sorted(set(runs["seed"].tolist()))
+    places = np.arange(len(seeds)) - len(seeds) // 2
+    return dict(zip(seeds, 0.01 * (np.ptp(costs) or costs.max()) * (places + (places >= 0)), strict=True))
 
 
 @styled
 def paired_accuracy(runs: pd.DataFrame) -> Figure:
     """Each seed's accuracy without fusion and with a strategy, joined by a line; one panel for each strategy."""
     scores = runs.pivot(index="strategy", columns="seed", values="top1_percent")
-    names = [name for name in strategies_in(runs) if name != summary.BASELINE]
-    figure = Figure(figsize=(2.3 * len(names) + 0.6, 3.6), layout="constrained")
-    panels = figure.subplots(1, len(names) or 1, sharey=True, squeeze=False)[0]
-    for axes, name in zip(panels, names, strict=False):  # an empty panel where nothing fuses
+    looks = looks_in(runs)
+    looks.pop(summary.BASELINE)
+    figure = Figure(figsize=(2.3 * len(looks) + 0.6, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(looks) or 1, sharey=True, squeeze=False)[0]
+    for axes, (name, (colour, marker)) in zip(panels, looks.items(), strict=False):  # an empty panel: nothing fuses
         pair = scores.loc[[summary.BASELINE, name]]
-        axes.plot(pair.index, pair, color=STRATEGY_COLOURS[name], marker=MARKERS[name], alpha=0.5, linewidth=1.2)
+        axes.plot(pair.index, pair, color=colour, marker=marker, alpha=0.5, linewidth=1.2)
         axes.plot(pair.index, pair.mean(axis=1), color="black", linewidth=2.2)
         axes.set_title(f"{pair.diff().iloc[1].mean():+.1f} points".replace("-", "\N{MINUS SIGN}"), fontsize=10)
         axes.margins(x=0.2)
@@ -92,7 +108,7 @@ def paired_accuracy(runs: pd.DataFrame) -> Figure:
 @styled
 def costs(table: pd.DataFrame) -> Figure:
     """What each strategy's training step costs in units of `none`: time with its interval, memory, FLOPs."""
-    names, rows = strategies_in(table), table.set_index("strategy")
+    names, rows = list(looks_in(table)), table.set_index("strategy")
     flops = rows["flops_per_image"] / rows.loc[summary.BASELINE, "flops_per_image"]
     shown = {"time": rows["time_ratio"], "peak memory": rows["memory_ratio"], "FLOPs": flops}
     figure = Figure(figsize=(7.2, 1.4 + 0.6 * len(names)), layout="constrained")
@@ -121,13 +137,14 @@ def tokens_per_layer(schedules: pd.DataFrame) -> Figure:
     """Tokens that each layer passes on, by strategy; what all strategies compute less of."""
     figure = Figure(figsize=(7.2, 4.0), layout="constrained")
     axes = figure.add_subplot()
-    names = strategies_in(schedules)
-    chart = {"x": "layer", "y": "tokens", "style": "strategy", "markers": MARKERS, "dashes": False, "estimator": None}
-    seaborn.lineplot(schedules, **chart, **_by_strategy(names), ax=axes)
+    looks = looks_in(schedules)
+    markers = {name: marker for name, (_, marker) in looks.items()}
+    chart = {"x": "layer", "y": "tokens", "style": "strategy", "markers": markers, "dashes": False, "estimator": None}
+    seaborn.lineplot(schedules, **chart, **_by_strategy(looks), ax=axes)
     axes.set(xlabel="after layer (0 is the input)", ylabel="tokens in the sequence")
     axes.set_ylim(0, max(schedules["tokens"]) * 1.06)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=13, integer=True))
-    left = [f"{name} ({rows_of(schedules, name)['tokens'].min()} left)" for name in names]
+    left = [f"{name} ({rows_of(schedules, name)['tokens'].min()} left)" for name in looks]
     figure.legend(axes.get_lines(), left, loc="outside right upper")
     return figure
 
@@ -143,13 +160,13 @@ def training_curves(history: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(9.6, 3.7), layout="constrained")
     if history.empty:
         return caption(figure, "Nothing was trained: the runs evaluate the weights that they were given.")
-    names = strategies_in(history)
+    looks = looks_in(history)
     panels = figure.subplots(1, len(columns))
     for axes, column, title in zip(panels, columns, titles, strict=True):
-        seaborn.lineplot(history, x="epoch", y=column, **_by_strategy(names), errorbar=("sd", 1), ax=axes)
+        seaborn.lineplot(history, x="epoch", y=column, **_by_strategy(looks), errorbar=("sd", 1), ax=axes)
         axes.set(xlabel="epoch", ylabel="", title=title)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    figure.legend(panels[0].get_lines(), names, loc="outside upper center", ncols=len(names))
+    figure.legend(panels[0].get_lines(), looks, loc="outside upper center", ncols=len(looks))
     told = _seeds(history)
     return caption(figure, f"{told}." if told == "n = 1 seed" else f"Mean over {told}; the band is ± 1 sd.")
 
@@ -158,7 +175,8 @@ def training_curves(history: pd.DataFrame) -> Figure:
 def strategies_overview(schedules: pd.DataFrame) -> Figure:
     """Which layers fuse how much: one row per strategy, one cell per layer, the tokens it removes written in."""
     table = schedules.pivot(index="strategy", columns="layer", values=["removed", "tokens"])
-    table = table.loc[strategies_in(schedules)]
+    looks = looks_in(schedules)
+    table = table.loc[list(looks)]
     removed, tokens = table["removed"].drop(columns=0), table["tokens"]
     rows, depth = removed.shape
     figure = Figure(figsize=(min(12.0, 3.0 + 0.36 * depth), 0.8 + 0.46 * rows), layout="constrained")
@@ -167,7 +185,7 @@ def strategies_overview(schedules: pd.DataFrame) -> Figure:
     look |= {"annot": removed.astype(str).where(removed > 0, ""), "annot_kws": {"fontsize": 9, "color": "0.1"}}
     for row, name in enumerate(removed.index):
         own = removed.loc[[name]].reindex(removed.index)  # the other rows are left blank: each has its own colours
-        colours = seaborn.blend_palette(["0.95", STRATEGY_COLOURS[name]], as_cmap=True)
+        colours = seaborn.blend_palette(["0.95", looks[name][0]], as_cmap=True)
         seaborn.heatmap(own, cmap=colours, fmt="", **look, ax=axes)
         first, last = tokens.loc[name].iloc[[0, -1]]
         axes.text(depth + 0.3, row + 0.5, f"{first} → {last} tokens", va="center", fontsize=9.5)
@@ -181,29 +199,33 @@ def strategies_overview(schedules: pd.DataFrame) -> Figure:
 def ablation(effects: pd.DataFrame) -> Figure:
     """What each change is worth: a row for each, in it a mark with its interval for each strategy."""
     changes = effects["change"].unique().tolist()
-    names = strategies_in(effects)
-    figure = Figure(figsize=(7.2, 1.8 + 0.14 * len(changes) * (2 + len(names))), layout="constrained")
-    axes = figure.add_subplot()
-    for name, offset in zip(names, np.linspace(-0.3, 0.3, len(names)) if len(names) > 1 else [0.0], strict=True):
+    looks = looks_in(effects)
+    figure = Figure(figsize=(7.2, 1.8 + 0.14 * len(changes) * (2 + len(looks))), layout="constrained")
+    axes, offsets = figure.add_subplot(), np.linspace(-0.3, 0.3, len(looks)) if len(looks) > 1 else [0.0]
+    for (name, (colour, marker)), offset in zip(looks.items(), offsets, strict=True):
         rows = rows_of(effects, name)
         mean, low, high = rows[["mean", "low", "high"]].to_numpy(float).T
         places = offset + np.array([changes.index(x) for x in rows["change"]])
-        look: dict[str, Any] = {"fmt": MARKERS[name], "color": STRATEGY_COLOURS[name], "label": name}
+        look: dict[str, Any] = {"fmt": marker, "color": colour, "label": name}
         axes.errorbar(mean, places, xerr=style.error_bar(mean, low, high), **look)
     axes.axvline(0, color="0.4", linewidth=0.9, zorder=0)
     for row in range(1, len(changes)):
         axes.axhline(row - 0.5, color="0.9", linewidth=0.8, zorder=0)
     style.label_rows(axes, changes)
     axes.set(xlabel="change of top-1 accuracy (points)")
-    figure.legend(loc="outside upper center", ncols=len(names))
+    figure.legend(loc="outside upper center", ncols=len(looks))
     n = effects["n"].iloc[0]
     told = "n = 1 seed" if n == 1 else f"mean and 95% interval over n = {n} seeds and images"
     return caption(figure, f"Top-1 with one change minus top-1 of the same strategy without it, {told}.")
 
 
 def ablations(runs: pd.DataFrame, table: pd.DataFrame) -> dict[str, Figure]:
-    """Figures of accuracy and cost by name; the paper's beside it where the first layer or r of `upper` changes."""
-    figures = {cost: accuracy_against(runs, table, cost) for cost in ("time_ratio", "peak_memory_mib")}
+    """Figures of accuracy and cost by name; the paper's beside it where the first layer or r of `upper` changes.
+
+    More than 20 variants cannot be told apart in one panel: only their effects are drawn (`ablation`).
+    """
+    costs = ("time_ratio", "peak_memory_mib") if len(table) <= 20 else ()
+    figures = {cost: accuracy_against(runs, table, cost) for cost in costs}
     varied = [x for x in ("first_layer", "r") if len(set(_of_upper(table)[x])) > 1]
     return figures | ({"paper": upper_beside_paper(table, varied[0])} if varied else {})
 
@@ -253,9 +275,10 @@ def _break_even(side: pd.DataFrame) -> str:
     return f"time is saved from r = {found:.1f} on" if found else f"even r = {side['r'].min()} saves time"
 
 
-def _by_strategy(names: list[str]) -> dict[str, Any]:
+def _by_strategy(looks: dict[str, tuple[str, str]]) -> dict[str, Any]:
     """seaborn's arguments for one line of each strategy."""
-    return {"hue": "strategy", "hue_order": names, "palette": STRATEGY_COLOURS, "legend": False}
+    palette = {name: colour for name, (colour, _) in looks.items()}
+    return {"hue": "strategy", "hue_order": list(looks), "palette": palette, "legend": False}
 
 
 @styled

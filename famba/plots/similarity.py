@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from famba.analysis import intervals, similarity, summary
 from famba.plots import style
-from famba.plots.style import PALETTE, STRATEGY_COLOURS, Figure, caption, label_rows, rows_of, strategies_in, styled
+from famba.plots.style import PALETTE, Figure, caption, label_rows, looks_in, rows_of, styled
 
 # Beside each other in one panel; no strategy's.
 _WEIGHTS_COLOURS = {"trained": "0.2", "untrained": PALETTE[9]}
@@ -81,13 +81,13 @@ def fused_distance(frame: pd.DataFrame) -> Figure:
         InputError: no strategy that fuses.
     """
     table = similarity.quantiles(frame.loc[frame["quantity"] == "distance"])
-    names, chance = strategies_in(table), similarity.chance_distance(frame)
-    figure = Figure(figsize=(max(5.0, 2.5 * len(names) + 1.0), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(names), sharex=True, sharey=True, squeeze=False)[0]
-    for axes, name in zip(panels, names, strict=True):
+    looks, chance = looks_in(table), similarity.chance_distance(frame)
+    figure = Figure(figsize=(max(5.0, 2.5 * len(looks) + 1.0), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(looks), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, (name, (colour, _)) in zip(panels, looks.items(), strict=True):
         _bands(axes, rows_of(table, name))
         axes.axhline(chance, color=style.GREY, linestyle="--", linewidth=1, label="two patches at random")
-        axes.set_title(name, color=STRATEGY_COLOURS[name])
+        axes.set_title(name, color=colour)
         axes.set(xlabel="layer", ylim=(0, None))
     panels[0].set_ylabel("distance of fused tokens (patches)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
@@ -104,7 +104,7 @@ def token_size(frame: pd.DataFrame) -> Figure:
         InputError: no strategy that fuses.
     """
     sizes = frame.loc[(frame["quantity"] == "size") & (frame["strategy"] != summary.BASELINE)]
-    names = strategies_in(sizes)
+    names = list(looks_in(sizes))
     figure = Figure(figsize=(7.2, 1.2 + 0.75 * len(names)), layout="constrained")
     axes = figure.add_subplot()
     look: dict[str, Any] = {"widths": 0.3, "whis": (5, 95), "showfliers": False, "orientation": "horizontal"}

@@ -7,6 +7,7 @@ same bytes whenever it is drawn or saved.
 import base64
 import functools
 import io
+import itertools
 import math
 import textwrap
 from collections.abc import Callable, Sequence
@@ -45,9 +46,9 @@ STRATEGY_COLOURS = {
     "lower": PALETTE[4],
     "upper": PALETTE[2],
 }
-_OWN_COLOURS = [PALETTE[3], PALETTE[5], PALETTE[6], PALETTE[8]]  # of variants, and of a user's own strategies
-_OWN_MARKERS = "PXph*<>8dH"
-MARKERS = {"none": "o", "all": "s", "interleaved": "D", "lower": "v", "upper": "^"}
+_MARKERS = {"none": "o", "all": "s", "interleaved": "D", "lower": "v", "upper": "^"}
+_OWN_COLOURS = [PALETTE[3], PALETTE[5], PALETTE[6]]  # of a user's own strategies
+_MORE_MARKERS = "<>pdh8*HPX"  # of changes from the first on, of a user's own strategies from the last
 MODELS = {"vim_tiny": "Vim-Ti", "vim_small": "Vim-S"}
 _GIF_COLOURS = 128
 
@@ -166,21 +167,30 @@ def _gif(animation: Animation) -> bytes:
     return target.getvalue()
 
 
-def strategies_in(frame: pd.DataFrame) -> list[str]:
-    """Those present, in `strategies.ordered`; a user's own strategy gets the next free colour and marker.
+def looks_in(frame: pd.DataFrame) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each strategy present, in `strategies.ordered`.
+
+    A variant has its strategy's colour and its change's marker; a user's own strategies have colours and markers by
+    their place among themselves.
 
     Raises:
         InputError: no rows.
     """
-    names = strategies.ordered(list(frame["strategy"]))
+    names = {name: variant(name) for name in strategies.ordered(list(frame["strategy"]))}
     if not names:
         raise InputError("strategy: none at all; the table has no rows")
-    for name in names:
-        if name not in STRATEGY_COLOURS:
-            place = len(STRATEGY_COLOURS) - len(strategies.STRATEGIES)
-            STRATEGY_COLOURS[name] = _OWN_COLOURS[place % len(_OWN_COLOURS)]
-            MARKERS[name] = _OWN_MARKERS[place // len(_OWN_COLOURS) % len(_OWN_MARKERS)]
-    return names
+    own = [name for name in names if names[name][0] not in STRATEGY_COLOURS]
+    colours = STRATEGY_COLOURS | dict(zip(own, itertools.cycle(_OWN_COLOURS), strict=False))
+    markers = _MARKERS | dict(zip(own, itertools.cycle(reversed(_MORE_MARKERS)), strict=False))
+    changes = dict.fromkeys(change for _, change in names.values() if change)
+    of_changes = dict(zip(changes, itertools.cycle(_MORE_MARKERS), strict=False))
+    return {name: (colours[x], of_changes.get(change, markers[x])) for name, (x, change) in names.items()}
+
+
+def variant(name: str) -> tuple[str, str]:
+    """`<strategy>_<change>` of one of the paper's strategies in its two parts; of any other name no change."""
+    strategy, _, change = name.partition("_")
+    return (strategy, change) if strategy in STRATEGY_COLOURS else (name, "")
 
 
 def rows_of(frame: pd.DataFrame, strategy: str) -> pd.DataFrame:

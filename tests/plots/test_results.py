@@ -14,6 +14,7 @@ from famba.analysis import summary
 from famba.analysis.calibration import Plan
 from famba.config import AdaptiveRule
 from famba.fusion.strategies import STRATEGIES
+from famba.plots import style
 from famba.plots.style import PALETTE
 
 
@@ -86,7 +87,10 @@ def test_accuracy_against_draws_means_runs_and_spread_of_the_frame(runs, table, 
         line, own = bar.lines[0], runs[runs["strategy"] == row["strategy"]]
         assert line.get_xydata().tolist() == [[row[cost], own["top1_percent"].mean()]]
         assert to_hex(line.get_color()) == plots.STRATEGY_COLOURS[row["strategy"]].lower()
-        np.testing.assert_allclose(cloud.get_offsets(), [[row[cost], score] for score in own["top1_percent"]])
+        at, scores = np.asarray(cloud.get_offsets()).T
+        assert scores.tolist() == own["top1_percent"].tolist()
+        aside = (at - row[cost]) / (table[cost].max() - table[cost].min())
+        np.testing.assert_allclose(aside, [-0.01, 0.01, 0.02], err_msg="seeds 0, 1, 2, none of them on the bar")
         assert bar.has_yerr
         assert bar.has_xerr == (cost == "time_ratio" and row["strategy"] != "none")
     (segment,) = axes.containers[0].lines[2][0].get_segments()
@@ -100,6 +104,7 @@ def test_a_time_has_its_interval_and_the_caption_says_how_it_was_measured(runs):
     (segment,) = figure.axes[0].containers[1].lines[2][0].get_segments()
     np.testing.assert_allclose(segment[:, 0], [0.79, 0.81], err_msg="all")
     said = figure.get_supxlabel().replace("\n", " ")
+    assert "vertical bars ± 1 sd; horizontal bars: 95% intervals" in said
     assert "medians of 60 training steps" in said
     assert "The machine was busy meanwhile: load average 9.0 on 2 cores." in said
 
@@ -133,7 +138,8 @@ def test_the_front_that_is_drawn_is_the_front_of_the_numbers(runs):
 
 def test_captions_say_over_how_many_seeds(runs, table, history):
     said = plots.accuracy_against(runs, table, "peak_memory_mib").get_supxlabel()
-    assert "mean over n = 3 seeds, bars ± 1 sd" in said
+    assert "mean over n = 3 seeds, vertical bars ± 1 sd" in said
+    assert "horizontal" not in said
     alone = runs[runs["seed"] == 0]
     one = plots.accuracy_against(alone, summary.summary(alone, costs_frame()), "peak_memory_mib")
     assert "one run each, so without spread" in one.get_supxlabel().replace("\n", " ")
@@ -148,6 +154,26 @@ def test_strategies_of_ones_own_are_drawn_last_each_in_its_own_colour(schedules)
     assert [text.split(" ")[0] for text in legend(figure)] == ["none", "late", "early"]
     colours = [to_hex(line.get_color()) for line in figure.axes[0].lines]
     assert len({*colours, *(plots.STRATEGY_COLOURS[name].lower() for name in STRATEGIES)}) == len(STRATEGIES) + 2
+
+
+def test_the_same_change_has_the_same_marker_in_the_colour_of_its_strategy():
+    names = ["none", "all", "none_drop", "all_drop", "all_by_b", "own", "own_drop", "late"]
+    looks = style.looks_in(pd.DataFrame({"strategy": names}))
+    colours, markers = ({name: look[i] for name, look in looks.items()} for i in (0, 1))
+    assert {colours[name] for name in names[:5]} == {plots.STRATEGY_COLOURS["none"], plots.STRATEGY_COLOURS["all"]}
+    assert colours["all_drop"] == colours["all_by_b"] == colours["all"]
+    assert len({colours[name] for name in names[5:]} - {*plots.STRATEGY_COLOURS.values()}) == 3
+    assert markers["none_drop"] == markers["all_drop"]
+    assert len({*markers.values()}) == len(names) - 1, "all others differ"
+    assert style.looks_in(pd.DataFrame({"strategy": ["own"]})) == {"own": looks["own"]}
+
+
+def test_a_change_is_in_the_legend_once_for_all_strategies(runs):
+    both = pd.concat([runs, runs.replace({"strategy": {name: f"{name}_drop" for name in ("none", "all", "upper")}})])
+    table = summary.summary(both, costs_frame(dict.fromkeys(both["strategy"], 1.0)))
+    figure = plots.accuracy_against(both, table, "time_ratio")
+    assert legend(figure) == ["none", "all", "upper", "Pareto front", "drop"]
+    assert "with one change" in figure.get_supxlabel().replace("\n", " ")
 
 
 def test_tokens_per_layer_draws_the_counts_from_the_input_on(schedules):
@@ -411,8 +437,9 @@ def test_upper_with_other_layers_or_r_is_drawn_beside_the_papers_table():
     assert time_here.containers[0].lines[0].get_xydata().tolist() == [[1, 1.1], [3, 0.9], [6, 0.7]]
     said = figures["paper"].get_supxlabel().replace("\n", " ")
     assert "Table 3 (Vim-Ti): time is saved from r = 4.1 on. here: time is saved from r = 2.0 on." in said
-    others = plots.ablations(frame, summary.summary(frame, costs.assign(r=6)))
-    assert list(others) == ["time_ratio", "peak_memory_mib"]
+    table = summary.summary(frame, costs.assign(r=6))
+    assert list(plots.ablations(frame, table)) == ["time_ratio", "peak_memory_mib"]
+    assert plots.ablations(frame, pd.concat([table] * 6)) == {}, "24 points could not be told apart"
 
 
 def test_the_cost_of_fusing_is_a_map_by_layer_with_the_schedule_framed():
