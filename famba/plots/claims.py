@@ -22,7 +22,8 @@ def forest(verdicts: pd.DataFrame) -> Figure:
             xerr = error_bar(*(found[key] for key in ("effect", "low", "high")))
             side, bound = found["required"].split()
             axes.errorbar(found["effect"], row, xerr=xerr, fmt="o", color=colours[found["verdict"]], capsize=3)
-            axes.plot(float(bound), row, color="0.1", marker=">" if side == "above" else "<", markersize=6)
+            at = {"color": "0.1", "markerfacecolor": "none", "markersize": 6, "zorder": 3}
+            axes.plot(float(bound), row, marker=">" if side == "above" else "<", **at)
         sign = "\N{MINUS SIGN}" if quantity == "top1_percent_diff" else "/"
         pairs = own[["claim", "strategy", "against"]].to_numpy(str)
         labels = [f"{name.replace('_', ' ')}:  {ours} {sign} {theirs}" for name, ours, theirs in pairs]
@@ -30,8 +31,11 @@ def forest(verdicts: pd.DataFrame) -> Figure:
         axes.set(xlabel=LABELS[quantity])
     handles = [Line2D([], [], color=colour, marker="o", linestyle="none") for colour in colours.values()]
     figure.legend(handles, colours, loc="outside upper right", ncols=3)
+    missing = len(verdicts.loc[verdicts["effect"].isna() & (verdicts["strategy"] != "")])
+    told = f" Not drawn, since no variant costs as much: {missing} of the comparisons at the same cost."
     return caption(
         figure,
-        "Effects with 95% intervals, each by itself; colour: the claim's verdict, Holm-adjusted over the claims. Dark "
-        "marks: the bound, pointing to where every effect of the claim must lie. Memory has no interval.",
+        "Effects with 95% intervals, each by itself; colour: the claim's verdict, Holm-adjusted over the claims. Open "
+        f"marks: the bound, pointing to where every effect of the claim must lie. Memory has no interval."
+        + (told if missing else ""),
     )

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import seaborn
+from matplotlib.colors import PowerNorm
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, MaxNLocator
@@ -32,6 +33,10 @@ _LABELS = {
     "flops_per_image": "forward FLOPs of an image",
 }
 _TOP1 = "top-1 accuracy (%)"
+_FUSING_COSTS = {
+    "similarity": "1 \N{MINUS SIGN} cosine similarity, summed over pairs",
+    "logits": "Kullback-Leibler divergence (nats)",
+}
 
 
 @styled
@@ -107,22 +112,26 @@ def paired_accuracy(runs: pd.DataFrame) -> Figure:
 
 @styled
 def costs(table: pd.DataFrame) -> Figure:
-    """What each strategy's training step costs in units of `none`: time with its interval, memory, FLOPs."""
+    """What each strategy costs in units of `none`: time of a training step with its interval, its memory, FLOPs."""
     names, rows = list(looks_in(table)), table.set_index("strategy")
     flops = rows["flops_per_image"] / rows.loc[summary.BASELINE, "flops_per_image"]
-    shown = {"time": rows["time_ratio"], "peak memory": rows["memory_ratio"], "FLOPs": flops}
+    shown = {  # with a colour that is no strategy's
+        "time": (rows["time_ratio"], "o", "black"),
+        "peak memory": (rows["memory_ratio"], "s", "0.4"),
+        "FLOPs": (flops, "^", "0.65"),
+    }
     figure = Figure(figsize=(7.2, 1.4 + 0.6 * len(names)), layout="constrained")
     axes = figure.add_subplot()
-    for offset, (label, ratios), mark in zip((-0.2, 0.0, 0.2), shown.items(), "os^", strict=True):
+    for offset, (label, (ratios, mark, colour)) in zip((-0.2, 0.0, 0.2), shown.items(), strict=True):
         places = np.arange(len(names)) + offset
         xerr = None
         if label == "time":
             ends = rows.loc[names, ["time_ratio_low", "time_ratio_high"]].sub(rows.loc[names, "time_ratio"], axis=0)
             xerr = ends.abs().fillna(0).to_numpy(float).T
-        axes.errorbar(ratios[names], places, xerr=xerr, fmt=mark, color=PALETTE[len(label) % 4], capsize=3, label=label)
+        axes.errorbar(ratios[names], places, xerr=xerr, fmt=mark, color=colour, capsize=3, label=label)
     axes.axvline(1, color="0.6", linewidth=0.9, linestyle="--")
     style.label_rows(axes, names)
-    axes.set(xlim=(0, None), xlabel="of a training step, in units of none")
+    axes.set(xlim=(0, None), xlabel="of a training step (FLOPs: of a forward pass), in units of none")
     figure.legend(loc="outside upper center", ncols=3)
     return caption(figure, cost_table.caption(table).replace("**", ""))
 
@@ -168,7 +177,12 @@ def training_curves(history: pd.DataFrame) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     figure.legend(panels[0].get_lines(), looks, loc="outside upper center", ncols=len(looks))
     told = _seeds(history)
-    return caption(figure, f"{told}." if told == "n = 1 seed" else f"Mean over {told}; the band is ± 1 sd.")
+    told = told if told == "n = 1 seed" else f"Mean over {told}; the band is ± 1 sd"
+    return caption(
+        figure,
+        f"{told}. The training loss is measured with the profile's augmentation and label smoothing, the validation "
+        "loss without, so that the two cannot be compared.",
+    )
 
 
 @styled
@@ -208,7 +222,7 @@ def ablation(effects: pd.DataFrame) -> Figure:
         places = offset + np.array([changes.index(x) for x in rows["change"]])
         look: dict[str, Any] = {"fmt": marker, "color": colour, "label": name}
         axes.errorbar(mean, places, xerr=style.error_bar(mean, low, high), **look)
-    axes.axvline(0, color="0.4", linewidth=0.9, zorder=0)
+    axes.axvline(0, color="0.4", linewidth=0.9, zorder=1)
     for row in range(1, len(changes)):
         axes.axhline(row - 0.5, color="0.9", linewidth=0.8, zorder=0)
     style.label_rows(axes, changes)
@@ -289,10 +303,12 @@ def fusing_costs(plans: Sequence[Any]) -> Figure:
     panels = figure.subplots(1, len(plans), squeeze=False)[0]
     for axes, plan in zip(panels, plans, strict=True):
         table = pd.DataFrame(plan.costs, index=range(1, depth + 1))
-        seaborn.heatmap(table, cmap="viridis_r", ax=axes, cbar_kws={"label": f"cost by {plan.kind}"})
+        norm = PowerNorm(0.3, vmin=0)  # the costs of few tokens, which the schedule is made of, are small
+        seaborn.heatmap(table, cmap="viridis_r", norm=norm, ax=axes, cbar_kws={"label": _FUSING_COSTS[plan.kind]})
+        frame: dict[str, Any] = {"fill": False, "edgecolor": PALETTE[3], "linewidth": 1.6, "clip_on": False}
         for layer, removed in enumerate(plan.schedule):
-            axes.add_patch(Rectangle((removed, layer), 1, 1, fill=False, edgecolor=PALETTE[3], linewidth=1.6))
-        axes.set(xlabel="tokens fused", ylabel="layer")
+            axes.add_patch(Rectangle((removed, layer), 1, 1, **frame))
+        axes.set(xlabel="tokens fused", ylabel="layer", title=f"cost by {plan.kind}")
         axes.tick_params(rotation=0)
     return caption(figure, "Framed: the schedule of least cost within the budget.")
 

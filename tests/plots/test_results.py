@@ -15,6 +15,7 @@ from famba.analysis.calibration import Plan
 from famba.config import AdaptiveRule
 from famba.fusion.strategies import STRATEGIES
 from famba.plots import style
+from famba.plots.claims import forest
 from famba.plots.style import PALETTE
 
 
@@ -144,8 +145,11 @@ def test_captions_say_over_how_many_seeds(runs, table, history):
     one = plots.accuracy_against(alone, summary.summary(alone, costs_frame()), "peak_memory_mib")
     assert "one run each, so without spread" in one.get_supxlabel().replace("\n", " ")
     assert [(bar.has_xerr, bar.has_yerr) for bar in one.axes[0].containers] == 3 * [(False, False)]
-    assert plots.training_curves(history).get_supxlabel() == "Mean over n = 3 seeds; the band is ± 1 sd."
-    assert plots.training_curves(history[history["seed"] == 0]).get_supxlabel() == "n = 1 seed."
+    curves = [plots.training_curves(x).get_supxlabel() for x in (history, history[history["seed"] == 0])]
+    assert [x.split(". The training loss is measured with ")[0] for x in curves] == [
+        "Mean over n = 3 seeds; the band is ± 1 sd",
+        "n = 1 seed",
+    ]
 
 
 def test_strategies_of_ones_own_are_drawn_last_each_in_its_own_colour(schedules):
@@ -448,11 +452,22 @@ def test_the_cost_of_fusing_is_a_map_by_layer_with_the_schedule_framed():
         Plan(kind, AdaptiveRule(total=2), schedule, 0.8, 0.9, costs, ["none-0"], 9)
         for kind, schedule in (("logits", [1, 1]), ("similarity", [2, 0]))
     ]
-    left, right = plots.fusing_costs(plans).axes[:2]
+    left, right, *bars = plots.fusing_costs(plans).axes
+    labels = ["Kullback-Leibler divergence (nats)", "1 \N{MINUS SIGN} cosine similarity, summed over pairs"]
+    assert [bar.get_ylabel() for bar in bars] == labels
+    assert left.collections[0].norm(0.03) > 0.2, "1% of the range, where schedules are chosen, can be told from nothing"
     np.testing.assert_allclose(np.ravel(left.collections[0].get_array()), np.ravel(costs))
     assert [patch.get_xy() for patch in left.patches] == [(1, 0), (1, 1)]
     assert [patch.get_xy() for patch in right.patches] == [(2, 0), (0, 1)]
     assert (left.get_xlabel(), left.get_ylabel()) == ("tokens fused", "layer")
+
+
+def test_the_forest_plot_says_how_many_comparisons_found_no_variant_of_the_same_cost():
+    row = {"claim": "smaller", "quantity": "top1_percent_diff", "strategy": "lower", "against": "none"}
+    row |= {"required": "above 0", "effect": math.nan, "low": math.nan, "high": math.nan, "verdict": "not told apart"}
+    rows = [row, row | {"effect": 1.0}, row | {"strategy": "", "verdict": "not measured"}]
+    said = [forest(pd.DataFrame(x)).get_supxlabel().replace("\n", " ") for x in (rows, rows[1:])]
+    assert ["no variant costs as much: 1 of the comparisons" in text for text in said] == [True, False]
 
 
 def test_paper_memory_draws_the_papers_points_and_both_formulas_against_layer_and_r():
