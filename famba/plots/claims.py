@@ -36,6 +36,6 @@ def forest(verdicts: pd.DataFrame) -> Figure:
     return caption(
         figure,
         "Effects with 95% intervals, each by itself; colour: the claim's verdict, Holm-adjusted over the claims. Open "
-        f"marks: the bound, pointing to where every effect of the claim must lie. Memory has no interval."
+        "marks: the bound, pointing to where every effect of the claim must lie. Memory has no interval."
         + (told if missing else ""),
     )

@@ -28,7 +28,7 @@ def similarity_heatmaps(matrices: Sequence[Float[np.ndarray, "_ _"]]) -> Figure:
     """Cosine similarity of every token with every other, one heat-map per layer on one scale of colours.
 
     Args:
-        matrices: one per layer, as from `tokens.similarities`; sizes may differ, since layers fuse.
+        matrices: of the tokens that enter each layer, as from `tokens.similarities`; fewer where layers fuse.
     """
     low = max(-1.0, math.floor(10 * min(float(matrix.min()) for matrix in matrices)) / 10)
     figure, panels = style.grid_of_panels(len(matrices), 4, (2.1, 2.25), margin=(0.9, 0.1))
@@ -36,7 +36,7 @@ def similarity_heatmaps(matrices: Sequence[Float[np.ndarray, "_ _"]]) -> Figure:
         every = max(1, int(np.diff(MaxNLocator(4, integer=True).tick_values(0, len(matrix)))[0]))
         look = {"cmap": "viridis", "square": True, "cbar": False, "xticklabels": every, "yticklabels": every}
         seaborn.heatmap(matrix, vmin=low, vmax=1, **look, ax=axes)
-        axes.set_title(f"layer {layer}: {len(matrix)} tokens", fontsize=9.5)
+        axes.set_title(f"into layer {layer}: {len(matrix)} tokens", fontsize=9.5)
         axes.tick_params(rotation=0, labelsize=8)
     figure.supxlabel("token", fontsize=10)
     figure.supylabel("token", fontsize=10)

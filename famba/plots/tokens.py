@@ -24,6 +24,7 @@ from famba.plots.style import PALETTE, Animation, Figure, grid_of_panels, styled
 
 _BLUE, _ORANGE, _SKY = PALETTE[0], PALETTE[1], PALETTE[9]
 _TITLE: dict[str, Any] = {"fontsize": 9}
+_LEVELS = ((1, 0.97), (0.9, 0.5), (0.55, 0.97), (0.9, 0.8))  # saturation and value of a token's colour
 _Image = UInt8[np.ndarray, "h w 3"]
 _Groups = Sequence[Int[np.ndarray, "b t"]]
 
@@ -146,10 +147,12 @@ def matching_steps(
 def fusion_map(images: UInt8[np.ndarray, "b h w 3"], groups: _Groups, patches: Patches) -> Figure:
     """Where fusion happened: patches that became one token share a colour and an outline, single ones have none.
 
-    One row per image, one picture per layer after the image itself. A token keeps the colour of its first patch.
+    One row per image, one picture per layer after the image itself, with the tokens left, class token included. A token
+    has the colour of its first patch.
     """
     maps = _maps(images, groups, patches)
     b, across = len(images), min(1 + len(maps), 13)
+    also = "" if patches.cls_index is None else ",\none class token"
     down = math.ceil((1 + len(maps)) / across)
     size = 1.35 if across > 5 else 1.9
     height = (size + (0.38 if down > 1 else 0.12)) * b * down + 0.4
@@ -161,11 +164,11 @@ def fusion_map(images: UInt8[np.ndarray, "b h w 3"], groups: _Groups, patches: P
         places = panels[row * down : (row + 1) * down].flat
         for layer, axes in zip((0, *maps), places, strict=False):
             _show(axes, image)
-            title = f"layer {layer}\n{len(np.unique(maps[layer][row]))} tokens" if layer else ""
+            title = f"layer {layer}\n{len(np.unique(groups[layer - 1][row]))} tokens" if layer else ""
             if layer:
                 _colour_groups(axes, maps[layer][row], patches)
             if row == 0 or down > 1:
-                axes.set_title(title or f"image\n{math.prod(patches.grid(image))} patches", **_TITLE)
+                axes.set_title(title or f"{math.prod(patches.grid(image))} patches{also}", **_TITLE)
     return figure
 
 
@@ -259,7 +262,7 @@ def _remaining_tokens(axes: Axes, groups: Sequence[np.ndarray], layer: int) -> N
 
 def _heat(axes: Axes, image: np.ndarray, values: np.ndarray, patches: Patches) -> None:
     _show(axes, np.repeat(image.mean(-1, keepdims=True), 3, axis=-1).astype(np.uint8))
-    patches.overlay(axes, values, cmap="inferno", vmin=0, vmax=1, alpha=0.85)
+    patches.overlay(axes, values, cmap="inferno", vmin=0, vmax=1)
 
 
 def _show(axes: Axes, image: np.ndarray) -> None:
@@ -267,12 +270,12 @@ def _show(axes: Axes, image: np.ndarray) -> None:
     axes.set_axis_off()
 
 
-def _colour_groups(axes: Axes, groups: Int[np.ndarray, "rows columns"], patches: Patches, tint: float = 0.7) -> None:
+def _colour_groups(axes: Axes, groups: Int[np.ndarray, "rows columns"], patches: Patches, tint: float = 1.0) -> None:
     """Tint and outline the tokens of more than one patch."""
     _, first, inverse, count = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
     token = inverse.reshape(groups.shape)
-    # Steps of the golden ratio keep the hues of neighbours apart; two levels of value tell more tokens apart.
-    tints = [(*colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.85, 0.95 if i % 2 else 0.75), tint) for i in first]
+    # Steps of the golden ratio keep the hues of neighbours apart; 34 of them are nearly whole turns: levels alternate.
+    tints = [(*colorsys.hsv_to_rgb(i * 0.618034 % 1, *_LEVELS[i % len(_LEVELS)]), tint) for i in first]
     patches.overlay(axes, np.where((count > 1)[token, None], np.array(tints)[token], 0))
     # An outline between two cells of different tokens, one of them fused.
     ids, fused = np.pad(groups, 1, constant_values=-1), np.pad((count > 1)[token], 1)

@@ -16,13 +16,13 @@ def test_patches_of_one_token_share_a_colour_and_an_outline():
     # 2 x 2 patches and the class token in the middle (index 2); the left column becomes one token in layer 2.
     groups = [np.array([[0, 1, 2, 3, 4]]), np.array([[0, 1, 2, 0, 3]])]
     figure = plots.fusion_map(images, groups, patches=plots.Patches(2, 2, 2))
-    assert titles(figure) == ["image\n4 patches", "layer 1\n4 tokens", "layer 2\n3 tokens"]
+    assert titles(figure) == ["4 patches,\none class token", "layer 1\n5 tokens", "layer 2\n4 tokens"]
     _, before, after = figure.axes
     assert not tints(before).any()
     assert len(before.collections[0].get_segments()) == 0
     left, right = tints(after)[:, 0], tints(after)[:, 1]
     assert left[0].tolist() == left[1].tolist()
-    assert left[0, 3] > 0
+    assert left[0, 3] == 1, "the image behind does not change it"
     assert not right.any()
     # Round the left column, as x, y, x, y: 1 edge above, 1 below, 2 left, 2 right, and none inside.
     edges = np.array(after.collections[0].get_segments()).reshape(-1, 4)
@@ -38,6 +38,12 @@ def test_two_tokens_differ_in_colour_and_a_token_keeps_its_own():
     _, one, two = plots.fusion_map(images, groups, patches=plots.Patches(1, 1)).axes
     assert tints(one)[0, 0].tolist() != tints(one)[0, 2].tolist()
     assert tints(one)[0, 0].tolist() == tints(two)[0, 0].tolist() == tints(two)[1, 0].tolist()
+
+
+def test_tokens_34_patches_apart_can_be_told_apart():
+    images, groups = np.zeros((1, 1, 72, 3), np.uint8), [np.repeat(np.arange(36), 2)[None]]
+    seen = tints(plots.fusion_map(images, groups, patches=plots.Patches(1, 1)).axes[1])[0, ::2]
+    assert np.abs(seen[17:] - seen[:-17]).max(axis=-1).min() > 0.15
 
 
 def test_overlapping_patches_are_drawn_as_their_centres():
@@ -78,7 +84,7 @@ def test_a_saliency_map_lays_the_heat_over_the_patches():
     heat = figure.axes[1].images[-1]
     np.testing.assert_allclose(heat.get_array(), [[5 / 12, 2 / 3], [5 / 12, 1]])
     assert heat.get_extent() == [0.5, 4.5, 4.5, 0.5]
-    assert heat.get_clim() == (0, 1)
+    assert (heat.get_clim(), heat.get_alpha()) == ((0, 1), None), "as in the colour bar"
     assert "mean over 2 layers" in figure.axes[-1].get_ylabel()
 
 

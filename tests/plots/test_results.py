@@ -221,7 +221,7 @@ def test_the_overview_writes_what_each_layer_removes(schedules):
 def test_heatmaps_show_the_matrices_on_one_scale():
     matrices = [np.array([[1.0, -0.33], [-0.33, 1.0]]), np.ones((1, 1)), np.eye(5)]
     figure = plots.similarity_heatmaps(matrices)
-    assert titles(figure) == ["layer 1: 2 tokens", "layer 2: 1 tokens", "layer 3: 5 tokens"]
+    assert titles(figure) == ["into layer 1: 2 tokens", "into layer 2: 1 tokens", "into layer 3: 5 tokens"]
     *panels, bar = figure.axes
     assert bar.get_ylabel() == "cosine similarity"
     for axes, matrix in zip(panels, matrices, strict=True):
