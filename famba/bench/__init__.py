@@ -112,22 +112,20 @@ def main(parts: Sequence[str], *, quick: bool, on_gpu: bool, device: str, path: 
 
 
 def frames(result: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
-    """The tables of a result, for figures and notebooks."""
-    return {name: pd.DataFrame(result[name]) for name in TITLES | gpu.TITLES if name in result}
+    """The tables of a result, for figures and notebooks; device, threads and versions as `setting`."""
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(result["versions"].items()))
+    setting = {"device": result["device"], "threads": result["threads"], "versions": versions}
+    tables = {name: pd.DataFrame(result[name]) for name in TITLES | gpu.TITLES if name in result}
+    return tables | {"setting": pd.DataFrame([setting])}
 
 
 def gpu_frames(path: str | Path = _GPU_PATH) -> dict[str, pd.DataFrame]:
-    """The tables written by `bench --gpu` or `gpu-check`, with device and versions as `setting`; {} without the file.
-
-    `gpu-check` has `checks`, one row per check.
-    """
+    """The tables of `bench --gpu` or of `gpu-check`, which has `checks`, one row per check; {} without the file."""
     path = config.root() / path
     if not path.is_file():
         return {}
     result = json.loads(path.read_bytes())
-    versions = ", ".join(f"{name} {version}" for name, version in sorted(result["versions"].items()))
-    checks = {"checks": pd.DataFrame(result["checks"])} if "checks" in result else {}
-    return {**frames(result), **checks, "setting": pd.DataFrame([{"device": result["device"], "versions": versions}])}
+    return frames(result) | ({"checks": pd.DataFrame(result["checks"])} if "checks" in result else {})
 
 
 def text(result: Mapping[str, Any], *, on_gpu: bool = False) -> str:

@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,8 @@ from famba.plots import style
 from famba.plots.style import GREY, Figure, caption, looks_in, rows_of, styled
 
 _Draw = Callable[[Axes, Mapping[str, pd.DataFrame]], None]
+_BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.45, -0.13), "fontsize": 8}  # a legend
+_BELOW |= {"handlelength": 1, "columnspacing": 1}
 
 
 @styled
@@ -20,7 +23,7 @@ def benchmark(tables: Mapping[str, pd.DataFrame]) -> Figure:
 
     Args:
         tables: by name, as from `bench.frames`; a panel for each of `scan`, `profile`, `schedules`, `memory` and
-            `curves` that is there. `schedules` needs `lengths` beside it, `curves` needs `precision`.
+            `curves` that is there. `schedules` needs `lengths` beside it, `curves` `precision`, and all need `setting`.
     """
     return _panels(_BENCHMARKS, tables)
 
@@ -28,18 +31,18 @@ def benchmark(tables: Mapping[str, pd.DataFrame]) -> Figure:
 def _scan_times(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
     table = tables["scan"]
     names, shapes = (list(dict.fromkeys(table[column])) for column in ("contestant", "shape"))
-    look = {"palette": seaborn.color_palette("crest", len(shapes)), "saturation": 1, "width": 0.75, "linewidth": 0}
+    look = {"palette": seaborn.color_palette("crest", len(shapes)), "saturation": 1, "width": 0.9, "linewidth": 0}
     order = {"order": names, "hue_order": shapes}
     seaborn.barplot(table, y="contestant", x="matmuls", hue="shape", **order, **look, ax=axes)
     times = table.pivot(index="contestant", columns="shape", values="times").loc[names]
     for bars, shape in zip(axes.containers, shapes, strict=True):
         written = [f" {x:,.0f}×" if x >= 100 else f" {x:.3g}×" for x in times[shape].to_numpy(float)]
-        axes.bar_label(bars, written, fontsize=7.5)  # pyright: ignore[reportArgumentType]
+        axes.bar_label(bars, written, fontsize=6.5)  # pyright: ignore[reportArgumentType]
     axes.set(xscale="log", ylabel="", xlabel=f"time, in units of one {names[-1]}; labels: in units of {names[0]}")
     axes.set_title("selective scan, forward and backward")
-    axes.margins(x=0.18)
+    axes.margins(x=0.1, y=0.02)
     axes.grid(False, axis="y")
-    axes.legend(title="(b, e, t, n)", fontsize=8, title_fontsize=8)
+    axes.legend(title="(b, e, t, n)", title_fontsize=8, ncols=4, **_BELOW)
 
 
 def _step_parts(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
@@ -59,7 +62,7 @@ def _step_parts(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
     axes.set_xticks(range(0, 101, 20))
     axes.invert_yaxis()
     axes.grid(False, axis="y")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.14), ncols=5, fontsize=8, handlelength=1, columnspacing=1)
+    axes.legend(ncols=5, **_BELOW)
 
 
 def _step_times(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
@@ -108,7 +111,7 @@ def gpu_benchmark(tables: Mapping[str, pd.DataFrame]) -> Figure:
 
     Args:
         tables: as from `bench.gpu_frames`; a panel for each of `scan`, `steps`, `schedules` and `graphs` that is there.
-            `schedules` needs `lengths` beside it.
+            `schedules` needs `lengths` beside it, and all need `setting`.
     """
     return _panels(_GPU_BENCHMARKS, tables)
 
@@ -121,11 +124,11 @@ def _panels(draws: Mapping[str, _Draw], tables: Mapping[str, pd.DataFrame]) -> F
         said = "not measured yet: make bench, or on a GPU make bench-gpu"
         figure.text(0.5, 0.5, said, ha="center", va="center", color=GREY)
         return figure
-    figure, panels = style.grid_of_panels(len(chosen), 2, (5.6, 3.8))
+    figure, panels = style.grid_of_panels(len(chosen), 2, (5.6, 4.4))
     for axes, draw in zip(panels.flat, chosen, strict=False):
         draw(axes, tables)
-    device = f" {tables['setting'].iloc[0]['device']}." if "setting" in tables else ""
-    return caption(figure, f"Medians of times taken in turn in one process.{device}")
+    device, threads = tables["setting"].loc[0, ["device", "threads"]]
+    return caption(figure, f"Medians of times taken in turn in one process, on {device}, threads: {threads}.")
 
 
 def _gpu_scans(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:

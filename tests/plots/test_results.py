@@ -60,6 +60,7 @@ def benchmarks():
                    "of_torch": [1.0, 0.5, 0.25]},
         "precision": {"precision": ["fp32", "bf16"], "faster": [1.0, 1.75]},
         "curves": {"step": 10 * i, "fp32": 4.0 / i, "bf16": 5.0 / i, "fp32, other order": 6.0 / i},
+        "setting": {"device": ["cpu: a CPU that is made up"], "threads": 2},
     }  # fmt: skip
     return {name: pd.DataFrame(columns) for name, columns in tables.items()}
 
@@ -320,8 +321,9 @@ def test_a_benchmark_draws_the_numbers_of_its_tables(benchmarks):
 
 
 def test_a_benchmark_of_some_parts_has_their_panels_alone(benchmarks):
-    figure = plots.benchmark({"memory": benchmarks["memory"]})
+    figure = plots.benchmark({name: benchmarks[name] for name in ("memory", "setting")})
     assert titles(figure) == ["memory, measured and by formula"]
+    assert figure.get_supxlabel().replace("\n", " ").endswith("on cpu: a CPU that is made up, threads: 2.")
 
 
 @pytest.fixture
@@ -337,7 +339,7 @@ def made_up_gpu(benchmarks):
                   "times": times, "img_per_s": 4000 / times, "peak_mib": 10240 * times},
         "graphs": {"what": ["called", "captured", "called, fused in all layers"],
                    "median_ms": [10.0, 2.0, 12.5], "times": [1.0, 0.2, 1.25]},
-        "setting": {"device": ["cuda: a GPU that is made up"]},
+        "setting": {"device": ["cuda: a GPU that is made up"], "threads": 2},
         "lengths": benchmarks["lengths"],
         "schedules": benchmarks["schedules"],
     }  # fmt: skip
