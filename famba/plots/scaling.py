@@ -12,24 +12,22 @@ _UNITS = {"d_model": "d_model (channels)", "depth": "depth (layers)", "batch": "
 
 @styled
 def growth(frame: pd.DataFrame) -> Figure:
-    """Measured points (filled: fitted, open: predicted) and the law as a line, for each axis and backend."""
+    """Measured points (filled: fitted, open: left out) and the law as a line, for each axis and backend."""
     axes, colours = list(frame["axis"].unique()), dict(zip(frame["backend"].unique(), PALETTE, strict=False))
     figure = Figure(figsize=(3.4 * len(axes), 6.2), layout="constrained")
     panels = figure.subplots(2, len(axes), squeeze=False)
     for _, rows in frame.groupby(["axis", "backend"], sort=False):
         axis, backend = rows[["axis", "backend"]].iloc[0]
-        colour, below = colours[backend], backend == frame["backend"].iloc[0]
+        colour = colours[backend]
         x = np.geomspace(rows[axis].min(), rows[axis].max())
         for panel, (name, label) in zip(panels[:, axes.index(axis)], _LABELS.items(), strict=True):
             law = np.polynomial.Polynomial(rows[f"{name}_coefficients"].iloc[0])
-            panel.plot(x, law(x), color=colour, linewidth=1.2, label=f"{backend}: {_formula(law.coef)}")
+            off = ", ".join(f"{round(100 * ratio) - 100:+d}%" for ratio in rows.loc[~rows["fitted"], f"{name}_off"])
+            written = f"{backend}: {_formula(law.coef)}  ({off})".replace("-", "\N{MINUS SIGN}")
+            panel.plot(x, law(x), color=colour, linewidth=1.2, label=written)
             for fitted, part in rows.groupby("fitted"):
                 face = colour if fitted else "white"
                 panel.scatter(part[axis], part[name], s=26, color=colour, facecolor=face, zorder=3)
-            for place in rows.loc[~rows["fitted"], [axis, name, f"{name}_off"]].itertuples(index=False):
-                beside = {"xytext": (0, -5), "va": "top"} if below else {"xytext": (0, 5), "va": "bottom"}
-                shown = {"textcoords": "offset points", "ha": "center", "fontsize": 7, **beside}
-                panel.annotate(f"{place[2] - 1:+.0%}", place[:2], **shown)
             panel.set(xscale="log", yscale="log", xlabel=_UNITS.get(axis, axis), ylabel=label)
             panel.set_xticks(rows[axis], rows[axis])
             panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -40,8 +38,8 @@ def growth(frame: pd.DataFrame) -> Figure:
         f"{name} {frame.loc[frame['axis'] != name, name].iloc[0]}" for name in axes if (frame["axis"] != name).any()
     )
     text = (
-        f"Sizes that do not grow: {base}. Lines: laws fitted to the filled points; open points: predictions, with the "
-        f"measured value's distance from the law. Times: medians of {frame['rounds'].iloc[0]} steps taken in turn."
+        f"Sizes that do not grow: {base}. Lines: laws fitted to the filled points. Open: measured, not fitted; the "
+        f"percentages are their distance from the law. Times: medians of {frame['rounds'].iloc[0]} steps taken in turn."
     )
     return caption(figure, text)
 
@@ -50,4 +48,4 @@ def _formula(coefficients: np.ndarray) -> str:
     """A polynomial in x, constant first, with three digits."""
     powers = ["", " x", " x²"]
     terms = [f"{value:+.3g}{power}" for value, power in zip(coefficients, powers[: len(coefficients)], strict=True)]
-    return " ".join(terms).removeprefix("+").replace(" +", " + ").replace(" -", " − ")
+    return " ".join(terms).removeprefix("+").replace(" +", " + ").replace(" -", " - ")
