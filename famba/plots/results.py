@@ -79,7 +79,7 @@ def accuracy_against(runs: pd.DataFrame, table: pd.DataFrame, cost: str) -> Figu
     how += f" {cost_table.caption(table).replace('**', '')}" if cost == "time_ratio" else ""
     return caption(
         figure,
-        f"Large: {spread}. Small: single runs, beside each other by seed. Up and left is better; no strategy beats one "
+        f"Large: {spread}. Small: single runs, moved sideways by seed. Up and left is better; no strategy beats one "
         f"on the Pareto front in both means.{how}",
     )
 

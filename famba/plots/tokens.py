@@ -118,7 +118,7 @@ def matching_steps(
     down, across = patches.grid(image)
     r = len(groups) - len(np.unique(groups))
     figure = Figure(figsize=(12.8, 3.7))  # a fixed layout, as in `fusion_at_layer`
-    places = {"left": 0.005, "right": 0.995, "bottom": 0.13, "top": 0.9, "wspace": 0.03}
+    places = {"left": 0.005, "right": 0.995, "bottom": 0.15, "top": 0.9, "wspace": 0.03}
     panels = figure.subplots(1, 4, gridspec_kw=places)
     for axes, shown in zip(panels, (image, image, image, merged), strict=True):
         _show(axes, shown)
@@ -131,7 +131,7 @@ def matching_steps(
         axes.add_collection(lines)
         axes.plot(*at[:count, 0].T, ".", color=_BLUE, markersize=4)
         axes.plot(*at[:count, 1].T, ".", color=_ORANGE, markersize=4)
-    below = figure.add_axes((0.28, 0.09, 0.18, 0.025))
+    below = figure.add_axes((0.28, 0.11, 0.18, 0.025))
     figure.colorbar(panels[1].collections[0], cax=below, orientation="horizontal")
     below.tick_params(labelsize=7)
     below.set_xlabel("cosine similarity", fontsize=8, labelpad=1)
