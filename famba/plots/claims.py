@@ -22,8 +22,8 @@ def forest(verdicts: pd.DataFrame) -> Figure:
             xerr = error_bar(*(found[key] for key in ("effect", "low", "high")))
             side, bound = found["required"].split()
             axes.errorbar(found["effect"], row, xerr=xerr, fmt="o", color=colours[found["verdict"]], capsize=3)
-            at = {"color": "0.1", "markerfacecolor": "none", "markersize": 6, "zorder": 3}
-            axes.plot(float(bound), row, marker=">" if side == "above" else "<", **at)
+            mark = ">" if side == "above" else "<"
+            axes.plot(float(bound), row, mark, color="0.1", fillstyle="none", markersize=6, zorder=3)
         sign = "\N{MINUS SIGN}" if quantity == "top1_percent_diff" else "/"
         pairs = own[["claim", "strategy", "against"]].to_numpy(str)
         labels = [f"{name.replace('_', ' ')}:  {ours} {sign} {theirs}" for name, ours, theirs in pairs]

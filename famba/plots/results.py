@@ -33,6 +33,7 @@ _LABELS = {
     "flops_per_image": "forward FLOPs of an image",
 }
 _TOP1 = "top-1 accuracy (%)"
+_SHAPES = " Grey shapes: the strategy of a point's colour with one change."
 _FUSING_COSTS = {
     "similarity": "1 \N{MINUS SIGN} cosine similarity, summed over pairs",
     "logits": "Kullback-Leibler divergence (nats)",
@@ -48,7 +49,7 @@ def accuracy_against(runs: pd.DataFrame, table: pd.DataFrame, cost: str) -> Figu
     """
     costs, front = table.set_index("strategy"), summary.pareto(table, cost)
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
-    axes, handles, shapes = figure.add_subplot(), {}, {}
+    axes, handles = figure.add_subplot(), {}
     aside = _aside(runs, table[cost].to_numpy(float))
     for name, (colour, marker) in looks_in(table).items():
         own, points = costs.loc[name], rows_of(runs, name)
@@ -59,10 +60,8 @@ def accuracy_against(runs: pd.DataFrame, table: pd.DataFrame, cost: str) -> Figu
         look: dict[str, Any] = {"marker": marker, "markersize": 10, "markeredgecolor": "white", "linestyle": "none"}
         bars: dict[str, Any] = {"xerr": xerr, "yerr": yerr, "capsize": 3, "zorder": 3}
         drawn = axes.errorbar(own[cost], own["top1_percent_mean"], color=colour, **look, **bars).lines[0]
-        if change := variant(name)[1]:
-            shapes[change] = Line2D([], [], color=GREY, **look)
-        else:
-            handles[name] = drawn
+        change = variant(name)[1]
+        handles[change or name] = Line2D([], [], color=GREY, **look) if change else drawn
     corners = costs.loc[front, [cost, "top1_percent_mean"]].to_numpy(float).T
     step = {"drawstyle": "steps-post", "linestyle": "--", "linewidth": 1.2, "color": "0.6", "zorder": 1}
     (handles["Pareto front"],) = axes.plot(*corners, **step)
@@ -70,13 +69,14 @@ def accuracy_against(runs: pd.DataFrame, table: pd.DataFrame, cost: str) -> Figu
     axes.margins(0.08)
     if cost == "flops_per_image":
         axes.xaxis.set_major_formatter(EngFormatter())
-    handles = handles | shapes
     figure.legend(handles.values(), handles, loc="outside right upper", handlelength=1.6)
     spread = f"mean over {_seeds(runs)}, vertical bars ± 1 sd"
-    spread = "one run each, so without spread" if set(table["n"]) == {1} else spread
-    spread += "; horizontal bars: 95% intervals" if cost == "time_ratio" else ""
-    how = " Grey shapes: the strategy of a point's colour with one change." if shapes else ""
-    how += f" {cost_table.caption(table).replace('**', '')}" if cost == "time_ratio" else ""
+    how = "" if {*handles} <= {*costs.index, "Pareto front"} else _SHAPES
+    if set(table["n"]) == {1}:
+        spread = "one run each, so without spread"
+    if cost == "time_ratio":
+        spread += "; horizontal bars: 95% intervals"
+        how += f" {cost_table.caption(table).replace('**', '')}"
     return caption(
         figure,
         f"Large: {spread}. Small: single runs, moved sideways by seed. Up and left is better; no strategy beats one "
@@ -180,8 +180,8 @@ def training_curves(history: pd.DataFrame) -> Figure:
     told = told if told == "n = 1 seed" else f"Mean over {told}; the band is ± 1 sd"
     return caption(
         figure,
-        f"{told}. The training loss is measured with the profile's augmentation and label smoothing, the validation "
-        "loss without, so that the two cannot be compared.",
+        f"{told}. The training loss includes augmentation and label smoothing where the profile has them, the "
+        "validation loss neither, so that the two cannot be compared.",
     )
 
 
@@ -291,8 +291,8 @@ def _break_even(side: pd.DataFrame) -> str:
 
 def _by_strategy(looks: dict[str, tuple[str, str]]) -> dict[str, Any]:
     """seaborn's arguments for one line of each strategy."""
-    palette = {name: colour for name, (colour, _) in looks.items()}
-    return {"hue": "strategy", "hue_order": list(looks), "palette": palette, "legend": False}
+    colours = [colour for colour, _ in looks.values()]
+    return {"hue": "strategy", "hue_order": list(looks), "palette": colours, "legend": False}
 
 
 @styled
@@ -305,9 +305,9 @@ def fusing_costs(plans: Sequence[Any]) -> Figure:
         table = pd.DataFrame(plan.costs, index=range(1, depth + 1))
         norm = PowerNorm(0.3, vmin=0)  # the costs of few tokens, which the schedule is made of, are small
         seaborn.heatmap(table, cmap="viridis_r", norm=norm, ax=axes, cbar_kws={"label": _FUSING_COSTS[plan.kind]})
-        frame: dict[str, Any] = {"fill": False, "edgecolor": PALETTE[3], "linewidth": 1.6, "clip_on": False}
         for layer, removed in enumerate(plan.schedule):
-            axes.add_patch(Rectangle((removed, layer), 1, 1, **frame))
+            frame = Rectangle((removed, layer), 1, 1, fill=False, edgecolor=PALETTE[3], linewidth=1.6)
+            axes.add_patch(frame).set_clip_on(False)
         axes.set(xlabel="tokens fused", ylabel="layer", title=f"cost by {plan.kind}")
         axes.tick_params(rotation=0)
     return caption(figure, "Framed: the schedule of least cost within the budget.")

@@ -147,7 +147,7 @@ def test_captions_say_over_how_many_seeds(runs, table, history):
     assert "one run each, so without spread" in one.get_supxlabel().replace("\n", " ")
     assert [(bar.has_xerr, bar.has_yerr) for bar in one.axes[0].containers] == 3 * [(False, False)]
     curves = [plots.training_curves(x).get_supxlabel() for x in (history, history[history["seed"] == 0])]
-    assert [x.split(". The training loss is measured with ")[0] for x in curves] == [
+    assert [x.split(". The training loss includes augmentation ")[0] for x in curves] == [
         "Mean over n = 3 seeds; the band is ± 1 sd",
         "n = 1 seed",
     ]
@@ -177,7 +177,7 @@ def test_a_change_is_in_the_legend_once_for_all_strategies(runs):
     both = pd.concat([runs, runs.replace({"strategy": {name: f"{name}_drop" for name in ("none", "all", "upper")}})])
     table = summary.summary(both, costs_frame(dict.fromkeys(both["strategy"], 1.0)))
     figure = plots.accuracy_against(both, table, "time_ratio")
-    assert legend(figure) == ["none", "all", "upper", "Pareto front", "drop"]
+    assert legend(figure) == ["none", "all", "upper", "drop", "Pareto front"]
     assert "with one change" in figure.get_supxlabel().replace("\n", " ")
 
 
