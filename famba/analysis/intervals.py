@@ -60,7 +60,7 @@ def student(values: Sequence[float], confidence: float = 0.95) -> tuple[float, f
 
 def signed(points: float) -> str:
     """A difference as text, to one digit, or two where one would leave zero: its sign can be read."""
-    digits = 2 if abs(points) < 0.05 else 1
+    digits = 2 if 0 < abs(points) < 0.05 else 1
     return f"{round(points, digits) + 0.0:+.{digits}f}".replace("-", "−")
 
 
