@@ -1,11 +1,11 @@
 """Verdicts on the claims that params.yaml states: what runs, of the sweep and of the ablations, and costs say of each.
 
 A claim is one comparison of two strategies or several. Each has a one-sided test of the effect against the claim's
-bound. Accuracy: Student's t, as in its interval (`intervals.two_way`). Time: normal, on the
-logarithm of the ratio, from its interval; of two fusing strategies from the intervals of both ratios to `none`, which
-errs on the wide side, since they share the steps of `none`. Memory follows from the model: no test, no interval.
-At the same cost, a variant is compared with two others, the next cheaper and the next dearer, image by image
-interpolated linearly in the cost, whose own error is left out.
+bound. Accuracy: Student's t, as in its interval (`intervals.two_way`). Time: normal, on the logarithm of the ratio,
+from its interval; of two fusing strategies from the intervals of both ratios to `none`, which errs on the wide side,
+since they share the steps of `none`. Memory follows from the model: no test, no interval. At the same cost, a variant
+is compared with two others, the next cheaper and the next dearer, image by image interpolated linearly in the cost,
+whose own error is left out.
 
 Sources: R. L. Berger, "Multiparameter hypothesis testing and acceptance sampling", Technometrics 24(4), 1982: several
 comparisons hold together if the least certain one does (intersection-union test). S. Holm, "A simple sequentially

@@ -29,9 +29,9 @@ def answers(correct: Iterable[str]) -> Float[np.ndarray, "runs images"]:
 def two_way(values: Float[np.ndarray, "seeds images"], confidence: float = 0.95) -> tuple[float, float, float]:
     """Mean over seeds of each seed's mean over its images, and the interval for other seeds and other images.
 
-    The variance of the mean is that over seeds, plus that over images less what both count (where that is less than
-    zero, as it is by chance where images have nothing in common over the seeds, zero). The interval is the mean plus
-    and minus Student's quantile, of seeds - 1 degrees of freedom, times its root.
+    The variance of the mean is that over seeds, and what images have in common over the seeds: that over images less
+    what both count, or zero where chance makes it less. The interval is the mean plus and minus its root times
+    Student's quantile of seeds - 1 degrees of freedom.
 
     Args:
         values: NaN where a seed did not test an image.

@@ -33,6 +33,10 @@ def test_students_interval_of_a_case_worked_by_hand():
     assert intervals.student([-1.0, -2.0, -3.0]) == pytest.approx((-2, -4.484138, 0.484138), abs=1e-6)
 
 
+def test_a_bound_near_zero_keeps_its_sign_and_zero_has_none():
+    assert [*map(intervals.signed, (-0.03, 0.04, 0.0, -0.0, -1.26))] == ["−0.03", "+0.04", "+0.0", "+0.0", "−1.3"]
+
+
 @pytest.mark.parametrize("tested", ["all images", "folds"])
 @pytest.mark.parametrize("of_image", [0, 3], ids=["noise", "images"])
 def test_the_interval_covers_the_truth_as_often_as_it_says_where_seeds_alone_do_not(tested, of_image):
