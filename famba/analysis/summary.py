@@ -75,7 +75,7 @@ def summary(frame: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
         row |= {key: "; ".join(str(value) for value in frame[key].unique()) for key in _SETTING}
         for metric in ("top1_percent", "top5_percent"):
             row |= {f"{metric}_mean": own[metric].mean(), f"{metric}_sd": own[metric].std()}
-        found = accuracy_difference(own, baseline)
+        found = accuracy_difference(own, baseline)  # of `none` as well, whose seeds may stand twice
         found = (math.nan,) * 3 if strategy == BASELINE else found
         row |= dict(zip([f"top1_percent_diff{end}" for end in ("", "_low", "_high")], found, strict=True))
         rows.append(row | measured.loc[strategy].drop(["profile", "device", "threads", "versions"]).to_dict())
