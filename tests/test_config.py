@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 
 from famba import config
 from famba.fusion.strategies import STRATEGIES
+from famba.params import EXECUTION, AdaptiveRule
 
 FILE = Path(__file__).parent.parent / "params.yaml"
 TEXT = FILE.read_text(encoding="utf-8")
@@ -63,8 +64,8 @@ def test_ablations_come_back_as_they_were_and_their_variants_are_runs_of_the_pro
 
 def test_a_profile_replaces_the_budget_whole(edited):
     path = edited("profiles", "smoke", "fusion", to={"adaptive": {"memory": 0.5}})
-    assert config.load_adaptive("smoke", path=path) == config.AdaptiveRule(memory=0.5)
-    assert config.load_adaptive("default", path=path) == config.AdaptiveRule(**DOCUMENT["fusion"]["adaptive"])
+    assert config.load_adaptive("smoke", path=path) == AdaptiveRule(memory=0.5)
+    assert config.load_adaptive("default", path=path) == AdaptiveRule(**DOCUMENT["fusion"]["adaptive"])
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -101,7 +102,7 @@ def test_the_digest_changes_with_every_single_value_that_makes_the_result_and_wi
     digests += [dataclasses.replace(p, **{key: "lower"}).digest(0) for key in ("profile", "strategy")]
     for section in (*SECTIONS, "fusion"):
         for field in dataclasses.fields(getattr(p, section)):
-            if field.name not in config.EXECUTION.get(section, ()):
+            if field.name not in EXECUTION.get(section, ()):
                 changed = copy.deepcopy(p)
                 other = [getattr(getattr(p, section), field.name), "other"]  # whether or not it fits the rest
                 object.__setattr__(getattr(changed, section), field.name, other)
@@ -113,8 +114,8 @@ def test_the_digest_changes_with_every_single_value_that_makes_the_result_and_wi
 def test_a_run_may_go_on_under_the_same_digest_whatever_carries_it_out():
     p = config.load("default", strategy="all", path=FILE)
     other = {"workers": 3, "memory_mib": 1, "processes": 2, "tensorboard": True}
-    assert {key for keys in config.EXECUTION.values() for key in keys} == set(other)
-    for section, keys in config.EXECUTION.items():
+    assert {key for keys in EXECUTION.values() for key in keys} == set(other)
+    for section, keys in EXECUTION.items():
         changed = dataclasses.replace(getattr(p, section), **{key: other[key] for key in keys})
         assert changed != getattr(p, section)
         assert dataclasses.replace(p, **{section: changed}).digest(0) == p.digest(0)
@@ -291,13 +292,13 @@ def test_the_weights_to_start_from_are_a_file_in_the_repository_known_by_its_con
     assert p.train.init_from is not None
     own = dataclasses.replace(p, train=dataclasses.replace(p.train, init_from="runs/of {seed}/{name}"))
     path = repository / "runs" / "of 4" / "{name}"
-    assert own.init_path(4) == path
-    assert refusal(lambda: own.init_sha256(4)) == f"{path}: cannot be read (No such file or directory)"
+    assert config.init_path(own, 4) == path
+    assert refusal(lambda: config.init_sha256(own, 4)) == f"{path}: cannot be read (No such file or directory)"
     path.parent.mkdir(parents=True)
     for content in (b"weights", b"other weights"):
         path.write_bytes(content)
-        assert own.init_sha256(4) == hashlib.sha256(content).hexdigest()
-    assert config.load("default", strategy="all", path=FILE).init_sha256(4) is None
+        assert config.init_sha256(own, 4) == hashlib.sha256(content).hexdigest()
+    assert config.init_sha256(config.load("default", strategy="all", path=FILE), 4) is None
 
 
 # dataclasses and the root

@@ -35,9 +35,9 @@ EXTRAS = PROJECT["optional-dependencies"]
 STAGE_NOTEBOOKS = ("train", "cost", "compare", "tokens", "similarity", "ablation", "claims")
 # A package imports only from itself and from those before it; two modules of fusion need nothing and come first.
 PACKAGES = (
-    *("errors", "fusion.options", "fusion.strategies", "config", "storage", "supervision", "kernels", "fusion"),
-    *("models", "data", "profiling", "training", "analysis", "experiments", "plots", "bench", "diagnostics"),
-    *("reports", "gpu_check", "notebook", "cli", "__main__"),
+    *("errors", "validation", "fusion.options", "fusion.strategies", "params", "config", "storage", "supervision"),
+    *("kernels", "fusion", "models", "data", "profiling", "training", "analysis", "experiments", "plots", "bench"),
+    *("diagnostics", "reports", "gpu_check", "notebook", "cli", "__main__"),
 )
 FOR_ALL = ("plots", "notebooks", "paper", "dev")  # the extras that `make env` installs
 # What reads parameters and results, and draws them.

@@ -24,12 +24,12 @@ from torch.nn import functional
 
 from famba import data
 from famba.analysis import trained
-from famba.config import AdaptiveRule, DataParams
 from famba.errors import InputError
 from famba.fusion import strategies
 from famba.fusion.options import FusionOptions
 from famba.fusion.strategies import ADAPTIVE
 from famba.models.vim import VisionMamba
+from famba.params import AdaptiveRule, DataParams
 from famba.profiling import flops
 from famba.profiling.flops import Cost
 

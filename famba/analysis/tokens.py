@@ -19,10 +19,10 @@ from torch.nn import functional
 
 from famba import config, data
 from famba.analysis import similarity, trained
-from famba.config import DataParams
 from famba.errors import InputError
 from famba.fusion import strategies
 from famba.models.vim import Trace, VisionMamba
+from famba.params import DataParams
 from famba.training import fit
 
 _BATCH = 50  # images: a trace holds every layer's tokens

@@ -14,10 +14,10 @@ from torch.nn import functional
 
 from famba import config
 from famba.bench.timing import table
-from famba.config import Params
 from famba.data import Dataset, Split
 from famba.errors import InputError
 from famba.kernels import precision
+from famba.params import Params
 from famba.profiling import environment, timing
 from famba.training import fit
 from famba.training.distributed import Processes

@@ -12,10 +12,10 @@ from PIL import Image
 from famba import config, data
 from famba.bench.model import Setting, Training
 from famba.bench.timing import Left, tried
-from famba.config import IMAGENET_MEAN, IMAGENET_STD, DataParams
 from famba.data import augment, loader, timm_transforms
 from famba.data.datasets import Files
 from famba.data.timm_transforms import TimmAugmentation
+from famba.params import IMAGENET_MEAN, IMAGENET_STD, DataParams
 
 _CLASSES = 100
 _TIMM = "timm, image by image"

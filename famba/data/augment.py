@@ -18,8 +18,8 @@ from jaxtyping import Bool, Float32, Int64, UInt8
 from torch import Tensor
 
 from famba import data
-from famba.config import DataParams
 from famba.errors import InputError
+from famba.params import DataParams
 
 _AREA = (0.02, 1 / 3)  # of the erased rectangle, as a share of the image's
 _ASPECT = (0.3, 1 / 0.3)  # height over width

@@ -25,8 +25,8 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from famba import config
-from famba.config import DataParams
 from famba.errors import InputError
+from famba.params import DataParams
 
 # Repository on the hub, columns of the image and of the label; None where the features tell.
 _HUB: dict[str, tuple[str, str | None, str | None]] = {

@@ -28,12 +28,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from famba import config
-from famba.config import IMAGENET_MEAN, IMAGENET_STD, DataParams
 from famba.data import datasets, loader
 from famba.data.datasets import Files, Found
 from famba.data.loader import Streamed
 from famba.data.timm_transforms import TimmAugmentation
 from famba.errors import InputError
+from famba.params import IMAGENET_MEAN, IMAGENET_STD, DataParams
 from famba.storage.files import json_bytes, write_atomic
 
 _log = logging.getLogger(__name__)

@@ -19,9 +19,9 @@ from jaxtyping import Float, Float32, Int64
 from PIL import Image
 from torch import Tensor
 
-from famba.config import DataParams
 from famba.data import datasets
 from famba.errors import InputError
+from famba.params import DataParams
 
 _SMALL = 32  # pixels; up to this size DeiT crops a padded image instead of a resized one
 

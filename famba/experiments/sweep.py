@@ -14,6 +14,7 @@ from famba.config import AblationParams, SweepParams
 from famba.errors import InputError
 from famba.fusion import strategies
 from famba.models import presets
+from famba.params import Params, identity
 from famba.storage import runs
 
 if TYPE_CHECKING:
@@ -27,12 +28,12 @@ class Cell:
     """What one run is trained from, as `ensure` takes it."""
 
     run_dir: Path
-    p: config.Params
+    p: Params
     seed: int
     command: str | None = None  # to type for it, where it is more than a strategy and a seed of a profile
 
 
-def resolve(profile: str | None) -> list[config.Params]:
+def resolve(profile: str | None) -> list[Params]:
     """The parameters of each strategy of the sweep, whose schedules are checked to fit the model.
 
     Raises:
@@ -65,7 +66,7 @@ def load_ablation(name: str) -> AblationParams:
     return found[name]
 
 
-def check_schedules(params: Mapping[str, config.Params]) -> None:
+def check_schedules(params: Mapping[str, Params]) -> None:
     """Before hours of training, that each variant's schedule fits its model."""
     for variant, p in params.items():
         given = {key: getattr(p.model, key) for key in ("patch_size", "stride", "depth")}
@@ -87,7 +88,7 @@ def ensure_runs(sweep: SweepParams, *, profile: str, runs_dir: str | Path, train
 
 
 def cells(
-    params: Mapping[str, config.Params], seeds: Sequence[int], *, runs_dir: str | Path, command: str | None = None
+    params: Mapping[str, Params], seeds: Sequence[int], *, runs_dir: str | Path, command: str | None = None
 ) -> list[Cell]:
     """A run of each variant with each seed, in a folder of its own there."""
     return [
@@ -170,10 +171,11 @@ def _why_not(cell: Cell, made_of: str | None = None) -> str:
         return str(error)
     if run.seed != seed:
         return f"{folder / 'metrics.json'}: seed: {run.seed}; asked for {seed}"
-    if config.identity(run.params) != config.identity(p.as_dict()):
+    if identity(run.params) != identity(p.as_dict()):
         return f"{folder / 'params.json'}: other parameters than params.yaml gives for {p.strategy} in {p.profile}"
-    if run.metrics.get("init_sha256") != p.init_sha256(seed):
-        return f"{folder / 'metrics.json'}: init_sha256: started from other weights than {p.init_path(seed)} holds now"
+    if run.metrics.get("init_sha256") != config.init_sha256(p, seed):
+        path = config.init_path(p, seed)
+        return f"{folder / 'metrics.json'}: init_sha256: started from other weights than {path} holds now"
     if made_of is not None and run.cost.get("made_of") != made_of:
         return f"{folder / 'cost.json'}: made_of: {run.cost.get('made_of')}, other code than today's"
     return ""

@@ -15,7 +15,6 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from famba.config import FusionOptions
 from famba.fusion import matching, merge
 from famba.fusion.matching import Matching, match_tokens
 from famba.gpu_check import Outcome, Say, Setting
@@ -23,6 +22,7 @@ from famba.gpu_check.checks import DTYPES, begin
 from famba.kernels import ops, scan
 from famba.kernels.precision import autocast
 from famba.models.vim import VisionMamba, create_model
+from famba.params import FusionOptions
 
 _BATCHES, _STATES = (1, 2, 3, 16), (1, 2, 3, 8, 16, 33, 64)
 _SIZES = ((5, 7), (33, 1), (70, 67), (48, 16), (3, 2))  # e, t

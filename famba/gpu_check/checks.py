@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from famba import config
-from famba.config import FusionRule, Params
 from famba.gpu_check import ROOT, Outcome, Say, Setting, Skipped
 from famba.kernels import scan
 from famba.kernels.precision import autocast, configure
 from famba.models.vim import create_model
+from famba.params import FusionRule, Params
 from famba.profiling import environment
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -22,10 +22,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from famba.config import IMAGENET_MEAN, IMAGENET_STD
 from famba.errors import InputError
 from famba.fusion.options import FusionOptions
 from famba.models.vim import VisionMamba
+from famba.params import IMAGENET_MEAN, IMAGENET_STD
 from famba.storage import checkpoint
 
 _STATES = ("model_ema", "model")  # the first is taken where there is a choice

@@ -25,9 +25,9 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from famba import config
-from famba.config import Float, Int, validated
 from famba.errors import InputError
 from famba.storage.files import claimed, json_bytes, write_atomic
+from famba.validation import Float, Int, validated
 
 # What is checked of a run's files; they may hold more.
 _CONFIG = ConfigDict(extra="ignore", allow_inf_nan=False)

@@ -13,9 +13,9 @@ import psutil
 import torch
 
 from famba import config, data
-from famba.config import Params
 from famba.errors import InputError
 from famba.kernels import precision
+from famba.params import Params
 from famba.profiling import environment, flops, timing
 from famba.training import fit
 from famba.training.distributed import Processes

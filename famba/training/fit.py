@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from famba import config, data
-from famba.config import Params, TrainParams
 from famba.data import Dataset
 from famba.errors import InputError
 from famba.kernels import precision
@@ -24,6 +23,7 @@ from famba.kernels.triton import runtime
 from famba.models import pretrained
 from famba.models.presets import sizes
 from famba.models.vim import VisionMamba, create_model, kernels
+from famba.params import Params, TrainParams
 from famba.profiling import environment
 from famba.storage import provenance, runs
 from famba.storage.files import claimed, json_bytes, write_atomic
@@ -85,7 +85,7 @@ def fit(p: Params, *, seed: int, progress: bool = False, callbacks: Sequence[Cal
         images = data.to_device(_start(p, seed, model, images), processes.device)
         trainer = Trainer(p, seed, model, images, processes, checkpoints, progress=progress)
         if folder(p, seed=seed) != checkpoints:
-            raise InputError(f"{p.init_path(seed)}: changed while it was read")
+            raise InputError(f"{config.init_path(p, seed)}: changed while it was read")
         trainer.restore()
         if processes.rank == 0:
             _log.info("%s; its history so far: %s", trainer.describe(), checkpoints / LIVE_HISTORY)
@@ -130,7 +130,7 @@ def _launched(p: Params, seed: int) -> Path:
 
 
 def _made_of(p: Params, seed: int, code: str) -> str:
-    start = p.init_sha256(seed)
+    start = config.init_sha256(p, seed)
     return f"{p.digest(seed)}-{code}" + ("" if start is None else f"-{start[:12]}")
 
 
@@ -185,7 +185,7 @@ def _callbacks(p: Params, seed: int, trainer: Trainer, given: Sequence[Callback]
 
 def _start(p: Params, seed: int, model: VisionMamba, images: Dataset) -> Dataset:
     """Put the weights to start from into the model, if there are any; the images, normalised as those know them."""
-    path = p.init_path(seed)
+    path = config.init_path(p, seed)
     if path is None:
         return images
     origin = pretrained.take_weights(model, path)

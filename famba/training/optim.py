@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from famba.config import TrainParams
 from famba.models.vim import VisionMamba
+from famba.params import TrainParams
 
 
 def peak_lr(p: TrainParams) -> float:

@@ -24,14 +24,14 @@ from torch.nn import functional
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from famba import data
-from famba.config import Params
+from famba import config, data
 from famba.data import Dataset, augment, timm_transforms
 from famba.data.loader import Streamed
 from famba.errors import InputError, TrainingError
 from famba.kernels.precision import autocast, first_not_finite, nondeterministic, uses_tf32
 from famba.models import saved
 from famba.models.vim import VisionMamba, kernels
+from famba.params import Params
 from famba.profiling import environment, flops, memory, timing
 from famba.storage import checkpoint
 from famba.storage.files import write_atomic
@@ -123,7 +123,7 @@ class Trainer:
         self.device, self.folder = processes.device, folder
         self.callbacks: Sequence[Callback] = ()  # each called with the history and the cost so far
         self.progress = progress and processes.rank == 0
-        self.init_sha256 = p.init_sha256(seed)
+        self.init_sha256 = config.init_sha256(p, seed)
         t = p.train
         if t.batch_size % (share := processes.count * (t.device_batch or 1)):
             raise InputError(

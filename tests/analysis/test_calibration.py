@@ -9,9 +9,9 @@ from test_tokens import untrained
 
 from famba import config, create_model, data
 from famba.analysis import calibration, trained
-from famba.config import AdaptiveRule
 from famba.errors import InputError
 from famba.fusion import strategies
+from famba.params import AdaptiveRule
 from famba.profiling import flops
 
 SIZES = {"depth": 3, "d_model": 8, "d_state": 2, "num_classes": 5, "backend": "torch"}

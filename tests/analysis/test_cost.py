@@ -9,6 +9,7 @@ import torch
 from famba import config
 from famba.analysis import cost
 from famba.errors import InputError
+from famba.params import Params
 from famba.training.cost import measure
 
 
@@ -69,7 +70,7 @@ def test_the_break_even_r_is_where_the_ratio_falls_below_one_for_good(ratios, ex
     assert cost.break_even(rows) == pytest.approx(expected, nan_ok=True)
 
 
-def smoke(*strategies: str) -> dict[str, config.Params]:
+def smoke(*strategies: str) -> dict[str, Params]:
     return {name: config.load("smoke", strategy=name) for name in strategies}
 
 

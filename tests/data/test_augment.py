@@ -13,9 +13,9 @@ from images import DIGITS
 from scipy import stats
 
 from famba import data
-from famba.config import DataParams
 from famba.data import augment
 from famba.errors import InputError
+from famba.params import DataParams
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 EVERYTHING = {"shift": 2, "flip": True, "erase": 0.5, "mixup": 0.8, "cutmix": 1.0}

@@ -15,8 +15,8 @@ from PIL import Image
 from pyarrow import parquet
 
 from famba import data
-from famba.config import DataParams
 from famba.data import datasets as sources
+from famba.params import DataParams
 
 COLUMNS = {"img": {"_type": "Image"}, "label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
 

@@ -17,11 +17,11 @@ from images import DIGITS, one_line
 from PIL import Image
 from processes import PATIENCE_S, is_there, start, wait_until
 
-from famba import config, data
-from famba.config import DataParams
+from famba import data
 from famba.data import splits
 from famba.data.timm_transforms import TimmAugmentation
 from famba.errors import FambaError
+from famba.params import IMAGENET_MEAN, IMAGENET_STD, DataParams
 
 looks_into_proc = pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks into /proc")
 SIZE = 128  # pixels, of which 24 images take 1.1 MiB
@@ -137,7 +137,7 @@ def test_the_statistics_of_a_streamed_set_are_exact_and_kept(folder, monkeypatch
 
 def test_imagenets_normalisation_needs_no_pass_over_the_images(folder):
     for d in (load(normalise="imagenet"), streamed(normalise="imagenet")):
-        assert (d.mean, d.std) == (config.IMAGENET_MEAN, config.IMAGENET_STD)
+        assert (d.mean, d.std) == (IMAGENET_MEAN, IMAGENET_STD)
     assert not list((folder.parent / "build" / "cache").glob("*.json"))
 
 

@@ -18,9 +18,9 @@ from PIL import ExifTags, Image, ImageOps
 from safetensors.torch import save_file
 
 from famba import data
-from famba.config import DataParams
 from famba.data.datasets import Cells, pixels
 from famba.errors import InputError
+from famba.params import DataParams
 
 
 def load(seed: int = 0, **changes: object) -> data.Dataset:

@@ -13,9 +13,9 @@ from PIL import Image
 from torchvision import transforms
 
 from famba import config, data
-from famba.config import DataParams
 from famba.data import datasets, timm_transforms
 from famba.errors import InputError
+from famba.params import DataParams
 from famba.training import fit
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)

@@ -30,7 +30,7 @@ def trained(monkeypatch) -> list[tuple[str, int]]:
         made.append((p.strategy, seed))
         run = make_run(p.strategy, seed, profile=p.profile, params=p.as_dict())
         run.cost.update(command="none", made_of=made_of(p, seed=seed))
-        if (start := p.init_sha256(seed)) is not None:
+        if (start := config.init_sha256(p, seed)) is not None:
             run.metrics["init_sha256"] = start
         return run
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from refusals import refusal
 
 from famba import config
-from famba.config import FusionRule
 from famba.errors import InputError
 from famba.fusion.strategies import adaptive, frontier, fused_layers, schedule, token_counts
+from famba.params import FusionRule
 
 
 def test_the_papers_schedules_are_those_of_its_table_1():

@@ -12,8 +12,8 @@ from test_summary import costs_frame, runs_frame
 from famba import plots
 from famba.analysis import summary
 from famba.analysis.calibration import Plan
-from famba.config import AdaptiveRule
 from famba.fusion.strategies import STRATEGIES
+from famba.params import AdaptiveRule
 from famba.plots import style
 from famba.plots.claims import forest
 from famba.plots.style import PALETTE

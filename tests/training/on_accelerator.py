@@ -12,8 +12,8 @@ from accelerator import DEVICE, Accelerator
 from checkout import ROOT
 
 from famba import config
-from famba.config import Params
 from famba.models import saved
+from famba.params import Params
 from famba.profiling import memory
 from famba.training import fit
 from famba.training.trainer import Trainer

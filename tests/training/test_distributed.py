@@ -18,8 +18,8 @@ from refusals import refusal
 
 from famba import InputError, config, data
 from famba.cli import main
-from famba.config import Params
 from famba.errors import TrainingError
+from famba.params import Params
 from famba.profiling import memory
 from famba.storage import runs
 from famba.training import distributed, fit

@@ -16,11 +16,11 @@ from checkout import ROOT
 from refusals import refusal
 
 from famba import InputError, backends, config, set_schedule
-from famba.config import Params
 from famba.errors import TrainingError
 from famba.kernels.cpu import build, runtime
 from famba.models import saved
 from famba.models.vim import kernels
+from famba.params import IMAGENET_MEAN, Params
 from famba.storage import files, runs
 from famba.training import cuda_graph, fit
 from famba.training.distributed import Processes
@@ -462,7 +462,7 @@ def test_released_weights_start_a_run_too_and_only_training_may_have_a_new_head(
     model, made = _saved(run)
     assert model.head.weight.shape[0] == 10
     torch.testing.assert_close(model.pos_embed, trained.pos_embed, rtol=0, atol=1e-5)
-    assert tuple(made["mean"]) == config.IMAGENET_MEAN
+    assert tuple(made["mean"]) == IMAGENET_MEAN
 
 
 def test_weights_of_other_classes_are_not_evaluated(weights):
