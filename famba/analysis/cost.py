@@ -52,13 +52,19 @@ def table(steps: pd.DataFrame) -> pd.DataFrame:
     return rows.reset_index().astype({"rounds": int})
 
 
-def write(table: pd.DataFrame, folder: str | Path) -> None:
-    """Write cost.csv; if relative, the folder is from the repository root."""
-    write_atomic(config.root() / folder / "cost.csv", table.to_csv(index=False, lineterminator="\n").encode())
+def write(steps: pd.DataFrame, folder: str | Path) -> None:
+    """Write cost.csv, the table, and step_times.csv, each round's times in ms, of which the table's intervals are.
+
+    Args:
+        folder: if relative, from the repository root.
+    """
+    times = steps.pivot(index="round", columns="strategy", values="step_time_ms").round(4).reset_index()
+    for name, frame in {"step_times": times, "cost": table(steps)}.items():
+        write_atomic(config.root() / folder / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n").encode())
 
 
 def load(folder: str | Path) -> pd.DataFrame:
-    """What `write` wrote.
+    """The table that `write` wrote.
 
     Raises:
         InputError: no such file.

@@ -5,7 +5,7 @@ line says that it was made of the parameters and the code of today, whoever trai
 
     runs.csv     a line for each run (`analysis.records`)
     curves.csv   a line for each epoch, of another profile's strategies as they are
-    cost.csv     what a training step of each variant costs, measured in turn
+    cost.csv     what a training step of each variant costs, measured in turn; step_times.csv has each round
     models/      trained models that are looked into (`analysis.trained`)
 """
 

@@ -121,7 +121,7 @@ def ensure_costs(sweep: SweepParams, *, profile: str, results_dir: str | Path, m
         from famba.training import cost as steps
 
         rounds = 3 if profile == SMOKE else 60
-        cost.write(cost.table(steps.measure(sweep.params(profile), rounds=rounds)), results_dir)
+        cost.write(steps.measure(sweep.params(profile), rounds=rounds), results_dir)
     return cost.load(results_dir)
 
 

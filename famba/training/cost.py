@@ -4,6 +4,7 @@ Steps that take turns are slowed alike by what slows the machine; so ratios hold
 """
 
 import dataclasses
+import random
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -29,8 +30,9 @@ _OTHERS_PERCENT = 10  # of all CPUs, above which other processes disturb a measu
 def measure(params: Mapping[str, Params], *, rounds: int) -> pd.DataFrame:
     """Time a training step of every variant in every round, all on the same batch of training images.
 
-    Each round begins with another variant, so that none always follows the same other one. The learning rate is 0,
-    which changes no time; loading and augmentation are left out. Also where a profile trains nothing.
+    Each round has an order of its own, drawn from its number, since a step finds the caches as the one before it left
+    them. The learning rate is 0, which changes no time; loading and augmentation are left out. Also where a profile
+    trains nothing.
 
     Args:
         params: of each variant, by the name that its rows have as their strategy.
@@ -70,8 +72,7 @@ def measure(params: Mapping[str, Params], *, rounds: int) -> pd.DataFrame:
     psutil.cpu_percent()  # the next call gives the mean from here on
     began, used = time.perf_counter(), time.process_time()
     for number in range(_WARMUP + rounds):
-        turn = number % len(steps)
-        for name in [*steps, *steps][turn : turn + len(steps)]:
+        for name in random.Random(number).sample(list(steps), len(steps)):
             with clocks[name].step():
                 steps[name]._step(batch, 0.0, number)
     own_percent = 100 * (time.process_time() - used) / (time.perf_counter() - began) / (psutil.cpu_count() or 1)
