@@ -10,11 +10,13 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from famba import VisionMamba, create_model, schedule, set_schedule
-from famba.config import IMAGENET_MEAN, IMAGENET_STD
 from famba.data import normalise, read_image
+from famba.params import IMAGENET_MEAN, IMAGENET_STD
 
 images_dir, out, *epochs = sys.argv[1:]
 files = sorted(Path(images_dir).resolve().glob("*/*"))
+if not files:
+    raise SystemExit(f"{images_dir}: no <class>/<image> there")
 classes = sorted({file.parent.name for file in files})
 images = normalise(torch.stack([read_image(file, 32) for file in files]), IMAGENET_MEAN, IMAGENET_STD)
 labels = torch.tensor([classes.index(file.parent.name) for file in files])

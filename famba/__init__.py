@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from famba.fusion.strategies import STRATEGIES, schedule, token_counts
     from famba.kernels.scan import backends, selective_scan, selective_scan_ref
     from famba.models.pretrained import load_vim, set_schedule
+    from famba.models.saved import load_model
     from famba.models.vim import VisionMamba, create_model
     from famba.training.fit import fit
 
@@ -38,6 +39,7 @@ __all__ = [
     "doctor",
     "fit",
     "fuse",
+    "load_model",
     "load_vim",
     "match_tokens",
     "schedule",
@@ -55,6 +57,7 @@ _HOME = {
     "kernels.scan": ("backends", "selective_scan", "selective_scan_ref"),
     "models.vim": ("VisionMamba", "create_model"),
     "models.pretrained": ("load_vim", "set_schedule"),
+    "models.saved": ("load_model",),
     "training.fit": ("fit",),
     "diagnostics": ("doctor",),
 }

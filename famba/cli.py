@@ -143,16 +143,22 @@ def _train(options: argparse.Namespace) -> None:
         p = config.read_resolved(options.resolved.absolute())
     else:
         given = config.parse_settings(options.set)
-        named = [key.split(".")[1] for key in given if key.startswith("fusion.")]
+        named = sorted({key.split(".")[1] for key in given if key.startswith("fusion.")})
+        if len(named) > 1 and options.strategy is None:
+            raise InputError(f"--strategy: missing; --set changes {', '.join(named)}, and one of them is trained")
         strategy = options.strategy or (named or ["none"])[0]
         p = config.load(options.profile, strategy=strategy, processes=options.processes, given=given)
+    from famba.experiments import sweep
     from famba.storage import runs
 
+    sweep.check_schedules({p.strategy: p})
     out = (options.out or config.root() / "build" / "runs" / runs.run_name(p.strategy, options.seed)).absolute()
     names = {path.name for path in out.glob("[!.]*")}
     unfinished = "history.csv" in names and "metrics.json" not in names  # the first and the last that is written
     if not options.force and (names or out.is_file()) and not unfinished:
         raise InputError(f"--out: {out} exists; name another folder, or --force to replace the run in it")
+    if foreign := sorted(names - runs.FILES):
+        raise InputError(f"--out: {out} holds {foreign[0]}, which is no file of a run; name another folder")
     from famba.training import distributed, fit
 
     logging.basicConfig(format="%(message)s")

@@ -101,7 +101,7 @@ def root() -> Path:
 def init_path(p: Params, seed: int) -> Path | None:
     """The file of the weights that a run starts from."""
     name = p.train.init_from
-    return None if name is None else root() / name.replace("{seed}", str(seed))
+    return None if name is None else root() / Path(name.replace("{seed}", str(seed))).expanduser()
 
 
 def init_sha256(p: Params, seed: int) -> str | None:

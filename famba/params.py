@@ -95,6 +95,8 @@ class DataParams:
                 raise ValueError(f"{key}: only data.augment: timm does that")
         if self.augment == "timm" and self.shift:
             raise ValueError("shift: must be 0 with data.augment: timm, which crops by itself")
+        if self.folds is not None and self.dataset != "digits":
+            raise ValueError(f"folds: must be null with data.dataset: {self.dataset}, which has test images of its own")
         return self
 
 
@@ -214,7 +216,8 @@ class Params:
             try:
                 return strategies.schedule(name, depth=depth, **rule)
             except InputError as error:
-                raise InputError(f"fusion.{self.strategy}: {error}") from None
+                said = str(error).removeprefix(f"strategy {name!r}: ")
+                raise InputError(f"fusion.{self.strategy}: {said}") from None
         if len(given) != depth:
             raise InputError(
                 f"fusion.{self.strategy}.schedule: {list(given)} has {len(given)} layers; the model has {depth}"

@@ -39,6 +39,7 @@ def section(cls: type[T]) -> type[T]:
     return made
 
 
+_UNKNOWN = ("unexpected_keyword_argument", "invalid_key")  # what pydantic calls a key that there is not
 _adapter = functools.cache(TypeAdapter)
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = _repr.maxlong = 120
@@ -76,7 +77,8 @@ def validated(kind: type[T], values: Any, name: str, place: Callable[..., tuple[
 
 
 def _refusal(error: ValidationError, kind: type, name: str, place: Callable[..., tuple[Any, ...]]) -> InputError:
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)  # a misspelt key before the one that is missing for it
+    first = min(errors, key=lambda each: each["type"] not in _UNKNOWN)
     keys = [key for key in first["loc"] if key != "[key]"]
     value, reason = first["input"], first["msg"]
     if first["type"] == "value_error":
@@ -85,7 +87,7 @@ def _refusal(error: ValidationError, kind: type, name: str, place: Callable[...,
             key, _, reason = reason.partition(": ")
             keys, value = [*keys, key], getattr(value, "kwargs", value)[key]
     where = [name, ".".join(map(_plain, place(*keys)))]
-    if first["type"] in ("unexpected_keyword_argument", "invalid_key"):
+    if first["type"] in _UNKNOWN:
         owner: Any = kind
         for key in keys[:-1]:
             owner = get_type_hints(owner)[str(key)]

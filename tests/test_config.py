@@ -357,7 +357,7 @@ def test_settings_can_make_a_strategy_which_fuses_in_every_layer_from_first_to_l
     assert config.load(strategy="mine", given=given).schedule(10) == given["fusion.mine.schedule"]
     late = config.load(strategy="mine", given={"fusion.mine.r": 2, "fusion.mine.first_layer": 11})
     said = refusal(lambda: late.schedule(10))
-    assert said == "fusion.mine: strategy 'all': first_layer = 11; must be in 1..10"
+    assert said == "fusion.mine: first_layer = 11; must be in 1..10"
 
 
 @pytest.mark.parametrize(

@@ -231,14 +231,14 @@ def _rows(p: DataParams, found: Found) -> dict[str, Int64[Tensor, "_"]]:
     val, train = trainable[held_out], trainable[~held_out]
     if p.limit is not None:
         if p.limit > len(train):
-            raise InputError(f"data.limit: {p.limit}: there are {len(train)} training images")
+            raise InputError(f"data.limit: {p.limit}: there are {len(train)} training images; null takes all")
         train = train[datasets.stratified(found.labels[train], p.limit, draw)]
     for name, rows in {"training": train, "validation": val}.items():
         for label, count in enumerate(torch.bincount(found.labels[rows], minlength=len(found.classes)).tolist()):
             if count == 0:
                 raise InputError(
                     f"data.val_fraction {p.val_fraction} and data.limit {p.limit} of {len(trainable)} images leave "
-                    f"class {found.classes[label]!r} without a {name} image; at least 1 needed"
+                    f"class {found.classes[label]!r} without a {name} image; raise one of the two"
                 )
     return {"train": train, "val": val, "test": found.test.nonzero().flatten()}
 

@@ -64,8 +64,10 @@ def match_tokens(
         InputError: r is negative or exceeds (t - protected) // 2 (or what the protected positions leave on one
             side). Never clamped, unlike in Token Merging: a clamped r is another experiment under the same name.
     """
+    if not isinstance(feature, Tensor) or feature.ndim != 3 or not feature.is_floating_point():
+        raise InputError(f"feature: {told(feature)}; must be a floating-point tensor (b, t, c)")
     b, t, _ = feature.shape
-    _check(r, t, protected)
+    _check(r, t, protected, b)
     if feature.dtype in (torch.bfloat16, torch.float16):
         feature = feature.float()  # so that similarities that differ do not tie
     chosen = choose(_MATCH, backend, feature)
@@ -121,14 +123,25 @@ def _control_scores(kind: str, t: int, device: torch.device) -> Float[Tensor, "1
     raise InputError(f"kind: {kind!r} is not one of similarity, random, adjacent")
 
 
-def _check(r: int, t: int, protected: Sequence[int] | Tensor) -> None:
+def told(value: object) -> str:
+    """What an argument is, for the message that refuses it."""
+    return f"{value.dtype}, shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:120]
+
+
+def _check(r: int, t: int, protected: Sequence[int] | Tensor, b: int) -> None:
     """Refuse what cannot be fused. A tensor is not read, for which the host would wait: the worst is assumed of it."""
+    if not hasattr(r, "__index__"):
+        raise InputError(f"r: {r!r}; must be a whole number")
     if isinstance(protected, Tensor):
+        if protected.shape != (b,) or protected.dtype not in (torch.int64, torch.int32):
+            raise InputError(f"protected: {told(protected)}; must be int64 or int32 of shape ({b},), or a list")
         fixed, evens, odds = 1, (t - 1) // 2, t // 2 - 1
     else:
+        if not isinstance(protected, Sequence):
+            raise InputError(f"protected: {told(protected)}; must be a list of positions, or a tensor ({b},)")
         for position in protected:
-            if not 0 <= position < t:
-                raise InputError(f"protected: position {position}; must be in 0..{t - 1}")
+            if isinstance(position, bool) or not hasattr(position, "__index__") or not 0 <= position < t:
+                raise InputError(f"protected: position {position!r}; must be in 0..{t - 1}")
         fixed = len(set(protected))
         evens = (t + 1) // 2 - len({p for p in protected if p % 2 == 0})
         odds = t // 2 - len({p for p in protected if p % 2})

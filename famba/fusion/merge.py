@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from famba.errors import InputError
-from famba.fusion.matching import Matching
+from famba.fusion.matching import Matching, told
 from famba.fusion.options import levels
 from famba.kernels import reference
 from famba.kernels.cpu import fuse as fusing
@@ -104,7 +104,13 @@ def fuse(
     Returns:
         The fused tokens and the patches that each stands for; the sizes' sum never changes.
     """
+    if not isinstance(x, Tensor) or x.ndim != 3 or not x.is_floating_point():
+        raise InputError(f"x: {told(x)}; must be a floating-point tensor (b, t, d)")
     b, t, _ = x.shape
+    if not isinstance(matching, Matching) or matching.source.ndim != 2:
+        raise InputError(f"matching: {told(matching)}; must be a Matching of {b} sequences")
+    if size is not None and size.shape not in ((b, t), (b, t, 1)):
+        raise InputError(f"size: {told(size)}; must have shape ({b}, {t}) or ({b}, {t}, 1)")
     ones = torch.ones(b, t, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
     flat = ones if size is None else size.reshape(b, t)
     for option, value in {"order": order, "weighting": weighting, "reduction": reduction}.items():

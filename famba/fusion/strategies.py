@@ -59,6 +59,10 @@ def schedule(
     Raises:
         InputError: arguments that the strategy does not take, or that leave no layer to fuse in.
     """
+    numbers = {"depth": depth, "r": r, "total": total, "first_layer": first_layer, "last_layer": last_layer}
+    for key, value in numbers.items():
+        if value is not None and not hasattr(value, "__index__"):
+            raise InputError(f"{key}: {value!r}; must be a whole number")
     if strategy == ADAPTIVE:
         given = {"r": r, "first_layer": first_layer, "last_layer": last_layer}
         if wrong := [key for key, value in given.items() if value is not None]:
@@ -210,7 +214,7 @@ def token_counts(schedule: Sequence[int], tokens: int, *, protected: int = 1) ->
     for layer, r in enumerate(schedule, start=1):
         t = counts[-1]
         most = 0 if t == 3 and protected else (t - protected) // 2
-        if not 0 <= r <= most:
+        if not hasattr(r, "__index__") or not 0 <= r <= most:
             raise InputError(f"layer {layer}: r = {r} of t = {t} tokens; allowed: 0..{most}")
         counts.append(t - r)
     return counts

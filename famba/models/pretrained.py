@@ -65,8 +65,9 @@ def load_vim(
     Images are to be normalised by `IMAGENET_MEAN` and `IMAGENET_STD`, as the released models' were.
 
     Args:
-        source: a .safetensors or torch file; a name on the Hugging Face hub, owner/name or owner/name/file; or what
-            such a file holds. Names of tensors may begin with `module.`, as DistributedDataParallel leaves them.
+        source: a .safetensors or torch file, but for those of `load_model`; a name on the Hugging Face hub, owner/name
+            or owner/name/file; or what such a file holds. Names of tensors may begin with `module.`, as
+            DistributedDataParallel leaves them.
         num_classes: None keeps the head; another number than the file's gives a new one, drawn by torch's generator.
         img_size, stride: pixels; None is what the weights were trained with. If they change the number of patches,
             position embeddings are interpolated (`resize_positions`).
@@ -107,16 +108,18 @@ def set_schedule(
     """Fuse by a schedule from now on, in a model as it is: no weight changes, and nothing is trained.
 
     Args:
-        model: changed in place, and returned.
+        model: a VisionMamba, changed in place, and returned.
         schedule: tokens removed by each layer, as `famba.schedule` makes it; None fuses nothing, and the model gives
             what it gave before it was first fused, bit for bit.
-        options: how tokens are fused; None is the default `FusionOptions`.
+        options: how tokens are fused; None leaves it as it is.
 
     Raises:
-        InputError: a schedule that does not fit the model, which is as it was.
+        InputError: another kind of model; a schedule that does not fit the model, which is as it was.
     """
+    if not hasattr(model, "set_fusion"):  # what torch.compile makes of one has it
+        raise InputError(f"model: {type(model).__name__}; must be a VisionMamba")
     schedule = [0] * model.depth if schedule is None else schedule
-    model.set_fusion(schedule, FusionOptions() if options is None else options)
+    model.set_fusion(schedule, model.options if options is None else options)
     return model
 
 
@@ -248,7 +251,11 @@ def _read_vim(source: str | Path | Mapping[str, Any], state: str | None) -> tupl
         path, content = Path("state dict"), source
     else:
         path = _file(source)
-        content = checkpoint.read(path)[0] if path.suffix == ".safetensors" else _read_torch(path)
+        content, described = checkpoint.read(path) if path.suffix == ".safetensors" else (_read_torch(path), None)
+        if described is not None:
+            raise InputError(
+                f"{path}: famba wrote it, and no shape tells how it scans and fuses; take famba.load_model"
+            )
     held: Mapping[str, Any] = content if isinstance(content, Mapping) else {}
     keys = _STATES if state is None else (state,)
     found: list[tuple[str, Any]] = [(f"{key}.", held[key]) for key in keys if isinstance(held.get(key), Mapping)]

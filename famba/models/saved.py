@@ -19,12 +19,19 @@ def model_bytes(model: VisionMamba, weights: Mapping[str, Tensor], described: Ma
     return pack(weights, {"kind": "model", **description(model), **described})
 
 
-def load_model(path: Path) -> tuple[VisionMamba, dict[str, Any]]:
-    """A model as it was saved, fusion included, and what the file says of it.
+def load_model(path: str | Path) -> tuple[VisionMamba, dict[str, Any]]:
+    """The model of a run as it was saved, fusion included, and what the file says of it.
+
+    Args:
+        path: a run's model.safetensors.
+
+    Returns:
+        Of what the file says, `classes` are the names of the logits, and images are normalised by `mean` and `std`.
 
     Raises:
         InputError: a file that is missing, spoilt, not famba's, or whose tensors are not those of its model.
     """
+    path = Path(path)
     tensors, described = unpack(path, "model")
     return rebuilt(path, tensors, described), described
 

@@ -206,6 +206,8 @@ class VisionMamba(nn.Module):
 
     def set_fusion(self, schedule: Sequence[int], options: FusionOptions) -> None:
         """Fuse by another schedule from now on; the weights are the same for all. Errors as at construction."""
+        if not isinstance(options, FusionOptions):
+            raise InputError(f"fusion: {options!r}; must be a FusionOptions, such as FusionOptions(order='append')")
         try:
             schedule = [int(operator.index(r)) for r in schedule]
         except TypeError:
@@ -216,7 +218,12 @@ class VisionMamba(nn.Module):
         if len(schedule) != self.depth:
             raise InputError(f"schedule: {len(schedule)} entries; must be one for each of {self.depth} layers")
         counts = strategies.token_counts(schedule, self.tokens, protected=int(self.cls_index is not None))
-        self.schedule, self.options, self.token_counts = schedule, options, counts
+        self._schedule, self.options, self.token_counts = schedule, options, counts
+
+    @property
+    def schedule(self) -> list[int]:
+        """Tokens removed by each layer; `famba.set_schedule` sets another one."""
+        return list(self._schedule)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes"]:
         """Logits."""
@@ -298,7 +305,7 @@ class VisionMamba(nn.Module):
         at = _Tokens(hidden, None, torch.ones(b, t, dtype=self.pos_embed.dtype, device=hidden.device), cls_index)
         if trace is not None:
             trace.token_counts.append(t)
-        for block, r in zip(self.layers, self.schedule, strict=True):
+        for block, r in zip(self.layers, self._schedule, strict=True):
             at = block(at, r, self.options, trace)
         if trace is not None:
             trace.cls_index = at.cls_index
@@ -307,7 +314,7 @@ class VisionMamba(nn.Module):
         if self.pool == "cls":
             assert at.cls_index is not None
             return x[torch.arange(b, device=x.device), at.cls_index]
-        if self.options.weighting == "mean" or not any(self.schedule):  # unfused: independent of the options
+        if self.options.weighting == "mean" or not any(self._schedule):  # unfused: independent of the options
             return x.mean(1)
         return (x * (at.size / t)[..., None]).sum(1)
 

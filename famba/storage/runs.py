@@ -127,6 +127,9 @@ class _Epoch:
 
 HISTORY_COLUMNS = tuple(field.name for field in dataclasses.fields(_Epoch))
 MODEL_FILE = "model.safetensors"
+FILES = frozenset(
+    ("metrics.json", "cost.json", "history.csv", "schedule.json", "params.json", "correct.txt", MODEL_FILE)
+)  # all of a run
 
 
 @dataclasses.dataclass(frozen=True)
