@@ -44,10 +44,12 @@ _FUSING_COSTS = {
 def accuracy_against(runs: pd.DataFrame, table: pd.DataFrame, cost: str) -> Figure:
     """Top-1 accuracy against a cost: each strategy's mean with its spread, its runs, and the Pareto front.
 
+    What has fewer seeds than others is drawn, but compared with no mean: it is left out of the front.
+
     Args:
         cost: one of `summary.COSTS`; less is better.
     """
-    costs, front = table.set_index("strategy"), summary.pareto(table, cost)
+    costs, front = table.set_index("strategy"), summary.pareto(table[table["n"] == table["n"].max()], cost)
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axes, handles = figure.add_subplot(), {}
     aside = _aside(runs, table[cost].to_numpy(float))

@@ -15,7 +15,7 @@ import ipywidgets
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.nn import functional
 
 from famba import config, create_model, data, fuse, match_tokens, plots
@@ -29,6 +29,7 @@ from famba.profiling import flops
 from famba.reports import Report
 from famba.training import fit
 
+_MEASURED = ["batch_size", "rounds", "device", "threads", "disturbed"]  # how costs were
 # r and first fusing layer of the paper's Table 1.
 _PAPER = {"none": (0, 1), "all": (7, 1), "interleaved": (14, 1), "lower": (9, 1), "upper": (9, 6)}
 _TRAINED = "as trained"
@@ -148,6 +149,7 @@ class TokenExplorer(ipywidgets.VBox):
         self.strategy = _dropdown("strategy", (_TRAINED, *STRATEGIES), _TRAINED)
         self.r, self.layer = _slider("r", 0, 0, 0), _slider("layer", 0, 0, 0)
         self.image = _dropdown("image", [("", 0)], 0)
+        self.r.disabled = True
         self.upload = ipywidgets.FileUpload(accept="image/*", multiple=True, description="own images")
         self.picture, self.message = _picture("64em"), ipywidgets.HTML()
         self._controls, self._choosing = (self.model, self.strategy, self.r, self.layer, self.image), False
@@ -173,7 +175,7 @@ class TokenExplorer(ipywidgets.VBox):
         """Begin with about as many tokens in all as the model was trained to remove; at most what a strategy can."""
         model, name = self._models[str(self.model.value)].model, str(self.strategy.value)
         fuses = name not in (_TRAINED, "none")
-        self.r.max = tokens.largest_r(model, name) if fuses else 0
+        self.r.disabled, self.r.max = not fuses, tokens.largest_r(model, name) if fuses else 0
         total = sum(model.schedule)
         self.r.value = max(strategies.schedule(name, depth=model.depth, total=total)) if fuses else 0
 
@@ -184,8 +186,8 @@ class TokenExplorer(ipywidgets.VBox):
             try:
                 images.append(np.asarray(Image.open(io.BytesIO(file["content"])).convert("RGB")))
                 names.append(file["name"])
-            except (UnidentifiedImageError, OSError) as error:
-                self.message.value = _refused(InputError(f"{file['name']}: not an image ({error})"))
+            except OSError:
+                self.message.value = _refused(InputError(f"{file['name']}: not an image, or a damaged one"))
                 return
         self.message.value = ""
         self._models = {
@@ -255,22 +257,29 @@ class ScheduleTrainer(ipywidgets.VBox):
         """Train with the seed, as every strategy was, and add the run to the figure."""
         name = f"own_{self._table['strategy'].str.startswith('own_').sum() + 1}"
         p = config.load(self._profile, strategy=name, given={f"fusion.{name}.schedule": self.schedule})
+        self.train.disabled = True
         try:
             run = fit.fit(p, seed=self._seed, callbacks=[self._advance])
         except FambaError as error:
             self.message.value = _refused(error)
             return
+        finally:
+            self.train.disabled = False
         fit.forget(p, seed=self._seed)
         cost = {key: run.cost[key] for key in ("flops_per_image", "peak_memory_mib")}
         top1 = run.metrics["top1_percent"]
         line = np.polyfit(self._table["flops_per_image"], self._table["time_ratio"], 1)
         ratio = float(np.polyval(line, cost["flops_per_image"]))
-        row = {"strategy": name, "n": 1, "top1_percent_mean": top1, "time_ratio": ratio, **cost}
+        row = self._table.query("strategy == 'none'")[_MEASURED].iloc[0].to_dict() | cost
+        row |= {"strategy": name, "n": 1, "top1_percent_mean": top1, "time_ratio": ratio}
         row |= {"time_ratio_low": ratio, "time_ratio_high": ratio}
         self._table = pd.concat([self._table, pd.DataFrame([row])], ignore_index=True)
+        of_none = self._runs.query(f"strategy == 'none' and seed == {self._seed}")["top1_percent"]
+        beside = "".join(f" (none: {x:.1f} %)" for x in of_none)
         shown = pd.DataFrame([{"strategy": name, "seed": self._seed, "top1_percent": top1}])
         self._runs = pd.concat([self._runs, shown], ignore_index=True)
-        self.message.value = f"{name}: {top1:.1f} % with seed {self._seed}; about {ratio:.2f} of the time of no fusion"
+        told = f"{name}: {top1:.1f} % with seed {self._seed}{beside}"
+        self.message.value = f"{told}; about {ratio:.2f} of the time of no fusion"
         self._draw()
 
     def _advance(self, history: Sequence[Mapping[str, Any]], _: Mapping[str, float] | None = None) -> None:

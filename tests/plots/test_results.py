@@ -136,6 +136,9 @@ def test_the_front_that_is_drawn_is_the_front_of_the_numbers(runs):
     front = plots.accuracy_against(runs, table, "time_ratio").axes[0].get_lines()[-1]
     assert front.get_xdata().tolist() == [0.9, 1.0], "upper, then none; all is dearer and worse"
     assert front.get_drawstyle() == "steps-post"
+    fewer = table.assign(n=table["n"].mask(table["strategy"] == "upper", 1))
+    front = plots.accuracy_against(runs, fewer, "time_ratio").axes[0].get_lines()[-1]
+    assert front.get_xdata().tolist() == [1.0], "one run is no mean"
 
 
 def test_captions_say_over_how_many_seeds(runs, table, history):

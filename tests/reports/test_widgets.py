@@ -15,7 +15,7 @@ from test_summary import costs_frame, runs_frame
 from test_tokens import run  # noqa: F401 (a fixture)
 
 from famba import create_model, plots
-from famba.analysis import records, summary, tokens, trained
+from famba.analysis import cost, records, summary, tokens, trained
 from famba.fusion import strategies
 from famba.fusion.strategies import STRATEGIES
 from famba.models import saved
@@ -51,6 +51,7 @@ def no_picture(*_, **__):
 
 def test_it_starts_as_trained_every_control_redraws_and_going_back_shows_the_same_again(explorer):
     assert [control.value for control in explorer._controls] == ["upper-0", "as trained", 0, 4, 0]
+    assert explorer.r.disabled
     first = bytes(explorer.picture.value)
     assert Image.open(io.BytesIO(first)).size == (960, 270)
     shown = {first}
@@ -77,6 +78,7 @@ def test_r_cannot_leave_what_a_strategy_can_fuse(explorer, monkeypatch):
     monkeypatch.setattr(plots, "fusion_at_layer", no_picture)
     for strategy in STRATEGIES:
         explorer.strategy.value = strategy
+        assert explorer.r.disabled == (strategy == "none")
         explorer.r.value = explorer.r.max
         assert explorer.r.value == tokens.largest_r(explorer._models["upper-0"].model, strategy)
 
@@ -115,7 +117,7 @@ def test_uploaded_images_replace_those_of_every_model_and_what_is_none_is_refuse
     assert bytes(explorer.picture.value) != before
     explorer.model.value = "photos"
     explorer.upload.value = ({**file, "name": "<b>.png", "content": memoryview(b"no image")},)
-    assert "&lt;b&gt;.png: not an image" in explorer.message.value
+    assert "&lt;b&gt;.png: not an image, or a damaged one<" in explorer.message.value
     assert [label for label, _ in explorer.image.options] == ["1: mine.png"]
 
 
@@ -166,7 +168,9 @@ def test_a_schedule_of_ones_own_is_trained_and_drawn_beside_the_named_ones(tmp_p
     assert trainer.message.value == "37 tokens, 25 left"
     before = bytes(trainer.picture.value)
     trainer.train.click()
-    assert trainer.message.value.startswith("own_1: ")
+    assert re.match(r"own_1: [\d.]+ % with seed 0 \(none: 30.0 %\); about ", trainer.message.value)
+    assert "60 training steps of 32 images" in cost.caption(trainer._table)
+    assert not trainer.train.disabled
     assert trainer.progress.value == trainer.progress.max == 2
     assert bytes(trainer.picture.value) != before
     *_, own = trainer._table.to_dict("records")
