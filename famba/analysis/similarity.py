@@ -93,7 +93,7 @@ def text(frame: pd.DataFrame) -> str:
         f"Similarity of an unfused token (`{BASELINE}`) with its most similar token: median of the upper third "
         f"({upper}) minus median of the lower third ({lower}), mean over {frame['image'].nunique()} images of each of "
         f"{len(rises)} model{'' if len(rises) == 1 else 's'}, with its 95% interval over models:",
-        "\n".join(f"- {name}: {with_interval('{:+.4f}'.format, *interval)}" for name, interval in intervals.items()),
+        "\n".join(f"- {name}: {with_interval('{:+z.4f}'.format, *interval)}" for name, interval in intervals.items()),
         f"What fuses, in patches, medians over the images; random patches are {chance_distance(frame):.2f} apart:",
         table.to_markdown(floatfmt=".2f"),
     ]
@@ -126,5 +126,7 @@ def _verdict(low: float, high: float, gain_low: float, gain_high: float) -> str:
         finding = "less similar in the upper layers than in the lower ones, which speaks against"
     else:
         finding = "as similar in the upper layers as in the lower ones, as far as can be told, which says nothing of"
-    change = "raised" if gain_low > 0 else "lowered" if gain_high < 0 else "is not shown to change"
-    return f"After training, unfused tokens are {finding} fusing in the upper ones. Training {change} this difference."
+    change = "is not shown to change this difference"
+    if gain_low > 0 or gain_high < 0:
+        change = f"made upper tokens {'more' if gain_low > 0 else 'less'} similar relative to lower ones"
+    return f"After training, unfused tokens are {finding} fusing in the upper ones. Training {change}."

@@ -142,8 +142,8 @@ def markdown(summary: pd.DataFrame) -> str:
         _table(_readable(summary)),
         _explained(summary),
         "\n".join(f"Pareto-optimal in mean top-1 against {word}: {names}." for word, names in fronts.items()),
-        "Beside the paper's Table 1: top-1 of `none` (%); for the others the change of top-1 (points), training time "
-        "and peak memory relative to `none`.",
+        "Beside the paper's Table 1 (CIFAR-100 at 224 px): top-1 of `none` (%); for the others the change of top-1 "
+        "(points), training time and peak memory relative to `none`.",
         _table(beside_paper(summary)),
         setting(summary),
     ]

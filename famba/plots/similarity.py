@@ -68,7 +68,7 @@ def token_similarity(frame: pd.DataFrame) -> Figure:
     return caption(
         figure,
         f"Left: median, middle half and 5 to 95% of the tokens of images (n = {frame['image'].nunique()}) in models "
-        f"(n = {len(rises)}). Right: each model's difference of medians, mean over the images; in red the mean with "
+        f"(n = {len(rises)}). Right: each model's difference of medians, mean over the images; in orange the mean with "
         "its 95% interval over models. Right of zero, tokens are more similar in the upper layers.",
     )
 
@@ -119,7 +119,7 @@ def token_size(frame: pd.DataFrame) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
     figure.legend(loc="outside upper center", ncols=2)
     n = sizes["image"].nunique()
-    return caption(figure, f"Tokens of {n} images, class token apart: median (red), middle half, whiskers 5 to 95%.")
+    return caption(figure, f"Tokens of {n} images, class token apart: median (orange), middle half, whiskers 5 to 95%.")
 
 
 def _bands(axes: Axes, table: pd.DataFrame) -> None:

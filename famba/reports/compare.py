@@ -65,13 +65,12 @@ def curves_in_words(history: pd.DataFrame) -> Markdown:
 
 
 def schedules_in_words(schedules: pd.DataFrame) -> Markdown:
-    """How many tokens a layer has on average, by strategy."""
-    layers = schedules.loc[schedules["layer"] > 0].assign(entering=lambda x: x["tokens"] + x["removed"])
-    means: Any = layers.groupby("strategy", sort=False)["entering"].mean()
+    """How many tokens a layer's mixer gets on average, by strategy, where layers fuse before it."""
+    means: Any = schedules.loc[schedules["layer"] > 0].groupby("strategy", sort=False)["tokens"].mean()
     told = listed([f"{name} {mean:.1f}" for name, mean in means.items()])
     return Markdown(
-        f"A layer starts with this many tokens on average: {told}. What a model computes is in proportion to that, not "
-        "to what is left at the end, so the strategies that fuse early save most."
+        f"A layer's mixer gets this many tokens on average: {told}. What a model computes is nearly in proportion to "
+        "that, not to what is left at the end, so the strategies that fuse early save most."
     )
 
 

@@ -63,11 +63,11 @@ def test_chance_is_the_median_over_all_pairs_of_patches():
 @pytest.mark.parametrize(
     ("slopes", "spread", "said"),
     [
-        ((0.02, 0.0), 0.0, ("more similar in the upper", "supports", "raised")),
-        ((-0.02, 0.0), 0.0, ("less similar in the upper", "speaks against", "lowered")),
-        ((-0.02, -0.04), 0.0, ("less similar in the upper", "speaks against", "raised")),
+        ((0.02, 0.0), 0.0, ("more similar in the upper", "supports", "made upper tokens more")),
+        ((-0.02, 0.0), 0.0, ("less similar in the upper", "speaks against", "made upper tokens less")),
+        ((-0.02, -0.04), 0.0, ("less similar in the upper", "speaks against", "made upper tokens more")),
         ((0.0, 0.0), 0.0, ("as far as can be told", "says nothing of", "is not shown to change")),
-        ((0.02, 0.0), 0.01, ("as far as can be told", "says nothing of", "raised")),
+        ((0.02, 0.0), 0.01, ("as far as can be told", "says nothing of", "made upper tokens more")),
     ],
 )
 def test_the_verdict_follows_from_the_numbers(slopes, spread, said):
@@ -86,6 +86,7 @@ def test_the_text_and_the_table_are_written_with_the_numbers(tmp_path):
     similarity.write(frame, tmp_path, seed=3, profile="smoke")
     text = (tmp_path / "similarity.md").read_text()
     assert "- trained: −0.0800 (−0.0800 to −0.0800)" in text
+    assert "−0.0000" not in similarity.text(measured({"trained": 0.0, "untrained": -1e-7}))
     assert "mean over 20 images of each of 3 models" in text
     assert re.search(r"\| upper +\| +2.00 \| +3.00 \| +7.00 \| +7.00 \|", text)
     assert "seed 3" in text

@@ -130,4 +130,4 @@ def test_words_under_a_figure_are_those_of_its_numbers():
     assert compare.pairs_in_words(one).data == "With the one seed, accuracy falls by fusing with `upper`."
     costs = compare.costs_in_words(costs_frame().query("strategy in ('none', 'lower')")).data
     assert costs.startswith("In units of no fusion: lower 0.60 of the time with 0.60 of the FLOPs.")
-    assert "none 37.0, all 23.5" in compare.schedules_in_words(compare.schedules("default")).data
+    assert "none 37.0, all 20.5" in compare.schedules_in_words(compare.schedules("default")).data
