@@ -59,7 +59,8 @@ def accuracy_against(runs: pd.DataFrame, table: pd.DataFrame, cost: str) -> Figu
         axes.scatter(at, points["top1_percent"], s=22, alpha=0.6, linewidths=0, color=colour, marker=marker)
         xerr = style.error_bar(*own.reindex([cost, f"{cost}_low", f"{cost}_high"]))
         yerr = own["top1_percent_sd"] if own["n"] > 1 else None
-        look: dict[str, Any] = {"marker": marker, "markersize": 10, "markeredgecolor": "white", "linestyle": "none"}
+        size = 16 if marker == "*" else 10  # a star is mostly gaps
+        look: dict[str, Any] = {"marker": marker, "markersize": size, "markeredgecolor": "white", "linestyle": "none"}
         bars: dict[str, Any] = {"xerr": xerr, "yerr": yerr, "capsize": 3, "zorder": 3}
         drawn = axes.errorbar(own[cost], own["top1_percent_mean"], color=colour, **look, **bars).lines[0]
         change = variant(name)[1]
