@@ -103,13 +103,13 @@ def opened(
         command: that makes it.
         profile: None is the one that params.yaml names.
         pipeline: make it now, of finished runs.
-        of: the table in results/ of the runs that `file` was made of.
+        of: the table in results/ of the runs that `file` was made of; `file` itself if it was made apart from runs.
         again: what the command does with committed results.
     """
     root = config.root()
     if pipeline:
         name = profile_name(profile)
-        report = Report(name, f"Made now of the runs of the profile `{name}`.", root, root / runs_dir, made=True)
+        report = Report(name, f"Made now under the profile `{name}`.", root, root / runs_dir, made=True)
     else:
         asked = profile_name(os.environ.get("FAMBA_PROFILE", profile))
         try:
@@ -143,6 +143,8 @@ def _shown(file: Path, of: Path, runs_dir: Path, profile: str) -> str:
     runs = pd.read_csv(of)
     if set(runs["profile"]) != {profile}:
         raise InputError(f"{of}: of the profile {runs['profile'][0]!r}; {profile!r} is asked for")
+    if of == file:
+        return f"Measurements of the profile `{profile}`, made apart from its runs: `{{command}}` {{again}}."
     if all(_is_run(runs_dir, row) for row in runs.to_dict("records")):
         return f"Finished runs of the profile `{profile}`: {runs_dir.relative_to(config.root())}."
     return f"Committed results of the profile `{profile}`, not the runs behind them: `{{command}}` {{again}}."

@@ -79,4 +79,4 @@ def show_figures(report: Report, name: str) -> None:
 def changes(report: Report, name: str) -> Markdown:
     """What each change sets, as a list."""
     lines = [f"- `{change}`: `{given}`" for change, given in asked(report, name).changes.items()]
-    return Markdown("\n".join(lines))
+    return Markdown("\n".join(lines) or "No change: other schedules.")

@@ -53,6 +53,12 @@ def test_runs_are_finished_only_if_all_of_them_have_the_accuracy_of_the_table(ch
     assert opened([]).shown == "Finished runs of the profile `default`: results/runs."
 
 
+def test_what_is_measured_apart_is_not_called_runs(checkout):
+    costs_frame().to_csv(checkout / "results" / "cost.csv")
+    shown = opened([], file="cost.csv", of="cost.csv").shown
+    assert shown == "Measurements of the profile `default`, made apart from its runs: `make repro` makes them again."
+
+
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
@@ -105,7 +111,9 @@ def test_an_ablation_of_a_fresh_clone_is_drawn_again_of_its_record(checkout):
     for table, folder in (("runs.csv", "records"), ("summary.md", "ablation")):
         (checkout / "results" / folder / "options").mkdir(parents=True)
         shutil.copy(checkout / "results" / table, checkout / "results" / folder / "options")
-    shown = ablation.open_report("options", **PROFILE).shown
+    report = ablation.open_report("options", **PROFILE)
+    assert ablation.changes(report, "calibration").data == "No change: other schedules."
+    shown = report.shown
     assert shown.startswith("Committed results of the profile `default`")
     assert shown.endswith("`make ablation NAME=options` draws them again, and trains only runs that are not recorded.")
 
