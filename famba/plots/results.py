@@ -49,7 +49,7 @@ def accuracy_against(runs: pd.DataFrame, table: pd.DataFrame, cost: str) -> Figu
     Args:
         cost: one of `summary.COSTS`; less is better.
     """
-    costs, front = table.set_index("strategy"), summary.pareto(table[table["n"] == table["n"].max()], cost)
+    costs, front = table.set_index("strategy"), summary.pareto(table.loc[table["n"] == table["n"].max()], cost)
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axes, handles = figure.add_subplot(), {}
     aside = _aside(runs, table[cost].to_numpy(float))
