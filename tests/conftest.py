@@ -13,10 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from famba.kernels.triton import conv, fuse, match, norm, scan  # noqa: F401 (Triton reads their source: not to be wrapped)
 
 jaxtyping.install_import_hook("famba", "beartype.beartype")
-torch.backends.cudnn.conv.fp32_precision = "ieee"  # as in training: TF32's errors are above the tolerances
-
-from famba.kernels.cpu import build  # noqa: E402 (after the hook)
+from famba.kernels import precision  # noqa: E402 (after the hook)
+from famba.kernels.cpu import build  # noqa: E402
 from famba.kernels.triton import runtime as gpu_runtime  # noqa: E402
+
+for part, key, exact in precision._TF32:  # as in training: its errors are above the tolerances
+    setattr(part, key, exact)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -33,6 +33,11 @@ def notebook(tmp_path: Path):
     ("arguments", "said"),
     [
         (["train", "--strategy", "uper"], "'uper' is not one of none, all, interleaved, lower, upper"),
+        (["train", "--set", "fusion.a.r=1", "--set", "fusion.b.r=1"], "--strategy: missing; --set changes a, b, and"),
+        (
+            ["train", "--strategy", "upper", "--set", "fusion.upper.r=99"],
+            "fusion.upper under profile default: layer 6: ",
+        ),
         (["notebook", "nowhere.ipynb", "out.ipynb"], "nowhere.ipynb: no such notebook"),
     ],
 )
@@ -63,7 +68,11 @@ def test_train_says_what_the_run_reached_and_replaces_it_only_when_forced(tmp_pa
 
 def test_train_leaves_other_folders_alone(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("")
-    refused(capsys, "train", "--profile", "smoke", "--set", "train.epochs=1", "--out", str(tmp_path))
+    train = ["train", "--profile", "smoke", "--set", "train.epochs=1", "--out", str(tmp_path)]
+    assert "exists; name another folder, or --force" in refused(capsys, *train)
+    assert f"{tmp_path} holds thesis.tex, which is no file of a run; name another folder" in refused(
+        capsys, *train, "--force"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 

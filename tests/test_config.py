@@ -178,6 +178,12 @@ def test_dvc_rewrites_the_file_with_the_changed_line_alone(tmp_path):
         ("data.img_size", 0, "data.img_size: 0: Input should be greater than or equal to 1"),
         ("data.flip", 0, "data.flip: 0: Input should be a valid boolean"),
         ("data.sise", 8, "data.sise: unknown key; allowed: augment, color_jitter, cutmix, dataset, "),
+        ("data.folds", 1, "data.folds: 1: Input should be greater than or equal to 2"),
+        (
+            "profiles.default",
+            {"data": {"dataset": "cifar10"}},
+            "data.folds: 4: must be null with data.dataset: cifar10",
+        ),
         ("data.augment", "timm", "data.shift: 1: must be 0 with data.augment: timm, which crops by itself"),
         ("data.eval_crop", 0.01, "data.eval_crop: 0.01: Input should be greater than or equal to 0.1"),
         ("data.rand_augment", "rand-m9", "data.rand_augment: 'rand-m9': only data.augment: timm does that"),
@@ -243,6 +249,8 @@ def test_a_bad_value_is_named_in_one_line_with_its_key_and_what_is_allowed(edite
 def test_what_is_missing_is_named(edited, key):
     path = edited(*key.split("."), delete=True)
     assert refusal(lambda: config.load(strategy="all", path=path)) == f"params.yaml: {key}: missing"
+    path = edited(*f"{key}s".split("."), to=1)
+    assert refusal(lambda: config.load(strategy="all", path=path)).startswith(f"params.yaml: {key}s: unknown key")
 
 
 def test_an_unknown_strategy_or_profile_is_named_with_those_that_there_are():

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
 
-from famba import config, create_model, data, fuse, load_vim, match_tokens, schedule
+from famba import VisionMamba, config, create_model, data, fuse, load_model, load_vim, match_tokens, schedule
 from famba.errors import FambaError
 from famba.fusion.strategies import STRATEGIES
-from famba.storage.checkpoint import pack
+from famba.models.saved import model_bytes
 
 PARAMS = (Path(__file__).resolve().parents[1] / "params.yaml").read_bytes()
 few = settings(max_examples=settings.default.max_examples // 5)
@@ -51,9 +51,13 @@ def encoded(kind: str) -> bytes:
     return file.getvalue()
 
 
-def weights() -> dict[str, torch.Tensor]:
+def small() -> VisionMamba:
     torch.manual_seed(0)
-    return create_model("vim_nano", num_classes=3, depth=1, d_model=8, d_state=2).state_dict()
+    return create_model("vim_nano", num_classes=3, depth=1, d_model=8, d_state=2)
+
+
+def weights() -> dict[str, torch.Tensor]:
+    return small().state_dict()
 
 
 def torch_file(state: dict) -> bytes:
@@ -89,15 +93,15 @@ def test_a_damaged_image(tmp_path, content):
         assert data.read_image(tmp_path / "image", 8).shape == (3, 8, 8)
 
 
-@pytest.mark.parametrize("suffix", ["pth", "safetensors", "famba.safetensors"])
+@pytest.mark.parametrize("suffix", ["pth", "safetensors", "famba"])
 @few
 @given(draw=st.data())
 def test_a_damaged_checkpoint(tmp_path, suffix, draw):
-    whole = {"pth": torch_file, "safetensors": save, "famba.safetensors": lambda state: pack(state, {})}[suffix]
+    whole = {"pth": torch_file, "safetensors": save, "famba": lambda state: model_bytes(small(), state, {})}[suffix]
     path = tmp_path / f"vim.{suffix}"
     path.write_bytes(draw.draw(damaged(whole(weights()))))
     with one_line():
-        model = load_vim(path, trained_at=8)
+        model = load_model(path)[0] if suffix == "famba" else load_vim(path, trained_at=8)
         assert all(weight.isfinite().all() for weight in model.parameters())
 
 

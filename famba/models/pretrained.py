@@ -275,6 +275,8 @@ def _read_vim(source: str | Path | Mapping[str, Any], state: str | None) -> tupl
 def _file(source: str | Path) -> Path:
     """The file of weights that a path or a name on the hub stands for."""
     path = Path(source)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; VisionMamba.from_pretrained reads what save_pretrained wrote into one")
     if path.is_file() or isinstance(source, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(/.+)?", source):
         return path
     from famba.models import hub  # an extra, as in `VisionMamba.save_pretrained`

@@ -55,7 +55,8 @@ def rebuilt(path: Path, tensors: Mapping[str, Tensor], described: Mapping[str, A
         with torch.device("meta"):
             expected = build().state_dict()
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: does not describe a model: {' '.join(str(error).split())}") from None
+        said = " ".join(str(error).split()) + " is missing" * isinstance(error, KeyError)
+        raise InputError(f"{path}: does not describe a model: {said}") from None
     check_state(path, tensors, expected)
     model = build()
     model.load_state_dict(tensors)

@@ -40,7 +40,8 @@ def captured(call: Callable[[], _T], device: torch.device | str) -> Callable[[],
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # The thread that pins the loader's batches allocates meanwhile, which a capture of the whole process forbids.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # Torch's own stream for captures is of the first device that it captured on.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             made = call()
 
     def replay() -> _T:

@@ -123,7 +123,10 @@ def join(device: torch.device) -> Processes:
     except ImportError:
         raise InputError(_MISSING) from None
     patient = InitProcessGroupKwargs(timeout=_START_TIMEOUT)
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[patient])
+    try:
+        accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[patient])
+    except NotImplementedError as error:  # of some GPUs and drivers: which variables to set
+        raise InputError(" ".join(str(error).split())) from None
     return Processes(accelerator.device, accelerator)
 
 
@@ -179,5 +182,8 @@ def _reason(stderr: str, status: int) -> str:
     if found := re.search(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", stderr, re.DOTALL):
         rank, code = map(int, found.groups())
         how = f"was stopped by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+        before = stderr.partition("ChildFailedError")[0]  # which is torchrun's
+        errors = re.findall(rf"(?m)^(?:\[rank{rank}\]: )?(\S*(?:Error|Exception): .+)", before)
+        how += f" ({errors[-1]})" if errors else ""
         return f"rank {rank} {how}, and all others with it; {_AGAIN}"
     return f"the processes ended with exit status {status}; {_AGAIN}"

@@ -170,8 +170,10 @@ def _fit_in_processes(p: Params, seed: int, progress: bool, callbacks: Sequence[
 def _callbacks(p: Params, seed: int, trainer: Trainer, given: Sequence[Callback]) -> Iterator[list[Callback]]:
     """What is called after each epoch: history.csv beside the checkpoints, the given ones, TensorBoard's events."""
 
+    live = trainer.folder / LIVE_HISTORY  # a function that held the trainer would keep its memory, in a cycle
+
     def write_history(history: Sequence[Mapping[str, Any]], cost: Mapping[str, Any]) -> None:
-        write_atomic(trainer.folder / LIVE_HISTORY, runs.history_bytes(history))
+        write_atomic(live, runs.history_bytes(history))
 
     callbacks: list[Callback] = [write_history, *given]
     with contextlib.ExitStack() as closing:

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import jaxtyping
 import pytest
 import torch
 from agreement import leaves, results
@@ -107,6 +108,35 @@ def test_protected_positions_that_leave_nobody_to_absorb_are_refused(backend):
     assert match_tokens(feature, 1, protected=(2,), backend=backend).source.tolist() == [[0], [0]]
     with pytest.raises(InputError, match=r"position 7; must be in 0\.\.2"):
         match_tokens(feature, 1, protected=(7,), backend=backend)
+
+
+X = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("action", "said"),
+    [
+        (lambda: match_tokens(X[0], 2), r"feature: torch\.float32, shape \(9, 4\); must be a floating-point tensor"),
+        (lambda: match_tokens(X.int(), 2), r"feature: torch\.int32"),
+        (lambda: match_tokens(X, 2.0), "r: 2.0; must be a whole number"),
+        (lambda: match_tokens(X, 2, protected=[True, False]), "protected: position True; must be in 0..8"),
+        (lambda: match_tokens(X, 2, protected=[0.5]), r"protected: position 0\.5; must be"),
+        (lambda: match_tokens(X, 2, protected=0), "protected: 0; must be a list of positions"),
+        (lambda: match_tokens(X, 2, protected=torch.tensor([0])), r"protected: torch\.int64, shape \(1,\); must be"),
+        (lambda: match_tokens(X, 2, protected=torch.ones(2)), r"protected: torch\.float32, shape \(2,\)"),
+        (lambda: fuse(X[0], match_tokens(X, 2)), r"x: torch\.float32, shape \(9, 4\); must be a floating-point tensor"),
+        (lambda: fuse(X, tuple(match_tokens(X, 2))), r"matching: .*; must be a Matching of 2 sequences"),
+        (
+            lambda: fuse(X, match_tokens(X, 2), size=torch.ones(9, 2)),
+            r"size: .* shape \(9, 2\); must have shape \(2, 9\)",
+        ),
+        (lambda: fuse(X, match_tokens(X, 2), size=torch.ones(18)), r"size: .* shape \(18,\); must have"),
+    ],
+)
+def test_what_is_no_tensor_of_that_shape_no_number_and_no_position_is_refused(monkeypatch, action, said):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # outside of tests nothing checks the types
+    with pytest.raises(InputError, match=f"^{said}"):
+        action()
 
 
 @pytest.mark.parametrize(("t", "most"), [(2, 0), (3, 0), (4, 1), (5, 2)])

@@ -71,6 +71,8 @@ def test_a_model_in_a_folder_keeps_its_sizes_schedule_and_options(model, tmp_pat
     assert "removes 5 tokens of 37 by the schedule [0, 5]" in (tmp_path / "README.md").read_text()
     assert same(VisionMamba.from_pretrained(tmp_path), model)
     assert same(VisionMamba.from_pretrained(str(tmp_path)), model)
+    said = refusal(lambda: VisionMamba.from_pretrained(tmp_path, num_classes=3))
+    assert said.startswith("num_classes: not an option of from_pretrained; allowed: cache_dir, ")
     (tmp_path / "model.safetensors").unlink()
     assert refusal(lambda: VisionMamba.from_pretrained(tmp_path)).endswith("model.safetensors: no such file")
 

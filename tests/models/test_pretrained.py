@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from refusals import refusal
 from safetensors.torch import save_file
 
-from famba import FusionOptions, VisionMamba, load_vim, schedule, set_schedule
+from famba import FusionOptions, VisionMamba, load_model, load_vim, schedule, set_schedule
 from famba.models import pretrained
 from famba.models.pretrained import resize_positions, take_weights
 from famba.models.saved import model_bytes
@@ -188,6 +188,10 @@ def test_a_broken_file_is_refused(tmp_path):
         assert refusal(lambda: load_vim(path)).startswith(f"{path}: not a whole torch file")
     assert refusal(lambda: load_vim(tmp_path / "none.pth")) == f"{tmp_path / 'none.pth'}: no such file"
     assert refusal(lambda: load_vim(tmp_path / "no.safetensors")) == f"{tmp_path / 'no.safetensors'}: no such file"
+    assert "is a folder; VisionMamba.from_pretrained reads" in refusal(lambda: load_vim(tmp_path))
+    path = run_file(tmp_path / "model.safetensors", drawn(schedule=[0, 2, 2]))
+    assert refusal(lambda: load_vim(path)).endswith("take famba.load_model")
+    assert load_model(str(path))[0].schedule == [0, 2, 2]
 
 
 def test_a_size_that_the_weights_cannot_have_been_trained_at_is_refused(tmp_path):
@@ -267,9 +271,16 @@ def test_fusion_goes_on_and_off_again_and_gives_the_unfused_model_bit_for_bit(po
 )
 def test_a_schedule_that_cannot_be_is_refused_and_the_model_is_as_it_was(plan, expected, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # outside of tests nothing checks the types
-    model = drawn(schedule=[0, 2, 2])
+    model = drawn(schedule=[0, 2, 2], fusion=FusionOptions(order="append"))
     assert expected in refusal(lambda: set_schedule(model, plan))
+    model.schedule[0] = 5  # of a copy
     assert model.schedule == [0, 2, 2]
+    with pytest.raises(AttributeError, match="no setter"):
+        model.schedule = [0, 5, 0]
+    for options in ({"order": "append"}, "append"):
+        assert "must be a FusionOptions" in refusal(lambda options=options: set_schedule(model, [0, 2, 2], options))
+    assert refusal(lambda: set_schedule(model.head, [0, 2, 2])) == "model: Linear; must be a VisionMamba"
+    assert set_schedule(model, [0, 3, 2]).options == FusionOptions(order="append"), "as it was, where nothing is said"
 
 
 def test_a_schedule_of_another_librarys_whole_numbers_is_one_of_pythons(monkeypatch):

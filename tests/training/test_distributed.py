@@ -46,6 +46,28 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         fit.fit(smoke(processes=4, device="cuda"), seed=0)
 
 
+ROOT_CAUSE = """{error}
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \nRoot Cause (first observed failure):
+  rank      : 1 (local_rank: 1)
+  exitcode  : {code} (pid: 7)
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        ("[rank1]: torch.OutOfMemoryError: no more\n[rank0]: a.B_Error: gone", 1, " (torch.OutOfMemoryError: no more)"),
+        ("Traceback:\nNotImplementedError: set X", 1, " (NotImplementedError: set X)"),
+        ("[rank0]: RuntimeError: gone", 1, ""),
+        ("", -9, ""),
+    ],
+)
+def test_the_error_of_a_process_is_said_with_its_rank(error, code, said):
+    how = "was stopped by SIGKILL" if code < 0 else "ended with exit status 1"
+    found = distributed._reason(ROOT_CAUSE.format(error=error, code=code), 1)
+    assert found.startswith(f"rank 1 {how}{said}, and all others with it; run it again")
+
+
 MIXED = {"mixup": 0.8, "cutmix": 1.0, "erase": 0.25, "flip": True}
 
 

@@ -3,9 +3,11 @@
 import contextlib
 import dataclasses
 import fcntl
+import gc
 import hashlib
 import math
 import shutil
+import weakref
 from pathlib import Path
 from unittest import mock
 
@@ -150,6 +152,20 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(undisturbed, interrupt
     again = fit.fit(p, seed=1, callbacks=[lambda history, cost: trained.append(len(history))])
     assert deterministic(again) == deterministic(undisturbed)
     assert trained == [2, 3]
+
+
+def test_a_finished_run_keeps_none_of_its_memory(monkeypatch):
+    made, init = [], Trainer.__init__
+    monkeypatch.setattr(
+        Trainer, "__init__", lambda self, *a, **k: made.append(weakref.ref(self)) or init(self, *a, **k)
+    )
+    gc.disable()
+    try:
+        fit.fit(smoke(epochs=1), seed=1)
+        assert [trainer() for trainer in made] == [None] * len(made)
+    finally:
+        gc.enable()
+    assert made
 
 
 def test_two_checkpoints_are_kept_and_for_one_that_cannot_be_read_the_other_is_taken(undisturbed, caplog):
@@ -504,6 +520,7 @@ def test_a_step_is_captured_on_the_device_that_it_runs_on(monkeypatch):
     called = [name for name, *_ in cuda.mock_calls]
     there = called[called.index("device().__enter__") : called.index("device().__exit__")]
     assert {"Stream", "CUDAGraph", "graph"} <= set(there)
-    assert cuda.graph.call_args.kwargs == {"capture_error_mode": "thread_local"}  # a loader's thread pins memory
+    # A loader's thread pins memory.
+    assert cuda.graph.call_args.kwargs == {"stream": cuda.Stream(), "capture_error_mode": "thread_local"}
     assert cuda_graph.unavailable(torch.device("cuda"), 2) == "it takes one process, got 2"
     assert cuda_graph.unavailable(torch.device("cuda")) == ""
