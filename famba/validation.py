@@ -96,6 +96,8 @@ def _refusal(error: ValidationError, kind: type, name: str, place: Callable[...,
         reason = "missing"
     elif first["type"] in ("dict_type", "dataclass_type"):
         reason = f"{shortened(value)} is not a section of `key: value` lines"
+    elif first["type"] == "tuple_type":
+        reason = f"{shortened(value)} is not a list"
     else:
         reason = f"{shortened(value)}: {reason}"
     return InputError(": ".join([part for part in where if part] + [reason]))

@@ -198,6 +198,7 @@ def test_dvc_rewrites_the_file_with_the_changed_line_alone(tmp_path):
         ("train.processes", 3, "train.batch_size: 32: must be a multiple of train.processes times train.device_batch"),
         ("train", 3, "train: 3 is not a section of `key: value` lines"),
         ("fusion.all", 4, "fusion.all: 4 is not a section of `key: value` lines"),
+        ("fusion.all", {"schedule": "x"}, "fusion.all.schedule: 'x' is not a list"),
         ("fusion.all", {}, "fusion.all: {}: exactly one of r, total, schedule is allowed"),
         ("fusion.all", {"r": 1, "total": 2}, "fusion.all: {'r': 1, 'total': 2}: exactly one of r, total, schedule is "),
         ("fusion.A-b", {"r": 1}, "fusion.A-b: 'A-b': String should match pattern '^[a-z][a-z0-9_]{0,39}$'"),

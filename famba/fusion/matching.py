@@ -6,7 +6,6 @@ Every function has a backend, as those of famba.kernels.ops have: a name from `f
 torch what it has no kernel for, or "auto", the fastest that can run.
 """
 
-import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from famba.errors import InputError
 from famba.kernels.cpu import match as pairing
 from famba.kernels.cpu.scan import unavailable
 from famba.kernels.dispatch import Backend, choose
+from famba.kernels.precision import exact
 from famba.kernels.triton import match as triton_pairing
 from famba.kernels.triton.runtime import unavailable as triton_unavailable
 
@@ -82,10 +82,7 @@ def match_tokens(
 
 def _match(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """Matching by torch: source, target, similarity."""
-    exact = contextlib.nullcontext()
-    if torch.amp.is_autocast_available(feature.device.type):  # meta tensors have none
-        exact = torch.autocast(feature.device.type, enabled=False)  # it would round the product to bf16 after all
-    with torch.no_grad(), exact:
+    with torch.no_grad(), exact(feature.device):
         unit = functional.normalize(feature.detach(), dim=-1)
         return _best_pairs(unit[:, ::2] @ unit[:, 1::2].mT, protected, r)
 

@@ -67,6 +67,13 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def exact(device: torch.device) -> contextlib.AbstractContextManager:
+    """Around products that autocast would round: those of float32 are of float32 all the same."""
+    if not torch.amp.is_autocast_available(device.type):  # meta tensors have none
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def nondeterministic(device: torch.device, backend: str) -> list[str]:
     """What of a training step adds up in an order that may change from run to run, by the scan's backend.
 

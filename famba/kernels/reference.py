@@ -16,6 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from famba.kernels.precision import exact
+
 _library = torch.library.Library("famba", "FRAGMENT")
 
 
@@ -126,13 +128,14 @@ def selective_scan_ref(
         dt = dt + delta_bias.to(dtype)[:, None]
     if delta_softplus:
         dt = F.softplus(dt)
-    decay = torch.exp(torch.einsum("bet,en->bent", dt, A))
-    entry = torch.einsum("bet,bnt,bet->bent", dt, B, x)
-    h = torch.zeros_like(entry[..., 0])
-    y = [h] * u.shape[2]
-    for i in token_order(u.shape[2], reverse):
-        h = decay[..., i] * h + entry[..., i]
-        y[i] = torch.einsum("ben,bn->be", h, C[..., i])
+    with exact(u.device):
+        decay = torch.exp(torch.einsum("bet,en->bent", dt, A))
+        entry = torch.einsum("bet,bnt,bet->bent", dt, B, x)
+        h = torch.zeros_like(entry[..., 0])
+        y = [h] * u.shape[2]
+        for i in token_order(u.shape[2], reverse):
+            h = decay[..., i] * h + entry[..., i]
+            y[i] = torch.einsum("ben,bn->be", h, C[..., i])
     out = torch.stack(y, dim=-1)
     if D is not None:
         out = out + D.to(dtype)[:, None] * x

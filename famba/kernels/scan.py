@@ -25,6 +25,7 @@ from famba.errors import InputError
 from famba.kernels import dispatch, mamba_ssm
 from famba.kernels.cpu import scan as native
 from famba.kernels.cpu.mixer import mix
+from famba.kernels.precision import exact
 from famba.kernels.reference import (
     register,
     register_gradient,
@@ -114,7 +115,8 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, softplus: bool, reverse: bool,
                 starts[chunk.start // _CHUNK, rows] = state
             x, dt, Bc, Cc = _block(u, delta, B, C, delta_bias, softplus, rows, chunk, dtype)
             _, states = _states(x, dt, At, Bc, state, reverse)
-            y[chunk, rows] = torch.matmul(Cc[:, :, None], states).squeeze(2)
+            with exact(u.device):
+                y[chunk, rows] = torch.matmul(Cc[:, :, None], states).squeeze(2)
             state = states[0 if reverse else -1]
     y = y.permute(1, 2, 0)
     if D is not None:

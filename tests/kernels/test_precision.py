@@ -59,6 +59,18 @@ def test_under_autocast_the_scans_parameters_and_the_residual_stream_stay_float3
     assert {x.dtype for x in trace.residuals} == {torch.float32}
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch", "auto"])
+def test_a_scan_of_float32_is_the_same_under_autocast(backend):
+    shapes = ((2, 8, 40), (2, 8, 40), (8, 4), (2, 4, 40), (2, 4, 40))
+    given = [(-1) ** i * torch.rand(shape).requires_grad_() for i, shape in enumerate(shapes)]
+    found = []
+    for how in ("fp32", "bf16"):
+        with precision.autocast(torch.device("cpu"), how):
+            out = scan.selective_scan(*given, backend=backend)
+        found.append([out, *torch.autograd.grad(out.square().sum(), given)])
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 def test_under_autocast_the_scans_states_are_float32_however_long_the_sequence(backend):
     """A state that decays slowly sums 4,096 tokens of 2^-9 to about 8, which a bfloat16 state stops short of at 1."""
