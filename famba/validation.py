@@ -46,6 +46,7 @@ _repr.maxstring = _repr.maxother = _repr.maxlong = 120
 
 
 def shortened(value: Any) -> str:
+    """A value as a message shows it, however large it is."""
     try:
         return _repr.repr(value)
     except ValueError:  # Python writes no integer of more than 4,300 digits
