@@ -343,7 +343,7 @@ def test_tokens_that_are_not_fused_as_promised_fail_the_run(monkeypatch):
 
     def promised(model, schedule, options):
         set_fusion(model, schedule, options)
-        model.schedule = [0] * model.depth
+        model._schedule = [0] * model.depth
 
     monkeypatch.setattr(fit.VisionMamba, "set_fusion", promised)
     with pytest.raises(TrainingError, match=r"trace shows \[37, 37, 37, 37, 37\] tokens; promised were"):
