@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -101,7 +102,7 @@ def root() -> Path:
 def init_path(p: Params, seed: int) -> Path | None:
     """The file of the weights that a run starts from."""
     name = p.train.init_from
-    return None if name is None else root() / Path(name.replace("{seed}", str(seed))).expanduser()
+    return None if name is None else root() / os.path.expanduser(name.replace("{seed}", str(seed)))
 
 
 def init_sha256(p: Params, seed: int) -> str | None:

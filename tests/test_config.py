@@ -250,7 +250,9 @@ def test_a_bad_value_is_named_in_one_line_with_its_key_and_what_is_allowed(edite
 def test_what_is_missing_is_named(edited, key):
     path = edited(*key.split("."), delete=True)
     assert refusal(lambda: config.load(strategy="all", path=path)) == f"params.yaml: {key}: missing"
-    path = edited(*f"{key}s".split("."), to=1)
+    document, (*top, last) = json.loads(path.read_text()), f"{key}s".split(".")
+    (document[top[0]] if top else document)[last] = 1  # a misspelt key is what is missing
+    path.write_text(json.dumps(document))
     assert refusal(lambda: config.load(strategy="all", path=path)).startswith(f"params.yaml: {key}s: unknown key")
 
 

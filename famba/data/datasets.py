@@ -237,7 +237,7 @@ def fold(labels: Int64[Tensor, "n"], folds: int, number: int) -> Bool[Tensor, "n
 def _top(p: DataParams, needed: str) -> Path:
     if p.root is None:
         raise InputError(f"data.root: null: dataset {p.dataset!r} needs {needed}")
-    top = config.root() / Path(p.root).expanduser()
+    top = config.root() / os.path.expanduser(p.root)
     if not top.is_dir():
         raise InputError(f"data.root: {top}: no such folder")
     return top

@@ -236,9 +236,10 @@ def _rows(p: DataParams, found: Found) -> dict[str, Int64[Tensor, "_"]]:
     for name, rows in {"training": train, "validation": val}.items():
         for label, count in enumerate(torch.bincount(found.labels[rows], minlength=len(found.classes)).tolist()):
             if count == 0:
+                way = "a larger one" if name == "validation" else "a smaller one, or a larger limit"
                 raise InputError(
                     f"data.val_fraction {p.val_fraction} and data.limit {p.limit} of {len(trainable)} images leave "
-                    f"class {found.classes[label]!r} without a {name} image; raise one of the two"
+                    f"class {found.classes[label]!r} without a {name} image; {way} does not"
                 )
     return {"train": train, "val": val, "test": found.test.nonzero().flatten()}
 

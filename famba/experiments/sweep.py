@@ -77,7 +77,7 @@ def check_schedules(params: Mapping[str, Params]) -> None:
             strategies.token_counts(schedule, tokens, protected=int(has_cls))
         except InputError as error:
             where = f"fusion.{p.strategy}" + ("" if variant == p.strategy else f", {variant}")
-            raise InputError(f"params.yaml: {where} under profile {p.profile}: {error}") from None
+            raise InputError(f"{where} under profile {p.profile}: {error}") from None
 
 
 def ensure_runs(sweep: SweepParams, *, profile: str, runs_dir: str | Path, train_missing: bool) -> list[Path]:

@@ -122,12 +122,19 @@ def _control_scores(kind: str, t: int, device: torch.device) -> Float[Tensor, "1
 
 def told(value: object) -> str:
     """What an argument is, for the message that refuses it."""
-    return f"{value.dtype}, shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:120]
+    if isinstance(value, Tensor):
+        return f"{value.dtype}, shape {tuple(value.shape)}"
+    return " ".join(repr(value).split())[:80]
+
+
+def _is_whole(value: object) -> bool:
+    """Asked in two ways: the compiler knows an int's type where its value is open, but not its methods."""
+    return not isinstance(value, bool) and (isinstance(value, int) or hasattr(value, "__index__"))
 
 
 def _check(r: int, t: int, protected: Sequence[int] | Tensor, b: int) -> None:
     """Refuse what cannot be fused. A tensor is not read, for which the host would wait: the worst is assumed of it."""
-    if not hasattr(r, "__index__"):
+    if not _is_whole(r):
         raise InputError(f"r: {r!r}; must be a whole number")
     if isinstance(protected, Tensor):
         if protected.shape != (b,) or protected.dtype not in (torch.int64, torch.int32):
@@ -137,7 +144,7 @@ def _check(r: int, t: int, protected: Sequence[int] | Tensor, b: int) -> None:
         if not isinstance(protected, Sequence):
             raise InputError(f"protected: {told(protected)}; must be a list of positions, or a tensor ({b},)")
         for position in protected:
-            if isinstance(position, bool) or not hasattr(position, "__index__") or not 0 <= position < t:
+            if not _is_whole(position) or not 0 <= position < t:
                 raise InputError(f"protected: position {position!r}; must be in 0..{t - 1}")
         fixed = len(set(protected))
         evens = (t + 1) // 2 - len({p for p in protected if p % 2 == 0})

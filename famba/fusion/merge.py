@@ -109,7 +109,7 @@ def fuse(
     b, t, _ = x.shape
     if not isinstance(matching, Matching) or matching.source.ndim != 2:
         raise InputError(f"matching: {told(matching)}; must be a Matching of {b} sequences")
-    if size is not None and size.shape not in ((b, t), (b, t, 1)):
+    if size is not None and (not isinstance(size, Tensor) or size.shape not in ((b, t), (b, t, 1))):
         raise InputError(f"size: {told(size)}; must have shape ({b}, {t}) or ({b}, {t}, 1)")
     ones = torch.ones(b, t, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
     flat = ones if size is None else size.reshape(b, t)

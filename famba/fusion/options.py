@@ -39,6 +39,9 @@ class FusionOptions:
                 raise InputError(f"{option.name}: {value!r} is not one of {', '.join(allowed)}")
 
 
+_LEVELS = {name: get_args(hint) for name, hint in get_type_hints(FusionOptions).items()}
+
+
 def levels(factor: str) -> tuple[str, ...]:
     """The values that an option of fusion can take."""
-    return get_args(get_type_hints(FusionOptions)[factor])
+    return _LEVELS[factor]

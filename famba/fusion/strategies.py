@@ -214,7 +214,9 @@ def token_counts(schedule: Sequence[int], tokens: int, *, protected: int = 1) ->
     for layer, r in enumerate(schedule, start=1):
         t = counts[-1]
         most = 0 if t == 3 and protected else (t - protected) // 2
-        if not hasattr(r, "__index__") or not 0 <= r <= most:
+        if not hasattr(r, "__index__"):
+            raise InputError(f"layer {layer}: r = {r}; must be a whole number")
+        if not 0 <= r <= most:
             raise InputError(f"layer {layer}: r = {r} of t = {t} tokens; allowed: 0..{most}")
         counts.append(t - r)
     return counts

@@ -68,7 +68,7 @@ class Published(
 
 def load(source: str | Path, **options: Any) -> VisionMamba:
     """The model in a folder or repository; see `VisionMamba.from_pretrained`."""
-    allowed = ("cache_dir", "force_download", "local_files_only", "map_location", "revision", "token")
+    allowed = ("cache_dir", "force_download", "local_files_only", "map_location", "revision", "strict", "token")
     if unknown := sorted(set(options) - set(allowed)):  # the mixin would lay them over config.json
         raise InputError(f"{unknown[0]}: not an option of from_pretrained; allowed: {', '.join(allowed)}")
     with _in_one_line(source):

@@ -252,10 +252,8 @@ def _read_vim(source: str | Path | Mapping[str, Any], state: str | None) -> tupl
     else:
         path = _file(source)
         content, described = checkpoint.read(path) if path.suffix == ".safetensors" else (_read_torch(path), None)
-        if described is not None:
-            raise InputError(
-                f"{path}: famba wrote it, and no shape tells how it scans and fuses; take famba.load_model"
-            )
+        if described is not None and described.get("kind") == "model":
+            raise InputError(f"{path}: of a run, whose scan and fusion no shape tells; take famba.load_model")
     held: Mapping[str, Any] = content if isinstance(content, Mapping) else {}
     keys = _STATES if state is None else (state,)
     found: list[tuple[str, Any]] = [(f"{key}.", held[key]) for key in keys if isinstance(held.get(key), Mapping)]
@@ -275,9 +273,9 @@ def _read_vim(source: str | Path | Mapping[str, Any], state: str | None) -> tupl
 def _file(source: str | Path) -> Path:
     """The file of weights that a path or a name on the hub stands for."""
     path = Path(source)
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; VisionMamba.from_pretrained reads what save_pretrained wrote into one")
     if path.is_file() or isinstance(source, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(/.+)?", source):
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder; VisionMamba.from_pretrained reads what save_pretrained wrote there")
         return path
     from famba.models import hub  # an extra, as in `VisionMamba.save_pretrained`
 

@@ -82,8 +82,8 @@ def accuracy_against(runs: pd.DataFrame, table: pd.DataFrame, cost: str) -> Figu
         how += f" {cost_table.caption(table).replace('**', '')}"
     return caption(
         figure,
-        f"Large: {spread}. Small: single runs, moved sideways by seed. Up and left is better; no strategy beats one "
-        f"on the Pareto front in both means.{how}",
+        f"Large: {spread}. Small: single runs, moved sideways by seed. Up and left is better; no strategy with as "
+        f"many runs beats one on the Pareto front in both means.{how}",
     )
 
 

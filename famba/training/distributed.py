@@ -183,7 +183,8 @@ def _reason(stderr: str, status: int) -> str:
         rank, code = map(int, found.groups())
         how = f"was stopped by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
         before = stderr.partition("ChildFailedError")[0]  # which is torchrun's
-        errors = re.findall(rf"(?m)^(?:\[rank{rank}\]: )?(\S*(?:Error|Exception): .+)", before)
+        error = r"(\S*(?:Error|Exception): .+)"
+        errors = re.findall(rf"(?m)^\[rank{rank}\]: {error}", before) or re.findall(rf"(?m)^{error}", before)
         how += f" ({errors[-1]})" if errors else ""
         return f"rank {rank} {how}, and all others with it; {_AGAIN}"
     return f"the processes ended with exit status {status}; {_AGAIN}"

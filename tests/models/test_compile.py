@@ -17,7 +17,7 @@ PREPARE = """
 import sys, warnings
 warnings.simplefilter("ignore")
 import torch
-from famba import FusionOptions, create_model, selective_scan
+from famba import FusionOptions, create_model, fuse, match_tokens, selective_scan
 
 late = FusionOptions(order="append", weighting="mean", feature="delta", position="after_scan")
 CASES = [([0, 5], FusionOptions(), "middle"), ([5, 5], late, "none")]
@@ -73,6 +73,14 @@ assert torch.equal(compiled(*tensors), Scan()(*tensors))
 found, expected = (torch.autograd.grad(call(*tensors).sum(), tensors) for call in (compiled, Scan()))
 assert len(found) == 8 and all(map(torch.equal, found, expected))
 print("the same")
+
+def fused(x, r, place):
+    return fuse(x, match_tokens(x, r, protected=[place]))[0]
+
+compiled, x = torch.compile(fused, backend="eager", fullgraph=True), torch.randn(2, 17, 8)
+for r, place in ((2, 0), (3, 1), (4, 2)):  # from the second call on r and place are open
+    assert torch.equal(compiled(x, r, place), fused(x, r, place))
+print("the same")
 """
 
 
@@ -89,7 +97,7 @@ def run(code: str) -> list[str]:
 
 
 def test_the_model_is_one_graph_with_the_same_gradients_and_is_exported_for_any_batch():
-    assert run(COMPILE_AND_EXPORT) == 5 * ["the same"]
+    assert run(COMPILE_AND_EXPORT) == 6 * ["the same"]
 
 
 @pytest.mark.slow

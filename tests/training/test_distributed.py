@@ -56,7 +56,8 @@ torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \nRoot Cause 
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
-        ("[rank1]: torch.OutOfMemoryError: no more\n[rank0]: a.B_Error: gone", 1, " (torch.OutOfMemoryError: no more)"),
+        ("[rank1]: torch.OutOfMemoryError: no more\n[rank0]: BError: gone", 1, " (torch.OutOfMemoryError: no more)"),
+        ("[rank1]: torch.OutOfMemoryError: no more\nBError: gone", 1, " (torch.OutOfMemoryError: no more)"),
         ("Traceback:\nNotImplementedError: set X", 1, " (NotImplementedError: set X)"),
         ("[rank0]: RuntimeError: gone", 1, ""),
         ("", -9, ""),
