@@ -243,7 +243,7 @@ def _run_params(setting: Setting) -> Iterator[Params]:
         p = config.load("smoke", strategy="upper")
         yield dataclasses.replace(
             p,
-            data=dataclasses.replace(p.data, dataset="folder", root=folder, img_size=32, limit=None),
+            data=dataclasses.replace(p.data, dataset="folder", root=folder, folds=None, img_size=32, limit=None),
             model=dataclasses.replace(p.model, patch_size=8, stride=8),
             fusion=FusionRule(r=2, first_layer=2, last_layer=4),
             train=dataclasses.replace(p.train, device=setting.device, epochs=3, backend=setting.backend),
