@@ -78,7 +78,7 @@ def main() -> None:
     frame = bench_growth()
     at = {**environment.environment("cpu"), "command": "python -m famba.bench.growth"}
     write_atomic(config.root() / "results/growth.json", json_bytes({**at, "growth": frame.to_dict("records")}))
-    plots.save(plots.growth(frame), "figures/growth.png")
+    plots.save(plots.growth(frame, at), "figures/growth.png")
     print(table(frame.to_dict("records")))
     ratios = ["time_ms_off", "memory_mib_off"]
     off = frame.loc[frame[ratios].sub(1).abs().gt(_TOLERANCE).any(axis=1), ["axis", "backend", *AXES, *ratios]]

@@ -92,11 +92,11 @@ class _Record:
         if any(name.startswith("by_") for name in asked.strategies) and not self.shown:
             self.shown = [(BASELINE, asked.seeds[0])]  # for calibration
         others = [] if as_they_are else [folder.parents[1] / "runs.csv", *folder.parent.glob("*/runs.csv")]
-        self.lines = {line.get("made_of"): line for file in [*others, folder / "runs.csv"] for line in _rows(file)}
+        self.lines = {line.get("made_of"): line for file in [*others, folder / "runs.csv"] for line in rows(file)}
         self.curves: dict[tuple[str, int], list[dict[Any, Any]]] | None = None
         if as_they_are:
             self.curves = defaultdict(list)
-            for row in _rows(folder / "curves.csv"):
+            for row in rows(folder / "curves.csv"):
                 self.curves[row["strategy"], int(row["seed"])].append(row)
 
     def model(self, run: tuple[str, int]) -> Path:
@@ -123,14 +123,14 @@ class _Record:
         lines = [self.lines[self.made_of[run]] | {"strategy": run[0]} for run in known]
         records.write(pd.DataFrame(lines), self.folder)
         if self.curves is not None:
-            rows = [row for run in known for row in self.curves[run]]
-            records.write(pd.DataFrame(rows, columns=list(records.CURVES)), self.folder, "curves.csv")
+            curves = [row for run in known for row in self.curves[run]]
+            records.write(pd.DataFrame(curves, columns=list(records.CURVES)), self.folder, "curves.csv")
         for path in (self.folder / "models").glob("*"):
             if path not in map(self.model, self.shown):
                 shutil.rmtree(path)
 
 
-def _rows(file: Path) -> list[dict[Any, Any]]:
+def rows(file: Path) -> list[dict[Any, Any]]:
     """What is written again as it is."""
     try:
         return pd.read_csv(file, dtype=str, keep_default_na=False).to_dict("records") if file.is_file() else []

@@ -53,7 +53,7 @@ def recheck(names: Sequence[str], *, jobs: int = 1) -> Path:
     launcher.run(train, {run: cell for run, (cell, _) in asked.items()}, jobs=jobs)
     for run, (cell, line) in asked.items():
         records.write(pd.DataFrame([records.line(line["strategy"], runs.read(cell.run_dir))]), cell.run_dir)
-        (found,) = ablations._rows(config.root() / cell.run_dir / "runs.csv")
+        (found,) = ablations.rows(config.root() / cell.run_dir / "runs.csv")
         for key in line:
             new, old = (x.get(key, "").rstrip("-") for x in (found, line))  # images at the end that were not tested
             if key not in _MAY_DIFFER and new != old:
@@ -74,7 +74,7 @@ def _recorded(name: str, variant: str) -> dict[str, tuple[sweep.Cell, dict[str, 
     if not params:
         raise InputError(f"{name}: {variant!r} is not one of {', '.join(asked.params(profile))}")
     lines = {
-        (x["strategy"], x["seed"]): x for x in ablations._rows(config.root() / "results/records" / name / "runs.csv")
+        (x["strategy"], x["seed"]): x for x in ablations.rows(config.root() / "results/records" / name / "runs.csv")
     }
     found = {}
     for key, p in params.items():

@@ -152,6 +152,7 @@ def tokens_per_layer(schedules: pd.DataFrame) -> Figure:
     looks = looks_in(schedules)
     markers = {name: marker for name, (_, marker) in looks.items()}
     chart = {"x": "layer", "y": "tokens", "style": "strategy", "markers": markers, "dashes": False, "estimator": None}
+    chart |= {"size": "strategy", "sizes": {name: 1.8 if name != summary.BASELINE else 5.0 for name in looks}}
     seaborn.lineplot(schedules, **chart, **_by_strategy(looks), ax=axes)
     axes.set(xlabel="after layer (0 is the input)", ylabel="tokens in the sequence")
     axes.set_ylim(0, max(schedules["tokens"]) * 1.06)

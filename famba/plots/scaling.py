@@ -1,5 +1,8 @@
 """How time and memory of a training step grow with its sizes, as from `bench.growth.bench_growth`."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.ticker import LogLocator
@@ -11,8 +14,12 @@ _UNITS = {"d_model": "d_model (channels)", "depth": "depth (layers)", "batch": "
 
 
 @styled
-def growth(frame: pd.DataFrame) -> Figure:
-    """Measured points (filled: fitted, open: left out) and the law as a line, for each axis and backend."""
+def growth(frame: pd.DataFrame, setting: Mapping[str, Any]) -> Figure:
+    """Measured points (filled: fitted, open: left out) and the law as a line, for each axis and backend.
+
+    Args:
+        setting: the device and threads that `frame` was measured with, as from `profiling.environment`.
+    """
     axes, colours = list(frame["axis"].unique()), dict(zip(frame["backend"].unique(), PALETTE, strict=False))
     figure = Figure(figsize=(3.4 * len(axes), 6.2), layout="constrained")
     panels = figure.subplots(2, len(axes), squeeze=False)
@@ -39,7 +46,8 @@ def growth(frame: pd.DataFrame) -> Figure:
     )
     text = (
         f"Sizes that do not grow: {base}. Lines: laws fitted to the filled points. Open: measured, not fitted; the "
-        f"percentages are their distance from the law. Times: medians of {frame['rounds'].iloc[0]} steps taken in turn."
+        "percentages are their distance from the law. Times: medians of "
+        f"{frame['rounds'].iloc[0]} steps taken in turn, on {setting['device']}, threads: {setting['threads']}."
     )
     return caption(figure, text)
 

@@ -307,7 +307,9 @@ def test_growth_compares_measured_steps_with_the_law_of_the_fitted_sizes(monkeyp
     np.testing.assert_allclose(frame["time_ms_off"], 1)
     np.testing.assert_allclose(frame["memory_mib_off"], [1, 1, 1, 1.2] * len(BACKENDS))
     np.testing.assert_allclose(frame["time_ms_coefficients"].tolist(), [[5, 2]] * len(frame))
-    time, memory = plots.growth(frame).axes
+    figure = plots.growth(frame, {"device": "cpu: a machine", "threads": 3})
+    assert figure.get_supxlabel().replace("\n", " ").endswith("on cpu: a machine, threads: 3.")
+    time, memory = figure.axes
     assert [axes.get_xlabel() for axes in (time, memory)] == ["depth (layers)"] * 2
     for axes, off in ((time, "+0%"), (memory, "+20%")):
         laws = [text.get_text() for text in axes.get_legend().get_texts()]
