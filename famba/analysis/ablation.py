@@ -38,7 +38,7 @@ def markdown(effects: pd.DataFrame) -> str:
     if not math.isnan(rows[0, 1]):
         told = (
             "95% interval over seeds and images, bold where it excludes zero. By chance alone, about "
-            f"{count / 20:.1f} of {count} would exclude zero"
+            f"{count / 20:g} of {count} would exclude zero"
         )
     return (
         f"{table.to_markdown(disable_numparse=True)}\n\nTop-1 with one change minus top-1 of the same strategy without "

@@ -105,8 +105,9 @@ def write(found: pd.DataFrame, folder: str | Path) -> str:
         _markdown(found),
         "Effect: of the first strategy against the second, with its 95% interval; accuracies are paired by seed and "
         "image. Against two variants with weights: interpolated between them at the same cost. p: of the claim, "
-        f"two-sided, Holm-adjusted over the claims that have a test; below {LEVEL:g} it decides. Memory follows from "
-        "the model and needs no test.",
+        f"two-sided, Holm-adjusted over the claims that have a test; below {LEVEL:g} it decides. Of times, it is over "
+        "rounds of one measurement, and what differs between measurements is not in it; nor is the error of the costs "
+        "between which is interpolated. Memory follows from the model and needs no test.",
     ]
     for name, (_, table) in measured.items():
         where = f"records/{name}/" if name else ""
@@ -161,7 +162,7 @@ def findings(found: pd.DataFrame, measured: Mapping[str, tuple[pd.DataFrame, pd.
 
 
 def _by_chance(count: int) -> str:
-    return f"of {count} at 95%, {count / 20:.1f} would by chance alone"
+    return f"of {count} at 95%, {count / 20:g} would by chance alone"
 
 
 def _effects(asked: AblationParams | None, runs: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
@@ -192,7 +193,7 @@ def _markdown(found: pd.DataFrame) -> str:
                 "verdict": f"**{first['verdict']}**",
                 "required": f"{LABELS[first['quantity']]} {first['required'].replace('-', '−')}" if effects else "",
                 "effect": "<br>".join(effects),
-                "p": "" if math.isnan(first["p"]) else "< 0.001" if first["p"] < 0.001 else f"{first['p']:.2g}",
+                "p": "" if math.isnan(first["p"]) else "< 0.001" if first["p"] < 0.001 else f"{first['p']:.3g}",
                 "n": ", ".join(n),
             }
         )

@@ -82,7 +82,8 @@ def caption(table: pd.DataFrame) -> str:
     first = table.iloc[0]
     text = (
         f"Step times: medians of {first['rounds']} training steps of {first['batch_size']} images in turn, on "
-        f"{first['device']}, threads: {first['threads']}; ratios with 95% intervals over rounds."
+        f"{first['device']}, threads: {first['threads']}. Ratios: medians within rounds, with 95% intervals over "
+        "rounds of this measurement."
     )
     return text + (f" **The machine was busy meanwhile: {first['disturbed']}.**" if first["disturbed"] else "")
 

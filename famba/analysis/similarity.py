@@ -121,9 +121,9 @@ def _verdict(low: float, high: float, gain_low: float, gain_high: float) -> str:
     if math.isnan(low):
         return "One trained model does not show how similar the tokens of others are."
     if low > 0:
-        finding = "more similar in the upper layers than in the lower ones, which supports"
+        finding = "more similar in the upper layers than in the lower ones, which is a reason for"
     elif high < 0:
-        finding = "less similar in the upper layers than in the lower ones, which speaks against"
+        finding = "less similar in the upper layers than in the lower ones, which is no reason for"
     else:
         finding = "as similar in the upper layers as in the lower ones, as far as can be told, which says nothing of"
     change = "is not shown to change this difference"

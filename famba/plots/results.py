@@ -73,7 +73,7 @@ def accuracy_against(runs: pd.DataFrame, table: pd.DataFrame, cost: str) -> Figu
     if cost == "flops_per_image":
         axes.xaxis.set_major_formatter(EngFormatter())
     figure.legend(handles.values(), handles, loc="outside right upper", handlelength=1.6)
-    spread = f"mean over {_seeds(runs)}, vertical bars ± 1 sd"
+    spread = f"mean over {_seeds(runs)}, vertical bars ± 1 sd of single runs (differences are paired: the table)"
     how = "" if {*handles} <= {*costs.index, "Pareto front"} else _SHAPES
     if set(table["n"]) == {1}:
         spread = "one run each, so without spread"
@@ -152,7 +152,6 @@ def tokens_per_layer(schedules: pd.DataFrame) -> Figure:
     looks = looks_in(schedules)
     markers = {name: marker for name, (_, marker) in looks.items()}
     chart = {"x": "layer", "y": "tokens", "style": "strategy", "markers": markers, "dashes": False, "estimator": None}
-    chart |= {"size": "strategy", "sizes": {name: 1.8 if name != summary.BASELINE else 5.0 for name in looks}}
     seaborn.lineplot(schedules, **chart, **_by_strategy(looks), ax=axes)
     axes.set(xlabel="after layer (0 is the input)", ylabel="tokens in the sequence")
     axes.set_ylim(0, max(schedules["tokens"]) * 1.06)
@@ -279,6 +278,7 @@ def upper_beside_paper(table: pd.DataFrame, column: str) -> Figure:
             panel.axhline(0 if quantity == "top1_percent_diff" else 1, color="0.4", linewidth=0.9, linestyle="--")
             panel.set_ylabel(name if title != "here" else "")
     told = " ".join(f"{title}: {_break_even(side)}." for title, side in sides.items()) if column == "r" else ""
+    told += " From which r on, is interpolated." if told else ""
     return caption(
         figure,
         "Dashed: the same model without fusion, which all are relative to. The paper's are one run each; here 95% "
@@ -294,9 +294,11 @@ def _break_even(side: pd.DataFrame) -> str:
 
 
 def _by_strategy(looks: dict[str, tuple[str, str]]) -> dict[str, Any]:
-    """seaborn's arguments for one line of each strategy."""
+    """seaborn's arguments for one line of each strategy; that of `none`, on which others lie, is wide."""
     colours = [colour for colour, _ in looks.values()]
-    return {"hue": "strategy", "hue_order": list(looks), "palette": colours, "legend": False}
+    widths = {name: 5.0 if name == summary.BASELINE else 1.8 for name in looks}
+    hues = {"hue": "strategy", "hue_order": list(looks), "palette": colours}
+    return hues | {"size": "strategy", "sizes": widths, "legend": False}
 
 
 @styled

@@ -63,9 +63,9 @@ def test_chance_is_the_median_over_all_pairs_of_patches():
 @pytest.mark.parametrize(
     ("slopes", "spread", "said"),
     [
-        ((0.02, 0.0), 0.0, ("more similar in the upper", "supports", "made upper tokens more")),
-        ((-0.02, 0.0), 0.0, ("less similar in the upper", "speaks against", "made upper tokens less")),
-        ((-0.02, -0.04), 0.0, ("less similar in the upper", "speaks against", "made upper tokens more")),
+        ((0.02, 0.0), 0.0, ("more similar in the upper", "is a reason for", "made upper tokens more")),
+        ((-0.02, 0.0), 0.0, ("less similar in the upper", "is no reason for", "made upper tokens less")),
+        ((-0.02, -0.04), 0.0, ("less similar in the upper", "is no reason for", "made upper tokens more")),
         ((0.0, 0.0), 0.0, ("as far as can be told", "says nothing of", "is not shown to change")),
         ((0.02, 0.0), 0.01, ("as far as can be told", "says nothing of", "made upper tokens more")),
     ],
