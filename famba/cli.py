@@ -18,6 +18,8 @@ from famba import gpu_check, supervision
 from famba.errors import FambaError, InputError
 from famba.storage.files import json_bytes, write_atomic
 
+_ALLOWED = {"jobs": (1, 1000), "seed": (0, 2**32 - 1)}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status.
@@ -30,6 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if arguments is None:
             supervision.start()
+        for name, (least, most) in _ALLOWED.items():
+            value = getattr(options, name, None)
+            if value is not None and not least <= value <= most:
+                raise InputError(f"--{name}: {value}; must be {least} to {most}")
         return options.run(options) or 0  # gpu-check has a status of its own
     except FambaError as error:
         print(f"famba: {error}", file=sys.stderr)
@@ -118,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     add = command("bench", _bench, "measure scans, training steps and fusion on an idle machine", "plots")
     add("parts", nargs="*", metavar="part", help="scan, model, fusion, memory, precision, data; all if none is given")
     add("--gpu", action="store_true", help="the benchmark of a GPU, with the parts scan, steps, fusion, graphs")
-    add("--device", default="cuda", help="with --gpu: cuda, cuda:N; cpu with --quick")
+    add("--device", help="with --gpu: cuda, the default, or cuda:N; cpu with --quick")
     add("--quick", action="store_true", help="small sizes that take seconds, to see that it works")
     add("--json", type=Path, help="write the result there; a full one goes to results/ by default, drawn in figures/")
 
@@ -147,6 +153,8 @@ def _train(options: argparse.Namespace) -> None:
         if len(named) > 1 and options.strategy is None:
             raise InputError(f"--strategy: missing; --set changes {', '.join(named)}, and one of them is trained")
         strategy = options.strategy or (named or ["none"])[0]
+        if others := [name for name in named if name != strategy]:
+            raise InputError(f"--set: fusion.{others[0]}: strategy {strategy!r} is trained; must be fusion.{strategy}")
         p = config.load(options.profile, strategy=strategy, processes=options.processes, given=given)
     from famba.experiments import sweep
     from famba.storage import runs
@@ -206,6 +214,7 @@ def _resolve(options: argparse.Namespace) -> None:
     if options.ablation is not None:
         write_atomic(options.out, json_bytes(sweep.resolve_ablation(options.ablation)))
         return
+    config.load_claims()  # the last stage reads them: a misspelt one is found before anything is trained
     for p in sweep.resolve(None):
         write_atomic(options.out / "params" / f"{p.strategy}.json", json_bytes(p.as_dict()))
     for notebook in sorted((config.root() / "notebooks").glob("*.ipynb")):
@@ -250,7 +259,10 @@ def _crate(options: argparse.Namespace) -> None:
 def _bench(options: argparse.Namespace) -> None:
     from famba import bench
 
-    bench.main(options.parts, quick=options.quick, on_gpu=options.gpu, device=options.device, path=options.json)
+    if options.device and not options.gpu:
+        raise InputError(f"--device: {options.device!r}; allowed with --gpu only")
+    device = options.device or "cuda"
+    bench.main(options.parts, quick=options.quick, on_gpu=options.gpu, device=device, path=options.json)
 
 
 def _gpu_check(options: argparse.Namespace) -> int:

@@ -36,14 +36,19 @@ def execute(notebook: Path, output: Path, given: dict[str, str]) -> None:
             only warn, and run the default instead.
         FambaError: raised inside the notebook, with the same message; or any other error there, with its traceback.
     """
-    if not notebook.is_file():
+    if notebook.suffix != ".ipynb" or not notebook.is_file():
         raise InputError(f"{notebook}: no such notebook")
-    allowed = papermill.inspect_notebook(str(notebook)) if given else {}
+    if output.resolve() == notebook.resolve():
+        raise InputError(f"{output}: the notebook itself, which is not overwritten; name another file")
+    try:
+        allowed = papermill.inspect_notebook(str(notebook))
+    except nbformat.reader.NotJSONError:
+        raise InputError(f"{notebook}: not a notebook") from None
     for name in given:
         if name not in allowed:
             raise InputError(f"{notebook}: parameter {name!r} is unknown; allowed: {', '.join(allowed) or 'none'}")
-    output.parent.mkdir(parents=True, exist_ok=True)
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
         papermill.execute_notebook(
             str(notebook),
             str(output),
@@ -55,6 +60,8 @@ def execute(notebook: Path, output: Path, given: dict[str, str]) -> None:
         )
     except FambaError as error:
         raise FambaError(f"{notebook}: {error}") from None
+    except OSError as error:  # one of a cell is the next
+        raise InputError(f"{output}: cannot be written: {error}") from None
     except PapermillExecutionError as error:
         raise FambaError(f"{notebook}: cell {error.exec_count} failed\n{error}") from None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from checkout import ROOT
 from refusals import refused
 
 from famba import config, plots
@@ -38,11 +39,30 @@ def notebook(tmp_path: Path):
             ["train", "--strategy", "upper", "--set", "fusion.upper.r=99"],
             "fusion.upper under profile default: layer 6: ",
         ),
+        (
+            ["train", "--strategy", "upper", "--set", "fusion.uper.r=1"],
+            "fusion.uper: strategy 'upper' is trained; must",
+        ),
+        (["train", "--seed", "-1"], "--seed: -1; must be 0 to 4294967295"),
+        (["bench", "--device", "cuda", "scan"], "--device: 'cuda'; allowed with --gpu only"),
         (["notebook", "nowhere.ipynb", "out.ipynb"], "nowhere.ipynb: no such notebook"),
+        (["notebook", str(ROOT / "params.yaml"), "out.ipynb"], "params.yaml: no such notebook"),
     ],
 )
 def test_bad_input_is_one_line_that_names_it_and_status_1(arguments, said, capsys):
     assert said in refused(capsys, *arguments)
+
+
+def test_a_notebook_stays_as_it_is_and_its_copy_must_be_one_that_can_be_written(notebook, tmp_path, capsys):
+    path = notebook("", "1")
+    before = path.read_bytes()
+    assert f"{path}: the notebook itself, which is not overwritten" in refused(capsys, "notebook", str(path), str(path))
+    assert path.read_bytes() == before
+    folder = tmp_path / "folder.ipynb"
+    folder.mkdir()
+    assert f"{folder}: cannot be written: " in refused(capsys, "notebook", str(path), str(folder))
+    path.write_text("{")
+    assert f"{path}: not a notebook" in refused(capsys, "notebook", str(path), "out.ipynb")
 
 
 @pytest.mark.parametrize("also", [("--profile", "smoke"), ("--processes", "2"), ("--set", "train.epochs=3")])

@@ -36,8 +36,8 @@ def write(folder: Path) -> None:
     from rocrate.model.computerlanguage import ComputerLanguage
     from rocrate.rocrate import ROCrate
 
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder}: not empty; nothing is overwritten")
+    if folder.is_file() or (folder.exists() and any(folder.iterdir())):
+        raise InputError(f"{folder}: must be a folder that is new or empty; nothing is overwritten")
     stages = _stages()
     if not (cited := _yaml("CITATION.cff")):
         raise InputError("CITATION.cff: missing; it has the title and the licence")

@@ -44,8 +44,6 @@ def train(stage: str, *, profile: str | None, cluster: str, jobs: int | None, sl
             that have other parameters.
         FambaError: runs that failed. On Slurm the others are finished.
     """
-    if jobs is not None and jobs < 1:
-        raise InputError(f"--jobs: {jobs}; must be at least 1")
     if slurm and cluster == "local":
         raise InputError(f"--slurm: {slurm}; allowed with --cluster slurm only")
     if not isinstance(slurm.get("time", 0), int):

@@ -39,8 +39,6 @@ def recheck(names: Sequence[str], *, jobs: int = 1) -> Path:
         TrainingError: a run that finds something else, which it names; then earlier code no longer counts as the same.
     """
     code, path = provenance.of_module("famba.training.fit"), config.root() / provenance.SAME_RUNS
-    if provenance.of_training() != code:
-        path.unlink()
     asked = {}
     for name, _, variant in (name.partition(":") for name in names):
         asked |= _recorded(name, variant)
@@ -49,6 +47,25 @@ def recheck(names: Sequence[str], *, jobs: int = 1) -> Path:
         raise InputError(
             f"{' '.join(names)}: recorded of different code, {' and '.join(sorted(codes))}; must be of one"
         )
+    earlier = path.read_bytes() if provenance.of_training() != code else None
+    if earlier is not None:
+        path.unlink()  # so that the runs say by which code they were trained
+    try:
+        _compare(asked, code, jobs=jobs)
+    except TrainingError:
+        raise
+    except BaseException:  # nothing was found out
+        if earlier is not None:
+            write_atomic(path, earlier)
+        raise
+    write_atomic(path, json_bytes({"code": code, "same_as": codes.pop(), "runs": sorted(asked)}))
+    for cell, _ in asked.values():
+        shutil.rmtree(config.root() / cell.run_dir)
+    return path
+
+
+def _compare(asked: dict[str, tuple[sweep.Cell, dict[str, str]]], code: str, *, jobs: int) -> None:
+    """Train the runs, and raise TrainingError of the first whose line is not the recorded one."""
     train = functools.partial(sweep.ensure, train_missing=True)
     launcher.run(train, {run: cell for run, (cell, _) in asked.items()}, jobs=jobs)
     for run, (cell, line) in asked.items():
@@ -60,10 +77,6 @@ def recheck(names: Sequence[str], *, jobs: int = 1) -> Path:
                 raise TrainingError(f"{run}: {key}: {new:.60}; recorded was {old:.60}")
         if found["made_of"].split("-")[1] != code:
             raise TrainingError(f"{run}: trained by {found['made_of']}; the code was {code} when recheck began")
-    write_atomic(path, json_bytes({"code": code, "same_as": codes.pop(), "runs": sorted(asked)}))
-    for cell, _ in asked.values():
-        shutil.rmtree(config.root() / cell.run_dir)
-    return path
 
 
 def _recorded(name: str, variant: str) -> dict[str, tuple[sweep.Cell, dict[str, str]]]:

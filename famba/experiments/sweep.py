@@ -72,12 +72,14 @@ def check_schedules(params: Mapping[str, Params]) -> None:
         given = {key: getattr(p.model, key) for key in ("patch_size", "stride", "depth")}
         built = presets.sizes(p.model.name, img_size=p.data.img_size, **given)
         has_cls = p.model.cls_position != "none"
-        schedule, tokens = p.schedule(built["depth"]), presets.grid(built) ** 2 + has_cls
+        tokens = presets.grid(built) ** 2 + has_cls
         try:
-            strategies.token_counts(schedule, tokens, protected=int(has_cls))
+            strategies.token_counts(p.schedule(built["depth"]), tokens, protected=int(has_cls))
         except InputError as error:
-            where = f"fusion.{p.strategy}" + ("" if variant == p.strategy else f", {variant}")
-            raise InputError(f"{where} under profile {p.profile}: {error}") from None
+            rule = f"fusion.{p.strategy}"
+            where = rule + ("" if variant == p.strategy else f", {variant}")
+            said = str(error).removeprefix(rule).lstrip(".: ")
+            raise InputError(f"{where} under profile {p.profile}: {said}") from None
 
 
 def ensure_runs(sweep: SweepParams, *, profile: str, runs_dir: str | Path, train_missing: bool) -> list[Path]:
@@ -120,8 +122,9 @@ def ensure_costs(sweep: SweepParams, *, profile: str, results_dir: str | Path, m
     if measure:
         from famba.training import cost as steps
 
-        rounds = 3 if profile == SMOKE else 60
-        cost.write(steps.measure(sweep.params(profile), rounds=rounds), results_dir)
+        params, rounds = sweep.params(profile), 3 if profile == SMOKE else 60
+        check_schedules(params)
+        cost.write(steps.measure(params, rounds=rounds), results_dir)
     return cost.load(results_dir)
 
 

@@ -52,7 +52,7 @@ def test_its_reader_finds_the_workflow_each_stage_and_what_it_made(run):
 def test_what_cannot_be_a_crate_is_refused_and_nothing_is_overwritten(run):
     (run / "crate").mkdir()
     (run / "crate" / "mine").touch()
-    with pytest.raises(InputError, match="crate: not empty; nothing is overwritten"):
+    with pytest.raises(InputError, match="crate: must be a folder that is new or empty; nothing is overwritten"):
         crate.write(run / "crate")
     (run / "results" / "summary.md").unlink()
     with pytest.raises(InputError, match=r"results/summary\.md: missing, but a stage"):

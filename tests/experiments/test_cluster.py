@@ -111,7 +111,7 @@ def test_without_submitit_or_slurm_one_line_says_so(tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--jobs", "0"], "--jobs: 0; must be at least 1"),
+        (["--jobs", "0"], "--jobs: 0; must be 1 to 1000"),
         (["--slurm", "mem", "8G"], "--slurm: {'mem': '8G'}; allowed with --cluster slurm only"),
         (["--cluster", "slurm", "--slurm", "time", "4h"], "--slurm time: '4h'; must be a whole number of minutes"),
     ],

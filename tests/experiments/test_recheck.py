@@ -4,6 +4,7 @@ import dataclasses
 import re
 import shutil
 import sys
+from unittest.mock import Mock
 
 import pytest
 from checkout import ROOT
@@ -77,8 +78,17 @@ def test_code_that_is_edited_meanwhile_does_not(retrain, monkeypatch):
     assert provenance.of_training() == "later"
 
 
-def test_runs_that_are_not_recorded_cannot_be_compared(tmp_path, retrain, monkeypatch):
+def test_what_was_found_before_stays_known_where_nothing_else_was_found(retrain, monkeypatch):
+    retrain("one:none")
     assert refusal(lambda: retrain("one:most")) == "one: 'most' is not one of none, upper, upper_append"
+    assert provenance.of_training() == "code"
+    monkeypatch.setattr(launcher, "run", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        retrain()
+    assert provenance.of_training() == "code"
+
+
+def test_runs_that_are_not_recorded_cannot_be_compared(tmp_path, retrain, monkeypatch):
     file = tmp_path / "results" / "records" / "one" / "runs.csv"
     file.write_text(re.sub("-code$", "-other", file.read_text(), count=1, flags=re.MULTILINE))
     assert refusal(retrain) == "one: recorded of different code, code and other; must be of one"

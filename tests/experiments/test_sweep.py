@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
@@ -84,12 +85,12 @@ def test_a_schedule_that_does_not_fit_is_refused_before_anything_is_trained(tmp_
 def test_a_rule_that_asks_a_layer_for_too_much_is_named_by_resolve_before_anything_is_written(
     tmp_path, monkeypatch, capsys
 ):
-    text = (config.root() / "params.yaml").read_text().replace("[none, all, interleaved, lower, upper]", "[none, late]")
-    (tmp_path / "params.yaml").write_text(text.replace("fusion:  ", "fusion:\n  late: {r: 30, first_layer: 5}\n  #", 1))
+    text = re.sub(r"(?<=\nsweep:\n  strategies: )\[.*\]", "[none, last]", (config.root() / "params.yaml").read_text())
+    (tmp_path / "params.yaml").write_text(text.replace("fusion:  ", "fusion:\n  last: {r: 30, first_layer: 5}\n  #", 1))
     (tmp_path / "dvc.yaml").touch()
     monkeypatch.chdir(tmp_path)
     said = refused(capsys, "resolve", "--out", "resolved")
-    assert "fusion.late" in said
+    assert "fusion.last" in said
     assert said.endswith("layer 5: r = 30 of t = 37 tokens; allowed: 0..18\n")
     assert not (tmp_path / "resolved").exists()
 
