@@ -7,7 +7,9 @@ a machine with torch alone can be checked.
 
 import argparse
 import contextlib
+import dataclasses
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -174,7 +176,9 @@ def _train(options: argparse.Namespace) -> None:
     with runs.held(out) if distributed.writes() else contextlib.nullcontext():
         run = fit.fit(p, seed=options.seed, progress=sys.stderr.isatty())
         if distributed.writes():
-            folder, cost = runs.write(run, out), run.cost
+            command = run.cost["command"] + "".join(f" --set {shlex.quote(setting)}" for setting in options.set)
+            cost = {**run.cost, "command": command}
+            folder = runs.write(dataclasses.replace(run, cost=cost), out)
             print(
                 f"{folder}: top-1 {run.metrics['top1_percent']:.1f} %, training {cost['train_time_s']:.1f} s, "
                 f"peak memory {cost['peak_memory_mib']:.1f} MiB"

@@ -1,6 +1,7 @@
 """The command line: what it prints, what it leaves, and how it says no."""
 
 import base64
+import json
 import re
 import subprocess
 import sys
@@ -79,6 +80,8 @@ def test_train_says_what_the_run_reached_and_replaces_it_only_when_forced(tmp_pa
     line = rf"{tmp_path}/run: top-1 [0-9.]+ %, training [0-9.]+ s, peak memory [0-9.]+ MiB"
     assert re.fullmatch(line, capsys.readouterr().out.splitlines()[-1])
     assert len((tmp_path / "run" / "history.csv").read_text().splitlines()) == 2
+    made = json.loads((tmp_path / "run" / "cost.json").read_text())["command"]
+    assert made == "python -m famba train --profile smoke --strategy none --seed 0 --set train.epochs=1"
     before = (tmp_path / "run" / "cost.json").stat().st_mtime_ns
     assert f"--out: {tmp_path}/run exists; name another folder, or --force to " in refused(capsys, *train)
     assert (tmp_path / "run" / "cost.json").stat().st_mtime_ns == before
