@@ -54,6 +54,8 @@ def test_what_cannot_be_a_crate_is_refused_and_nothing_is_overwritten(run):
     (run / "crate" / "mine").touch()
     with pytest.raises(InputError, match="crate: must be a folder that is new or empty; nothing is overwritten"):
         crate.write(run / "crate")
+    with pytest.raises(InputError, match="mine: must be a folder"):
+        crate.write(run / "crate" / "mine")
     (run / "results" / "summary.md").unlink()
     with pytest.raises(InputError, match=r"results/summary\.md: missing, but a stage"):
         crate.write(run / "new")

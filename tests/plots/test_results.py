@@ -445,7 +445,7 @@ def test_upper_with_other_layers_or_r_is_drawn_beside_the_papers_table():
     assert time.containers[0].lines[0].get_xdata().tolist() == list(range(1, 10))
     assert time_here.containers[0].lines[0].get_xydata().tolist() == [[1, 1.1], [3, 0.9], [6, 0.7]]
     said = figures["paper"].get_supxlabel().replace("\n", " ")
-    assert "Table 3 (Vim-Ti): time is saved from r = 4.1 on. here: time is saved from r = 2.0 on. From" in said
+    assert "Table 3 (Vim-Ti): time is saved from r = 4.1 on. here: time is saved from r = 2.0 on. The r is" in said
     table = summary.summary(frame, costs.assign(r=6))
     assert list(plots.ablations(frame, table)) == ["time_ratio", "peak_memory_mib"]
     assert plots.ablations(frame, pd.concat([table] * 6)) == {}, "24 points could not be told apart"
