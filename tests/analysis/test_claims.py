@@ -130,7 +130,9 @@ def test_the_page_has_verdict_effect_n_and_the_digests_of_the_tables_that_it_tra
     assert list(loaded) == [""], "no ablation was run"
     stated = {"worse": claim("top1_percent_diff", ["all"], below=0), "later": claim("memory_ratio", ["late"], below=1)}
     found = claims.verdicts(stated, loaded)
+    found.loc[found["claim"] == "worse", "p"] = 0.050512
     text = claims.write(found, tmp_path)
+    assert "| 0.0505 " in text, "not 0.05, below which it would decide"
     assert (tmp_path / "claims.md").read_text(encoding="utf-8") == text + "\n"
     assert (tmp_path / "findings.md").read_text(encoding="utf-8") == claims.findings(found, loaded) + "\n"
     row = next(line for line in text.splitlines() if "all against none" in line)
