@@ -296,7 +296,7 @@ def _break_even(side: pd.DataFrame) -> str:
 def _by_strategy(looks: dict[str, tuple[str, str]]) -> dict[str, Any]:
     """seaborn's arguments for one line of each strategy; that of `none`, on which others lie, is wide."""
     colours = [colour for colour, _ in looks.values()]
-    widths = {name: 5.0 if name == summary.BASELINE else 1.8 for name in looks}
+    widths = {name: 4.0 if name == summary.BASELINE else 1.8 for name in looks}
     hues = {"hue": "strategy", "hue_order": list(looks), "palette": colours}
     return hues | {"size": "strategy", "sizes": widths, "legend": False}
 

@@ -48,7 +48,7 @@ STRATEGY_COLOURS = {
 }
 _MARKERS = {"none": "o", "all": "s", "interleaved": "D", "lower": "v", "upper": "^"}
 _OWN_COLOURS = [PALETTE[3], PALETTE[5], PALETTE[6]]  # of a user's own strategies
-_MORE_MARKERS = "<>pdP*h8HX"  # of changes from the first on, of a user's own strategies from the last
+_MORE_MARKERS = "<>pdX*h8PH"  # of changes from the first on, of a user's own strategies from the last
 MODELS = {"vim_tiny": "Vim-Ti", "vim_small": "Vim-S"}
 _GIF_COLOURS = 128
 

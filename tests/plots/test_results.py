@@ -160,7 +160,7 @@ def test_strategies_of_ones_own_are_drawn_last_each_in_its_own_colour(schedules)
     names = {"all": "late", "upper": "early"}
     figure = plots.tokens_per_layer(schedules.replace({"strategy": names}))
     assert [text.split(" ")[0] for text in legend(figure)] == ["none", "late", "early"]
-    assert [line.get_linewidth() for line in figure.axes[0].lines] == [5.0, 1.8, 1.8], "others lie on that of none"
+    assert [line.get_linewidth() for line in figure.axes[0].lines] == [4.0, 1.8, 1.8], "others lie on that of none"
     colours = [to_hex(line.get_color()) for line in figure.axes[0].lines]
     assert len({*colours, *(plots.STRATEGY_COLOURS[name].lower() for name in STRATEGIES)}) == len(STRATEGIES) + 2
 
