@@ -218,7 +218,6 @@ def _resolve(options: argparse.Namespace) -> None:
     if options.ablation is not None:
         write_atomic(options.out, json_bytes(sweep.resolve_ablation(options.ablation)))
         return
-    config.load_claims()  # the last stage reads them: a misspelt one is found before anything is trained
     for p in sweep.resolve(None):
         write_atomic(options.out / "params" / f"{p.strategy}.json", json_bytes(p.as_dict()))
     for notebook in sorted((config.root() / "notebooks").glob("*.ipynb")):

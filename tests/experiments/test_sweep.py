@@ -99,16 +99,6 @@ def test_a_rule_that_asks_a_layer_for_too_much_is_named_by_resolve_before_anythi
     assert said == "famba: fusion.last under profile default: schedule: [0, 3] has 2 layers; the model has 10\n"
 
 
-def test_a_misspelt_claim_is_found_by_resolve(tmp_path, monkeypatch, capsys):
-    text = (config.root() / "params.yaml").read_text()
-    assert "ablation: start_layer\n" in text
-    (tmp_path / "params.yaml").write_text(text.replace("ablation: start_layer\n", "ablation: start_layr\n", 1))
-    (tmp_path / "dvc.yaml").touch()
-    monkeypatch.chdir(tmp_path)
-    assert ".ablation: 'start_layr' is not one of photographs, " in refused(capsys, "resolve", "--out", "resolved")
-    assert not (tmp_path / "resolved").exists()
-
-
 def test_a_run_that_started_from_other_weights_is_refused_or_trained_again(tmp_path, trained, monkeypatch):
     load, weights = config.load, tmp_path / "weights.safetensors"
     weights.write_bytes(b"some")

@@ -91,6 +91,7 @@ def _disturbed(main, asked: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def _live(main, asked: dict[str, Any], report: Path, said: Path) -> None:
     status = 70  # a defect of this file
+    signal.alarm(round(PATIENCE_S))  # ends a run that hangs
     try:
         for number, to in ((1, os.devnull), (2, said)):
             os.dup2(os.open(to, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), number)
