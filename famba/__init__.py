@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from famba.diagnostics import doctor
-    from famba.errors import FambaError, InputError
+    from famba.errors import BackendError, FambaError, InputError, TrainingError
     from famba.fusion.matching import Matching, match_tokens
     from famba.fusion.merge import fuse
     from famba.fusion.options import FusionOptions
@@ -29,10 +29,12 @@ if "torch" not in sys.modules:
 __version__ = "0.1.0"
 __all__ = [
     "STRATEGIES",
+    "BackendError",
     "FambaError",
     "FusionOptions",
     "InputError",
     "Matching",
+    "TrainingError",
     "VisionMamba",
     "backends",
     "create_model",
@@ -49,7 +51,7 @@ __all__ = [
     "token_counts",
 ]
 _HOME = {
-    "errors": ("FambaError", "InputError"),
+    "errors": ("BackendError", "FambaError", "InputError", "TrainingError"),
     "fusion.options": ("FusionOptions",),
     "fusion.matching": ("Matching", "match_tokens"),
     "fusion.merge": ("fuse",),

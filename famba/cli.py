@@ -155,8 +155,6 @@ def _train(options: argparse.Namespace) -> None:
         if len(named) > 1 and options.strategy is None:
             raise InputError(f"--strategy: missing; --set changes {', '.join(named)}, and one of them is trained")
         strategy = options.strategy or (named or ["none"])[0]
-        if others := [name for name in named if name != strategy]:
-            raise InputError(f"--set: fusion.{others[0]}: strategy {strategy!r} is trained; must be fusion.{strategy}")
         p = config.load(options.profile, strategy=strategy, processes=options.processes, given=given)
     from famba.experiments import sweep
     from famba.storage import runs

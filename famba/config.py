@@ -154,26 +154,36 @@ def load(
         profile: a key of `profiles`; None is the one that the file names itself.
         strategy: a key of `fusion`; `none`, `all`, `interleaved`, `lower` and `upper` are the paper's.
         processes: instead of train.processes, which does not change what a run is; None keeps it.
-        given: values instead of the file's and the profile's, such as {"train.epochs": 3}; `fusion.<name>.<key>` may
-            make a new strategy.
+        given: values instead of the file's and the profile's, such as {"train.epochs": 3}; `fusion.<strategy>.<key>`
+            may make a new strategy.
         path: the file; None is params.yaml at the repository root, or the package's where there is none.
 
     Raises:
         InputError: an unknown key, a wrong type or value, an unknown profile or strategy; names it and what is allowed.
     """
     file, name, chosen, place = _under_profile(profile, path)
+    if given:  # so that what is refused is not looked for in the file
+        name += f" with {', '.join(f'{key}={shortened(value)}' for key, value in given.items())}"
+    rule = {}
     for key, value in given.items():
         section, *keys = key.split(".")
         if (section, len(keys)) not in {("data", 1), ("model", 1), ("options", 1), ("train", 1), ("fusion", 2)}:
             allowed = "data, model, options or train and a key; fusion, a strategy and a key"
-            raise InputError(f"--set: {shortened(key)} is not {allowed}, with dots between")
-        if section == "fusion":
-            ways = {way: None for way in ("r", "total", "schedule") if keys[1] in ("r", "total", "schedule")}
-            rule = file.fusion.get(keys[0]) or {}
-            if not isinstance(rule, Mapping):
-                raise InputError(f"{name}: fusion.{keys[0]}: {shortened(rule)} is not a section of `key: value` lines")
-            value = {**rule, **ways, keys[1]: value}
-        file = dataclasses.replace(file, **{section: getattr(file, section) | {keys[0]: value}})
+            raise InputError(f"{name}: {shortened(key)} is not {allowed}, with dots between")
+        if section != "fusion":
+            file = dataclasses.replace(file, **{section: getattr(file, section) | {keys[0]: value}})
+        elif keys[0] == strategy:
+            rule[keys[1]] = value
+        else:
+            raise InputError(f"{name}: strategy {strategy!r} is trained; must be fusion.{strategy}.{keys[1]}")
+    if rule:
+        before = file.fusion.get(strategy) or {}
+        if not isinstance(before, Mapping):
+            raise InputError(f"{name}: fusion.{strategy}: {shortened(before)} is not a section of `key: value` lines")
+        ways = {"r", "total", "schedule"}  # of which one is given: a new one takes the place of the file's
+        replaced = ways & rule.keys() and ways | ({"first_layer", "last_layer"} if "schedule" in rule else set())
+        kept = {key: value for key, value in before.items() if key not in replaced}
+        file = dataclasses.replace(file, fusion=file.fusion | {strategy: kept | rule})
     if strategy not in file.strategies:
         raise InputError(f"strategy: {shortened(strategy)} is not one of {', '.join(file.strategies)}")
     train = file.train if processes is None else file.train | {"processes": processes}

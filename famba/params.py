@@ -25,6 +25,8 @@ from famba.validation import Bool, Float, Int, one_given, section
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+DATASETS = ("digits", "folder", "parquet", "cifar10", "cifar100")
+
 T = TypeVar("T")
 
 
@@ -56,11 +58,17 @@ def _is_device(name: str) -> str:
     return name
 
 
+def _is_dataset(name: str) -> str:
+    if name not in DATASETS and not re.fullmatch("hub:[^/]+/[^/]+", name):
+        raise ValueError(f"must be one of {', '.join(DATASETS)}, hub:<owner>/<name>")
+    return name
+
+
 @section
 class DataParams:
     """Which images, and how they are split and varied."""
 
-    dataset: Text  # a name that `data.load` knows, or `hub:<owner>/<name>`, a set of the Hugging Face hub
+    dataset: Annotated[Text, AfterValidator(_is_dataset)]  # `hub:<owner>/<name>` is a set of the Hugging Face hub
     # Its folder, from the repository root: of `folder` and `parquet`, or a copy of a hub's set. Null: the copy in
     # data/<dataset> if there is one, else the hub.
     root: Text | None
@@ -127,6 +135,9 @@ class FusionRule:
 
     @model_validator(mode="after")
     def _check(self) -> "FusionRule":
+        for key in ("first_layer", "last_layer"):
+            if self.schedule is not None and getattr(self, key) is not None:
+                raise ValueError(f"{key}: must be left out beside schedule, which names each layer's number")
         return one_given(self, "r", "total", "schedule")
 
 

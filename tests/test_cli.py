@@ -42,7 +42,7 @@ def notebook(tmp_path: Path):
         ),
         (
             ["train", "--strategy", "upper", "--set", "fusion.uper.r=1"],
-            "fusion.uper: strategy 'upper' is trained; must",
+            "fusion.uper.r=1: strategy 'upper' is trained; must be fusion.upper.r",
         ),
         (["train", "--seed", "-1"], "--seed: -1; must be 0 to 4294967295"),
         (["bench", "--device", "cuda", "scan"], "--device: 'cuda'; allowed with --gpu only"),

@@ -179,6 +179,7 @@ def test_dvc_rewrites_the_file_with_the_changed_line_alone(tmp_path):
         ("data.img_size", 0, "data.img_size: 0: Input should be greater than or equal to 1"),
         ("data.flip", 0, "data.flip: 0: Input should be a valid boolean"),
         ("data.sise", 8, "data.sise: unknown key; allowed: augment, color_jitter, cutmix, dataset, "),
+        ("data.dataset", "digts", "data.dataset: 'digts': must be one of digits, folder, parquet, cifar10, cifar100, "),
         ("data.folds", 1, "data.folds: 1: Input should be greater than or equal to 2"),
         (
             "profiles.default",
@@ -202,6 +203,7 @@ def test_dvc_rewrites_the_file_with_the_changed_line_alone(tmp_path):
         ("fusion.all", {"schedule": "x"}, "fusion.all.schedule: 'x' is not a list"),
         ("fusion.all", {}, "fusion.all: {}: exactly one of r, total, schedule is allowed"),
         ("fusion.all", {"r": 1, "total": 2}, "fusion.all: {'r': 1, 'total': 2}: exactly one of r, total, schedule is "),
+        ("fusion.all", {"schedule": [1], "last_layer": 2}, "fusion.all.last_layer: 2: must be left out beside sch"),
         ("fusion.A-b", {"r": 1}, "fusion.A-b: 'A-b': String should match pattern '^[a-z][a-z0-9_]{0,39}$'"),
         ("extra", {}, "extra: unknown key; allowed: ablation, claims, data, fusion, model, options, profile, "),
         ("profiles.default", None, "profiles.default: None is not a section of `key: value` lines"),
@@ -359,7 +361,7 @@ def test_a_setting_of_a_rule_that_is_none_is_refused(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text(FILE.read_text().replace("  all: {r: 3}", "  all: 3", 1))
     said = refusal(lambda: config.load("default", strategy="all", given={"fusion.all.r": 3}, path=path))
-    assert said == "params.yaml: fusion.all: 3 is not a section of `key: value` lines"
+    assert said == "params.yaml with fusion.all.r=3: fusion.all: 3 is not a section of `key: value` lines"
 
 
 def test_settings_can_make_a_strategy_which_fuses_in_every_layer_from_first_to_last():
@@ -367,6 +369,8 @@ def test_settings_can_make_a_strategy_which_fuses_in_every_layer_from_first_to_l
     assert config.load(strategy="mine", given=given).schedule(10) == [0] * 4 + [4] * 6
     given = {"fusion.mine.schedule": [0] * 9 + [5]}
     assert config.load(strategy="mine", given=given).schedule(10) == given["fusion.mine.schedule"]
+    said = refusal(lambda: config.load(strategy="all", given={"fusion.all.r": 1, "fusion.all.total": 9}))
+    assert said.endswith("exactly one of r, total, schedule is allowed")
     late = config.load(strategy="mine", given={"fusion.mine.r": 2, "fusion.mine.first_layer": 11})
     said = refusal(lambda: late.schedule(10))
     assert said == "fusion.mine: first_layer = 11; must be in 1..10"
@@ -376,7 +380,9 @@ def test_settings_can_make_a_strategy_which_fuses_in_every_layer_from_first_to_l
     ("setting", "said"),
     [
         ("train.epochs", "--set: 'train.epochs' is not KEY=VALUE"),
-        ("epochs=3", "--set: 'epochs' is not data, model, options or train and a key"),
+        ("epochs=3", "params.yaml with epochs=3: 'epochs' is not data, model, options or train and a key"),
+        ("fusion.all.r=3", "params.yaml with fusion.all.r=3: strategy 'upper' is trained; must be fusion.upper.r"),
+        ("train.lr=x", "params.yaml with train.lr='x': train.lr: 'x': Input should be a valid number"),
         ("train.epochs=[", "train.epochs = '[': not readable as YAML"),
     ],
 )

@@ -1,6 +1,5 @@
 """Images: where they come from, how they are split and varied, and the batches that training takes."""
 
-from famba.data.datasets import DATASETS as DATASETS
 from famba.data.datasets import shipped as shipped
 from famba.data.loader import Streamed as Streamed
 from famba.data.splits import Dataset as Dataset

@@ -33,7 +33,6 @@ _HUB: dict[str, tuple[str, str | None, str | None]] = {
     "cifar10": ("uoft-cs/cifar10", "img", "label"),
     "cifar100": ("uoft-cs/cifar100", "img", "fine_label"),
 }
-DATASETS = ("digits", "folder", "parquet", *_HUB)
 
 
 # By EXIF's orientation, how an image is turned upright.
@@ -129,7 +128,7 @@ def find(p: DataParams) -> Found:
     """The data set that the parameters name; a set of the hub without a test split is tested on its validation split.
 
     Raises:
-        InputError: an unknown name; a folder or a set that is not laid out as the data set's kind demands; a set of the
+        InputError: a folder or a set that is not laid out as the data set's kind demands; a set of the
             hub that can be had neither from its cache nor from the hub.
     """
     if p.dataset == "digits":
@@ -141,11 +140,7 @@ def find(p: DataParams) -> Found:
     if p.dataset in _HUB:
         repository, image, label = _HUB[p.dataset]
     else:
-        kind, _, repository = p.dataset.partition(":")
-        owner, _, name = repository.partition("/")
-        if kind != "hub" or not owner or not name or "/" in name:
-            raise InputError(f"data.dataset: {p.dataset!r} is not one of {', '.join(DATASETS)}, hub:<owner>/<name>")
-        image = label = None
+        repository, image, label = p.dataset.removeprefix("hub:"), None, None
     copy = config.root() / "data" / p.dataset
     if p.root is None and not copy.is_dir():
         return _hub(p.dataset, repository, image, label)

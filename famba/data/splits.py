@@ -38,6 +38,8 @@ from famba.storage.files import json_bytes, write_atomic
 
 _log = logging.getLogger(__name__)
 
+_DECODED = 256  # images that one thread decodes at a time
+
 _Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean, standard deviation
 
 
@@ -261,13 +263,15 @@ def _decoded(found: Found, img_size: int, crop: float) -> UInt8[Tensor, "n 3 h w
 
     images = np.empty((n, img_size, img_size, 3), dtype=np.uint8)  # channels innermost, as they are decoded
 
-    def decode(i: int) -> None:
-        images[i] = datasets.pixels(found.images, i, img_size, crop).transpose(1, 2, 0)
+    def decode(rows: range) -> None:
+        for i in rows:
+            images[i] = datasets.pixels(found.images, i, img_size, crop).transpose(1, 2, 0)
 
     # Threads gain on large images; on tiny ones, which hardly leave the interpreter, more than a few get in each
-    # other's way. map keeps the order, so of several broken files it is always the first that is named.
+    # other's way. map keeps the order, so of several broken files it is always the first that is named. Many images at
+    # once, since a signal in the middle of the pool's submit would leave its lock taken.
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(decode, range(n)):
+        for _ in pool.map(decode, (range(i, min(n, i + _DECODED)) for i in range(0, n, _DECODED))):
             pass
     result = torch.from_numpy(images)
     if path is not None:

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from famba.errors import InputError
+from famba.fusion.options import levels
+from famba.fusion.strategies import is_whole
 from famba.kernels.cpu import match as pairing
 from famba.kernels.cpu.scan import unavailable
 from famba.kernels.dispatch import Backend, choose
@@ -68,6 +70,8 @@ def match_tokens(
         raise InputError(f"feature: {told(feature)}; must be a floating-point tensor (b, t, c)")
     b, t, _ = feature.shape
     _check(r, t, protected, b)
+    if kind not in levels("matching"):
+        raise InputError(f"kind: {kind!r} is not one of {', '.join(levels('matching'))}")
     if feature.dtype in (torch.bfloat16, torch.float16):
         feature = feature.float()  # so that similarities that differ do not tie
     chosen = choose(_MATCH, backend, feature)
@@ -115,9 +119,7 @@ def _control_scores(kind: str, t: int, device: torch.device) -> Float[Tensor, "1
         for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
             bits = (bits ^ (bits >> shift)) * factor
         return ((bits ^ (bits >> 31)) & 0xFFFFFF).float()[None]
-    if kind == "adjacent":
-        return (even * 0x9E3779B9 % 2**32 / 2**32 - (even - odd).abs())[None]
-    raise InputError(f"kind: {kind!r} is not one of similarity, random, adjacent")
+    return (even * 0x9E3779B9 % 2**32 / 2**32 - (even - odd).abs())[None]
 
 
 def told(value: object) -> str:
@@ -127,14 +129,9 @@ def told(value: object) -> str:
     return " ".join(repr(value).split())[:80]
 
 
-def _is_whole(value: object) -> bool:
-    """Asked in two ways: the compiler knows an int's type where its value is open, but not its methods."""
-    return not isinstance(value, bool) and (isinstance(value, int) or hasattr(value, "__index__"))
-
-
 def _check(r: int, t: int, protected: Sequence[int] | Tensor, b: int) -> None:
     """Refuse what cannot be fused. A tensor is not read, for which the host would wait: the worst is assumed of it."""
-    if not _is_whole(r):
+    if not is_whole(r):
         raise InputError(f"r: {r!r}; must be a whole number")
     if isinstance(protected, Tensor):
         if protected.shape != (b,) or protected.dtype not in (torch.int64, torch.int32):
@@ -144,7 +141,7 @@ def _check(r: int, t: int, protected: Sequence[int] | Tensor, b: int) -> None:
         if not isinstance(protected, Sequence):
             raise InputError(f"protected: {told(protected)}; must be a list of positions, or a tensor ({b},)")
         for position in protected:
-            if not _is_whole(position) or not 0 <= position < t:
+            if not is_whole(position) or not 0 <= position < t:
                 raise InputError(f"protected: position {position!r}; must be in 0..{t - 1}")
         fixed = len(set(protected))
         evens = (t + 1) // 2 - len({p for p in protected if p % 2 == 0})

@@ -26,6 +26,11 @@ Costs = Sequence[Sequence[float | int]]
 _FUSED_SHARE = 19 / 24
 
 
+def is_whole(value: object) -> bool:
+    """Asked in two ways: torch.compile knows an int's type where its value is open, but not its methods."""
+    return not isinstance(value, bool) and (isinstance(value, int) or hasattr(value, "__index__"))
+
+
 def ordered(names: Collection[str]) -> list[str]:
     """Each name once: the paper's strategies in their fixed order, then a user's own as they come."""
     own = [name for name in dict.fromkeys(names) if name not in STRATEGIES]
@@ -61,7 +66,7 @@ def schedule(
     """
     numbers = {"depth": depth, "r": r, "total": total, "first_layer": first_layer, "last_layer": last_layer}
     for key, value in numbers.items():
-        if value is not None and not hasattr(value, "__index__"):
+        if value is not None and not is_whole(value):
             raise InputError(f"{key}: {value!r}; must be a whole number")
     if strategy == ADAPTIVE:
         given = {"r": r, "first_layer": first_layer, "last_layer": last_layer}
@@ -214,7 +219,7 @@ def token_counts(schedule: Sequence[int], tokens: int, *, protected: int = 1) ->
     for layer, r in enumerate(schedule, start=1):
         t = counts[-1]
         most = 0 if t == 3 and protected else (t - protected) // 2
-        if not hasattr(r, "__index__"):
+        if not is_whole(r):
             raise InputError(f"layer {layer}: r = {r}; must be a whole number")
         if not 0 <= r <= most:
             raise InputError(f"layer {layer}: r = {r} of t = {t} tokens; allowed: 0..{most}")

@@ -21,6 +21,7 @@ from famba.kernels.scan import choose, selective_scan
 _DT_RANGE = (1e-3, 1e-1)  # softplus(dt_bias) is drawn log-uniformly from this range
 _DT_FLOOR = 1e-4
 _D_CONV = 4
+_EXPAND = 2  # d_inner to d_model
 
 
 class BidirectionalMixer(nn.Module):
@@ -36,13 +37,12 @@ class BidirectionalMixer(nn.Module):
         d_model: int,
         d_state: int = 16,
         *,
-        expand: int = 2,
         average_directions: bool = True,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         self.d_state = d_state
-        self.d_inner = d_inner = expand * d_model
+        self.d_inner = d_inner = _EXPAND * d_model
         self.dt_rank = dt_rank = math.ceil(d_model / 16)
         self.average_directions = average_directions
         self.backend = backend

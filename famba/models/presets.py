@@ -35,3 +35,13 @@ def grid(config: Mapping[str, Any]) -> int:
             f"{patch_size} plus a multiple of {stride}"
         )
     return (img_size - patch_size) // stride + 1
+
+
+def tokens(config: Mapping[str, Any]) -> int:
+    """Tokens of an image, the class token included."""
+    return grid(config) ** 2 + (config["cls_position"] != "none")
+
+
+def cls_index(patches: int, cls_position: str) -> int | None:
+    """Where the class token stands among so many patches; None without one."""
+    return {"middle": patches // 2, "head": 0, "none": None}[cls_position]

@@ -24,6 +24,8 @@ from torch.nn import functional
 
 from famba.errors import InputError
 from famba.fusion.options import FusionOptions
+from famba.models.presets import cls_index
+from famba.models.saved import described_beside
 from famba.models.vim import VisionMamba
 from famba.params import IMAGENET_MEAN, IMAGENET_STD
 from famba.storage import checkpoint
@@ -78,7 +80,8 @@ def load_vim(
 
     Raises:
         InputError: a file that cannot be read or holds more than tensors and plain values; the first tensor that is
-            missing, foreign, of another shape, or not of finite floating-point numbers.
+            missing, foreign, of another shape, or not of finite floating-point numbers; weights that `load_model` or
+            `VisionMamba.from_pretrained` reads.
     """
     path, tensors = _read_vim(source, state)
     sizes = _sizes(path, tensors, with_cls=cls_position != "none")
@@ -130,6 +133,8 @@ def take_weights(model: VisionMamba, path: Path) -> Origin:
     classes is not taken: the model keeps its own. An InputError names the first difference of another architecture.
     """
     tensors, described = checkpoint.read(path) if path.suffix == ".safetensors" else ({}, None)
+    if described is None and described_beside(path):
+        raise InputError(f"{path}: of save_pretrained, which keeps no normalisation; must be a run's model.safetensors")
     if described is None:
         path, tensors = _read_vim(path, None)
         num_classes = _take(path, tensors, model)
@@ -158,14 +163,13 @@ def resize_positions(
     before = _side(pos_embed.shape[1], with_cls=cls_position != "none")
     if before == grid:
         return pos_embed
-    at = {"middle": before**2 // 2, "head": 0, "none": None}[cls_position]
+    at, after = (cls_index(side**2, cls_position) for side in (before, grid))
     patches = pos_embed if at is None else torch.cat([pos_embed[:, :at], pos_embed[:, at + 1 :]], dim=1)
     image = patches.float().mT.unflatten(2, (before, before))
     patches = functional.interpolate(image, size=(grid, grid), mode="bicubic", align_corners=False).flatten(2).mT
     patches = patches.to(pos_embed.dtype)
     if at is None:
         return patches
-    after = grid**2 // 2 if cls_position == "middle" else 0
     return torch.cat([patches[:, :after], pos_embed[:, at : at + 1], patches[:, after:]], dim=1)
 
 
@@ -254,6 +258,8 @@ def _read_vim(source: str | Path | Mapping[str, Any], state: str | None) -> tupl
         content, described = checkpoint.read(path) if path.suffix == ".safetensors" else (_read_torch(path), None)
         if described is not None and described.get("kind") == "model":
             raise InputError(f"{path}: of a run, whose scan and fusion no shape tells; take famba.load_model")
+        if described_beside(path):
+            raise InputError(f"{path}: described by the config.json beside it; take VisionMamba.from_pretrained")
     held: Mapping[str, Any] = content if isinstance(content, Mapping) else {}
     keys = _STATES if state is None else (state,)
     found: list[tuple[str, Any]] = [(f"{key}.", held[key]) for key in keys if isinstance(held.get(key), Mapping)]
@@ -273,9 +279,9 @@ def _read_vim(source: str | Path | Mapping[str, Any], state: str | None) -> tupl
 def _file(source: str | Path) -> Path:
     """The file of weights that a path or a name on the hub stands for."""
     path = Path(source)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; VisionMamba.from_pretrained reads what save_pretrained wrote there")
     if path.is_file() or isinstance(source, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(/.+)?", source):
-        if path.is_dir():
-            raise InputError(f"{path}: is a folder; VisionMamba.from_pretrained reads what save_pretrained wrote there")
         return path
     from famba.models import hub  # an extra, as in `VisionMamba.save_pretrained`
 

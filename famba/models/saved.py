@@ -1,6 +1,7 @@
 """A model as a file: weights, sizes, schedule and options of fusion in one safetensors file."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def model_bytes(model: VisionMamba, weights: Mapping[str, Tensor], described: Ma
 
 
 def load_model(path: str | Path) -> tuple[VisionMamba, dict[str, Any]]:
-    """The model of a run as it was saved, fusion included, and what the file says of it.
+    """The model of a run as it was saved, fusion included, in evaluation mode; and what the file says of it.
 
     Args:
         path: a run's model.safetensors.
@@ -33,12 +34,24 @@ def load_model(path: str | Path) -> tuple[VisionMamba, dict[str, Any]]:
     """
     path = Path(path)
     tensors, described = unpack(path, "model")
-    return rebuilt(path, tensors, described), described
+    return rebuilt(path, tensors, described).eval(), described
 
 
 def description(model: VisionMamba) -> dict[str, Any]:
     """What JSON has to hold of a model besides its weights."""
     return {"model": model.config, "schedule": model.schedule, "fusion": dataclasses.asdict(model.options)}
+
+
+def described_beside(path: Path) -> bool:
+    """Whether a config.json beside a file of weights describes their model, as `VisionMamba.save_pretrained` leaves it.
+
+    Such a file holds what a released checkpoint does; so only this tells that its scan may be another.
+    """
+    try:
+        described = json.loads((path.parent / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(described, dict) and {"model", "schedule", "fusion"} <= described.keys()
 
 
 def rebuilt(path: Path, tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> VisionMamba:

@@ -25,7 +25,7 @@ from famba.kernels import dispatch, ops, scan
 from famba.kernels.cpu import runtime as native
 from famba.kernels.ops import add_rms_norm
 from famba.models.mixer import BidirectionalMixer
-from famba.models.presets import grid, sizes
+from famba.models.presets import cls_index, grid, sizes, tokens
 
 _NORM_EPS = 1e-5
 _NO_WEIGHT_DECAY = ("A_log", "A_b_log", "D", "D_b", "cls_token", "pos_embed")
@@ -57,7 +57,7 @@ def kernels(backend: str, device: torch.device, config: Mapping[str, Any], preci
 
     d, n = config["d_model"], config["d_state"]
     e, k = 2 * d, 4  # as the mixer has them
-    t = grid(config) ** 2 + (config["cls_position"] != "none")
+    t = tokens(config)
     low = torch.bfloat16 if precision == "bf16" else torch.float32
     u, x, read, size = tensor(1, e, t, dtype=low), tensor(1, t, d), tensor(1, n, t, dtype=low), tensor(1, t)
     pairs = tensor(1, 1, dtype=torch.int64)
@@ -180,9 +180,7 @@ class VisionMamba(nn.Module):
             raise InputError(f"drop_path_rate: {drop_path_rate!r}; must be at least 0 and less than 1")
 
         self.img_size, self.depth, self.cls_position, self.pool = img_size, depth, cls_position, pool
-        patches = self.grid**2
-        self.tokens = patches + (cls_position != "none")
-        self.cls_index = {"middle": patches // 2, "head": 0, "none": None}[cls_position]
+        self.tokens, self.cls_index = tokens(self.config), cls_index(self.grid**2, cls_position)
         self.set_fusion(schedule, options)
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, d_model)) if cls_position != "none" else None

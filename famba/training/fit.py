@@ -111,7 +111,8 @@ def build(p: Params, *, classes: int, seed: int) -> VisionMamba:
 
 def folder(p: Params, *, seed: int) -> Path:
     """Where the checkpoints of a run are: one made of something else, or run by other kernels, has another folder."""
-    return _launched(p, seed).with_name(f"{_launched(p, seed).name}-{_kernel_digest(p)}")
+    launched = _launched(p, seed)
+    return launched.with_name(f"{launched.name}-{_kernel_digest(p)}")
 
 
 def made_of(p: Params, *, seed: int) -> str:

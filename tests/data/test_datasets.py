@@ -149,7 +149,7 @@ def test_integers_without_names_are_no_classes(copied):
         ({"root": None}, ("data.root: null", "'parquet'", "train-*.parquet")),
         ({"root": "empty"}, ("empty", "no parquet files")),
         ({"root": "empty", "dataset": "cifar10"}, ("no copy of uoft-cs/cifar10", "train-*.parquet", "train/<class>/")),
-        ({"dataset": "hub:cifar10"}, ("'hub:cifar10' is not one of digits, folder", "hub:<owner>/<name>")),
+        ({"dataset": "hub:cifar10"}, ("'hub:cifar10': must be one of digits, folder", "hub:<owner>/<name>")),
         ({"dataset": "hub:a/b/c"}, ("'hub:a/b/c'",)),
         ({"dataset": "hub:/b"}, ("'hub:/b'",)),
     ],

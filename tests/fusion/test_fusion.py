@@ -119,6 +119,8 @@ X = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(0))
         (lambda: match_tokens(X[0], 2), r"feature: torch\.float32, shape \(9, 4\); must be a floating-point tensor"),
         (lambda: match_tokens(X.int(), 2), r"feature: torch\.int32"),
         (lambda: match_tokens(X, 2.0), "r: 2.0; must be a whole number"),
+        (lambda: match_tokens(X, True), "r: True; must be a whole number"),
+        (lambda: match_tokens(X, 0, kind="nearest"), "kind: 'nearest' is not one of similarity, random, adjacent"),
         (lambda: match_tokens(X, 2, protected=[True, False]), "protected: position True; must be in 0..8"),
         (lambda: match_tokens(X, 2, protected=[0.5]), r"protected: position 0\.5; must be"),
         (lambda: match_tokens(X, 2, protected=0), "protected: 0; must be a list of positions"),

@@ -50,6 +50,7 @@ def test_first_and_last_layer_narrow_every_strategy():
         ({"strategy": "all", "depth": 4}, "exactly one of the two"),
         ({"strategy": "all", "depth": 4, "r": 1, "total": 4}, "exactly one of the two"),
         ({"strategy": "all", "depth": 4, "r": -1}, "r = -1; must be 0 or more"),
+        ({"strategy": "all", "depth": 4, "r": True}, "r: True; must be a whole number"),
         ({"strategy": "none", "depth": 4, "r": 2}, "removes no tokens"),
         ({"strategy": "upper", "depth": 4, "r": 2, "first_layer": 5}, "first_layer = 5; must be in 1..4"),
         ({"strategy": "all", "depth": 4, "r": 2, "first_layer": 3, "last_layer": 2}, "no layer to fuse in among 3..2"),
@@ -74,6 +75,8 @@ def test_an_r_that_is_too_large_names_layer_t_and_r():
     with pytest.raises(InputError, match=r"layer 1: r = 1 of t = 3 tokens; allowed: 0\.\.0"):
         token_counts([1], 3)
     assert token_counts([1], 3, protected=0) == [3, 2]
+    with pytest.raises(InputError, match="layer 1: r = True; must be a whole number"):
+        token_counts([True], 10)
 
 
 def test_the_parameters_give_a_schedule_outright_or_by_budget():

@@ -115,6 +115,8 @@ def test_released_weights_are_found_on_the_hub_by_the_name_of_repository_and_fil
     assert message.endswith("give hustvl/tiny/<file>")
     assert torch.equal(load_vim("hustvl/tiny/ft.safetensors", trained_at=8).head.weight, expected)
     assert "nowhere/x: no such file or folder" in refusal(lambda: load_vim("nowhere/x"))
+    model.push_to_hub("someone/ours")
+    assert refusal(lambda: load_vim("someone/ours")).endswith("take VisionMamba.from_pretrained")
 
 
 def test_without_huggingface_hub_the_error_says_what_to_install(model, tmp_path, monkeypatch):

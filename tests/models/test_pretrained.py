@@ -188,10 +188,28 @@ def test_a_broken_file_is_refused(tmp_path):
         assert refusal(lambda: load_vim(path)).startswith(f"{path}: not a whole torch file")
     assert refusal(lambda: load_vim(tmp_path / "none.pth")) == f"{tmp_path / 'none.pth'}: no such file"
     assert refusal(lambda: load_vim(tmp_path / "no.safetensors")) == f"{tmp_path / 'no.safetensors'}: no such file"
-    assert "is a folder; VisionMamba.from_pretrained reads" in refusal(lambda: load_vim(tmp_path))
     path = run_file(tmp_path / "model.safetensors", drawn(schedule=[0, 2, 2]))
     assert refusal(lambda: load_vim(path)).endswith("take famba.load_model")
-    assert load_model(str(path))[0].schedule == [0, 2, 2]
+    model, _ = load_model(str(path))
+    assert (model.schedule, model.training) == ([0, 2, 2], False)
+
+
+def test_a_folder_is_refused_before_the_hub_is_asked_for_its_name(tmp_path, monkeypatch):
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert refusal(lambda: load_vim("owner/name")).startswith("owner/name: is a folder; VisionMamba.from_pretrained")
+
+
+def test_weights_of_save_pretrained_are_not_taken_for_released_ones(tmp_path):
+    """They have the same form; but the shapes do not tell their scan, nor what their images were normalised by."""
+    drawn(average_directions=False).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    assert refusal(lambda: load_vim(path)).endswith("take VisionMamba.from_pretrained")
+    model = drawn(1, average_directions=False)
+    assert refusal(lambda: take_weights(model, path)).endswith("must be a run's model.safetensors")
+    (tmp_path / "config.json").write_text('{"architectures": ["vim"]}')  # of another library
+    take_weights(model, path)
+    assert same(model, drawn(average_directions=False))
 
 
 def test_a_size_that_the_weights_cannot_have_been_trained_at_is_refused(tmp_path):
