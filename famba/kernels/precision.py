@@ -45,12 +45,15 @@ def configure() -> None:
 
 @contextlib.contextmanager
 def settings_restored() -> Iterator[None]:
-    """Afterwards torch has the settings of `configure` and the number of threads that it had before."""
+    """Afterwards torch has the settings of `configure`, the threads and the current GPU that it had before."""
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
     threads, flushes = torch.get_num_threads(), (torch.tensor(2e-38) / 4).item() == 0  # torch does not tell
     before = [(part, key, getattr(part, key)) for part, key, _ in _TF32]
     try:
         yield
     finally:
+        if torch.cuda.is_initialized():
+            torch.cuda.set_device(gpu)
         torch.set_num_threads(threads)
         torch.set_flush_denormal(flushes)
         for part, key, value in before:

@@ -84,6 +84,17 @@ def test_under_autocast_the_scans_states_are_float32_however_long_the_sequence(b
     assert out[0, 0, -1].item() == pytest.approx(8, rel=0.01)
 
 
+@pytest.mark.parametrize("before", [0, 1])
+def test_the_current_gpu_is_afterwards_the_one_before(before, monkeypatch):
+    current = [before]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    with precision.settings_restored():
+        torch.cuda.set_device(2)
+    assert torch.cuda.current_device() == before
+
+
 @pytest.mark.parametrize(("given", "found"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
 def test_idle_threads_wait_passively_unless_the_user_sets_it(given, found):
     environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
