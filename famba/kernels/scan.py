@@ -11,7 +11,7 @@ Sources: Gu and Dao 2023, arXiv:2312.00752, algorithm 2 and section 3.3 (states 
 order and layouts are those of mamba-ssm's `selective_scan_fn`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -87,8 +87,10 @@ def backends() -> dict[str, str]:
 # Tokens per chunk: one state is kept for each chunk and the others are recomputed in backward. Few tokens keep the
 # recomputed states small, many keep the kept ones few.
 _CHUNK = 16
-# Numbers in one (tokens, batch, n, e) array of a chunk. Four such arrays are alive at once, and should fit in cache.
-_BLOCK = 1 << 19
+# Numbers in one (tokens, batch, n, e) array of a chunk; about five are alive at once. On a CPU they should fit in its
+# cache. Elsewhere each operation is a launch, which takes longer than a block of that size: there an array may have
+# 256 MiB in float32, so that a batch of 128 is one block in all sizes of Vim, and a larger batch takes no more memory.
+_BLOCK, _LAUNCHED_BLOCK = 1 << 19, 1 << 26
 
 
 def _chunked_scan(*arguments: Any) -> Tensor:
@@ -108,9 +110,9 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, softplus: bool, reverse: bool,
     At = A.to(dtype).t().contiguous()
     starts = _starts(u, A, dtype, keep)
     y = u.new_empty(b, t, e, dtype=dtype).transpose(0, 1)  # channels last in memory, as the model's are
-    for rows in _blocks(b, _rows(e, n)):
+    for rows in _slices(b, _rows(e, n, u.device)):
         state = y.new_zeros(rows.stop - rows.start, n, e)
-        for chunk in _chunks(t, reverse):
+        for chunk in _slices(t, _CHUNK, reverse):
             if keep:
                 starts[chunk.start // _CHUNK, rows] = state
             x, dt, Bc, Cc = _block(u, delta, B, C, delta_bias, softplus, rows, chunk, dtype)
@@ -133,19 +135,15 @@ def _starts(u: Tensor, A: Tensor, dtype: torch.dtype, keep: bool) -> Tensor:
 
 def _fake_forward(u, delta, A, B, C, D, z, delta_bias, softplus, reverse, keep):
     dtype = state_dtype(u, delta, A, B, C, D, z, delta_bias)
-    y = _channels_last(u).to(dtype) if keep and z is not None else u.new_empty(0, dtype=dtype)
-    return _channels_last(u), y, _starts(u, A, dtype, keep)
+    y = gpu.channels_last(u).to(dtype) if keep and z is not None else u.new_empty(0, dtype=dtype)
+    return gpu.channels_last(u), y, _starts(u, A, dtype, keep)
 
 
 def _fake_backward(grad, u, delta, A, B, C, D, z, delta_bias, y, starts, softplus, reverse):
     return tuple(
-        u.new_empty(0) if x is None else _channels_last(x) if x.ndim == 3 else x.new_empty(x.shape)
+        u.new_empty(0) if x is None else gpu.channels_last(x) if x.ndim == 3 else x.new_empty(x.shape)
         for x in (u, delta, A, B, C, D, z, delta_bias)
     )
-
-
-def _channels_last(like: Tensor) -> Tensor:
-    return torch.empty_like(like.mT, memory_format=torch.contiguous_format).mT
 
 
 def _backward(grad, u, delta, A, B, C, D, z, delta_bias, y, starts, softplus: bool, reverse: bool):
@@ -163,9 +161,9 @@ def _backward(grad, u, delta, A, B, C, D, z, delta_bias, y, starts, softplus: bo
     grad_u, grad_dt = (grad_y.new_empty(b, t, e).transpose(0, 1) for _ in range(2))
     grad_B, grad_C = (grad_y.new_empty(b, t, n).transpose(0, 1) for _ in range(2))
     grad_A = torch.zeros_like(At)
-    for rows in _blocks(b, _rows(e, n)):
+    for rows in _slices(b, _rows(e, n, u.device)):
         grad_h_next = At.new_zeros(rows.stop - rows.start, n, e)  # of a chunk's last state, from the tokens after it
-        for chunk in _chunks(t, not reverse):
+        for chunk in _slices(t, _CHUNK, not reverse):
             h0 = starts[chunk.start // _CHUNK, rows]
             x, dt, Bc, Cc = _block(u, delta, B, C, delta_bias, softplus, rows, chunk, dtype)
             dtu = dt * x
@@ -255,18 +253,14 @@ def _states(x, dt, At, Bc, h0, reverse: bool) -> tuple[Tensor, Tensor]:
     return decay, states
 
 
-def _chunks(t: int, reverse: bool) -> Iterator[slice]:
-    for i in token_order(-(-t // _CHUNK), reverse):
-        yield slice(i * _CHUNK, min((i + 1) * _CHUNK, t))
+def _slices(count: int, size: int, reverse: bool = False) -> list[slice]:
+    found = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+    return found[::-1] if reverse else found
 
 
-def _blocks(b: int, rows: int) -> Iterator[slice]:
-    for i in range(0, b, rows):
-        yield slice(i, min(i + rows, b))
-
-
-def _rows(e: int, n: int) -> int:
-    return max(1, _BLOCK // (_CHUNK * e * n))
+def _rows(e: int, n: int, device: torch.device) -> int:
+    """Sequences of a block."""
+    return max(1, (_BLOCK if device.type == "cpu" else _LAUNCHED_BLOCK) // (_CHUNK * e * n))
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,8 @@ def analyse(
 
     Args:
         batch: images; FLOPs and activation bytes are for all of them together.
-        backend: of the scan: `torch`, `native` or `triton`. It decides what is kept for backward, nothing else here.
+        backend: of the scan: `torch` on a CPU, `native` or `triton`. It decides what backward keeps and needs, nothing
+            else here.
         precision: `fp32`, or `bf16` as autocast has it: products and convolutions in bfloat16, with copies of their
             weights; norms, the residual stream, the scan's states, weights, gradients and moments in float32.
     """
@@ -181,7 +182,8 @@ class _ScanMemory(NamedTuple):
 
 def _torch_transient(w: _Width, t: int) -> int:
     gradients = w.b * t * (2 * w.e + 2 * w.n)
-    rows, first = min(w.b, scan._rows(w.e, w.n)), min(t, scan._CHUNK)
+    rows = min(w.b, scan._rows(w.e, w.n, torch.device("cpu")))  # other devices have larger blocks
+    first = min(t, scan._CHUNK)
     following = min(t - first, first) if t > first or rows == w.b else first
     # decay, states and their gradient of one block, and the next one's decay and states when they are made
     blocks = rows * w.e * (first * (3 * w.n + 6) + following * (2 * w.n + 2))

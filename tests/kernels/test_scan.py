@@ -9,6 +9,8 @@ from agreement import NAMES, STEPS, assert_scan_agrees, draw_scan
 from goldens import golden_json, golden_tensors
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from famba.errors import InputError
 from famba.kernels import scan
@@ -69,6 +71,37 @@ def test_chunks_agree_with_the_reference_at_any_shape(b, e, t, n, reverse, optio
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scan, "_BLOCK", block)
         assert_scan_agrees(tensors, 1e-10, backend="torch", reverse=reverse)
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations, views apart; `largest` has the most numbers of those of a block's (tokens, b, n, e) arrays."""
+
+    count = largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.count += not func.is_view
+        self.largest = max([self.largest, *(x.numel() for x in tree_leaves(out) if x.ndim == 4)])
+        return out
+
+
+@pytest.mark.parametrize("e", [384, 1536])
+def test_on_other_devices_than_a_cpu_a_training_batch_takes_few_launches(e):
+    b, t, n = 128, 197, 16
+    sizes = ((b, e, t), (b, e, t), (e, n), (b, n, t), (b, n, t), (e,), (b, e, t), (e,))
+    tensors = [torch.empty(size, device="meta") for size in sizes]
+    with Operations() as operations:
+        out, *kept = scan._forward(*tensors, True, False, True)
+        scan._backward(out, *tensors, *kept, True, True)
+    assert operations.count < 7 * t
+
+
+def test_the_memory_that_a_scan_takes_for_a_block_is_bounded_on_every_device():
+    b, e, t, n = 2048, 384, 20, 16
+    tensors = [torch.empty(size, device="meta") for size in ((b, e, t), (b, e, t), (e, n), (b, n, t), (b, n, t))]
+    with Operations() as operations:
+        scan._forward(*tensors, None, None, None, True, False, False)
+    assert 2**25 < operations.largest <= 2**26
 
 
 @pytest.mark.parametrize(("t", "scale"), STEPS)
