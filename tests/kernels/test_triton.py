@@ -16,6 +16,7 @@ import pytest
 import torch
 from agreement import draw_scan, draw_sides, leaves
 from checkout import ROOT
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from famba import FusionOptions, create_model
 from famba.fusion import matching, merge
@@ -213,12 +214,20 @@ def test_what_is_kept_for_backward_may_come_back_in_another_layout(device):
 
 
 @pytest.mark.skipif(runtime.triton is None, reason="triton is missing")
-def test_a_gpu_too_old_for_triton_is_left_to_torch(monkeypatch):
+@pytest.mark.parametrize(("capabilities", "usable"), [([(6, 1), (7, 5)], [1]), ([(9, 0), (6, 1)], [0]), ([(6, 1)], [])])
+def test_a_gpu_too_old_for_triton_is_left_to_torch_whichever_device_is_the_current_one(
+    capabilities, usable, monkeypatch
+):
+    with FakeTensorMode():
+        tensors = [torch.empty(2, device=f"cuda:{i}") for i in range(len(capabilities))]
     monkeypatch.setattr(runtime, "INTERPRETED", False)
+    monkeypatch.setattr(runtime, "DEVICE", "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for capability, said in {(6, 1): "compute capability 6.1; Triton needs 7.0 or higher", (7, 5): ""}.items():
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
-        assert runtime.unavailable() == said
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(runtime, "_capability", capabilities.__getitem__)
+    too_old = "compute capability 6.1; Triton needs 7.0 or higher"
+    assert runtime.unavailable() == ("" if usable else too_old)
+    assert [runtime.unsuited(None, x) for x in tensors] == ["" if i in usable else too_old for i in range(len(tensors))]
 
 
 @on_each_device

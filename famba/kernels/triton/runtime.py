@@ -5,6 +5,7 @@ tensors, slowly: so they are tested where there is no GPU.
 """
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -48,14 +49,28 @@ def unavailable() -> str:
         return ""
     if not torch.cuda.is_available():
         return "no CUDA device; TRITON_INTERPRET=1 runs the kernels on a CPU, for tests"
-    if (found := torch.cuda.get_device_capability()) < _LEAST_CAPABILITY:
-        return "compute capability {}.{}; Triton needs {}.{} or higher".format(*found, *_LEAST_CAPABILITY)
-    return ""
+    return _too_old(*range(torch.cuda.device_count()))
 
 
 def unsuited(*tensors: Tensor | None, allowed: tuple[torch.dtype, ...] = DTYPES) -> str:
     """Why the kernels cannot run on tensors of such a device and type ("": they can)."""
-    return dispatch.unsuited(DEVICE, allowed, *tensors)
+    if (reason := dispatch.unsuited(DEVICE, allowed, *tensors)) or INTERPRETED:
+        return reason
+    return _too_old(*{x.device.index for x in tensors if x is not None})
+
+
+@dispatch.constant
+def _too_old(*devices: int) -> str:
+    """Why Triton can compile for none of these CUDA devices ("": it can)."""
+    newest = max(map(_capability, devices))
+    if newest < _LEAST_CAPABILITY:
+        return "compute capability {}.{}; Triton needs {}.{} or higher".format(*newest, *_LEAST_CAPABILITY)
+    return ""
+
+
+@functools.cache  # it is asked for at every choice of a kernel
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
