@@ -231,8 +231,7 @@ def _stem(w: _Width, config: Mapping[str, Any], patches: int, tokens: int) -> Pa
 
 
 def _layer(w: _Width, t: int, s: int, options: FusionOptions, scans: _ScanMemory, *, average: bool) -> Part:
-    late = options.position == "after_scan"
-    m = t if late else s  # tokens that are scanned
+    m = t if options.position == "after_scan" else s  # tokens that are scanned
     flops = _select_flops(w, m) + _project_flops(w, m) + 2 * w.b * s * w.e * w.d
     if s < t and options.matching == "similarity":
         compared = {"normed": w.d, "residual": w.d, "delta": 2 * w.e, "B": 2 * w.n, "C": 2 * w.n}[options.feature]
@@ -252,7 +251,7 @@ def _layer(w: _Width, t: int, s: int, options: FusionOptions, scans: _ScanMemory
             + 2 * w.e * (_CONV + 1 + w.selected + w.rank + 1 + w.n + 1)  # conv1d, x_proj, dt_proj, A_log, D
         ),
         largest_weight_bytes=_FLOAT * w.e * max(2 * w.d, w.selected),
-        activation_bytes=sum(_kept(w, t, s, m, scans, late=late).values()),
+        activation_bytes=sum(_kept(w, t, s, m, scans).values()),
         transient_bytes=_FLOAT * 2 * w.b * s * w.d + _mixer_transient(w, m, scans, average=average),
     )
 
@@ -280,7 +279,7 @@ def _project_flops(w: _Width, t: int) -> int:
     return 2 * w.b * t * 2 * w.rank * w.e
 
 
-def _kept(w: _Width, t: int, s: int, m: int, scans: _ScanMemory, *, late: bool) -> dict[str, int]:
+def _kept(w: _Width, t: int, s: int, m: int, scans: _ScanMemory) -> dict[str, int]:
     """Bytes that one layer keeps for backward, by what keeps them."""
     wide, selected = w.product * w.b * m * w.e, w.product * w.b * m * w.selected
     padded = wide + w.product * w.b * (_CONV - 1) * w.e

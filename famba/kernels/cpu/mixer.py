@@ -152,7 +152,7 @@ def _convs_backward(grad: Tensor, xz: Tensor, parameters: list[Tensor], grad_xz:
     return tuple(g.to(x.dtype) for g, x in zip(grads, parameters, strict=True))
 
 
-def _scan_jobs(xz: Tensor, u: Tensor, x_dbl: Tensor, states: Tensor, parameters: list[Tensor], scale: float):
+def _scan_jobs(u: Tensor, x_dbl: Tensor, states: Tensor, parameters: list[Tensor], scale: float):
     _, b, t, e = u.shape
     n, m = parameters[0].shape[1], parameters[3].shape[1]
     keep = states.numel() > 0
@@ -171,7 +171,7 @@ def _scans(xz: Tensor, u: Tensor, x_dbl: Tensor, parameters: list[Tensor], scale
     out, y, states = _scans_fake(xz, u, x_dbl, parameters, scale, keep)
     first = torch.empty_like(out)
     kept = [float32(x) for x in parameters]
-    jobs = _scan_jobs(xz, u, x_dbl, states, kept, scale)
+    jobs = _scan_jobs(u, x_dbl, states, kept, scale)
     jobs[0].out = jobs[1].other = _view(first)
     jobs[1].out, jobs[1].z = _view(out), _view(xz, channel=u.shape[-1])
     if keep:
@@ -192,7 +192,7 @@ def _scans_backward(grad, xz, u, x_dbl, y, states, parameters: list[Tensor], sca
     m = parameters[3].shape[1]
     grads = [torch.empty_like(x, dtype=torch.float32) for x in parameters]
     kept = [float32(x) for x in parameters]
-    jobs = _scan_jobs(xz, u, x_dbl, states, kept, scale)
+    jobs = _scan_jobs(u, x_dbl, states, kept, scale)
     z, grad_out = _view(xz, channel=e), _view(grad)
     for i, job in enumerate(jobs):
         job.z, job.grad_out = z, grad_out
