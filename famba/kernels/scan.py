@@ -81,7 +81,7 @@ def selective_scan(
 
 def backends() -> dict[str, str]:
     """Every backend by name, slowest first: "" if it can run here, else the reason and what to install."""
-    return {name: backend.unavailable() for name, backend in _BACKENDS.items()}
+    return {name: _BACKENDS[name].unavailable() for name in dispatch.NAMES}
 
 
 # Tokens per chunk: one state is kept for each chunk and the others are recomputed in backward. Few tokens keep the
@@ -275,7 +275,7 @@ class _Backend(dispatch.Backend):
     run_mixer: Callable[..., Tensor] | None = None
 
 
-# Slowest first. A new backend is one more entry, and a name in famba.kernels.dispatch.
+# A new backend is one more entry, and a name in famba.kernels.dispatch.
 _BACKENDS: dict[str, _Backend] = {
     "reference": _Backend(selective_scan_ref),
     "torch": _Backend(_chunked_scan),

@@ -13,13 +13,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from famba.errors import InputError
-from famba.kernels import scan
+from famba.kernels import dispatch, scan
 from famba.kernels.cpu import build
-from famba.kernels.scan import selective_scan
+from famba.kernels.scan import backends, selective_scan
 from famba.profiling import memory
 
 CASES = golden_json("components")["scan"]
 FAST = ["torch"] if build.unavailable() else ["torch", "native"]
+
+
+def test_the_backends_are_those_that_have_a_name():
+    assert list(backends()) == list(dispatch.NAMES)
+    assert set(scan._BACKENDS) == set(dispatch.NAMES)
 
 
 @pytest.mark.parametrize("backend", ["reference", *FAST])
