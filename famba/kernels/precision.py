@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._pytree import tree_leaves
 
 _log = logging.getLogger(__name__)
 # Where torch rounds products to TF32, and the value with which it does not. It raises where old and new keys are mixed.
@@ -106,7 +107,8 @@ def first_not_finite(model: nn.Module, images: Float[Tensor, "b 3 h w"]) -> str:
     names = {module: name for name, module in model.named_modules() if name}
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        if not found and module in names and not all(map(_finite, _tensors(output))):
+        tensors = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+        if not found and module in names and not all(map(_finite, tensors)):
             found.append(names[module])
 
     handle = register_module_forward_hook(hook)
@@ -133,11 +135,3 @@ def _place(name: str) -> str:
 
 def _finite(x: Tensor) -> bool:
     return bool(x.isfinite().all())
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, tuple | list):
-        for part in output:
-            yield from _tensors(part)
