@@ -164,6 +164,25 @@ def norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tupl
     return F.rms_norm(total, weight.shape, weight.to(total.dtype), eps), total
 
 
+def norm_gradients(
+    ctx: Any, kernel: Callable[..., Sequence[Tensor]], grad: Tensor | None, grad_total: Tensor | None
+) -> list[Tensor | None]:
+    """Gradients of the sum that `norm` divides, and of its weight.
+
+    Args:
+        ctx: has saved the sum, what each row is multiplied by, and the weight; and `eps`.
+        kernel: takes both gradients and what was saved; it runs unless its result is to be differentiated.
+    """
+    total, scale, weight = ctx.saved_tensors
+    return gradients(
+        lambda: kernel(grad, grad_total, total, scale, weight),
+        lambda total, weight: norm(total, None, weight, ctx.eps),
+        (total, weight),
+        grad,
+        grad_total,
+    )
+
+
 def fuse(x: Float[Tensor, "b t d"], destination: Int[Tensor, "b t"], weight: Float[Tensor, "b t"], s: int) -> Tensor:
     """Weighted sums of the tokens that share a destination: `famba.fusion.merge.apply`, (b, s, d)."""
     weighted = x * weight.detach().to(x.dtype)[..., None]
@@ -171,15 +190,21 @@ def fuse(x: Float[Tensor, "b t d"], destination: Int[Tensor, "b t"], weight: Flo
     return x.new_zeros(x.shape[0], s, x.shape[2]).scatter_add(1, destination[..., None].expand_as(x), weighted)
 
 
-def fuse_backward(
-    grad: Tensor | None, other: Tensor | None, destination: Tensor, weight: Tensor
+def fuse_gradients(
+    ctx: Any, kernel: Callable[..., Sequence[Tensor]], grad: Tensor | None, other: Tensor | None
 ) -> list[Tensor | None]:
-    """Gradients of the tokens of two `fuse`s: a row of the result's for each token."""
+    """Gradients of the tokens of two `fuse`s, or of one unless `ctx.two`: a row of the result's for each token.
 
-    def rows(grad: Float[Tensor, "b s d"]) -> Float[Tensor, "b t d"]:
-        return grad.gather(1, destination[..., None].expand(-1, -1, grad.shape[2])) * weight.to(grad.dtype)[..., None]
-
-    return [None if x is None else rows(x) for x in (grad, other)]
+    Args:
+        ctx: has saved destination and weight.
+        kernel: takes both gradients and what was saved; it runs unless its result is to be differentiated.
+    """
+    destination, weight = ctx.saved_tensors
+    grads = grad, other if ctx.two else None
+    if not is_differentiated():
+        return [None if x is None else row for x, row in zip(grads, kernel(*grads, destination, weight), strict=True)]
+    place, share = destination[..., None], weight[..., None]
+    return [x if x is None else x.gather(1, place.expand(-1, -1, x.shape[2])) * share.to(x.dtype) for x in grads]
 
 
 def token_order(t: int, reverse: bool) -> range:

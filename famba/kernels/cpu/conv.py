@@ -13,7 +13,6 @@ from famba.kernels.reference import register, register_gradient
 
 MOST_TAPS = 8
 
-
 Conv = runtime.structure("Conv")
 
 
@@ -21,9 +20,7 @@ def unsuited(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     """The reason why the kernel cannot run on these tensors ("": it can)."""
     if reason := runtime.unsuited(x, weight, bias):
         return reason
-    if weight.shape[1] > MOST_TAPS:
-        return f"it runs with at most {MOST_TAPS} taps, got {weight.shape[1]}"
-    return ""
+    return "" if weight.shape[1] <= MOST_TAPS else f"it runs with at most {MOST_TAPS} taps, got {weight.shape[1]}"
 
 
 def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:

@@ -4,8 +4,6 @@ Axes: b batch, t tokens, r pairs, s = t - r tokens left, d width. Tokens are flo
 float32. Absent tensors have no elements in an operator's result.
 """
 
-import ctypes
-
 import torch
 from torch import Tensor
 
@@ -51,10 +49,7 @@ class _Fuse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, other):  # pyright: ignore[reportIncompatibleMethodOverride]
-        grads = grad, other if ctx.two else None
-        backward = reference.fuse_backward if reference.is_differentiated() else torch.ops.famba.fuse_backward
-        found = backward(*grads, *ctx.saved_tensors)
-        return *(None if grad is None else x for grad, x in zip(grads, found, strict=True)), None, None, None
+        return *reference.fuse_gradients(ctx, torch.ops.famba.fuse_backward, grad, other), None, None, None
 
 
 def plan_fake(source, target, size, in_order, by_size):
@@ -64,11 +59,9 @@ def plan_fake(source, target, size, in_order, by_size):
 
 def _plan(source: Tensor, target: Tensor, size: Tensor, in_order: bool, by_size: bool) -> tuple[Tensor, ...]:
     made = plan_fake(source, target, size, in_order, by_size)
-    given, refused = [x.contiguous() for x in (source, target, size)], ctypes.c_int64()
+    given = [x.contiguous() for x in (source, target, size)]
     pointers = [x.data_ptr() for x in (*given, *made)]
-    job = Plan(*size.shape, source.shape[1], in_order, by_size, *pointers, ctypes.addressof(refused))
-    runtime.call("famba_plan", job)
-    if refused.value:
+    if runtime.refuses("famba_plan", Plan, *size.shape, source.shape[1], in_order, by_size, *pointers):
         end = size.shape[1] - 1
         raise InputError(
             f"matching: a source or target is outside 0..{end}, or a source comes up twice or as a target; "
@@ -77,7 +70,7 @@ def _plan(source: Tensor, target: Tensor, size: Tensor, in_order: bool, by_size:
     return made
 
 
-def _fuse_fake(x, other, destination, weight, s):
+def fuse_fake(x, other, destination, weight, s):
     b, _, d = x.shape
     return x.new_empty(b, s, d), x.new_empty(0) if other is None else other.new_empty(b, s, other.shape[2])
 
@@ -87,7 +80,7 @@ def fuse_backward_fake(grad, other, destination, weight):
 
 
 def _fuse(x: Tensor, other: Tensor | None, destination: Tensor, weight: Tensor, s: int) -> tuple[Tensor, Tensor]:
-    made = _fuse_fake(x, other, destination, weight, s)
+    made = fuse_fake(x, other, destination, weight, s)
     _run("famba_fuse_forward", (x, other), made, destination, weight, s)
     return made
 
@@ -101,15 +94,13 @@ def _fuse_backward(grad: Tensor | None, other: Tensor | None, destination: Tenso
 
 def _run(name: str, given, made: tuple[Tensor, ...], destination: Tensor, weight: Tensor, s: int) -> None:
     given = [x if x is None else x.contiguous() for x in given]
-    destination, weight, refused = destination.contiguous(), weight.contiguous(), ctypes.c_int64()
-    job = Fuse(
-        *weight.shape, s, tuple(x.shape[-1] for x in made),
+    destination, weight = destination.contiguous(), weight.contiguous()
+    if runtime.refuses(
+        name, Fuse, *weight.shape, s, tuple(x.shape[-1] for x in made),
         tuple(0 if x is None else runtime.DTYPES.index(x.dtype) for x in given),
         tuple(map(runtime.pointer, given)), tuple(x.data_ptr() for x in made),
-        destination.data_ptr(), weight.data_ptr(), ctypes.addressof(refused),
-    )  # fmt: skip
-    runtime.call(name, job)
-    if refused.value:
+        destination.data_ptr(), weight.data_ptr(),
+    ):  # fmt: skip
         raise InputError(f"destination: not all places are in 0..{s - 1}")
 
 
@@ -119,7 +110,7 @@ register(
 )  # fmt: skip
 register(
     "fuse(Tensor x, Tensor? other, Tensor destination, Tensor weight, SymInt s) -> (Tensor, Tensor)",
-    _fuse, _fuse_fake, "CPU",
+    _fuse, fuse_fake, "CPU",
 )  # fmt: skip
 register(
     "fuse_backward(Tensor? grad, Tensor? other, Tensor destination, Tensor weight) -> (Tensor, Tensor)",

@@ -3,8 +3,6 @@
 Axes: b batch, t tokens, c numbers compared, r pairs.
 """
 
-import ctypes
-
 import torch
 from torch import Tensor
 
@@ -37,16 +35,13 @@ def match_fake(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Tenso
 
 
 def _match(feature: Tensor, protected: Tensor | None, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    found = source, target, similarity = match_fake(feature, protected, r)
-    feature, refused = feature.contiguous(), ctypes.c_int64()
+    found = match_fake(feature, protected, r)
+    feature = feature.contiguous()
     protected = None if protected is None else protected.contiguous()
-    job = Match(
-        *feature.shape, r, 0 if protected is None else protected.shape[1], feature.data_ptr(),
-        runtime.pointer(protected), source.data_ptr(), target.data_ptr(),
-        similarity.data_ptr(), ctypes.addressof(refused),
-    )  # fmt: skip
-    runtime.call("famba_match", job)
-    if refused.value:
+    if runtime.refuses(
+        "famba_match", Match, *feature.shape, r, 0 if protected is None else protected.shape[1],
+        *map(runtime.pointer, (feature, protected, *found)),
+    ):  # fmt: skip
         raise InputError(f"protected: not all positions are in 0..{feature.shape[1] - 1}, or not {r} pairs are left")
     return found
 

@@ -44,14 +44,8 @@ class _AddNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out, grad_sum, _):  # pyright: ignore[reportIncompatibleMethodOverride]
-        total, scale, weight = ctx.saved_tensors
         grads = grad_out, grad_sum if ctx.added else None
-        grad_x, grad_weight = reference.gradients(
-            lambda: torch.ops.famba.norm_backward(*grads, total, scale, weight),
-            lambda total, weight: reference.norm(total, None, weight, ctx.eps),
-            (total, weight),
-            *grads,
-        )
+        grad_x, grad_weight = reference.norm_gradients(ctx, torch.ops.famba.norm_backward, *grads)
         return grad_x, grad_x if ctx.added else None, grad_weight, None
 
 
@@ -73,7 +67,7 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float):
 
 
 def _norm_backward(grad_out: Tensor | None, grad_sum: Tensor | None, x: Tensor, scale: Tensor, weight: Tensor):
-    grad_x, grad_weight = _norm_backward_fake(grad_out, grad_sum, x, scale, weight)
+    grad_x, grad_weight = norm_backward_fake(grad_out, grad_sum, x, scale, weight)
     x, weight = x.contiguous(), weight.contiguous()
     grad_out, grad_sum = (g if g is None else g.contiguous() for g in (grad_out, grad_sum))
     job = Norm(
@@ -85,7 +79,7 @@ def _norm_backward(grad_out: Tensor | None, grad_sum: Tensor | None, x: Tensor, 
     return grad_x, grad_weight
 
 
-def _norm_backward_fake(grad_out, grad_sum, x, scale, weight):
+def norm_backward_fake(grad_out, grad_sum, x, scale, weight):
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
@@ -94,5 +88,5 @@ register(
 )
 register(
     "norm_backward(Tensor? grad_out, Tensor? grad_sum, Tensor x, Tensor scale, Tensor weight) -> (Tensor, Tensor)",
-    _norm_backward, _norm_backward_fake, "CPU",
+    _norm_backward, norm_backward_fake, "CPU",
 )  # fmt: skip

@@ -83,6 +83,13 @@ def call(name: str, job: ctypes.Structure | ctypes.Array) -> None:
         raise MemoryError(f"no room for scratch memory in {name}")
 
 
+def refuses(name: str, structure: Any, *fields: Any) -> bool:
+    """Run a job whose last field is the flag `refused`, and tell whether it was set; errors are those of `call`."""
+    refused = ctypes.c_int64()
+    call(name, structure(*fields, ctypes.addressof(refused)))
+    return bool(refused.value)
+
+
 @functools.cache
 def _parallel() -> ctypes.c_void_p:
     """The entry point of the OpenMP runtime that torch runs on, or null: then the library starts threads of its own.

@@ -19,7 +19,6 @@ _CHUNK = 16  # tokens between kept states, and _PAD channels: scan.cpp's CHUNK a
 _PAD = 16
 MOST_STATES = 64
 
-
 Scan = runtime.structure("Scan")
 
 
@@ -33,9 +32,9 @@ def unsuited(u, delta, A, B, C, D, z, delta_bias) -> str:
     """The reason why it cannot run on these tensors ("": it can)."""
     if reason := runtime.unsuited(u, delta, A, B, C, D, z, delta_bias):
         return reason
-    if A.shape[1] > MOST_STATES:
-        return f"it runs with at most {MOST_STATES} states per channel, got {A.shape[1]}"
-    return ""
+    return (
+        "" if A.shape[1] <= MOST_STATES else f"it runs with at most {MOST_STATES} states per channel, got {A.shape[1]}"
+    )
 
 
 def selective_scan(*arguments: Any) -> Tensor:
@@ -46,11 +45,6 @@ def selective_scan(*arguments: Any) -> Tensor:
 _INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
 
 
-def _outputs(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    b, e, t = u.shape
-    return like(u), kept_states(u, b, e=e, t=t, n=A.shape[1]) if keep else u.new_empty(0, dtype=torch.float32)
-
-
 def kept_states(
     x: Tensor, *leading: int | torch.SymInt, e: int | torch.SymInt, t: int | torch.SymInt, n: int | torch.SymInt
 ) -> Tensor:
@@ -58,14 +52,6 @@ def kept_states(
     # Channels that only fill up a vector may not be written: zeros, so that equal inputs give equal outputs.
     make = x.new_zeros if e % _PAD else x.new_empty
     return make((*leading, (t - 1) // _CHUNK, -(-e // _PAD) * _PAD, n), dtype=torch.float32)
-
-
-def _gradients(u, delta, A, B, C, D, z, delta_bias) -> tuple[Tensor, ...]:
-    """Empty gradients in the order of the inputs; without elements for absent ones."""
-    tokens = [None if x is None else like(x) for x in (u, delta, B, C, z)]
-    channels = [None if x is None else x.new_empty(x.shape, dtype=torch.float32) for x in (A, D, delta_bias)]
-    ordered = (*tokens[:2], channels[0], *tokens[2:4], channels[1], tokens[4], channels[2])
-    return tuple(u.new_empty(0) if x is None else x for x in ordered)
 
 
 def _job(u, delta, A, B, C, D, z, delta_bias, softplus: bool, reverse: bool, states: Tensor, **views: Tensor | None):
@@ -79,37 +65,39 @@ def _job(u, delta, A, B, C, D, z, delta_bias, softplus: bool, reverse: bool, sta
 
 
 def _scan(u, delta, A, B, C, D, z, delta_bias, softplus: bool, reverse: bool, keep: bool):
-    out, states = _outputs(u, A, keep)
+    out, states = _scan_fake(u, delta, A, B, C, D, z, delta_bias, softplus, reverse, keep)
     A, D, delta_bias = (float32(x) for x in (A, D, delta_bias))
     runtime.call("famba_scan_forward", _job(u, delta, A, B, C, D, z, delta_bias, softplus, reverse, states, out=out))
     return out, states
 
 
 def _scan_backward(grad, u, delta, A, B, C, D, z, delta_bias, states, softplus: bool, reverse: bool):
-    gradients = _gradients(u, delta, A, B, C, D, z, delta_bias)
-    grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias = gradients
-    kinds = [None if x is None else x.dtype for x in (A, D, delta_bias)]
+    made = _scan_backward_fake(grad, u, delta, A, B, C, D, z, delta_bias, states, softplus, reverse)
+    grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias = made
+    summed = [x.new_empty(x.shape, dtype=torch.float32) for x in (grad_A, grad_D, grad_bias)]
     A, D, delta_bias = (float32(x) for x in (A, D, delta_bias))
     job = _job(
         u, delta, A, B, C, D, z, delta_bias, softplus, reverse, states, grad_out=grad, grad_u=grad_u,
         grad_delta=grad_delta, grad_B=grad_B, grad_C=grad_C, grad_z=None if z is None else grad_z,
     )  # fmt: skip
-    job.grad_A, job.grad_D, job.grad_dt_bias = map(pointer, (grad_A, grad_D, grad_bias))
+    job.grad_A, job.grad_D, job.grad_dt_bias = map(pointer, summed)
     runtime.call("famba_scan_backward", job)
     grad_A, grad_D, grad_bias = (
-        x if kind is None else x.to(kind) for x, kind in zip((grad_A, grad_D, grad_bias), kinds, strict=True)
+        found.to(x.dtype) for found, x in zip(summed, (grad_A, grad_D, grad_bias), strict=True)
     )
     return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias
 
 
 def _scan_fake(u, delta, A, B, C, D, z, delta_bias, softplus, reverse, keep):
-    return _outputs(u, A, keep)
+    b, e, t = u.shape
+    return like(u), kept_states(u, b, e=e, t=t, n=A.shape[1]) if keep else u.new_empty(0, dtype=torch.float32)
 
 
 def _scan_backward_fake(grad, u, delta, A, B, C, D, z, delta_bias, states, softplus, reverse):
-    kinds = (None, None, A, None, None, D, None, delta_bias)
-    gradients = _gradients(u, delta, A, B, C, D, z, delta_bias)
-    return tuple(x if kind is None else x.to(kind.dtype) for x, kind in zip(gradients, kinds, strict=True))
+    return tuple(
+        u.new_empty(0) if x is None else like(x) if x.ndim == 3 else x.new_empty(x.shape)
+        for x in (u, delta, A, B, C, D, z, delta_bias)
+    )
 
 
 register(f"scan({_INPUTS}, bool softplus, bool reverse, bool keep) -> (Tensor, Tensor)", _scan, _scan_fake, "CPU")

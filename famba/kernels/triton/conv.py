@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from famba.kernels import reference
+from famba.kernels.cpu.runtime import float32
 from famba.kernels.reference import register, register_gradient
 from famba.kernels.triton import runtime
 from famba.kernels.triton.runtime import jit, launch, tl
@@ -129,10 +130,6 @@ def _grid(x: Tensor) -> tuple[int, int, int, int]:
     return runtime.blocks(e, channels), runtime.blocks(t, tokens), tokens, channels
 
 
-def _float32(*parameters: Tensor | None) -> list[Tensor | None]:
-    return [None if x is None else x.detach().float().contiguous() for x in parameters]
-
-
 def _conv_fake(x, weight0, bias0, weight1, bias1, reverse):
     made = runtime.channels_last(x)
     return made, x.new_empty(0) if weight1 is None else runtime.channels_last(x)
@@ -142,9 +139,9 @@ def _conv(x, weight0, bias0, weight1, bias1, reverse):
     made = _conv_fake(x, weight0, bias0, weight1, bias1, reverse)
     (b, e, t), (blocks, spans, tokens, channels) = x.shape, _grid(x)
     launch(
-        _forward_kernel, (blocks * spans * b,), x, *_float32(weight0, bias0, weight1, bias1), *made, blocks, spans, e,
-        t, *x.stride(), BOTH=weight1 is not None, SIGN=-1 if reverse else 1, K=weight0.shape[1], T=tokens, E=channels,
-        num_warps=4,
+        _forward_kernel, (blocks * spans * b,), x, *map(float32, (weight0, bias0, weight1, bias1)), *made,
+        blocks, spans, e, t, *x.stride(),
+        BOTH=weight1 is not None, SIGN=-1 if reverse else 1, K=weight0.shape[1], T=tokens, E=channels, num_warps=4,
     )  # fmt: skip
     return made
 
@@ -156,7 +153,7 @@ def _conv_backward(grad0, grad1, x, weight0, bias0, weight1, bias1, reverse):
     to_x = runtime.channels_last(x)
     part = x.new_empty(1 + both, b * spans, k + 1, e, dtype=torch.float32)
     launch(
-        _backward_kernel, (blocks * spans * b,), x, *grads, *_float32(weight0, bias0, weight1, bias1), to_x, part,
+        _backward_kernel, (blocks * spans * b,), x, *grads, *map(float32, (weight0, bias0, weight1, bias1)), to_x, part,
         blocks, spans, b * spans, e, t, *x.stride(),
         BOTH=both, SIGN=-1 if reverse else 1, K=k, T=tokens, E=channels, num_warps=4,
     )  # fmt: skip

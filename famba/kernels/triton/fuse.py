@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from famba.kernels import reference
-from famba.kernels.cpu.fuse import fuse_backward_fake, plan_fake
+from famba.kernels.cpu.fuse import fuse_backward_fake, fuse_fake, plan_fake
 from famba.kernels.reference import register, register_backward
 from famba.kernels.triton import runtime
 from famba.kernels.triton.runtime import jit, launch, tl
@@ -184,9 +184,7 @@ def _plan(source, target, size, in_order, by_size):
 
 
 def _fuse_fake(x, other, survivors, destination, weight, source):
-    b, s = survivors.shape
-    out = x.new_empty(b, s, x.shape[2])
-    return out, x.new_empty(0) if other is None else other.new_empty(b, s, other.shape[2])
+    return fuse_fake(x, other, destination, weight, survivors.shape[1])
 
 
 def _fuse(x, other, survivors, destination, weight, source):
@@ -234,10 +232,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad, other):
-    grads = grad, other if ctx.two else None
-    backward = reference.fuse_backward if reference.is_differentiated() else torch.ops.famba.gpu_fuse_backward
-    found = backward(*grads, *ctx.saved_tensors)
-    return *(None if grad is None else x for grad, x in zip(grads, found, strict=True)), None, None, None, None
+    return *reference.fuse_gradients(ctx, torch.ops.famba.gpu_fuse_backward, grad, other), *4 * [None]
 
 
 register(

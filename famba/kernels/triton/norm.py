@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from famba.kernels import reference
+from famba.kernels.cpu.norm import norm_backward_fake
 from famba.kernels.reference import register, register_backward
 from famba.kernels.triton import runtime
 from famba.kernels.triton.runtime import jit, launch, tl
@@ -96,10 +97,6 @@ def _norm(x, residual, weight, eps):
     return out, total, scale
 
 
-def _norm_backward_fake(grad_out, grad_sum, total, scale, weight):
-    return total.new_empty(total.shape), weight.new_empty(weight.shape)
-
-
 def _norm_backward(grad_out, grad_sum, total, scale, weight):
     to_x = total.new_empty(total.shape)
     rows, d = scale.numel(), total.shape[-1]
@@ -122,14 +119,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_out, grad_sum, _):
-    total, scale, weight = ctx.saved_tensors
-    to_x, to_weight = reference.gradients(
-        lambda: torch.ops.famba.gpu_norm_backward(grad_out, grad_sum, total, scale, weight),
-        lambda total, weight: reference.norm(total, None, weight, ctx.eps),
-        (total, weight),
-        grad_out,
-        grad_sum,
-    )
+    to_x, to_weight = reference.norm_gradients(ctx, torch.ops.famba.gpu_norm_backward, grad_out, grad_sum)
     return None if to_x is None else to_x.to(ctx.dtype), to_x if ctx.added else None, to_weight, None
 
 
@@ -139,6 +129,6 @@ register(
 register(
     "gpu_norm_backward(Tensor? grad_out, Tensor? grad_sum, Tensor total, Tensor scale, Tensor weight) -> "
     "(Tensor, Tensor)",
-    _norm_backward, _norm_backward_fake,
+    _norm_backward, norm_backward_fake,
 )  # fmt: skip
 register_backward("gpu_norm", _backward, _setup_context)

@@ -42,6 +42,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from famba.kernels import reference
+from famba.kernels.cpu.runtime import float32
 from famba.kernels.reference import register, register_gradient
 from famba.kernels.triton import runtime
 from famba.kernels.triton.runtime import jit, launch, tl
@@ -432,7 +433,9 @@ def _shape(n: int, forward: bool = False) -> tuple[int, int, int, int]:
     return max(1, _TILE // states), states, across, _LANES // across
 
 
-def _outputs(u: Tensor, A: Tensor, both: bool, z: Tensor | None, keep: bool):
+def _scan_fake(*inputs):
+    *tensors, z, _, _, _, keep = inputs
+    u, A, both = tensors[0], tensors[2], tensors[7] is not None
     b, e, t = u.shape
     er, nr, nl, el = _shape(A.shape[1])
     out = runtime.channels_last(u)
@@ -452,8 +455,8 @@ def _prepared(sides) -> tuple[list[Tensor | None], list[int]]:
     """Both directions' tensors as the kernels take them, and the strides of u, delta, B and C."""
     (u0, delta0, A0, B0, C0, D0, bias0), (u1, delta1, A1, B1, C1, D1, bias1) = sides
     pairs = [_alike(x, other) for x, other in ((u0, u1), (delta0, delta1), (B0, B1), (C0, C1))]
-    rates = [None if A is None else A.detach().float().t().contiguous() for A in (A0, A1)]
-    shifts = [None if x is None else x.detach().float().contiguous() for x in (D0, bias0, D1, bias1)]
+    rates = [None if A is None else float32(A.t()) for A in (A0, A1)]
+    shifts = [float32(x) for x in (D0, bias0, D1, bias1)]
     tensors = []
     for i in (0, 1):
         u, delta, B, C = (pair[i] for pair in pairs)
@@ -464,7 +467,7 @@ def _prepared(sides) -> tuple[list[Tensor | None], list[int]]:
 def _scan(*inputs):
     *tensors, z, softplus, reverse, scale, keep = inputs
     u, A, both = tensors[0], tensors[2], tensors[7] is not None
-    out, y, states = _outputs(u, A, both, z, keep)
+    out, y, states = _scan_fake(*inputs)
     (b, e, t), n = u.shape, A.shape[1]
     er, nr, nl, el = _shape(n, forward=True)
     blocks = runtime.blocks(e, er * el)
@@ -516,11 +519,6 @@ def _scan_backward(grad, *inputs):
         ]
         gradients += [to_u[i], to_delta[i], small[0], small[1].mT, small[2].mT, *small[3:]]
     return *gradients, to_z
-
-
-def _scan_fake(*inputs):
-    *tensors, z, _, _, _, keep = inputs
-    return _outputs(tensors[0], tensors[2], tensors[7] is not None, z, keep)
 
 
 def _scan_backward_fake(grad, *inputs):
