@@ -63,13 +63,10 @@ def bidirectional_conv1d_silu(
     """`causal_conv1d_silu` of x by one weight and bias, and in reverse by another; on a GPU by one read of x."""
     for weight, bias in (forward, backward):
         _check(x, weight, bias)
-    chosen = choose(_CONV, backend, x, *forward)
-    if chosen.run_both is not None and forward[0].shape == backward[0].shape:
-        return chosen.run_both(x, forward, backward)
-    return (
-        causal_conv1d_silu(x, *forward, backend=backend),
-        causal_conv1d_silu(x, *backward, reverse=True, backend=backend),
-    )
+    one, other = (choose(_CONV, backend, x, *side) for side in (forward, backward))
+    if one is other and one.run_both is not None and forward[0].shape == backward[0].shape:
+        return one.run_both(x, forward, backward)
+    return one.run(x, *forward, False), other.run(x, *backward, True)
 
 
 class Side(NamedTuple):
@@ -95,19 +92,17 @@ def bidirectional_scan(
     for side in (forward, backward):
         check(side.u, side.u, side.A, side.B, side.C, side.D, z, side.dt_bias)  # delta will be as u is
         _check_projection(side.u, side.dt, side.dt_proj)
-    u, dt, _, A, B, C, D, dt_bias = forward
-    chosen = choose_scan(backend, u, dt, A, B, C, D, None, dt_bias)
-    alike = [x is None for x in forward] == [x is None for x in backward] and backward.A.shape == A.shape
-    if chosen.run_both is not None and u.dtype == z.dtype and alike:
-        return chosen.run_both(forward, backward, z, scale)
-    sides = zip((forward, backward), (False, True), strict=True)
-    y, other = (
-        chosen.run(
-            s.u, F.linear(s.dt.mT, s.dt_proj.to(s.dt.dtype)).mT, s.A, s.B, s.C, s.D, None, s.dt_bias, True, reverse
-        )
-        for s, reverse in sides
-    )
-    return reference.gate(y + other, z, scale)
+    one, other = (choose_scan(backend, s.u, s.dt, s.A, s.B, s.C, s.D, None, s.dt_bias) for s in (forward, backward))
+    alike = [x is None for x in forward] == [x is None for x in backward] and forward.A.shape == backward.A.shape
+    if one is other and one.run_both is not None and forward.u.dtype == z.dtype and alike:
+        return one.run_both(forward, backward, z, scale)
+
+    def scan(chosen: Backend, side: Side, reverse: bool) -> Tensor:
+        u, dt, dt_proj, A, B, C, D, dt_bias = side
+        delta = F.linear(dt.mT, dt_proj.to(dt.dtype)).mT
+        return chosen.run(u, delta, A, B, C, D, None, dt_bias, True, reverse)
+
+    return reference.gate(scan(one, forward, False) + scan(other, backward, True), z, scale)
 
 
 def add_rms_norm(

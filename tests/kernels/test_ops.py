@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from famba.errors import BackendError, InputError
 from famba.kernels.cpu import build
-from famba.kernels.ops import _check, _check_projection, add_rms_norm, causal_conv1d_silu
+from famba.kernels.ops import (
+    Side,
+    _check,
+    _check_projection,
+    add_rms_norm,
+    bidirectional_conv1d_silu,
+    bidirectional_scan,
+    causal_conv1d_silu,
+)
 
 FAST = ["torch"] if build.unavailable() else ["torch", "native"]
 needs_native = pytest.mark.skipif("native" not in FAST, reason=build.unavailable())
@@ -95,6 +103,18 @@ def test_both_scans_of_projected_dt_agree_with_double_precision(backend, dtype, 
     tensors = draw_sides(2, 21, 19, 5, 3, dtype=dtype)
     found = assert_both_scans_agree(tensors, tolerance, backend=backend)
     assert [x.dtype for x in found] == [dtype, *(x.dtype for x in tensors)]
+
+
+@pytest.mark.parametrize("backend", [name for name in FAST if name != "torch"] + ["triton"])
+def test_both_directions_are_refused_where_the_second_alone_does_not_suit(backend, on_paper):
+    tensors = draw_sides(1, 3, 4, 2, 1)
+    tensors[11] = tensors[11].detach().double()  # A
+    sides, z = (Side(*tensors[:8]), Side(*tensors[8:16])), tensors[16]
+    with pytest.raises(BackendError, match=r"got torch\.float64"):
+        bidirectional_scan(*sides, z, backend=backend)
+    x, *weights = *draw(1, 3, 4, 2), *leaves(draw(1, 3, 4, 2)[1:], dtype=torch.float64)
+    with pytest.raises(BackendError, match=r"got torch\.float64"):
+        bidirectional_conv1d_silu(x, tuple(weights[:2]), tuple(weights[2:]), backend=backend)
 
 
 X, WEIGHT, DT = torch.zeros(1, 3, 5), torch.zeros(3, 4), torch.zeros(1, 4, 5)
