@@ -109,6 +109,20 @@ def gradients(
     return [next(found) if x is not None and x.requires_grad else None for x in inputs]
 
 
+def empty_gradients(inputs: Sequence[Tensor | None], tokens: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+    """Room for the gradient of each input of an operator; without elements for those that are absent.
+
+    Args:
+        inputs: the first is present.
+        tokens: makes an empty tensor like one with tokens, (b, .., t); the others' gradients are contiguous.
+    """
+    first = inputs[0]
+    assert first is not None
+    return tuple(
+        first.new_empty(0) if x is None else tokens(x) if x.ndim == 3 else x.new_empty(x.shape) for x in inputs
+    )
+
+
 def selective_scan_ref(
     u: Float[Tensor, "b e t"],
     delta: Float[Tensor, "b e t"],

@@ -27,6 +27,7 @@ from famba.kernels.cpu import scan as native
 from famba.kernels.cpu.mixer import mix
 from famba.kernels.precision import exact
 from famba.kernels.reference import (
+    empty_gradients,
     register,
     register_gradient,
     selective_scan_ref,
@@ -140,10 +141,7 @@ def _fake_forward(u, delta, A, B, C, D, z, delta_bias, softplus, reverse, keep):
 
 
 def _fake_backward(grad, u, delta, A, B, C, D, z, delta_bias, y, starts, softplus, reverse):
-    return tuple(
-        u.new_empty(0) if x is None else gpu.channels_last(x) if x.ndim == 3 else x.new_empty(x.shape)
-        for x in (u, delta, A, B, C, D, z, delta_bias)
-    )
+    return empty_gradients((u, delta, A, B, C, D, z, delta_bias), gpu.channels_last)
 
 
 def _backward(grad, u, delta, A, B, C, D, z, delta_bias, y, starts, softplus: bool, reverse: bool):

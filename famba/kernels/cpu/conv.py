@@ -55,8 +55,7 @@ def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
 
 
 def _conv_backward_fake(grad, x, weight, bias, reverse):
-    grad_bias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return like(x), weight.new_empty(weight.shape), grad_bias
+    return reference.empty_gradients((x, weight, bias), like)
 
 
 register("conv(Tensor x, Tensor weight, Tensor? bias, bool reverse) -> Tensor", _conv, lambda x, *_: like(x), "CPU")

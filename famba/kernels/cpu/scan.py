@@ -94,10 +94,7 @@ def _scan_fake(u, delta, A, B, C, D, z, delta_bias, softplus, reverse, keep):
 
 
 def _scan_backward_fake(grad, u, delta, A, B, C, D, z, delta_bias, states, softplus, reverse):
-    return tuple(
-        u.new_empty(0) if x is None else like(x) if x.ndim == 3 else x.new_empty(x.shape)
-        for x in (u, delta, A, B, C, D, z, delta_bias)
-    )
+    return reference.empty_gradients((u, delta, A, B, C, D, z, delta_bias), like)
 
 
 register(f"scan({_INPUTS}, bool softplus, bool reverse, bool keep) -> (Tensor, Tensor)", _scan, _scan_fake, "CPU")

@@ -523,16 +523,7 @@ def _scan_backward(grad, *inputs):
 
 def _scan_backward_fake(grad, *inputs):
     *tensors, z, _, _, _, _, _ = inputs
-    u = tensors[0]
-    gradients = []
-    for x in tensors:
-        if x is None:
-            gradients.append(u.new_empty(0))
-        elif x.ndim == 3:
-            gradients.append(runtime.channels_last(x))
-        else:
-            gradients.append(x.new_empty(x.shape))
-    return (*gradients, u.new_empty(0) if z is None else runtime.channels_last(z))
+    return reference.empty_gradients((*tensors, z), runtime.channels_last)
 
 
 _SIDES = ", ".join(
