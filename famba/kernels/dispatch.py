@@ -8,7 +8,7 @@ import functools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,11 +29,17 @@ class Backend:
 
     `unavailable` says why this machine cannot run it ("": it can), `unsuited` the same of the tensors that `choose` is
     given (None for those that are absent).
+
+    Some do more in one call: `run_both` both directions of a convolution or scan, with the arguments of
+    famba.kernels.ops.bidirectional_conv1d_silu and bidirectional_scan; `run_mixer` the convolutions and selections as
+    well, with those of famba.kernels.cpu.mixer.mix.
     """
 
     run: Callable[..., Any]
     unavailable: Callable[[], str] = lambda: ""
     unsuited: Callable[..., str] = lambda *tensors: ""
+    run_both: Callable[..., Any] | None = None
+    run_mixer: Callable[..., Tensor] | None = None
 
 
 def unsuited(device: str, allowed: tuple[torch.dtype, ...], *tensors: Tensor | None) -> str:
@@ -47,10 +53,7 @@ def unsuited(device: str, allowed: tuple[torch.dtype, ...], *tensors: Tensor | N
     return ""
 
 
-_B = TypeVar("_B", bound=Backend)
-
-
-def choose(table: Mapping[str, _B], name: str, first: Tensor, *others: Tensor | None) -> _B:
+def choose(table: Mapping[str, Backend], name: str, first: Tensor, *others: Tensor | None) -> Backend:
     """The implementation that goes with a backend's name, or the fastest ("auto"), for these tensors.
 
     A backend that has none in this table takes torch's: a scan of its own does not make a matching of its own. Inside

@@ -4,8 +4,6 @@ Axes: b batch, e channels (d_inner), t tokens in scan order, k taps, n states pe
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -128,19 +126,12 @@ def add_rms_norm(
     return choose(_NORM, backend, x, residual, weight).run(x, residual, weight, eps)
 
 
-@dataclass(frozen=True)
-class _Conv(Backend):
-    """`run_both`, if there is one, takes the arguments of `bidirectional_conv1d_silu`."""
-
-    run_both: Callable[..., tuple[Tensor, Tensor]] | None = None
-
-
 _CONV = {
-    "torch": _Conv(reference.conv),
-    "native": _Conv(conv.causal_conv1d_silu, unavailable, conv.unsuited),
-    "mamba_ssm": _Conv(mamba_ssm.causal_conv1d_silu, mamba_ssm.conv_unavailable, mamba_ssm.conv_unsuited),
-    "hub": _Conv(partial(mamba_ssm.causal_conv1d_silu, hub=True), mamba_ssm.hub_unavailable, mamba_ssm.conv_unsuited),
-    "triton": _Conv(
+    "torch": Backend(reference.conv),
+    "native": Backend(conv.causal_conv1d_silu, unavailable, conv.unsuited),
+    "mamba_ssm": Backend(mamba_ssm.causal_conv1d_silu, mamba_ssm.conv_unavailable, mamba_ssm.conv_unsuited),
+    "hub": Backend(partial(mamba_ssm.causal_conv1d_silu, hub=True), mamba_ssm.hub_unavailable, mamba_ssm.conv_unsuited),
+    "triton": Backend(
         triton_conv.causal_conv1d_silu,
         triton_unavailable,
         triton_conv.unsuited,

@@ -11,8 +11,6 @@ Sources: Gu and Dao 2023, arXiv:2312.00752, algorithm 2 and section 3.3 (states 
 order and layouts are those of mamba-ssm's `selective_scan_fn`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,6 +23,7 @@ from famba.errors import InputError
 from famba.kernels import dispatch, mamba_ssm
 from famba.kernels.cpu import scan as native
 from famba.kernels.cpu.mixer import mix
+from famba.kernels.dispatch import Backend
 from famba.kernels.precision import exact
 from famba.kernels.reference import (
     empty_gradients,
@@ -261,34 +260,16 @@ def _rows(e: int, n: int, device: torch.device) -> int:
     return max(1, (_BLOCK if device.type == "cpu" else _LAUNCHED_BLOCK) // (_CHUNK * e * n))
 
 
-@dataclass(frozen=True)
-class _Backend(dispatch.Backend):
-    """A backend of the scan, whose `run` takes the arguments of `selective_scan_ref`.
-
-    `run_both`, if there is one, takes those of `famba.kernels.ops.bidirectional_scan`, both directions and the gate in
-    one; `run_mixer` those of `famba.kernels.cpu.mixer.mix`, the convolutions and selections as well.
-    """
-
-    run_both: Callable[..., Tensor] | None = None
-    run_mixer: Callable[..., Tensor] | None = None
-
-
 # A new backend is one more entry, and a name in famba.kernels.dispatch.
-_BACKENDS: dict[str, _Backend] = {
-    "reference": _Backend(selective_scan_ref),
-    "torch": _Backend(_chunked_scan),
-    "native": _Backend(native.selective_scan, native.unavailable, native.unsuited, run_mixer=mix),
-    "mamba_ssm": _Backend(mamba_ssm.selective_scan, mamba_ssm.unavailable, mamba_ssm.unsuited),
-    "hub": _Backend(partial(mamba_ssm.selective_scan, hub=True), mamba_ssm.hub_unavailable, mamba_ssm.unsuited),
-    "triton": _Backend(triton.selective_scan, gpu.unavailable, triton.unsuited, triton.bidirectional_scan),
+_BACKENDS: dict[str, Backend] = {
+    "reference": Backend(selective_scan_ref),
+    "torch": Backend(_chunked_scan),
+    "native": Backend(native.selective_scan, native.unavailable, native.unsuited, run_mixer=mix),
+    "mamba_ssm": Backend(mamba_ssm.selective_scan, mamba_ssm.unavailable, mamba_ssm.unsuited),
+    "hub": Backend(partial(mamba_ssm.selective_scan, hub=True), mamba_ssm.hub_unavailable, mamba_ssm.unsuited),
+    "triton": Backend(triton.selective_scan, gpu.unavailable, triton.unsuited, triton.bidirectional_scan),
 }
-
-
-def choose(name: str, *tensors: Tensor | None) -> _Backend:
-    """`famba.kernels.dispatch.choose` for these tensors: u first, then the others, None if absent."""
-    first, *others = tensors
-    assert first is not None
-    return dispatch.choose(_BACKENDS, name, first, *others)
+choose = partial(dispatch.choose, _BACKENDS)  # of a backend's name, then u and the other tensors
 
 
 def check(u, delta, A, B, C, D, z, delta_bias) -> None:

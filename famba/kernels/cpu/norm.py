@@ -16,10 +16,8 @@ Norm = runtime.structure("Norm")
 
 def unsuited(x: Tensor, residual: Tensor | None, weight: Tensor) -> str:
     """The reason why the kernel cannot run on these tensors ("": it can)."""
-    single = (torch.float32,)
-    return runtime.unsuited(x, allowed=(*single, torch.bfloat16, torch.float16)) or runtime.unsuited(
-        residual, weight, allowed=single
-    )
+    allowed = (torch.float32, torch.bfloat16, torch.float16)
+    return runtime.unsuited(x, allowed=allowed) or runtime.unsuited(residual, weight, allowed=allowed[:1])
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
