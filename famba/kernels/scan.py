@@ -217,14 +217,13 @@ def _backward(grad, u, delta, A, B, C, D, z, delta_bias, y, starts, softplus: bo
 
 
 # Operators, so that nothing inside is traced, and their products do not count as the model's
-_INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
 register(
-    f"chunked_scan({_INPUTS}, bool softplus, bool reverse, bool keep) -> (Tensor, Tensor, Tensor)",
+    f"chunked_scan({native.INPUTS}, bool softplus, bool reverse, bool keep) -> (Tensor, Tensor, Tensor)",
     _forward,
     _fake_forward,
 )
 register(
-    f"chunked_scan_backward(Tensor grad, {_INPUTS}, Tensor y, Tensor starts, bool softplus, bool reverse) -> "
+    f"chunked_scan_backward(Tensor grad, {native.INPUTS}, Tensor y, Tensor starts, bool softplus, bool reverse) -> "
     f"({', '.join(8 * ['Tensor'])})",
     _backward,
     _fake_backward,

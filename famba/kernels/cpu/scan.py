@@ -42,7 +42,7 @@ def selective_scan(*arguments: Any) -> Tensor:
     return torch.ops.famba.scan(*arguments, reference.wants_gradient(*arguments[:8]))[0]
 
 
-_INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
+INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
 
 
 def kept_states(
@@ -97,9 +97,9 @@ def _scan_backward_fake(grad, u, delta, A, B, C, D, z, delta_bias, states, softp
     return reference.empty_gradients((u, delta, A, B, C, D, z, delta_bias), like)
 
 
-register(f"scan({_INPUTS}, bool softplus, bool reverse, bool keep) -> (Tensor, Tensor)", _scan, _scan_fake, "CPU")
+register(f"scan({INPUTS}, bool softplus, bool reverse, bool keep) -> (Tensor, Tensor)", _scan, _scan_fake, "CPU")
 register(
-    f"scan_backward(Tensor grad, {_INPUTS}, Tensor states, bool softplus, bool reverse) -> "
+    f"scan_backward(Tensor grad, {INPUTS}, Tensor states, bool softplus, bool reverse) -> "
     f"({', '.join(8 * ['Tensor'])})",
     _scan_backward, _scan_backward_fake, "CPU",
 )  # fmt: skip
