@@ -48,7 +48,7 @@ def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
     grad_x, grad_weight, grad_bias = _conv_backward_fake(grad, x, weight, bias, reverse)
     taps, shift = float32(weight), float32(bias)  # the job has their addresses alone
     job = _job(x, taps, shift, reverse, grad_out=grad, grad_x=grad_x)
-    found = [torch.empty_like(x, dtype=torch.float32) for x in (grad_weight, grad_bias)]
+    found = [x.float() for x in (grad_weight, grad_bias)]  # where the kernel writes: themselves if float32
     job.grad_weight, job.grad_bias = map(pointer, found)
     runtime.call("famba_conv_backward", job)
     return grad_x, *(g.to(x.dtype) for g, x in zip(found, (grad_weight, grad_bias), strict=True))

@@ -74,7 +74,7 @@ def _scan(u, delta, A, B, C, D, z, delta_bias, softplus: bool, reverse: bool, ke
 def _scan_backward(grad, u, delta, A, B, C, D, z, delta_bias, states, softplus: bool, reverse: bool):
     made = _scan_backward_fake(grad, u, delta, A, B, C, D, z, delta_bias, states, softplus, reverse)
     grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias = made
-    summed = [x.new_empty(x.shape, dtype=torch.float32) for x in (grad_A, grad_D, grad_bias)]
+    summed = [x.float() for x in (grad_A, grad_D, grad_bias)]  # where the kernel writes: themselves if float32
     A, D, delta_bias = (float32(x) for x in (A, D, delta_bias))
     job = _job(
         u, delta, A, B, C, D, z, delta_bias, softplus, reverse, states, grad_out=grad, grad_u=grad_u,
