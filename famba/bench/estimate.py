@@ -1,35 +1,26 @@
 """Estimate how long a sweep takes on this device, from a few training steps of each strategy: `famba estimate`.
 
-The steps are the trainer's own, on images of noise. Loading and augmenting, validation and test are not included.
+The steps are those of `training.cost`, on images of noise. Loading and augmenting, validation and test are not included.
 """
 
 import dataclasses
 import math
-import statistics
 from typing import Any
 
 import pandas as pd
 import torch
-from torch.nn import functional
 
 from famba import config
 from famba.bench.timing import table
 from famba.data import Dataset, Split
 from famba.errors import InputError
-from famba.kernels import precision
 from famba.params import Params
-from famba.profiling import environment, timing
-from famba.training import fit
-from famba.training.distributed import Processes
-from famba.training.trainer import Trainer
+from famba.profiling import environment
+from famba.training import cost, fit
 
 MODELS = ("vim_tiny", "vim_small")  # of the paper's Table 1, each with the same strategies
 IMAGES = 45_000  # of CIFAR's 50,000, with a tenth held out
 _CLASSES = 100
-_WARMUP = 3  # steps, which compile kernels and allocate memory
-_NO_AUGMENTATION = {
-    "augment": "tensor", "rand_augment": None, "color_jitter": 0.0, "mixup": 0.0, "cutmix": 0.0, "erase": 0.0,
-}  # fmt: skip
 
 
 def estimate(
@@ -48,16 +39,16 @@ def estimate(
     Raises:
         InputError: a device that is not here, a profile without epochs, fewer images than a batch, too little memory.
     """
-    if steps < 1:
-        raise InputError(f"steps: {steps}: must be at least 1")
+    if steps < 2:
+        raise InputError(f"steps: {steps}: must be at least 2")
     place(profile, device)
     rows = []
     for strategy in config.load_sweep().strategies:
         p = config.load(profile, strategy=strategy)
-        names = MODELS if p.model.name in MODELS else (p.model.name,)
-        for name in names:
+        p = dataclasses.replace(p, train=dataclasses.replace(p.train, device=device or p.train.device))
+        for name in MODELS if p.model.name in MODELS else (p.model.name,):
             try:
-                rows.append(_row(_single(p, name, device), steps, images))
+                rows.append(_row(dataclasses.replace(p, model=dataclasses.replace(p.model, name=name)), steps, images))
             except torch.OutOfMemoryError:
                 size = p.train.device_batch or p.train.batch_size
                 raise InputError(f"{name}, {strategy}: {size} images at once need more memory than there is") from None
@@ -76,7 +67,7 @@ def text(rows: list[dict[str, Any]], profile: str, device: torch.device) -> str:
             f"profile {profile}: {first['epochs']} epochs, {first['batch']} images a step, {first['precision']}; "
             f"{at['device']}; {versions}",
             "",
-            table([{key: row[key] for key in shown if row[key] is not None} for row in rows]),
+            table([{key: row[key] for key in shown} for row in rows]),
             "",
             *(f"{name}, {n} strategies: {_duration(hours)}" for name, n, hours in sums.itertuples()),
             f"total for one seed: {_duration(total)}, without loading images and validation",
@@ -98,38 +89,23 @@ def place(profile: str | None = None, device: str | None = None) -> torch.device
         raise InputError(f"{error}{hint}") from None
 
 
-def _single(p: Params, name: str, device: str | None) -> Params:
-    """The parameters with this model, on one device, from initial weights."""
-    if p.train.epochs == 0:
-        raise InputError(f"train.epochs: 0: profile {p.profile!r} trains nothing")
-    train = dataclasses.replace(p.train, init_from=None, processes=1, device=device or p.train.device)
-    return dataclasses.replace(p, model=dataclasses.replace(p.model, name=name), train=train)
-
-
 def _row(p: Params, steps: int, images: int) -> dict[str, Any]:
     t = p.train
+    if t.epochs == 0:
+        raise InputError(f"train.epochs: 0: profile {p.profile!r} trains nothing")
     if images < t.batch_size:
         raise InputError(f"images: {images}: must be at least train.batch_size, {t.batch_size}")
-    device = place(p.profile, t.device)
-    if t.threads is not None:
-        torch.set_num_threads(t.threads)
-    precision.configure()
-    trainer, parts = _trainer(p, device)
-    clock = timing.StepClock(device, warmup_steps=_WARMUP)
-    trainer.model.train()
-    for step in range(_WARMUP + steps):
-        if step == 1 and device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        with clock.step():
-            trainer._step(parts, t.lr, step)
-    step_ms = statistics.median(clock.step_time_ms)
+    plain = dataclasses.replace(p.data, augment="tensor", rand_augment=None, color_jitter=0.0)
+    noise = _noise(t.batch_size, p.data.img_size)
+    measured = cost.measure({p.strategy: dataclasses.replace(p, data=plain)}, rounds=steps, images=noise)
+    step_ms, first = measured["step_time_ms"].median(), measured.iloc[0]
     epoch_s = images // t.batch_size * step_ms / 1000
     return {
         "model": p.model.name,
         "strategy": p.strategy,
         "step_ms": step_ms,
-        "least_ms": min(clock.step_time_ms),
-        "peak_mib": torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None,
+        "least_ms": measured["step_time_ms"].min(),
+        "peak_mib": first["peak_memory_mib"],
         "epoch_s": epoch_s,
         "hours": t.epochs * epoch_s / 3600,
         "epochs": t.epochs,
@@ -138,20 +114,12 @@ def _row(p: Params, steps: int, images: int) -> dict[str, Any]:
     }
 
 
-def _trainer(p: Params, device: torch.device) -> tuple[Trainer, list[Any]]:
-    """A trainer and the batch of its steps, noise that needs no augmentation."""
-    size, side = p.train.batch_size, p.data.img_size
+def _noise(count: int, img_size: int) -> Dataset:
+    """One batch as a data set."""
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (size, 3, side, side), dtype=torch.uint8, generator=generator)
-    split = Split(pixels.to(device), torch.arange(size, device=device) % _CLASSES)
-    noise = Dataset(split, split, split, tuple(map(str, range(_CLASSES))), (0.5,) * 3, (0.25,) * 3)
-    plain = dataclasses.replace(p, data=dataclasses.replace(p.data, **_NO_AUGMENTATION))
-    model = fit.build(p, classes=_CLASSES, seed=0).to(device)
-    trainer = Trainer(plain, 0, model, noise, Processes(device), config.root() / "build" / "estimate")
-    images, labels = trainer._noise(size), split.labels
-    if p.data.mixup or p.data.cutmix:
-        labels = functional.one_hot(labels, _CLASSES).float()
-    return trainer, list(zip(images.chunk(trainer.parts), labels.chunk(trainer.parts), strict=True))
+    pixels = torch.randint(256, (count, 3, img_size, img_size), dtype=torch.uint8, generator=generator)
+    split = Split(pixels, torch.arange(count) % _CLASSES)
+    return Dataset(split, split, split, tuple(map(str, range(_CLASSES))), (0.5,) * 3, (0.25,) * 3)
 
 
 def _duration(hours: float) -> str:

@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from famba import config, data
+from famba.data import Dataset
 from famba.errors import InputError
 from famba.kernels import precision
 from famba.params import Params
@@ -27,7 +28,7 @@ _OTHERS_PERCENT = 10  # of all CPUs, above which other processes disturb a measu
 
 
 @precision.settings_restored()
-def measure(params: Mapping[str, Params], *, rounds: int) -> pd.DataFrame:
+def measure(params: Mapping[str, Params], *, rounds: int, images: Dataset | None = None) -> pd.DataFrame:
     """Time a training step of every variant in every round, all on the same batch of training images.
 
     Each round has an order of its own, drawn from its number, since a step finds the caches as the one before it left
@@ -37,13 +38,13 @@ def measure(params: Mapping[str, Params], *, rounds: int) -> pd.DataFrame:
     Args:
         params: of each variant, by the name that its rows have as their strategy.
         rounds: after two for warming up.
+        images: instead of the variants' data set.
 
     Returns:
         One row per variant and round: strategy, round, step_time_ms. The same in all rows of a variant: batch_size,
         epochs, peak_memory_mib, flops_per_image, tokens_left, r (the largest of a layer), first_layer (that fuses; 0 if
-        none does); in all rows: profile, device, threads, versions, and disturbed,
-        which says how the machine was busy, "" if it was not. The spread of the times does not tell: on a virtual
-        machine they spread when it is idle, too.
+        none does); in all rows: profile, device, threads, versions, and disturbed, which says how the machine was busy, ""
+        if it was not. The spread of the times does not tell: on a virtual machine they spread when it is idle, too.
 
     Raises:
         InputError: fewer than 2 rounds; variants that differ in data or batch size.
@@ -58,7 +59,7 @@ def measure(params: Mapping[str, Params], *, rounds: int) -> pd.DataFrame:
     if first.train.threads is not None:
         torch.set_num_threads(first.train.threads)
     precision.configure()
-    images = data.to_device(data.load(first.data), device)
+    images = data.to_device(images or data.load(first.data), device)
     steps: dict[str, Trainer] = {}
     for name, p in params.items():
         alone = dataclasses.replace(p.train, init_from=None, epochs=max(1, p.train.epochs), processes=1)
