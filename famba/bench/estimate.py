@@ -1,6 +1,7 @@
 """Estimate how long a sweep takes on this device, from a few training steps of each strategy: `famba estimate`.
 
-The steps are those of `training.cost`, on images of noise. Loading and augmenting, validation and test are not included.
+The steps are those of `training.cost`, on images of noise. Loading and augmenting, validation and test are not
+included.
 """
 
 import dataclasses

@@ -9,7 +9,6 @@ line says that it was made of the parameters and the code of today, whoever trai
     models/      trained models that are looked into (`analysis.trained`)
 """
 
-import functools
 import shutil
 from collections import defaultdict
 from pathlib import Path
@@ -65,15 +64,14 @@ def record(name: str, asked: AblationParams, folder: Path, *, profile: str, runs
     known = _Record(folder, asked, dict(zip([(x, seed) for x in params for seed in asked.seeds], cells, strict=True)))
     missing = {runs.run_name(*run): run for run in known.missing()}
     untrained = sweep.missing([known.cells[run] for run in missing.values()])
-    train = functools.partial(sweep.ensure, train_missing=True)
     todo = {cell.run_dir.name: cell for cell in untrained}
     for name in [name for name in missing if name not in todo]:
         known.add(missing[name])
     if jobs > 1 and todo:
-        launcher.run(train, todo, jobs=jobs, done=lambda name: known.add(missing[name]))
+        launcher.run(sweep.train, todo, jobs=jobs, done=lambda name: known.add(missing[name]))
     else:
         for name, cell in todo.items():
-            train(cell)
+            sweep.train(cell)
             known.add(missing[name])
     known.write()
     sweep.ensure_costs(asked, profile=profile, results_dir=folder, measure=True)

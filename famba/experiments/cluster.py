@@ -58,7 +58,7 @@ def train(stage: str, *, profile: str | None, cluster: str, jobs: int | None, sl
             missing = sweep.missing(cells)
             _log.info("%s: %d runs, %d of them missing", folder, len(cells), len(missing))
             if cluster == "local":
-                launcher.run(_train, {str(cell.run_dir): cell for cell in missing}, jobs=jobs or 1)
+                launcher.run(sweep.train, {str(cell.run_dir): cell for cell in missing}, jobs=jobs or 1)
             else:
                 _run_on_slurm(cells, missing, logs, {"array_parallelism": jobs or len(cells)} | slurm)
             if failed := sweep.missing(cells):
@@ -84,10 +84,6 @@ def _cells(stage: str, profile: str, results: Path) -> dict[Path, list[Cell]]:
     return {folder: sweep.cells(asked.params(profile), asked.seeds, runs_dir=folder)}
 
 
-def _train(cell: Cell) -> Path:
-    return sweep.ensure(cell, train_missing=True)
-
-
 class Job:
     """What submitit pickles, and calls in a job: trains one run."""
 
@@ -100,7 +96,7 @@ class Job:
 
         submitit.JobEnvironment().paths.result_pickle.unlink(missing_ok=True)  # of the same job before a preemption
         try:
-            launcher.run(_train, {str(self.cell.run_dir): self.cell}, jobs=1)
+            launcher.run(sweep.train, {str(self.cell.run_dir): self.cell}, jobs=1)
         except FambaError as error:
             return str(error)
         return ""

@@ -4,7 +4,6 @@ A change for a GPU, say, should change nothing of what was trained on a CPU. Tha
 again and must find the same, bit for bit.
 """
 
-import functools
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,8 +65,7 @@ def recheck(names: Sequence[str], *, jobs: int = 1) -> Path:
 
 def _compare(asked: dict[str, tuple[sweep.Cell, dict[str, str]]], code: str, *, jobs: int) -> None:
     """Train the runs, and raise TrainingError of the first whose line is not the recorded one."""
-    train = functools.partial(sweep.ensure, train_missing=True)
-    launcher.run(train, {run: cell for run, (cell, _) in asked.items()}, jobs=jobs)
+    launcher.run(sweep.train, {run: cell for run, (cell, _) in asked.items()}, jobs=jobs)
     for run, (cell, line) in asked.items():
         records.write(pd.DataFrame([records.line(line["strategy"], runs.read(cell.run_dir))]), cell.run_dir)
         (found,) = ablations.rows(config.root() / cell.run_dir / "runs.csv")
@@ -82,18 +80,18 @@ def _compare(asked: dict[str, tuple[sweep.Cell, dict[str, str]]], code: str, *, 
 def _recorded(name: str, variant: str) -> dict[str, tuple[sweep.Cell, dict[str, str]]]:
     """Of each variant, or of one, the run with the first seed, and its recorded line."""
     asked = sweep.load_ablation(name)
-    profile = asked.profile or config.load(None, strategy="none").profile
-    params = {key: p for key, p in asked.params(profile).items() if variant in ("", key)}
-    if not params:
-        raise InputError(f"{name}: {variant!r} is not one of {', '.join(asked.params(profile))}")
+    params = asked.params(None)
+    if variant and variant not in params:
+        raise InputError(f"{name}: {variant!r} is not one of {', '.join(params)}")
     lines = {
         (x["strategy"], x["seed"]): x for x in ablations.rows(config.root() / "results/records" / name / "runs.csv")
     }
     found = {}
-    for key, p in params.items():
-        (cell,) = sweep.cells({key: p}, asked.seeds[:1], runs_dir=_FOLDER / profile)
+    for key in [variant] if variant else params:
+        p = params[key]
+        (cell,) = sweep.cells({key: p}, asked.seeds[:1], runs_dir=_FOLDER / p.profile)
         line = lines.get((key, str(cell.seed)))
         if line is None or line["made_of"].split("-")[0] != p.digest(cell.seed):
             raise InputError(f"{name}: {key}: not recorded with these parameters; make ablation NAME={name}")
-        found[f"{profile} {cell.run_dir.name}"] = cell, line
+        found[f"{p.profile} {cell.run_dir.name}"] = cell, line
     return found

@@ -39,8 +39,7 @@ def resolve(profile: str | None) -> list[Params]:
     Raises:
         InputError: as from `config.load`; or a layer that would remove more tokens than it can, by `fusion.<strategy>`.
     """
-    sweep = config.load_sweep()
-    params = sweep.params(profile)
+    params = config.load_sweep().params(profile)
     check_schedules(params)
     return list(params.values())
 
@@ -48,12 +47,11 @@ def resolve(profile: str | None) -> list[Params]:
 def resolve_ablation(name: str) -> dict[str, Any]:
     """What an ablation's runs and figures rest on besides code; errors as in `resolve` and `load_ablation`."""
     asked = load_ablation(name)
-    profile = asked.profile or config.load(None, strategy="none").profile
-    params = asked.params(profile)
+    params = asked.params(None)
     check_schedules(params)
     return {
         "seeds": asked.seeds,
-        "adaptive": dataclasses.asdict(config.load_adaptive(profile)),
+        "adaptive": dataclasses.asdict(config.load_adaptive(asked.profile)),
         "variants": {variant: p.as_dict() for variant, p in params.items()},
     }
 
@@ -69,17 +67,21 @@ def load_ablation(name: str) -> AblationParams:
 def check_schedules(params: Mapping[str, Params]) -> None:
     """Before hours of training, that each variant's schedule fits its model."""
     for variant, p in params.items():
-        given = {key: getattr(p.model, key) for key in ("patch_size", "stride", "depth")}
-        built = presets.sizes(p.model.name, img_size=p.data.img_size, **given)
-        has_cls = p.model.cls_position != "none"
-        tokens = presets.grid(built) ** 2 + has_cls
+        depth, tokens = depth_and_tokens(p)
         try:
-            strategies.token_counts(p.schedule(built["depth"]), tokens, protected=int(has_cls))
+            strategies.token_counts(p.schedule(depth), tokens, protected=int(p.model.cls_position != "none"))
         except InputError as error:
             rule = f"fusion.{p.strategy}"
             where = rule + ("" if variant == p.strategy else f", {variant}")
             said = str(error).removeprefix(rule).lstrip(".: ")
             raise InputError(f"{where} under profile {p.profile}: {said}") from None
+
+
+def depth_and_tokens(p: Params) -> tuple[int, int]:
+    """The layers of a run's model, and the tokens at its input, class token included."""
+    given = {key: getattr(p.model, key) for key in ("patch_size", "stride", "depth")}
+    sizes = presets.sizes(p.model.name, img_size=p.data.img_size, **given)
+    return sizes["depth"], presets.grid(sizes) ** 2 + (p.model.cls_position != "none")
 
 
 def ensure_runs(sweep: SweepParams, *, profile: str, runs_dir: str | Path, train_missing: bool) -> list[Path]:
@@ -142,19 +144,22 @@ def ensure_run(run_dir: str | Path, *, strategy: str, seed: int, profile: str, t
 
 
 def ensure(cell: Cell, *, train_missing: bool) -> Path:
-    """The folder of the run of any parameters, checked; arguments and errors as in `ensure_run`.
+    """The folder of the run of any parameters, checked; arguments and errors as in `ensure_run`."""
+    if train_missing:
+        return train(cell)
+    if wrong := _why_not(cell):
+        raise InputError(wrong)
+    return config.root() / cell.run_dir
 
-    A run says by what code it was trained, and is trained again by other code where that is allowed. The pipeline must
-    not train here, and sees to that itself. A run that another process is making is waited for.
+
+def train(cell: Cell) -> Path:
+    """The folder of the run, which is trained unless it is there, complete, with these parameters and by today's code.
+
+    A run that another process is making is waited for.
     """
-    folder = config.root() / cell.run_dir
-    if not train_missing:
-        if wrong := _why_not(cell):
-            raise InputError(wrong)
-        return folder
     from famba.training import fit
 
-    made_of = fit.made_of(cell.p, seed=cell.seed)
+    folder, made_of = config.root() / cell.run_dir, fit.made_of(cell.p, seed=cell.seed)
     if _why_not(cell, made_of):
         with runs.held(folder, wait=True):
             if _why_not(cell, made_of):  # else a process that was waited for has made it

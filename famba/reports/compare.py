@@ -7,7 +7,6 @@ from IPython.display import Markdown
 
 from famba.analysis import records, summary
 from famba.experiments import sweep
-from famba.models import presets
 from famba.reports import Report
 
 
@@ -28,11 +27,8 @@ def make_costs(report: Report) -> None:
 def schedules(profile: str) -> pd.DataFrame:
     """Every strategy's schedule, as `summary.schedule_frame`; a run that fused otherwise would have failed."""
     params = sweep.resolve(profile)
-    model, side = params[0].model, params[0].data.img_size
-    given = {key: getattr(model, key) for key in ("patch_size", "stride", "depth")}
-    sizes = presets.sizes(model.name, img_size=side, **given)
-    tokens = presets.grid(sizes) ** 2 + (model.cls_position != "none")
-    return summary.schedule_frame({p.strategy: p.schedule(sizes["depth"]) for p in params}, tokens=tokens)
+    depth, tokens = sweep.depth_and_tokens(params[0])
+    return summary.schedule_frame({p.strategy: p.schedule(depth) for p in params}, tokens=tokens)
 
 
 def pairs_in_words(runs: pd.DataFrame) -> Markdown:
