@@ -20,7 +20,7 @@ from famba import gpu_check, supervision
 from famba.errors import FambaError, InputError
 from famba.storage.files import json_bytes, write_atomic
 
-_ALLOWED = {"jobs": (1, 1000), "seed": (0, 2**32 - 1)}
+_RANGES = {"jobs": (1, 1000), "seed": (0, 2**32 - 1)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if arguments is None:
             supervision.start()
-        for name, (least, most) in _ALLOWED.items():
+        for name, (least, most) in _RANGES.items():
             value = getattr(options, name, None)
             if value is not None and not least <= value <= most:
                 raise InputError(f"--{name}: {value}; must be {least} to {most}")

@@ -278,7 +278,7 @@ def upper_beside_paper(table: pd.DataFrame, column: str) -> Figure:
             panel.axhline(0 if quantity == "top1_percent_diff" else 1, color="0.4", linewidth=0.9, linestyle="--")
             panel.set_ylabel(name if title != "here" else "")
     told = " ".join(f"{title}: {_break_even(side)}." for title, side in sides.items()) if column == "r" else ""
-    told += " The r is interpolated." if told else ""
+    told += " The r is interpolated." if "from r =" in told else ""
     return caption(
         figure,
         "Dashed: the same model without fusion, which all are relative to. The paper's are one run each; here 95% "

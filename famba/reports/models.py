@@ -48,10 +48,13 @@ def traced(folder: Path, *, count: int) -> Traced:
 
 
 def all_traced(folder: Path) -> dict[str, Traced]:
-    """Every model that can be played with, by name: the one in a folder, and all that are published."""
-    others = sorted((config.root() / MODELS).glob(f"{runs.run_name('*', 0)}/config.json"))
-    found = {f"photographs, {file.parent.name}": file.parent for file in others if file.parent != folder}
-    return {name: traced(each, count=10) for name, each in {folder.name: folder, **found}.items()}
+    """Every model that can be played with, by name: the one in a folder, runs of its seed beside it, the published."""
+    found, (_, _, seed) = {folder.name: folder}, folder.name.rpartition("-")
+    found |= {file.parent.name: file.parent for file in sorted(folder.parent.glob(f"*-{seed}/metrics.json"))}
+    for file in sorted((config.root() / MODELS).glob("*-0/config.json")):
+        if file.parent != folder:
+            found[f"photographs, {file.parent.name}"] = file.parent
+    return {name: traced(each, count=10) for name, each in found.items()}
 
 
 PHOTOGRAPHS = [data.shipped(f"images/{name}.jpg") for name in ("china", "flower")]

@@ -29,7 +29,6 @@ from famba.profiling import flops
 from famba.reports import Report
 from famba.training import fit
 
-_COST_SETTING = ["batch_size", "rounds", "device", "threads", "disturbed"]
 # r and first fusing layer of the paper's Table 1.
 _PAPER = {"none": (0, 1), "all": (7, 1), "interleaved": (14, 1), "lower": (9, 1), "upper": (9, 6)}
 _TRAINED = "as trained"
@@ -270,7 +269,8 @@ class ScheduleTrainer(ipywidgets.VBox):
         top1 = run.metrics["top1_percent"]
         line = np.polyfit(self._table["flops_per_image"], self._table["time_ratio"], 1)
         ratio = float(np.polyval(line, cost["flops_per_image"]))
-        row = self._table.query("strategy == 'none'")[_COST_SETTING].iloc[0].to_dict() | cost
+        of_caption = ["batch_size", "rounds", "device", "threads", "disturbed"]  # `cost.caption` reads them
+        row = self._table.query("strategy == 'none'")[of_caption].iloc[0].to_dict() | cost
         row |= {"strategy": name, "n": 1, "top1_percent_mean": top1, "time_ratio": ratio}
         row |= {"time_ratio_low": ratio, "time_ratio_high": ratio}
         self._table = pd.concat([self._table, pd.DataFrame([row])], ignore_index=True)

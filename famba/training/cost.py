@@ -43,8 +43,8 @@ def measure(params: Mapping[str, Params], *, rounds: int, images: Dataset | None
     Returns:
         One row per variant and round: strategy, round, step_time_ms. The same in all rows of a variant: batch_size,
         epochs, peak_memory_mib, flops_per_image, tokens_left, r (the largest of a layer), first_layer (that fuses; 0 if
-        none does); in all rows: profile, device, threads, versions, and disturbed, which says how the machine was busy, "" if
-        it was not. The spread of the times does not tell: on a virtual machine they spread when it is idle, too.
+        none does); in all rows: profile, device, threads, versions, and disturbed, which says how the machine was busy,
+        "" if it was not. The spread of the times does not tell: on a virtual machine they spread when it is idle, too.
 
     Raises:
         InputError: fewer than 2 rounds; variants that differ in data or batch size.

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from unittest.mock import Mock, call
 
 import pytest
 from test_runs import make_run
@@ -9,6 +10,7 @@ from test_summary import costs_frame, runs_frame
 
 from famba import config, plots, reports
 from famba.analysis import cost, records, summary
+from famba.analysis.tokens import Traced
 from famba.config import AblationParams
 from famba.errors import InputError
 from famba.reports import ablation, compare, models
@@ -105,6 +107,25 @@ def test_a_model_is_the_finished_run_else_the_published_one(checkout):
     report, folder = models.opened("default", strategy="upper", seed=0, pipeline=False)
     assert folder == checkout / "results" / "runs" / "upper-0"
     assert report.shown == "The finished run results/runs/upper-0 of the profile `default`."
+
+
+def test_the_finished_runs_of_a_seed_can_be_played_with_and_the_published_models(checkout, monkeypatch):
+    traced = Mock(return_value=Mock(spec=Traced))
+    monkeypatch.setattr(models, "traced", traced)
+    for name in ("upper-0", "none-0", "none-10", "lower-0"):
+        (checkout / "results" / "runs" / name).mkdir(parents=True)
+        if name != "lower-0":
+            (checkout / "results" / "runs" / name / "metrics.json").touch()
+    for name in ("upper-0", "none-1"):
+        (checkout / models.MODELS / name).mkdir(parents=True)
+        (checkout / models.MODELS / name / "config.json").touch()
+    found = models.all_traced(checkout / "results" / "runs" / "upper-0")
+    assert list(found) == ["upper-0", "none-0", "photographs, upper-0"]
+    runs_dir, published = checkout / "results" / "runs", checkout / models.MODELS
+    assert traced.mock_calls == [
+        call(folder, count=10) for folder in (runs_dir / "upper-0", runs_dir / "none-0", published / "upper-0")
+    ]
+    assert list(models.all_traced(checkout / models.MODELS / "upper-0")) == ["upper-0"]
 
 
 def test_an_ablation_of_a_fresh_clone_is_drawn_again_of_its_record(checkout):
