@@ -115,7 +115,7 @@ def write(found: pd.DataFrame, folder: str | Path) -> str:
         digests = [f"{x} begins with {hashlib.sha256((folder / x).read_bytes()).hexdigest()[:16]}" for x in names]
         paragraphs.append(f"{where or 'The sweep'}: {summary.setting(table)} SHA-256 of {', of '.join(digests)}.")
     text = "\n\n".join(paragraphs)
-    write_atomic(folder / "claims.csv", found.to_csv(index=False, lineterminator="\n").encode())
+    records.write(found, folder, "claims.csv")
     write_atomic(folder / "claims.md", f"{text}\n".encode())
     write_atomic(folder / "findings.md", f"{findings(found, measured)}\n".encode())
     return text

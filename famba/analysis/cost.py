@@ -12,9 +12,9 @@ import pandas as pd
 from scipy import stats
 
 from famba import config
+from famba.analysis import records
 from famba.errors import InputError
 from famba.fusion.strategies import ordered
-from famba.storage.files import write_atomic
 
 BASELINE = "none"
 
@@ -60,7 +60,7 @@ def write(steps: pd.DataFrame, folder: str | Path) -> None:
     """
     times = steps.pivot(index="round", columns="strategy", values="step_time_ms").round(4).reset_index()
     for name, frame in {"step_times": times, "cost": table(steps)}.items():
-        write_atomic(config.root() / folder / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n").encode())
+        records.write(frame, folder, f"{name}.csv")
 
 
 def load(folder: str | Path) -> pd.DataFrame:

@@ -92,7 +92,7 @@ def read(folder: str | Path) -> pd.DataFrame:
 
 
 def write(lines: pd.DataFrame, folder: str | Path, name: str = "runs.csv") -> None:
-    """Write lines, of runs or of epochs, into a folder; if relative, it is from the repository root."""
+    """Write a table, such as lines of runs or of epochs, into a folder; if relative, it is from the repository root."""
     write_atomic(config.root() / folder / name, lines.to_csv(index=False, lineterminator="\n").encode())
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from famba import config
+from famba.analysis import records
 from famba.analysis.intervals import student, with_interval
 from famba.analysis.summary import BASELINE
 from famba.errors import InputError
@@ -107,13 +108,11 @@ def write(frame: pd.DataFrame, folder: str | Path, *, seed: int, profile: str) -
         folder: if relative, from the repository root.
         seed: of the runs that fuse.
     """
-    table, folder = quantiles(frame), config.root() / folder
-    rounded = table.round(dict.fromkeys(QUANTILES, 4))
-    write_atomic(folder / "similarity.csv", rounded.to_csv(index=False, lineterminator="\n").encode())
+    records.write(quantiles(frame).round(dict.fromkeys(QUANTILES, 4)), folder, "similarity.csv")
     setting = (
         f"Profile `{profile}`; what fuses, in runs with seed {seed}. Untrained is the initialisation of the same seed."
     )
-    write_atomic(folder / "similarity.md", f"{text(frame)}\n{setting}\n".encode())
+    write_atomic(config.root() / folder / "similarity.md", f"{text(frame)}\n{setting}\n".encode())
 
 
 def _verdict(low: float, high: float, gain_low: float, gain_high: float) -> str:

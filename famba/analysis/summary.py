@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from famba import config
-from famba.analysis import cost, intervals
+from famba.analysis import cost, intervals, records
 from famba.analysis.cost import BASELINE
 from famba.errors import InputError
 from famba.fusion import strategies
@@ -128,7 +128,7 @@ def write_summary(frame: pd.DataFrame, costs: pd.DataFrame, folder: str | Path) 
     """
     table, folder = summary(frame, costs), config.root() / folder
     means = table.set_index("strategy")[["top1_percent_mean", "time_ratio", "memory_ratio"]].to_dict()
-    write_atomic(folder / "summary.csv", table.to_csv(index=False, lineterminator="\n").encode())
+    records.write(table, folder, "summary.csv")
     write_atomic(folder / "summary.md", markdown(table).encode())
     write_atomic(folder / "summary_short.md", markdown_short(table).encode())
     write_atomic(folder / "summary.json", json_bytes(means))

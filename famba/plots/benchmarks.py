@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from famba.plots import style
 from famba.plots.style import GREY, Figure, caption, looks_in, rows_of, styled
 
-_Draw = Callable[[Axes, Mapping[str, pd.DataFrame]], None]
 _BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.45, -0.13), "fontsize": 8}  # a legend
 _BELOW |= {"handlelength": 1, "columnspacing": 1}
 
@@ -25,7 +24,9 @@ def benchmark(tables: Mapping[str, pd.DataFrame]) -> Figure:
         tables: by name, as from `bench.frames`; a panel for each of `scan`, `profile`, `schedules`, `memory` and
             `curves` that is there. `schedules` needs `lengths` beside it, `curves` `precision`, and all need `setting`.
     """
-    return _panels(_BENCHMARKS, tables)
+    return _panels(
+        tables, scan=_scan_times, profile=_step_parts, schedules=_step_times, memory=_peak_memory, curves=_loss_curves
+    )
 
 
 def _scan_times(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
@@ -113,10 +114,10 @@ def gpu_benchmark(tables: Mapping[str, pd.DataFrame]) -> Figure:
         tables: as from `bench.gpu_frames`; a panel for each of `scan`, `steps`, `schedules` and `graphs` that is there.
             `schedules` needs `lengths` beside it, and all need `setting`.
     """
-    return _panels(_GPU_BENCHMARKS, tables)
+    return _panels(tables, scan=_gpu_scans, steps=_gpu_steps, schedules=_step_times, graphs=_gpu_graphs)
 
 
-def _panels(draws: Mapping[str, _Draw], tables: Mapping[str, pd.DataFrame]) -> Figure:
+def _panels(tables: Mapping[str, pd.DataFrame], **draws: Callable[[Axes, Mapping[str, pd.DataFrame]], None]) -> Figure:
     """A panel for each table that is there, two beside each other; without any the figure says so."""
     chosen = [draw for name, draw in draws.items() if name in tables]
     if not chosen:
@@ -168,18 +169,3 @@ def _rows(
     axes.margins(x=0.2)
     axes.invert_yaxis()
     axes.grid(False, axis="y")
-
-
-_GPU_BENCHMARKS: dict[str, _Draw] = {
-    "scan": _gpu_scans,
-    "steps": _gpu_steps,
-    "schedules": _step_times,
-    "graphs": _gpu_graphs,
-}
-_BENCHMARKS: dict[str, _Draw] = {
-    "scan": _scan_times,
-    "profile": _step_parts,
-    "schedules": _step_times,
-    "memory": _peak_memory,
-    "curves": _loss_curves,
-}

@@ -123,14 +123,12 @@ def costs(table: pd.DataFrame) -> Figure:
         "peak memory": (rows["memory_ratio"], "s", "0.4"),
         "FLOPs": (flops, "^", "0.65"),
     }
+    with_ends = rows.loc[names, ["time_ratio", "time_ratio_low", "time_ratio_high"]].ffill(axis=1)  # none has no ends
     figure = Figure(figsize=(7.2, 1.4 + 0.6 * len(names)), layout="constrained")
     axes = figure.add_subplot()
     for offset, (label, (ratios, mark, colour)) in zip((-0.2, 0.0, 0.2), shown.items(), strict=True):
         places = np.arange(len(names)) + offset
-        xerr = None
-        if label == "time":
-            ends = rows.loc[names, ["time_ratio_low", "time_ratio_high"]].sub(rows.loc[names, "time_ratio"], axis=0)
-            xerr = ends.abs().fillna(0).to_numpy(float).T
+        xerr = style.error_bar(*with_ends.to_numpy(float).T) if label == "time" else None
         axes.errorbar(ratios[names], places, xerr=xerr, fmt=mark, color=colour, capsize=3, label=label)
     axes.axvline(1, color="0.6", linewidth=0.9, linestyle="--")
     style.label_rows(axes, names)
