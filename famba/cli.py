@@ -237,12 +237,10 @@ def _doctor(options: argparse.Namespace) -> None:
 
 
 def _estimate(options: argparse.Namespace) -> None:
-    from famba import config
     from famba.bench import estimate
 
-    device = estimate.place(options.profile, options.device)
     rows = estimate.estimate(options.profile, steps=options.steps, images=options.images, device=options.device)
-    print(estimate.text(rows, config.load(options.profile, strategy="none").profile, device))
+    print(estimate.text(rows))
 
 
 def _readme(options: argparse.Namespace) -> None:

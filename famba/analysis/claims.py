@@ -50,15 +50,11 @@ def load(folder: str | Path) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
             relative, from the repository root.
     """
     folder, found = config.root() / folder, {}
-    kinds: Any = {"threads": "str", "disturbed": "str"}
     for name, asked in {"": config.load_sweep(), **config.load_ablations()}.items():
         path = folder / "ablation" / name if name else folder
         if (path / "summary.csv").is_file():
             runs: Any = records.read(folder / "records" / name if name else folder)
-            found[name] = (
-                runs[runs["seed"].isin(asked.seeds)],
-                pd.read_csv(path / "summary.csv", dtype=kinds).fillna({"disturbed": ""}),
-            )
+            found[name] = runs[runs["seed"].isin(asked.seeds)], records.load(path / "summary.csv")
     return found
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from famba import config
 from famba.analysis import records
 from famba.errors import InputError
 from famba.fusion.strategies import ordered
@@ -64,17 +63,8 @@ def write(steps: pd.DataFrame, folder: str | Path) -> None:
 
 
 def load(folder: str | Path) -> pd.DataFrame:
-    """The table that `write` wrote.
-
-    Raises:
-        InputError: no such file.
-    """
-    path = config.root() / folder / "cost.csv"
-    try:
-        table = pd.read_csv(path, dtype={"disturbed": str})
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    return table.fillna({"disturbed": ""})
+    """The table that `write` wrote; InputError if there is none."""
+    return records.load(Path(folder) / "cost.csv")
 
 
 def caption(table: pd.DataFrame) -> str:

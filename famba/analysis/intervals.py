@@ -26,8 +26,8 @@ def answers(correct: Iterable[str]) -> Float[np.ndarray, "runs images"]:
     return np.select([marks == "1", marks == "0"], [1.0, 0.0], np.nan)
 
 
-def two_way(values: Float[np.ndarray, "seeds images"], confidence: float = 0.95) -> tuple[float, float, float]:
-    """Mean over seeds of each seed's mean over its images, and the interval for other seeds and other images.
+def two_way(values: Float[np.ndarray, "seeds images"]) -> tuple[float, float, float]:
+    """Mean over seeds of each seed's mean over its images, and the 95% interval for other seeds and other images.
 
     The variance of the mean is that over seeds, and what images have in common over the seeds: that over images less
     what both count, or zero where chance makes it less. The interval is the mean plus and minus its root times
@@ -47,14 +47,14 @@ def two_way(values: Float[np.ndarray, "seeds images"], confidence: float = 0.95)
     parts = np.nan_to_num((values - mean) / (seeds * (~np.isnan(values)).sum(1, keepdims=True)))
     of_seeds, of_images, of_both = (float((x**2).sum()) for x in (parts.sum(1), parts.sum(0), parts))
     error = math.sqrt(seeds / (seeds - 1) * of_seeds + max(0.0, of_images - of_both))
-    half = float(stats.t.ppf((1 + confidence) / 2, seeds - 1)) * error
+    half = float(stats.t.ppf(0.975, seeds - 1)) * error
     return mean, mean - half, mean + half
 
 
-def student(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """Mean and Student's t interval over seeds alone: (mean, low, high); the bounds are NaN with one value."""
+def student(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and Student's 95% interval over seeds alone: (mean, low, high); the bounds are NaN with one value."""
     mean, error = float(np.mean(values)), float(stats.sem(values)) if len(values) > 1 else math.nan
-    half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * error
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * error
     return mean, mean - half, mean + half
 
 

@@ -16,7 +16,7 @@ from famba.storage import runs
 from famba.storage.files import write_atomic
 
 CURVES = ("strategy", "seed", "epoch", "train_loss", "val_loss", "train_top1_percent", "val_top1_percent")
-_TEXT: Any = {"correct": "str", "made_of": "str"}
+_TEXT: Any = {"correct": "str", "made_of": "str", "disturbed": "str"}
 
 
 def line(name: str, record: runs.RunRecord) -> dict[str, Any]:
@@ -84,11 +84,21 @@ def published(sweep: SweepParams, folder: str | Path) -> pd.DataFrame:
 
 def read(folder: str | Path) -> pd.DataFrame:
     """All lines of a folder's runs.csv; if relative, the folder is from the repository root."""
-    path = config.root() / folder / "runs.csv"
+    return _of_tested_images(load(Path(folder) / "runs.csv"))
+
+
+def load(path: str | Path) -> pd.DataFrame:
+    """A table that `write` wrote, of runs, costs or a summary; if relative, the path is from the repository root.
+
+    Raises:
+        InputError: no such file.
+    """
+    path = config.root() / path
     try:
-        return _of_tested_images(pd.read_csv(path, dtype=_TEXT))
+        table = pd.read_csv(path, dtype=_TEXT)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    return table.fillna({"disturbed": ""})  # nothing disturbed it
 
 
 def write(lines: pd.DataFrame, folder: str | Path, name: str = "runs.csv") -> None:

@@ -274,6 +274,6 @@ def setting(summary: pd.DataFrame) -> str:
         f"Profile `{first['profile']}`: `{first['model']}` on {first['dataset']} at {first['img_size']} px. "
         f"{cost.caption(summary)} {first['versions']}. runs.csv has the command of each run."
     )
-    if any(";" in first[key] for key in ("device", "threads", "versions")):
+    if any(";" in str(first[key]) for key in ("device", "threads", "versions")):
         text += " **Runs were made on different machines or versions.**"
     return text

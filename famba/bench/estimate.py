@@ -16,7 +16,6 @@ from famba.bench.timing import table
 from famba.data import Dataset, Split
 from famba.errors import InputError
 from famba.params import Params
-from famba.profiling import environment
 from famba.training import cost, fit
 
 MODELS = ("vim_tiny", "vim_small")  # of the paper's Table 1, each with the same strategies
@@ -42,11 +41,17 @@ def estimate(
     """
     if steps < 2:
         raise InputError(f"steps: {steps}: must be at least 2")
-    place(profile, device)
+    t = config.load(profile, strategy="none").train
+    device = device or t.device
+    try:
+        fit._device(dataclasses.replace(t, device=device))
+    except InputError as error:
+        hint = "" if device == "cpu" else "; to try it here: --device cpu"
+        raise InputError(f"{error}{hint}") from None
     rows = []
     for strategy in config.load_sweep().strategies:
         p = config.load(profile, strategy=strategy)
-        p = dataclasses.replace(p, train=dataclasses.replace(p.train, device=device or p.train.device))
+        p = dataclasses.replace(p, train=dataclasses.replace(p.train, device=device))
         for name in MODELS if p.model.name in MODELS else (p.model.name,):
             try:
                 rows.append(_row(dataclasses.replace(p, model=dataclasses.replace(p.model, name=name)), steps, images))
@@ -56,17 +61,16 @@ def estimate(
     return sorted(rows, key=lambda row: row["model"], reverse=True)  # stable: strategies stay in their order
 
 
-def text(rows: list[dict[str, Any]], profile: str, device: torch.device) -> str:
+def text(rows: list[dict[str, Any]]) -> str:
     """The rows for a terminal, with the hours of each model and of all."""
-    at, first = environment.environment(device), rows[0]
-    versions = ", ".join(f"{name} {version}" for name, version in at["versions"].items())
+    first = rows[0]
     shown = ("model", "strategy", "step_ms", "least_ms", "peak_mib", "epoch_s", "hours")
     sums = pd.DataFrame(rows).groupby("model", sort=False)["hours"].agg(["size", "sum"])
     total = math.fsum(row["hours"] for row in rows)
     return "\n".join(
         [
-            f"profile {profile}: {first['epochs']} epochs, {first['batch']} images a step, {first['precision']}; "
-            f"{at['device']}; {versions}",
+            f"profile {first['profile']}: {first['epochs']} epochs, {first['batch_size']} images a step, "
+            f"{first['precision']}; {first['device']}; {first['versions']}",
             "",
             table([{key: row[key] for key in shown} for row in rows]),
             "",
@@ -74,20 +78,6 @@ def text(rows: list[dict[str, Any]], profile: str, device: torch.device) -> str:
             f"total for one seed: {_duration(total)}, without loading images and validation",
         ]
     )
-
-
-def place(profile: str | None = None, device: str | None = None) -> torch.device:
-    """The device of a profile, or the one given instead.
-
-    Raises:
-        InputError: it is not here.
-    """
-    t = config.load(profile, strategy="none").train
-    hint = "" if (device or t.device) == "cpu" else "; to try it here: --device cpu"
-    try:
-        return fit._device(t if device is None else dataclasses.replace(t, device=device))
-    except InputError as error:
-        raise InputError(f"{error}{hint}") from None
 
 
 def _row(p: Params, steps: int, images: int) -> dict[str, Any]:
@@ -109,9 +99,8 @@ def _row(p: Params, steps: int, images: int) -> dict[str, Any]:
         "peak_mib": first["peak_memory_mib"],
         "epoch_s": epoch_s,
         "hours": t.epochs * epoch_s / 3600,
-        "epochs": t.epochs,
-        "batch": t.batch_size,
         "precision": t.precision,
+        **first[["profile", "epochs", "batch_size", "device", "versions"]].to_dict(),
     }
 
 

@@ -19,6 +19,7 @@ import pandas as pd
 from IPython.display import Image, Markdown
 
 from famba import config, plots
+from famba.analysis import records
 from famba.errors import InputError
 from famba.experiments.sweep import SMOKE
 from famba.storage.runs import run_name
@@ -59,8 +60,7 @@ class Report:
         return Markdown((self.results_dir / name).read_text(encoding="utf-8"))
 
     def table(self, name: str) -> pd.DataFrame:
-        table = pd.read_csv(self.results_dir / name, dtype={"correct": str, "disturbed": str})
-        return table.fillna({"disturbed": ""})  # nothing disturbed it
+        return records.load(self.results_dir / name)
 
     def figure(self, name: str) -> Image:
         return Image(self.folder / "figures" / name)

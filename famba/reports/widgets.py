@@ -23,6 +23,7 @@ from famba.analysis import summary, tokens
 from famba.analysis.tokens import Traced
 from famba.bench.timing import predicted_ms
 from famba.errors import FambaError, InputError
+from famba.experiments import sweep
 from famba.fusion import merge, strategies
 from famba.fusion.strategies import STRATEGIES
 from famba.profiling import flops
@@ -223,12 +224,11 @@ class ScheduleTrainer(ipywidgets.VBox):
         self._profile, self._seed = report.profile, seed
         self._runs, self._table = report.table("runs.csv"), report.table("summary.csv")
         p = config.load(report.profile, strategy="upper")
-        model = fit.build(p, classes=len(data.load(p.data).classes), seed=seed)
-        self._tokens = model.tokens
+        depth, self._tokens = sweep.depth_and_tokens(p)
         layout = ipywidgets.Layout(width="3.2em", height="14em", overflow="visible")
         self.removed = tuple(
-            ipywidgets.IntSlider(r, 0, model.tokens // 2, description=str(layer), orientation="vertical", layout=layout)
-            for layer, r in enumerate(model.schedule, start=1)
+            ipywidgets.IntSlider(r, 0, self._tokens // 2, description=str(layer), orientation="vertical", layout=layout)
+            for layer, r in enumerate(p.schedule(depth), start=1)
         )
         self.train = ipywidgets.Button(description="train", button_style="primary")
         self.progress = ipywidgets.IntProgress(0, 0, p.train.epochs)

@@ -19,8 +19,9 @@ def test_the_hours_of_both_models_and_each_strategy_by_hand(monkeypatch):
 
     def measured(p, steps, images):
         epoch_s = images // p.train.batch_size * 0.1
-        row = {"step_ms": 100.0, "least_ms": 90.0, "peak_mib": None, "epoch_s": epoch_s, "epochs": p.train.epochs}
-        row |= {"hours": p.train.epochs * epoch_s / 3600, "batch": p.train.batch_size, "precision": p.train.precision}
+        row = {"step_ms": 100.0, "least_ms": 90.0, "peak_mib": 9.0, "epoch_s": epoch_s, "epochs": p.train.epochs}
+        row |= {"hours": p.train.epochs * epoch_s / 3600, "batch_size": 128, "precision": p.train.precision}
+        row |= {"profile": p.profile, "device": "cpu: one", "versions": "torch 2"}
         return {"model": p.model.name, "strategy": p.strategy, **row}
 
     monkeypatch.setattr(estimate, "_row", measured)
@@ -29,12 +30,12 @@ def test_the_hours_of_both_models_and_each_strategy_by_hand(monkeypatch):
     assert [(row["model"], row["strategy"]) for row in found] == [(m, s) for m in estimate.MODELS for s in strategies]
     assert [row["epoch_s"] for row in found] == pytest.approx([35.1] * len(found))
     assert [row["hours"] for row in found] == pytest.approx([2.925] * len(found))
-    said = estimate.text(found, "paper", torch.device("cpu"))
+    said = estimate.text(found)
     count = len(strategies)
     assert f"vim_tiny, {count} strategies: {2.925 * count:.1f} hours" in said
     assert f"vim_small, {count} strategies: {2.925 * count:.1f} hours" in said
     assert f"total for one seed: {2 * 2.925 * count:.1f} hours" in said
-    assert "300 epochs, 128 images a step, fp32" in said
+    assert "profile paper: 300 epochs, 128 images a step, fp32; cpu: one; torch 2\n" in said
 
 
 def test_the_command_times_the_steps_of_training_on_the_smoke_profile(capsys):
