@@ -38,7 +38,8 @@ def write(folder: Path) -> None:
 
     if folder.is_file() or (folder.exists() and any(folder.iterdir())):
         raise InputError(f"{folder}: must be a folder that is new or empty; nothing is overwritten")
-    stages = _stages()
+    if not (stages := {name: stage for lock in _LOCKS for name, stage in _yaml(lock).get("stages", {}).items()}):
+        raise InputError("dvc.lock: no stage was run; `make repro` runs them")
     if not (cited := _yaml("CITATION.cff")):
         raise InputError("CITATION.cff: missing; it has the title and the licence")
     crate: Any = ROCrate(version="1.1")
@@ -69,14 +70,6 @@ def write(folder: Path) -> None:
         action["name"], action["description"] = name, stage["cmd"]
     crate.add_action([workflow], "#dvc-repro", object=[params], result=made)["name"] = "dvc repro"
     crate.write(folder)
-
-
-def _stages() -> dict[str, Any]:
-    """Those that DVC has run, by name, of all pipelines."""
-    found = {name: stage for lock in _LOCKS for name, stage in _yaml(lock).get("stages", {}).items()}
-    if not found:
-        raise InputError("dvc.lock: no stage was run; `make repro` runs them")
-    return found
 
 
 def _kept(out: str) -> list[str]:

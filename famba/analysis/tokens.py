@@ -128,8 +128,7 @@ def groups(trace: Trace) -> list[Int[np.ndarray, "b _"]]:
 
 def similarities(trace: Trace, image: int = 0) -> list[Float[np.ndarray, "_ _"]]:
     """For each layer, the cosine similarity of all pairs of one image's normed tokens; 0 for one without length."""
-    unit = [functional.normalize(layer[image].double(), dim=-1) for layer in trace.normed]
-    return [(x @ x.mT).clamp(-1, 1).numpy(force=True) for x in unit]  # rounding alone leads outside
+    return [_cosines(layer[image]).numpy(force=True) for layer in trace.normed]
 
 
 @torch.no_grad()
@@ -164,7 +163,9 @@ def token_similarity(model: VisionMamba, images: Float[Tensor, "n 3 h w"]) -> pd
         centres = _grid_positions(model).expand(len(trace.normed[0]), -1, -1)
         place = torch.arange(model.tokens).expand(len(centres), -1)
         for layer, (normed, matching) in enumerate(zip(trace.normed, trace.matchings, strict=True), start=1):
-            found.append(_rows("similarity", start, layer, _best_matches(_of_patches(normed, place, model))))
+            with_others = _cosines(_of_patches(normed, place, model))
+            with_others.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+            found.append(_rows("similarity", start, layer, with_others.amax(-1)))
             if matching is not None:
                 at = _centres(centres, place, normed.shape[1])
                 pairs = [at.gather(1, side[..., None].expand(-1, -1, 2)) for side in (matching.source, matching.target)]
@@ -208,12 +209,10 @@ def _rows(quantity: str, start: int, layer: int, values: Float[Tensor, "b m"]) -
     return pd.DataFrame({"quantity": quantity, "image": image, "layer": layer, "value": values.double().flatten()})
 
 
-def _best_matches(tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b t"]:
-    """Each token's similarity with its most similar token; 0 for a token of zero length."""
+def _cosines(tokens: Float[Tensor, "*b t d"]) -> Float[Tensor, "*b t t"]:
+    """The similarity of all pairs of tokens; 0 for a token of zero length."""
     unit = functional.normalize(tokens.double(), dim=-1)
-    similarity = unit @ unit.mT
-    similarity.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
-    return similarity.amax(-1).clamp(-1, 1)  # outside by rounding only
+    return (unit @ unit.mT).clamp(-1, 1)  # outside by rounding only
 
 
 def _of_patches(values: Tensor, place: Int[Tensor, "b tokens"], model: VisionMamba) -> Tensor:

@@ -2,14 +2,14 @@
 
 The products are those of one step of the fastest backend, forward and backward, recorded with their shapes and strides
 and repeated alone. Operands of equal layout are one tensor there and stay in cache more often than in the step, so the
-products alone are, if anything, slightly too fast. The native backend projects dt inside its scan, so
-that this product, 1% of all, is not among its own.
+products alone are, if anything, slightly too fast. The native backend projects dt inside its scan, so that this
+product, 1% of all, is not among its own.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -142,7 +142,7 @@ def bench_model(setting: Setting) -> list[dict[str, Any]]:
     trainings = {backend: Training(setting, backend) for backend in available("native", "torch")}
     products = products_of(next(iter(trainings.values())).step)
     calls: dict[str, Callable[[], object]] = {f"step, {name}": x.step for name, x in trainings.items()}
-    calls["matrix products"] = repeat(products)
+    calls["matrix products"] = lambda: repeat(products)
     found = setting.times(calls, rounds=setting.rounds, budget_s=setting.slow_s)
     gflops = flops_of(products) / 1e9
     return [
@@ -152,21 +152,8 @@ def bench_model(setting: Setting) -> list[dict[str, Any]]:
     ]
 
 
-class Layout(NamedTuple):
-    """A tensor without its values."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-
-class Product(NamedTuple):
-    """A matrix product, or a convolution that is one for each patch, with layouts for its tensors."""
-
-    op: Callable[..., Any]
-    arguments: tuple[Any, ...]
-
-
+# A matrix product, or a convolution that is one for each patch: operation and arguments.
+Product = tuple[Callable[..., Any], list[Any]]
 _aten = torch.ops.aten
 # The position of the argument `groups`: a depthwise convolution is no matrix product.
 PRODUCT_OPS = {
@@ -180,50 +167,44 @@ PRODUCT_OPS = {
 
 
 class _Recorder(TorchDispatchMode):
+    """Products with random numbers for their operands, one tensor for all of the same layout."""
+
     def __init__(self) -> None:
         super().__init__()
         self.found: list[Product] = []
+        self._tensors: dict[tuple[Any, ...], Tensor] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in PRODUCT_OPS and (PRODUCT_OPS[func] is None or args[PRODUCT_OPS[func]] == 1):
-            layouts = [Layout(tuple(x.shape), x.stride(), x.dtype) if isinstance(x, Tensor) else x for x in args]
-            self.found.append(Product(func, tuple(layouts)))
+            self.found.append((func, [self._operand(x) if isinstance(x, Tensor) else x for x in args]))
         return func(*args, **(kwargs or {}))
+
+    def _operand(self, x: Tensor) -> Tensor:
+        layout = x.shape, x.stride(), x.dtype
+        if layout not in self._tensors:
+            length = 1 + sum((n - 1) * s for n, s in zip(*layout[:2], strict=True))
+            self._tensors[layout] = torch.randn(length, dtype=x.dtype).as_strided(*layout[:2])
+        return self._tensors[layout]
 
 
 def products_of(step: Callable[[], object]) -> list[Product]:
-    """The products of linear layers and of the patch embedding in a step, which runs once."""
+    """The products of linear layers and of the patch embedding in a step, which runs once, of random numbers."""
     with _Recorder() as recorder:
         step()
     return recorder.found
 
 
-def repeat(products: Iterable[Product]) -> Callable[[], None]:
-    """A call that computes these products, in their order, of random numbers."""
-    tensors: dict[Layout, Tensor] = {}
-
-    def operand(x: Any) -> Any:
-        if not isinstance(x, Layout):
-            return x
-        if x not in tensors:
-            length = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride, strict=True))
-            tensors[x] = torch.randn(length, dtype=x.dtype).as_strided(x.shape, x.stride)
-        return tensors[x]
-
-    calls = [(op, [operand(x) for x in arguments]) for op, arguments in products]
-
-    @torch.no_grad()
-    def call() -> None:
-        for op, arguments in calls:
-            op(*arguments)
-
-    return call
+@torch.no_grad()
+def repeat(products: Iterable[Product]) -> None:
+    """Compute these products, in their order."""
+    for op, arguments in products:
+        op(*arguments)
 
 
 def flops_of(products: Iterable[Product]) -> int:
     """A multiplication and an addition are two, as in torch's counter."""
     with FlopCounterMode(display=False) as counter:
-        repeat(products)()
+        repeat(products)
     return counter.get_total_flops()
 
 
