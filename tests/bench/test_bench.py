@@ -120,9 +120,11 @@ def test_the_repeated_products_are_exactly_the_models_flops(backend):
 
 def layouts(products):
     """Products with the shape and the stride of each tensor."""
-    return [
-        (op, [(x.shape, x.stride()) if isinstance(x, torch.Tensor) else x for x in given]) for op, given in products
-    ]
+
+    def layout(x):
+        return (x.shape, x.stride()) if isinstance(x, torch.Tensor) else x
+
+    return [(op, [layout(x) for x in given]) for op, given in products]
 
 
 def test_a_product_is_repeated_with_its_strides():
