@@ -88,7 +88,7 @@ def run(
     result: dict[str, Any] = {
         "setting": dataclasses.asdict(setting),
         "command": " ".join(words),
-        "kernels": runtime.instruction_set() if model.available("native") else None,
+        "kernels": runtime.instruction_set() if "native" in model.available() else None,
         "left_out": [],
         **environment.environment(device),
     }

@@ -46,8 +46,6 @@ TITLES = {
     **FUSION_TITLES,
     "graphs": "A training step of a small model: called from Python, captured as one CUDA graph, compiled",
 }
-# Of the scan's backends the fastest first, by the type of the device.
-_BACKENDS = {"cuda": ("triton", "mamba_ssm"), "cpu": ("native",)}
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _MIB = 2**20
 _T = TypeVar("_T")
@@ -299,4 +297,4 @@ def _warm(call: Callable[[], object]) -> Callable[[], Any]:
 
 
 def _fast(setting: Setting) -> list[str]:
-    return available(*_BACKENDS[torch.device(setting.device).type])
+    return [name for name in available(setting.device) if name != "torch"]

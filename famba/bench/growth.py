@@ -47,7 +47,7 @@ def bench_growth(base: Setting = _BASE, axes: dict[str, Axis] = AXES) -> pd.Data
     """
     parts = []
     for axis, law in axes.items():
-        for backend in available("native", "torch"):
+        for backend in available():
             trainings, rows = {}, []
             for size in (*law.fitted, *law.predicted):
                 value = (size,) if law.field == "img_sizes" else size

@@ -22,7 +22,7 @@ from famba import config, data
 from famba.bench.timing import interleaved, ratio, summary
 from famba.data import augment
 from famba.fusion import strategies
-from famba.kernels import precision, scan
+from famba.kernels import dispatch, precision, scan
 from famba.models.vim import VisionMamba, create_model
 from famba.profiling import flops, memory
 from famba.training import optim
@@ -131,15 +131,15 @@ class Training:
         return [self.images, self.labels, *self.model.parameters(), *moments]
 
 
-def available(*names: str) -> list[str]:
-    """Those of the scan's backends that can run here."""
-    found = scan.backends()
-    return [name for name in names if found.get(name, "unknown") == ""]
+def available(device: str = "cpu") -> list[str]:
+    """The scan's backends that "auto" tries on a device and that can run here, the fastest first; torch is the last."""
+    reasons = scan.backends()
+    return [name for name in dispatch._FASTEST[torch.device(device).type] if not reasons[name]]
 
 
 def bench_model(setting: Setting) -> list[dict[str, Any]]:
     """One row per backend, and one for the matrix products alone, the unit of `products`."""
-    trainings = {backend: Training(setting, backend) for backend in available("native", "torch")}
+    trainings = {backend: Training(setting, backend) for backend in available()}
     products = products_of(next(iter(trainings.values())).step)
     calls: dict[str, Callable[[], object]] = {f"step, {name}": x.step for name, x in trainings.items()}
     calls["matrix products"] = lambda: repeat(products)
@@ -214,7 +214,7 @@ def bench_memory(setting: Setting) -> list[dict[str, Any]]:
     `of_torch` is relative to the torch backend, `of_predicted` to the formula of `flops.analyse`.
     """
     rows: list[dict[str, Any]] = []
-    backends = available("torch", "native")
+    backends = available()[::-1]
     for backend in backends:
         training = Training(setting, backend)
         depth = training.model.depth

@@ -38,7 +38,7 @@ _FUNCTIONS = (
 def bench_profile(setting: Setting) -> list[dict[str, Any]]:
     """Shares of a step by part: the torch backend, the native one, with tokens fused in all layers, and in bf16."""
     steps: dict[str, Callable[[], None]] = {}
-    for backend in available("torch", "native"):
+    for backend in available()[::-1]:
         training = Training(setting, backend)
         steps[backend] = training.step
         if backend == "native":

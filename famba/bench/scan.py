@@ -38,7 +38,7 @@ def bench_scan(
         slow_s: seconds after which a slow contestant is measured no further.
     """
     peers = tried({name: partial(peer, name) for name in _PEERS}, left_out)
-    names = [*available("native", "torch", "reference"), *peers]
+    names = [*available(), "reference", *peers]
     left, right = torch.randn(2, 2048, 2048)
     rows = []
     for shape in shapes:

@@ -51,6 +51,7 @@ _OWN_COLOURS = [PALETTE[3], PALETTE[5], PALETTE[6]]  # of a user's own strategie
 _MORE_MARKERS = "<>pdX*h8PH"  # of changes from the first on, of a user's own strategies from the last
 MODELS = {"vim_tiny": "Vim-Ti", "vim_small": "Vim-S"}
 _GIF_COLOURS = 128
+_FRAME_MS = 700
 
 P = ParamSpec("P")
 
@@ -64,14 +65,9 @@ class Figure(_MatplotlibFigure):
 
 @dataclass(frozen=True)
 class Animation:
-    """Figures of one size in an endless loop; a notebook plays it.
-
-    Attributes:
-        frame_ms: milliseconds of each; the last is shown three times as long.
-    """
+    """Figures of one size in an endless loop, the last shown three times as long; a notebook plays it."""
 
     frames: tuple[Figure, ...]
-    frame_ms: int = 700
 
     def _repr_html_(self) -> str:  # nbconvert shows no image/gif
         return f'<img alt="{self!r}" src="data:image/gif;base64,{base64.b64encode(_gif(self)).decode()}">'
@@ -161,7 +157,7 @@ def _gif(animation: Animation) -> bytes:
     everything = Image.fromarray(np.concatenate([np.asarray(frame) for frame in drawn]))
     palette = everything.quantize(_GIF_COLOURS, dither=Image.Dither.NONE)
     first, *rest = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in drawn]
-    shown_ms = [animation.frame_ms] * len(rest) + [3 * animation.frame_ms]
+    shown_ms = [_FRAME_MS] * len(rest) + [3 * _FRAME_MS]
     target = io.BytesIO()
     first.save(target, "GIF", save_all=True, append_images=rest, duration=shown_ms, loop=0)
     return target.getvalue()

@@ -12,7 +12,7 @@ from famba.plots import style
 from famba.plots.style import Animation
 
 
-def film(colours=("red", "blue", "green"), frame_ms=700):
+def film(colours=("red", "blue", "green")):
     """A small square that changes its colour."""
 
     @style.styled
@@ -21,11 +21,11 @@ def film(colours=("red", "blue", "green"), frame_ms=700):
         figure.add_axes((0, 0, 1, 1)).set(facecolor=colour)
         return figure
 
-    return Animation(tuple(frame(colour) for colour in colours), frame_ms)
+    return Animation(tuple(frame(colour) for colour in colours))
 
 
 def test_an_animation_is_saved_as_a_gif_that_shows_each_frame_and_rests_on_the_last(tmp_path):
-    path = plots.save(film(frame_ms=200), tmp_path / "deep" / "a.gif")
+    path = plots.save(film(), tmp_path / "deep" / "a.gif")
     with Image.open(path) as gif:
         assert gif.n_frames == 3
         assert gif.info["loop"] == 0, "for ever"
@@ -34,7 +34,7 @@ def test_an_animation_is_saved_as_a_gif_that_shows_each_frame_and_rests_on_the_l
             gif.seek(index)
             durations.append(gif.info["duration"])
             middles.append(gif.convert("RGB").getpixel((30, 26)))
-    assert durations == [200, 200, 600]
+    assert durations == [700, 700, 2100]
     np.testing.assert_allclose(middles, [(255, 0, 0), (0, 0, 255), (0, 128, 0)], atol=3)
 
 
