@@ -74,7 +74,7 @@ def record(name: str, asked: AblationParams, folder: Path, *, profile: str, runs
             sweep.train(cell)
             known.add(missing[name])
     known.write()
-    sweep.ensure_costs(asked, profile=profile, results_dir=folder, measure=True)
+    sweep.measure_costs(asked, profile=profile, results_dir=folder)
 
 
 class _Record:

@@ -7,7 +7,7 @@ checkout without runs, trains the small ones that it shows.
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from famba import config
 from famba.config import AblationParams, SweepParams
@@ -16,9 +16,6 @@ from famba.fusion import strategies
 from famba.models import presets
 from famba.params import Params, identity
 from famba.storage import runs
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SMOKE = "smoke"  # the profile whose numbers mean nothing
 
@@ -109,25 +106,14 @@ def missing(cells: Sequence[Cell]) -> list[Cell]:
     return [cell for cell in cells if _why_not(cell, fit.made_of(cell.p, seed=cell.seed))]
 
 
-def ensure_costs(sweep: SweepParams, *, profile: str, results_dir: str | Path, measure: bool) -> "pd.DataFrame":
-    """What training each variant costs, as `analysis.cost.table` has it.
-
-    Args:
-        results_dir: where cost.csv is.
-        measure: now, and write it there; else read what has been measured.
-
-    Raises:
-        InputError: nothing has been measured; as from `training.cost.measure`.
-    """
+def measure_costs(sweep: SweepParams, *, profile: str, results_dir: str | Path) -> None:
+    """Measure what training each variant costs, and write it as `analysis.cost.write`; errors as in `measure`."""
     from famba.analysis import cost
+    from famba.training.cost import measure
 
-    if measure:
-        from famba.training import cost as steps
-
-        params, rounds = sweep.params(profile), 3 if profile == SMOKE else 60
-        check_schedules(params)
-        cost.write(steps.measure(params, rounds=rounds), results_dir)
-    return cost.load(results_dir)
+    params = sweep.params(profile)
+    check_schedules(params)
+    cost.write(measure(params, rounds=3 if profile == SMOKE else 60), results_dir)
 
 
 def ensure_run(run_dir: str | Path, *, strategy: str, seed: int, profile: str, train_missing: bool) -> Path:

@@ -5,7 +5,7 @@ from typing import Any
 import pandas as pd
 from IPython.display import Markdown
 
-from famba.analysis import records, summary
+from famba.analysis import cost, records, summary
 from famba.experiments import sweep
 from famba.reports import Report
 
@@ -14,14 +14,16 @@ def make(report: Report) -> None:
     """Write runs.csv, curves.csv and the summary; only smoke runs are trained."""
     asked = report.sweep()
     sweep.ensure_runs(asked, profile=report.profile, runs_dir=report.runs_dir, train_missing=report.smoke)
-    costs = sweep.ensure_costs(asked, profile=report.profile, results_dir=report.results_dir, measure=report.smoke)
+    if report.smoke:
+        make_costs(report)
+    costs = cost.load(report.results_dir)
     records.gather(asked, report.runs_dir, report.results_dir)
     summary.write_summary(records.published(asked, report.results_dir), costs, report.results_dir)
 
 
 def make_costs(report: Report) -> None:
     """Measure training steps of all strategies in turn, and write cost.csv."""
-    sweep.ensure_costs(report.sweep(), profile=report.profile, results_dir=report.results_dir, measure=True)
+    sweep.measure_costs(report.sweep(), profile=report.profile, results_dir=report.results_dir)
 
 
 def schedules(profile: str) -> pd.DataFrame:

@@ -25,7 +25,7 @@ ASKED = AblationParams(
 @pytest.fixture
 def record(tmp_path, trained, monkeypatch):  # noqa: F811
     """Records an ablation of the smoke profile without measuring costs; the strategies and seeds trained for it."""
-    monkeypatch.setattr(sweep, "ensure_costs", lambda *_, **__: None)
+    monkeypatch.setattr(sweep, "measure_costs", lambda *_, **__: None)
 
     def publish(run_dir, folder, *, made_of):
         folder.mkdir(parents=True, exist_ok=True)

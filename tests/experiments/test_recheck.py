@@ -25,7 +25,7 @@ def retrain(tmp_path, trained, monkeypatch):  # noqa: F811
     """Rechecks the recorded ablation `one`, whose runs were trained by earlier code; the runs trained for it."""
     shutil.copy(ROOT / "params.yaml", tmp_path)
     monkeypatch.setattr(config, "root", lambda: tmp_path)
-    monkeypatch.setattr(sweep, "ensure_costs", lambda *_, **__: None)
+    monkeypatch.setattr(sweep, "measure_costs", lambda *_, **__: None)
     monkeypatch.setattr(sweep, "load_ablation", lambda name: FOUR)
     monkeypatch.setattr(launcher, "run", lambda task, items, *, jobs: [task(item) for item in items.values()])
     folder = tmp_path / "results" / "records" / "one"
