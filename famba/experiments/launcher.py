@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
@@ -16,20 +16,19 @@ from famba import supervision
 from famba.errors import FambaError
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 def run(
-    task: Callable[[Item], Result],
+    task: Callable[[Item], object],
     items: Mapping[str, Item],
     *,
     jobs: int,
     done: Callable[[str], object] = lambda name: None,
-) -> dict[str, Result]:
-    """The task's results by the items' names, in the items' order.
+) -> None:
+    """Do the task with each of the items, which have names.
 
     Args:
-        task: a function of a module; it, the items and the results are pickled.
+        task: a function of a module; it, the items and what it returns are pickled.
         jobs: items in work at the same time, each in its own process.
         done: called here with the name of each item whose task is done.
 
@@ -41,7 +40,7 @@ def run(
     context = multiprocessing.get_context("spawn")  # a fork of a process that has used torch may hang
     before = set(multiprocessing.active_children())
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_initialise) as workers:
-        futures: dict[Future[Result], str] = {workers.submit(task, item): name for name, item in items.items()}
+        futures = {workers.submit(task, item): name for name, item in items.items()}
         try:
             for future in as_completed(futures):
                 try:
@@ -61,7 +60,6 @@ def run(
                 process.kill()
             workers.shutdown(cancel_futures=True)
             raise
-        return {name: future.result() for future, name in futures.items()}
 
 
 def _initialise() -> None:

@@ -13,9 +13,9 @@ from famba.errors import FambaError, InputError
 from famba.experiments import launcher
 
 
-def square(x: int) -> tuple[int, int]:
+def leave_number(path: Path) -> None:
     time.sleep(0.2)
-    return x * x, os.getpid()
+    path.write_text(str(os.getpid()))
 
 
 def refuse_two(x: int) -> int:
@@ -51,11 +51,11 @@ def refuse_once_the_other_waits(what: tuple[str, Path]) -> None:
     raise InputError("refused")
 
 
-def test_results_come_in_the_order_of_the_items_and_every_process_works_on_several():
-    results = launcher.run(square, {str(x): x for x in (3, 1, 2, 5, 4, 0)}, jobs=2)
-    assert list(results) == ["3", "1", "2", "5", "4", "0"]
-    assert [value for value, _ in results.values()] == [9, 1, 4, 25, 16, 0]
-    pids = {pid for _, pid in results.values()}
+def test_each_item_is_said_to_be_done_and_every_process_works_on_several(tmp_path):
+    done, paths = [], {name: tmp_path / name for name in "312540"}
+    launcher.run(leave_number, paths, jobs=2, done=done.append)
+    assert sorted(done) == sorted(paths)
+    pids = {int(path.read_text()) for path in paths.values()}
     assert len(pids) <= 2
     assert os.getpid() not in pids
     assert not any(is_there(pid) for pid in pids)
@@ -63,7 +63,7 @@ def test_results_come_in_the_order_of_the_items_and_every_process_works_on_sever
 
 def test_the_signals_of_a_scheduler_do_not_end_a_worker():
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-    assert launcher.run(signal_itself, {number.name: number for number in numbers}, jobs=1)
+    launcher.run(signal_itself, {number.name: number for number in numbers}, jobs=1)
 
 
 def test_an_error_keeps_its_kind_and_names_the_item():
