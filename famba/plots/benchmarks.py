@@ -96,7 +96,7 @@ def _peak_memory(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
 
 
 def _loss_curves(axes: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
-    table = tables["curves"].set_index("step")
+    table = tables["curves"].set_index("step").sort_index(axis=1)  # as they come from a file
     colours = seaborn.color_palette("colorblind", table.shape[1])
     for name, colour, line in zip(table, colours, ("-", "--", ":"), strict=True):
         axes.plot(table.index, table[name], line, color=colour, linewidth=1.6, label=name)
