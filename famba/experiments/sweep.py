@@ -78,7 +78,7 @@ def depth_and_tokens(p: Params) -> tuple[int, int]:
     """The layers of a run's model, and the tokens at its input, class token included."""
     given = {key: getattr(p.model, key) for key in ("patch_size", "stride", "depth")}
     sizes = presets.sizes(p.model.name, img_size=p.data.img_size, **given)
-    return sizes["depth"], presets.grid(sizes) ** 2 + (p.model.cls_position != "none")
+    return sizes["depth"], presets.tokens({**sizes, "cls_position": p.model.cls_position})
 
 
 def ensure_runs(sweep: SweepParams, *, profile: str, runs_dir: str | Path, train_missing: bool) -> list[Path]:
