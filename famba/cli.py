@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         "estimate", _estimate, "estimate the time of the sweep on this device from a few training steps", "plots"
     )
     add("--profile", help="one of params.yaml's; the one that it names itself if not given")
-    add("--steps", type=int, default=20, help="timed for each strategy")
+    add("--steps", type=int, default=20, help="timed for each strategy, at least 2")
     add("--images", type=int, default=45_000, help="of an epoch")
     add("--device", help="instead of the profile's")
 

@@ -164,7 +164,7 @@ def load(
     file, name, chosen, place = _under_profile(profile, path)
     if given:  # so that what is refused is not looked for in the file
         name += f" with {', '.join(f'{key}={shortened(value)}' for key, value in given.items())}"
-    rule = {}
+    rule, others = {}, []
     for key, value in given.items():
         section, *keys = key.split(".")
         if (section, len(keys)) not in {("data", 1), ("model", 1), ("options", 1), ("train", 1), ("fusion", 2)}:
@@ -175,7 +175,7 @@ def load(
         elif keys[0] == strategy:
             rule[keys[1]] = value
         else:
-            raise InputError(f"{name}: strategy {strategy!r} is trained; must be fusion.{strategy}.{keys[1]}")
+            others.append(keys[1])
     if rule:
         before = file.fusion.get(strategy) or {}
         if not isinstance(before, Mapping):
@@ -186,6 +186,8 @@ def load(
         file = dataclasses.replace(file, fusion=file.fusion | {strategy: kept | rule})
     if strategy not in file.strategies:
         raise InputError(f"strategy: {shortened(strategy)} is not one of {', '.join(file.strategies)}")
+    if others:
+        raise InputError(f"{name}: strategy {strategy!r} is trained; must be fusion.{strategy}.{others[0]}")
     train = file.train if processes is None else file.train | {"processes": processes}
     values = {"data": file.data, "model": file.model, "options": file.options, "train": train}
     return validated(

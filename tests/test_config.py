@@ -262,6 +262,7 @@ def test_what_is_missing_is_named(edited, key):
 def test_an_unknown_strategy_or_profile_is_named_with_those_that_there_are():
     message = refusal(lambda: config.load(strategy="most", path=FILE))
     assert message == f"strategy: 'most' is not one of {', '.join(STRATEGY_NAMES)}"
+    assert refusal(lambda: config.load(strategy="most", path=FILE, given={"fusion.upper.r": 3})) == message
     message = refusal(lambda: config.load("big", strategy="all", path=FILE))
     assert message == f"params.yaml: profile: 'big' is not one of {', '.join(PROFILES)}"
 

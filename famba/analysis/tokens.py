@@ -165,7 +165,7 @@ def token_similarity(model: VisionMamba, images: Float[Tensor, "n 3 h w"]) -> pd
         for layer, (normed, matching) in enumerate(zip(trace.normed, trace.matchings, strict=True), start=1):
             with_others = _cosines(_of_patches(normed, place, model))
             with_others.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
-            found.append(_rows("similarity", start, layer, with_others.amax(-1)))
+            found.append(_rows("similarity", start, layer, with_others.amax(-1).clamp(min=-1)))  # of one token alone
             if matching is not None:
                 at = _centres(centres, place, normed.shape[1])
                 pairs = [at.gather(1, side[..., None].expand(-1, -1, 2)) for side in (matching.source, matching.target)]

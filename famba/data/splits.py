@@ -38,7 +38,7 @@ from famba.storage.files import json_bytes, write_atomic
 
 _log = logging.getLogger(__name__)
 
-_DECODED = 256  # images that one thread decodes at a time
+_DECODED = 256  # images that one thread decodes at a time, at most
 
 _Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean, standard deviation
 
@@ -270,8 +270,10 @@ def _decoded(found: Found, img_size: int, crop: float) -> UInt8[Tensor, "n 3 h w
     # Threads gain on large images; on tiny ones, which hardly leave the interpreter, more than a few get in each
     # other's way. map keeps the order, so of several broken files it is always the first that is named. Many images at
     # once, since a signal in the middle of the pool's submit would leave its lock taken.
-    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(decode, (range(i, min(n, i + _DECODED)) for i in range(0, n, _DECODED))):
+    threads = min(4, os.cpu_count() or 1)
+    count = max(1, min(_DECODED, n // (4 * threads)))
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(decode, (range(i, min(n, i + count)) for i in range(0, n, count))):
             pass
     result = torch.from_numpy(images)
     if path is not None:

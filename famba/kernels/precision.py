@@ -53,12 +53,13 @@ def settings_restored() -> Iterator[None]:
     try:
         yield
     finally:
-        if torch.cuda.is_initialized():
-            torch.cuda.set_device(gpu)
         torch.set_num_threads(threads)
         torch.set_flush_denormal(flushes)
         for part, key, value in before:
             setattr(part, key, value)
+        if torch.cuda.is_initialized():
+            # As torch.cuda.device does on exit: set_device would take memory of a GPU that nothing has run on yet.
+            torch.cuda._maybe_exchange_device(gpu)
 
 
 def uses_tf32() -> bool:

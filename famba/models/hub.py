@@ -12,6 +12,7 @@ from famba.storage import checkpoint
 
 try:
     import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
 except ImportError:
     raise InputError("huggingface_hub: not installed; pip install 'famba[hub]'") from None
 
@@ -84,7 +85,7 @@ def download(name: str) -> Path:
         found = [name for name in listed if name.endswith((".safetensors", ".pth", ".pt", ".bin"))]
         if len(found) != 1:
             raise InputError(f"{name}: holds {', '.join(found) or 'no weights'}; give {repository}/<file>")
-        if "config.json" in listed:  # it may describe the weights, beside which it comes to lie
+        with contextlib.suppress(EntryNotFoundError):  # it describes the weights, beside which it comes to lie
             huggingface_hub.hf_hub_download(repository, "config.json")
         return Path(huggingface_hub.hf_hub_download(repository, found[0]))
 

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from famba.kernels.cpu import runtime
 from famba.kernels.cpu.mixer import Direction, decay_rates
 from famba.kernels.ops import Side, bidirectional_conv1d_silu, bidirectional_scan
 from famba.kernels.scan import choose, selective_scan
@@ -96,7 +97,8 @@ class BidirectionalMixer(nn.Module):
         if chosen.run_mixer and has_plain and _are_plain(self.x_proj, self.x_proj_b):
             left = self._direction(self.conv1d, self.x_proj, self.A_log, self.D, self.dt_proj)
             right = self._direction(self.conv1d_b, self.x_proj_b, self.A_b_log, self.D_b, self.dt_proj_b)
-            return chosen.run_mixer(xz, left, right, scale)
+            if not runtime.unsuited(*left, *right):  # of which only one direction's scan was looked at
+                return chosen.run_mixer(xz, left, right, scale)
         x, z = xz.chunk(2, dim=-1)
         (u, dt, B, C), (u_b, dt_b, B_b, C_b) = self._select(x)
         A, A_b = decay_rates(self.A_log), decay_rates(self.A_b_log)

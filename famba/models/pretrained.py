@@ -280,7 +280,9 @@ def _file(source: str | Path) -> Path:
     """The file of weights that a path or a name on the hub stands for."""
     path = Path(source)
     if path.is_dir():
-        raise InputError(f"{path}: is a folder; VisionMamba.from_pretrained reads what save_pretrained wrote there")
+        raise InputError(
+            f"{path}: is a folder; must be a file; VisionMamba.from_pretrained reads the folders of save_pretrained"
+        )
     if path.is_file() or isinstance(source, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(/.+)?", source):
         return path
     from famba.models import hub  # an extra, as in `VisionMamba.save_pretrained`

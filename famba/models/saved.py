@@ -47,6 +47,8 @@ def described_beside(path: Path) -> bool:
 
     Such a file holds what a released checkpoint does; so only this tells that its scan may be another.
     """
+    if path.name != "model.safetensors":
+        return False
     try:
         described = json.loads((path.parent / "config.json").read_bytes())
     except (OSError, ValueError):

@@ -1,5 +1,6 @@
 """The trained models that the notebook `tokens` looks into: a run of the sweep, a published one, else a smoke run."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -49,8 +50,13 @@ def traced(folder: Path, *, count: int) -> Traced:
 
 def all_traced(folder: Path) -> dict[str, Traced]:
     """Every model that can be played with, by name: the one in a folder, runs of its seed beside it, the published."""
-    found, (_, _, seed) = {folder.name: folder}, folder.name.rpartition("-")
-    found |= {file.parent.name: file.parent for file in sorted(folder.parent.glob(f"*-{seed}/metrics.json"))}
+    found = {folder.name: folder}
+    if not (folder / "config.json").is_file():
+        profile, seed = runs.read(folder).profile, folder.name.rpartition("-")[2]
+        for file in sorted(folder.parent.glob(f"*-{seed}/metrics.json")):
+            name, wanted = file.parent.name, {"strategy": file.parent.name.rpartition("-")[0], "seed": int(seed)}
+            with contextlib.suppress(InputError):  # of another profile, or being made
+                found[name] = sweep.ensure_run(file.parent, **wanted, profile=profile, train_missing=False)
     for file in sorted((config.root() / MODELS).glob("*-0/config.json")):
         if file.parent != folder:
             found[f"photographs, {file.parent.name}"] = file.parent

@@ -90,6 +90,7 @@ def test_the_current_gpu_is_afterwards_the_one_before(before, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", current.append)  # of torch's own, which this rests on
     with precision.settings_restored():
         torch.cuda.set_device(2)
     assert torch.cuda.current_device() == before

@@ -13,6 +13,7 @@ import timm
 import timm.optim
 import torch
 from checkout import ROOT
+from huggingface_hub.errors import EntryNotFoundError
 from refusals import refusal
 from safetensors.torch import save_file
 
@@ -35,7 +36,10 @@ def hub(tmp_path, monkeypatch) -> Path:
     def download(repo_id, filename, **options):
         if not (tmp_path / "hub" / repo_id).is_dir():
             raise ConnectionError("no such repository\nat all")
-        return str(tmp_path / "hub" / repo_id / filename)
+        if not (tmp_path / "hub" / repo_id / filename).is_file():
+            raise EntryNotFoundError(filename)
+        (cached := tmp_path / "cache" / repo_id).mkdir(parents=True, exist_ok=True)
+        return str(shutil.copy(tmp_path / "hub" / repo_id / filename, cached))
 
     def upload(self, *, repo_id, folder_path, **options):
         shutil.copytree(folder_path, tmp_path / "hub" / repo_id)
@@ -116,7 +120,9 @@ def test_released_weights_are_found_on_the_hub_by_the_name_of_repository_and_fil
     assert torch.equal(load_vim("hustvl/tiny/ft.safetensors", trained_at=8).head.weight, expected)
     assert "nowhere/x: no such file or folder" in refusal(lambda: load_vim("nowhere/x"))
     model.push_to_hub("someone/ours")
-    assert refusal(lambda: load_vim("someone/ours")).endswith("take VisionMamba.from_pretrained")
+    for name in ("someone/ours", "someone/ours/model.safetensors"):
+        assert refusal(lambda name=name: load_vim(name)).endswith("take VisionMamba.from_pretrained")
+        shutil.rmtree(hub.with_name("cache"))
 
 
 def test_without_huggingface_hub_the_error_says_what_to_install(model, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from goldens import golden_json, golden_tensors
 
-from famba import backends
+from famba import BackendError, backends
 from famba.kernels.triton import runtime
 from famba.models.mixer import BidirectionalMixer
 
@@ -75,3 +75,14 @@ def test_what_stands_in_the_place_of_a_module_is_called(name):
     torch.testing.assert_close(mixer(x), doubled(x))
     setattr(mixer, name, torch.nn.Sequential(torch.nn.Identity(), module))  # without a weight of its own
     torch.testing.assert_close(mixer(x), doubled(x))
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="cannot run")
+@pytest.mark.parametrize("name", ["A_log", "A_b_log", "D_b", "conv1d_b.weight"])
+def test_no_kernel_rounds_a_weight_in_float64_of_either_direction(name):
+    torch.manual_seed(0)
+    mixer = BidirectionalMixer(16, 4, backend="native")
+    owner = mixer.get_submodule(name.rpartition(".")[0])
+    setattr(owner, name.rpartition(".")[2], torch.nn.Parameter(mixer.get_parameter(name).detach().double()))
+    with pytest.raises(BackendError, match=r"got torch\.float64"):
+        mixer(torch.randn(2, 7, 16))

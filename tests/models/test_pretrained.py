@@ -197,7 +197,7 @@ def test_a_broken_file_is_refused(tmp_path):
 def test_a_folder_is_refused_before_the_hub_is_asked_for_its_name(tmp_path, monkeypatch):
     (tmp_path / "owner" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert refusal(lambda: load_vim("owner/name")).startswith("owner/name: is a folder; VisionMamba.from_pretrained")
+    assert refusal(lambda: load_vim("owner/name")).startswith("owner/name: is a folder; must be a file")
 
 
 def test_weights_of_save_pretrained_are_not_taken_for_released_ones(tmp_path):
