@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch.nn.functional import silu
@@ -70,10 +70,12 @@ def results(function, tensors):
 def assert_agree(function, tensors, tolerance, *, backend, expected=None, least=1e-30):
     """What a backend makes, which is returned, is near what `expected`, or else torch, makes in double precision.
 
-    Errors are relative to a tensor's largest value, or to `least` if that is larger.
+    Errors are relative to a tensor's largest value, or to `least` if that is larger. `expected` is a function or its
+    results.
     """
-    found = results(partial(function, backend=backend), tensors)
-    want = results(expected or partial(function, backend="torch"), leaves(tensors, dtype=torch.float64))
+    found, want = results(partial(function, backend=backend), tensors), expected
+    if not isinstance(want, list):
+        want = results(want or partial(function, backend="torch"), leaves(tensors, dtype=torch.float64))
     assert len(found) == len(want) >= 2
     for i, (x, y) in enumerate(zip(found, want, strict=True)):
         error = (x.cpu().double() - y).abs().max() / y.abs().max().clamp_min(least)
@@ -81,10 +83,18 @@ def assert_agree(function, tensors, tolerance, *, backend, expected=None, least=
     return found
 
 
-def assert_scan_agrees(tensors, tolerance, *, backend, softplus=True, reverse=False):
+def assert_scan_agrees(tensors, tolerance, *, backend, softplus=True, reverse=False, expected=None):
     how = {"delta_softplus": softplus, "reverse": reverse}
-    function, expected = partial(selective_scan, **how), partial(selective_scan_ref, **how)
-    return assert_agree(function, tensors, tolerance, backend=backend, expected=expected)
+    expected = expected or partial(selective_scan_ref, **how)
+    return assert_agree(partial(selective_scan, **how), tensors, tolerance, backend=backend, expected=expected)
+
+
+@cache
+def draw_steps(t, scale):
+    """Arguments of the scan with steps of this size, and what it makes of them in double precision."""
+    tensors = draw_scan(2, 20, t, 16, scale=scale)
+    reference = partial(selective_scan_ref, delta_softplus=True)
+    return tensors, results(reference, leaves(tensors, dtype=torch.float64))
 
 
 def assert_both_scans_agree(tensors, tolerance, *, backend):
