@@ -1,13 +1,18 @@
 """Shapes written in annotations are checked under pytest: the hook must be in place before famba is imported."""
 
 import gc
+import getpass
+import os
 import shutil
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import jaxtyping
 import pytest
 import torch
 from checkout import ROOT
+from filelock import FileLock
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from famba.kernels.triton import conv, fuse, match, norm, scan  # noqa: F401 (Triton reads their source: not to be wrapped)
@@ -20,11 +25,24 @@ from famba.kernels.triton import runtime as gpu_runtime  # noqa: E402
 for part, key, exact in precision._TF32:  # as in training: its errors are above the tolerances
     setattr(part, key, exact)
 
+found = str(ROOT / "tests" / "children"), os.environ.get("PYTHONPATH")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, found))
+# One worker compiles the kernels and the others find them in the cache.
+BUILDING = FileLock(Path(tempfile.gettempdir()) / f"famba-tests-{getpass.getuser()}.lock")
+# The files that take longest, the longest first; a file with slow tests that is not here comes next.
+LONGEST = (
+    *("test_pipeline", "test_interruption", "test_distributed", "test_layout", "test_compile", "test_gpu_check"),
+    *("test_triton_specialisation", "test_triton", "test_fit", "test_cpu", "test_cluster", "test_accelerator"),
+    *("test_profiling", "test_bench", "benchmark", "test_results", "test_diagnostics", "test_sass"),
+)
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
     """What is imported stays, and is much: the garbage collector need not look through it, now or later."""
     gc.disable()
+    with BUILDING:
+        build.unavailable()
     result = yield
     gc.freeze()
     gc.enable()
@@ -32,9 +50,10 @@ def pytest_collection():
 
 
 def pytest_collection_modifyitems(items):
-    """Notebooks and files with slow tests come first, so that several workers end together."""
+    """Files that take long come first, so that several workers end together."""
     slow = {item.path for item in items if item.get_closest_marker("slow") or item.path.suffix == ".ipynb"}
-    items.sort(key=lambda item: item.path not in slow)
+    place = {name: index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (place.get(item.path.stem, len(place)), item.path not in slow))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -91,6 +110,8 @@ def instruction_set(request, monkeypatch):
     if sets.index(request.param) < sets.index(build.instruction_set()):
         pytest.skip(f"this processor lacks {request.param}")
     monkeypatch.setattr(build, "instruction_set", lambda: request.param)
-    if reason := build.unavailable():
+    with BUILDING:
+        reason = build.unavailable()
+    if reason:
         pytest.skip(reason)
     return request.param

@@ -293,7 +293,8 @@ def copy(tmp_path_factory) -> Path:
 
 
 def start_in(folder: Path, *command: str) -> subprocess.Popen:
-    given = {"PYTHONPATH": str(folder), "DVC_SITE_CACHE_DIR": str(folder.parent / "dvc-site")}
+    path = os.pathsep.join([str(folder), os.environ["PYTHONPATH"]])
+    given = {"PYTHONPATH": path, "DVC_SITE_CACHE_DIR": str(folder.parent / "dvc-site")}
     to = subprocess.PIPE
     return start(*command, environment=given, cwd=folder, start_new_session=True, stdout=to, stderr=to)
 
