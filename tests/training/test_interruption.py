@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import nbformat
 import psutil
@@ -26,6 +27,7 @@ from checkout import ROOT, copy_to
 from dvc.utils.serialize import modify_yaml
 from processes import FOREVER_S, PATIENCE_S, start, wait_until
 
+from famba import supervision
 from famba.storage import checkpoint, runs
 
 TRAIN = ["train", "--profile", "smoke", "--strategy", "upper", "--out", "run"]
@@ -75,13 +77,15 @@ def incubate() -> None:
 
 
 def _disturbed(main, asked: dict[str, Any], folder: Path) -> dict[str, Any]:
-    report, said = folder / "operations", folder / "stderr"
+    report, said, begun = folder / "operations", folder / "stderr", folder / "begun"
+    begun.unlink(missing_ok=True)
     report.write_text("0")
     said.write_text("")
     start = time.monotonic()
     if (pid := os.fork()) == 0:
-        _live(main, asked, report, said)
+        _live(main, asked, report, said, begun)
     if "after_s" in asked:
+        wait_until(begun.exists)  # on a busy machine a signal would come before there is a handler
         time.sleep(asked["after_s"])
         os.kill(pid, asked["how"])  # not waited for yet, so there is still such a process
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -89,7 +93,7 @@ def _disturbed(main, asked: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {"status": status, "seconds": seconds, "operations": int(report.read_text()), "stderr": said.read_text()}
 
 
-def _live(main, asked: dict[str, Any], report: Path, said: Path) -> None:
+def _live(main, asked: dict[str, Any], report: Path, said: Path, begun: Path) -> None:
     status = 70  # a defect of this file
     signal.alarm(round(PATIENCE_S))  # ends a run that hangs
     try:
@@ -116,7 +120,8 @@ def _live(main, asked: dict[str, Any], report: Path, said: Path) -> None:
         for name in ("ftruncate", "fsync", "replace", "unlink", "mkdir", "rmdir"):
             setattr(os, name, functools.partial(counted, getattr(os, name)))
         sys.argv[1:] = asked["command"]
-        status = main()
+        with mock.patch.object(supervision, "start", lambda answer=supervision.start: (answer(), begun.touch())):
+            status = main()
         report.write_text(str(count))
     finally:
         os._exit(status)
