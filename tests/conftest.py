@@ -31,10 +31,10 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, found))
 BUILDING = FileLock(Path(tempfile.gettempdir()) / f"famba-tests-{getpass.getuser()}.lock")
 # The files that take longest, the longest first; a file with slow tests that is not here comes next.
 LONGEST = (
-    *("test_pipeline", "test_interruption", "test_distributed", "test_layout", "test_compile", "test_gpu_check"),
-    *("test_triton_specialisation", "test_triton", "test_fit", "test_cpu", "test_cluster", "test_accelerator"),
-    *("test_profiling", "test_bench", "benchmark", "test_results", "test_diagnostics", "test_sass"),
-)
+    "test_pipeline", "test_interruption", "test_distributed", "test_layout", "test_compile", "test_gpu_check",
+    "test_triton_specialisation", "test_triton", "test_fit", "test_cpu", "test_cluster", "test_accelerator",
+    "test_profiling", "test_bench", "benchmark", "test_results", "test_diagnostics", "test_sass",
+)  # fmt: skip
 
 
 @pytest.hookimpl(wrapper=True)
