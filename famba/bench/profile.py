@@ -15,8 +15,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from famba.bench.model import PRODUCT_OPS, Setting, Training, available
 from famba.fusion import matching, merge
-from famba.kernels import ops, reference
-from famba.models import vim
+from famba.kernels import reference
+from famba.models import mixer, vim
 from famba.profiling import memory
 
 PARTS = ("matrix products", "scan", "convolution", "norm", "gate", "fusion", "elementwise", "optimiser", "Python")
@@ -26,7 +26,7 @@ _PRODUCTS = {op.name() for op in PRODUCT_OPS}
 # The native mixer's scans include the projection of dt and the gate.
 _OPERATORS = {"famba::scans": "scan", "famba::chunked_scan": "scan", "famba::convs": "convolution"}
 _FUNCTIONS = (
-    ("convolution", ops, "causal_conv1d_silu"),
+    ("convolution", mixer, "bidirectional_conv1d_silu"),
     ("gate", reference, "gate"),
     ("norm", vim, "add_rms_norm"),
     ("fusion", matching, "match_tokens"),

@@ -18,8 +18,8 @@ from famba.bench.model import FULL, QUICK, Training, available
 from famba.cli import main
 from famba.errors import InputError
 from famba.fusion import merge
-from famba.kernels import ops
 from famba.kernels.scan import selective_scan, selective_scan_ref
+from famba.models import mixer
 from famba.profiling import flops
 
 BACKENDS = available()
@@ -174,11 +174,11 @@ def test_own_times_by_hand():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_part_of_a_step_is_found(backend):
     training = Training(QUICK, backend)
-    before = ops.causal_conv1d_silu, merge.apply_both
+    before = mixer.bidirectional_conv1d_silu, merge.apply_both
     unfused = profile.parts_of(training.step)
     schedule = QUICK.schedules(training.model.depth)["all"]
     fused = profile.parts_of(lambda: training.step(schedule))
-    assert (ops.causal_conv1d_silu, merge.apply_both) == before
+    assert (mixer.bidirectional_conv1d_silu, merge.apply_both) == before
     assert unfused.pop("fusion") == 0 < fused.pop("fusion")
     if backend == "native":  # its scans have the gate
         assert unfused.pop("gate") == fused.pop("gate") == 0

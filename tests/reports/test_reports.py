@@ -112,10 +112,12 @@ def test_a_model_is_the_finished_run_else_the_published_one(checkout):
 def test_the_finished_runs_of_a_seed_can_be_played_with_and_the_published_models(checkout, monkeypatch):
     traced = Mock(return_value=Mock(spec=Traced))
     monkeypatch.setattr(models, "traced", traced)
-    for name in ("upper-0", "none-0", "none-10", "lower-0"):
-        (checkout / "results" / "runs" / name).mkdir(parents=True)
-        if name != "lower-0":
-            (checkout / "results" / "runs" / name / "metrics.json").touch()
+    smoke = {"profile": "smoke", "params": config.load("smoke", strategy="all").as_dict()}
+    for name, seed in (("upper", 0), ("none", 0), ("none", 10), ("lower", 0), ("all", 0)):
+        made = {"profile": "default", "params": config.load("default", strategy=name).as_dict()}
+        run = make_run(name, seed=seed, **(smoke if name == "all" else made))
+        runs.write(run, checkout / "results" / "runs" / f"{name}-{seed}")
+    (checkout / "results" / "runs" / "lower-0" / runs.MODEL_FILE).unlink()  # `all` is of another profile
     for name in ("upper-0", "none-1"):
         (checkout / models.MODELS / name).mkdir(parents=True)
         (checkout / models.MODELS / name / "config.json").touch()
