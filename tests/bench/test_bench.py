@@ -21,6 +21,7 @@ from famba.fusion import merge
 from famba.kernels.scan import selective_scan, selective_scan_ref
 from famba.models import mixer
 from famba.profiling import flops
+from famba.storage.files import json_bytes
 
 BACKENDS = available()
 
@@ -242,6 +243,17 @@ def test_the_command_prints_and_writes_the_chosen_parts(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert bench.TITLES["memory"] in printed
     assert result["device"] in printed
+
+
+def test_the_curves_are_drawn_alike_whether_measured_now_or_read_from_a_file():
+    rows = [{"step": step, "fp32": 2.0, "bf16": 2.1, "fp32, other order": 2.2} for step in (10, 20)]
+    drawn = []
+    for curves in (rows, json.loads(json_bytes(rows))):  # there the keys are sorted
+        tables = {"curves": pd.DataFrame(curves), "precision": pd.DataFrame([{"precision": "bf16", "faster": 1.5}])}
+        setting = pd.DataFrame([{"device": "cpu", "threads": 1, "versions": ""}])
+        lines = plots.benchmark(tables | {"setting": setting}).axes[0].lines
+        drawn.append([(line.get_label(), line.get_color(), line.get_linestyle()) for line in lines])
+    assert drawn[0] == drawn[1]
 
 
 def test_fusion_is_measured_against_lengths_and_every_table_has_its_title():

@@ -3,6 +3,7 @@ import hashlib
 import os
 import shutil
 import struct
+import threading
 from base64 import b64decode
 from pathlib import Path
 from types import SimpleNamespace
@@ -265,6 +266,19 @@ def test_of_several_broken_images_the_first_is_named(folder, monkeypatch):
         file.write_bytes(b"broken")
     with pytest.raises(InputError, match=r"train/cat/0\.png"):
         from_folder()
+
+
+def test_a_small_set_is_decoded_by_several_threads(folder, monkeypatch):
+    together, decode = threading.Barrier(2, timeout=60), splits.datasets.pixels
+
+    def pixels(images, i, *how):
+        if i in (0, 23):  # the first and the last; in one thread they would never meet
+            together.wait()
+        return decode(images, i, *how)
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(splits.datasets, "pixels", pixels)
+    assert len(from_folder().test) == 4
 
 
 # what the parameters may ask for
