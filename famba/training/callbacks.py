@@ -26,7 +26,8 @@ _SHARE = 0.05  # of the time that may go into drawing
 class Curves:
     """Loss and accuracy by epoch as one figure of a notebook's cell, renewed in place; elsewhere nothing.
 
-    Drawn after the first epoch, after the last, and in between as often as that takes a twentieth of the time.
+    Drawn after the last epoch; where somebody may watch, also after the first, and in between as often as that takes a
+    twentieth of the time.
     """
 
     def __init__(self, epochs: int | None = None) -> None:  # of the run; None draws every epoch
@@ -38,7 +39,9 @@ class Curves:
         """Show the history so far."""
         start = time.monotonic()
         last = self._epochs is None or len(history) >= self._epochs
-        if not history or not _in_notebook() or (start < self._next and not last):
+        shell = _notebook_shell()
+        watched = hasattr(shell, "kernel")  # that of famba.notebook has none
+        if not history or shell is None or not (last or (watched and start >= self._next)):
             return
         from IPython.display import Image, display
 
@@ -88,14 +91,14 @@ class Events:
         self._writer.close()
 
 
-def _in_notebook() -> bool:
-    """Whether an IPython that shows more than text runs this."""
+def _notebook_shell() -> Any:
+    """The IPython that runs this, if it shows more than text."""
     if "IPython" not in sys.modules:
-        return False
+        return None
     from IPython.core.getipython import get_ipython
 
     shell: Any = get_ipython()
-    return shell is not None and "image/png" in shell.display_formatter.active_types
+    return shell if shell is not None and "image/png" in shell.display_formatter.active_types else None
 
 
 def _png(history: Sequence[Mapping[str, Any]], epochs: int | None) -> bytes:

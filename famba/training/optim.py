@@ -3,13 +3,25 @@
 AdamW with a linear warm-up and half a cosine (Famba-V section 4.1 and the DeiT recipe that Vim follows).
 """
 
+import inspect
 import math
 from typing import Any
 
+import torch
 from torch import nn
 
 from famba.models.vim import VisionMamba
 from famba.params import TrainParams
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's own, without what imports torch's compiler before each of these: nothing here is compiled by it."""
+
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
+    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
 
 
 def peak_lr(p: TrainParams) -> float:

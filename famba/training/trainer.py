@@ -38,7 +38,7 @@ from famba.storage.files import write_atomic
 from famba.storage.runs import Run
 from famba.training import cuda_graph
 from famba.training.distributed import Processes
-from famba.training.optim import learning_rate, parameter_groups, peak_lr
+from famba.training.optim import AdamW, learning_rate, parameter_groups, peak_lr
 
 _log = logging.getLogger(__name__)
 _MIB = 2**20
@@ -146,7 +146,7 @@ class Trainer:
             self.mixer = timm_transforms.mixer(p.data, len(images.classes), t.label_smoothing)
         self.weights: list[Tensor] = list(model.parameters())
         groups = parameter_groups(model, t.weight_decay)
-        self.optimiser = torch.optim.AdamW(groups, lr=t.lr, betas=t.betas, fused=True)
+        self.optimiser = AdamW(groups, lr=t.lr, betas=t.betas, fused=True)
         self.ema = None
         if t.ema_decay is not None and t.epochs:
             # Not torch's AveragedModel: it counts its steps in a tensor, which it copies to the GPU and waits for.

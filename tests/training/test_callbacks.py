@@ -47,7 +47,7 @@ def pixels(png: bytes) -> bytes:
 @pytest.fixture
 def shell(monkeypatch):
     """A kernel's, with the lengths of the histories that were drawn, and a clock by which drawing takes a second."""
-    shell = SimpleNamespace(drawn=[], now=100.0)
+    shell = SimpleNamespace(drawn=[], now=100.0, kernel=None)
 
     def draw(history, epochs):
         shell.now += 1
@@ -55,7 +55,7 @@ def shell(monkeypatch):
         return b"png"
 
     monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=lambda: shell.now))
-    monkeypatch.setattr(callbacks, "_in_notebook", lambda: True)
+    monkeypatch.setattr(callbacks, "_notebook_shell", lambda: shell)
     monkeypatch.setattr("IPython.display.display", mock.Mock())
     monkeypatch.setattr(callbacks, "_png", draw)
     return shell
@@ -68,6 +68,15 @@ def test_drawing_takes_a_twentieth_of_the_time_between_first_and_last_epoch_wher
         curves(epochs(count), {"throughput_img_s": 1.0})
         shell.now += 1
     assert shell.drawn == drawn
+
+
+def test_only_the_last_epoch_is_drawn_where_the_pipeline_runs_the_notebook(shell):
+    del shell.kernel
+    curves = callbacks.Curves(3)
+    for count in range(1, 4):
+        curves(epochs(count))
+        shell.now += 100
+    assert shell.drawn == [3]
 
 
 def test_outside_a_notebook_nothing_is_drawn_or_printed(monkeypatch, capsys):

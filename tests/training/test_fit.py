@@ -7,6 +7,8 @@ import gc
 import hashlib
 import math
 import shutil
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 from unittest import mock
@@ -36,6 +38,14 @@ def smoke(strategy: str = "upper", **changes) -> Params:
     p = config.load("smoke", strategy=strategy)
     data = dataclasses.replace(p.data, limit=64)
     return dataclasses.replace(p, data=data, train=dataclasses.replace(p.train, **{"threads": 1, **changes}))
+
+
+def test_a_run_never_imports_torchs_compiler_which_takes_a_second():
+    code = "from famba import config, fit; fit(config.load('smoke', strategy='upper'), seed=0)"
+    command = [sys.executable, "-c", f"import sys; {code}; print(*sys.modules)"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert "famba.training.trainer" in found
+    assert not {"torch._dynamo", "torch._inductor", "pandas", "matplotlib"} & set(found)
 
 
 THREE = {"epochs": 3, "choose": "best"}

@@ -62,7 +62,7 @@ class Incubator:
 
 def incubate() -> None:
     """The incubator's own side: a line of JSON in, a line of JSON out."""
-    import torch._dynamo  # as the first optimiser would, for seconds
+    import torch
 
     from famba import config, data
     from famba.cli import main
