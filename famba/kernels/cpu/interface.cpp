@@ -84,6 +84,9 @@ bool share_out(Kernel* kernel, const void* job, int64_t units, int64_t floats, i
     return !work.failed;
 }
 
+// For a sum over so many floats: below a megabyte one thread ends before a second has woken up.
+int64_t threads_for(int64_t floats, int64_t threads) { return floats < 1 << 18 ? 1 : threads; }
+
 int64_t vectors(int64_t e) { return ceil_div(e, W); }
 
 // As many units as keep many cores busy, but at least two vectors of channels in each. A matter of shapes alone: the
@@ -145,8 +148,10 @@ EXPORTED int famba_scan_backward(Scan* p, int64_t threads, Parallel parallel) {
         p[i].part_rows = rows.memory + i * rows_each;
     }
     return share_out(scan_backward, p, p->b * p->groups, scan_scratch(*p), threads, parallel) &&
-           share_out(scan_sum_sequences, p, p->directions * vectors(p->e), 16, threads, parallel) &&
-           (p->groups == 1 || share_out(scan_sum_groups, p, p->directions * p->b, 16, threads, parallel));
+           share_out(scan_sum_sequences, p, p->directions * vectors(p->e), 16,
+                     threads_for(p->directions * part_each, threads), parallel) &&
+           (p->groups == 1 || share_out(scan_sum_groups, p, p->directions * p->b, 16,
+                                        threads_for(p->directions * rows_each, threads), parallel));
 }
 
 EXPORTED int famba_conv_forward(Conv* p, int64_t threads, Parallel parallel) {
@@ -160,7 +165,8 @@ EXPORTED int famba_conv_backward(Conv* p, int64_t threads, Parallel parallel) {
     if (!prepare(p, lanes) || !parts.at_least(p->directions * each)) return 0;
     for (int64_t i = 0; i < p->directions; i++) p[i].part = parts.memory + i * each;
     return share_out(conv_backward, p, p->b * p->groups, conv_scratch(), threads, parallel) &&
-           share_out(conv_sum_sequences, p, p->directions * vectors(p->e), 16, threads, parallel);
+           share_out(conv_sum_sequences, p, p->directions * vectors(p->e), 16,
+                     threads_for(p->directions * each, threads), parallel);
 }
 
 EXPORTED int famba_norm_forward(Norm* p, int64_t threads, Parallel parallel) {
@@ -172,7 +178,7 @@ EXPORTED int famba_norm_backward(Norm* p, int64_t threads, Parallel parallel) {
     int64_t blocks = ceil_div(p->rows, NORM_ROWS);
     p->part = parts.at_least(blocks * padded(p->d));
     return p->part && share_out(norm_backward, p, blocks, 16, threads, parallel) &&
-           share_out(norm_sum_blocks, p, vectors(p->d), 16, threads, parallel);
+           share_out(norm_sum_blocks, p, vectors(p->d), 16, threads_for(blocks * padded(p->d), threads), parallel);
 }
 
 EXPORTED int famba_match(Match* p, int64_t threads, Parallel parallel) {
